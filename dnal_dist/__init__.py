@@ -1,0 +1,1 @@
+"""dnal_dist: learn the architecture of a convolutional network by gradient descent while training it."""

@@ -1,0 +1,30 @@
+"""The architecture parameters: one flat vector for the whole network. Nothing here knows about networks."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Architecture(nn.Module):
+    """All architecture parameters of a network, `alpha` of shape (N,), float32, one for each prunable channel, starting at 0."""
+
+    def __init__(self, num_gates: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(num_gates))
+
+    def gates(self, delta: float) -> Tensor:
+        """Gates sigmoid(delta * alpha), shape (N,): 0.5 at the start, 0 or 1 as delta grows."""
+        return torch.sigmoid(delta * self.alpha)
+
+    def penalty(self, kind: str, delta: float) -> Tensor:
+        """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code) or
+        of the gates themselves (`scaled_sigmoid`)."""
+        if kind == "sigmoid":
+            return torch.sigmoid(self.alpha).sum()
+        if kind == "scaled_sigmoid":
+            return self.gates(delta).sum()
+        raise ValueError(f"unknown penalty kind {kind!r}: expected 'sigmoid' or 'scaled_sigmoid'")
+
+    @torch.no_grad()
+    def keep(self, delta: float, threshold: float) -> Tensor:
+        """Which channels stay, bool (N,): those whose gate is above `threshold`."""
+        return self.gates(delta) > threshold

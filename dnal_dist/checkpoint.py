@@ -1,0 +1,77 @@
+"""Checkpoints: a folder of safetensors and JSON that is complete or not there, and that no code is needed to read."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    """network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum; those that there are."""
+    state: dict
+    """Everything else, as JSON: position, compact architecture, recipe."""
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `folder`/step-N, N being the state's global_step: under another name first, renamed when all of it is on disk. The two
+    newest stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{checkpoint.state['global_step']:08d}"
+    unfinished = folder / f".{final.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    save_file({k: t.detach().cpu().contiguous() for k, t in checkpoint.tensors.items()}, unfinished / "state.safetensors")
+    digest = _digest(unfinished / "state.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({**checkpoint.state, "sha256": digest}, indent=1) + "\n")
+    for path in (*unfinished.iterdir(), unfinished):
+        _to_disk(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(unfinished, final)
+    _to_disk(folder)
+    for old in sorted(folder.glob("step-*"))[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint in `folder` that is whole, or None, and a line about each newer one that is not."""
+    faults = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            if _digest(path / "state.safetensors") != state["sha256"]:
+                raise ValueError("its tensors are not the ones that were saved")
+            return Checkpoint(load_file(path / "state.safetensors"), state), faults
+        except Exception as error:
+            faults.append(f"{path}: checkpoint is damaged and was passed over ({error})")
+    return None, faults
+
+
+def momentum(network: nn.Module, optimizer) -> dict[str, Tensor]:
+    """The momentum of each parameter by name; empty if the optimiser has not stepped."""
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in network.named_parameters())
+    return {name: state["momentum_buffer"] for name, state in states if state.get("momentum_buffer") is not None}
+
+
+def restore_momentum(network: nn.Module, optimizer, saved: dict[str, Tensor]) -> None:
+    for name, parameter in network.named_parameters():
+        if name in saved:
+            optimizer.state[parameter]["momentum_buffer"] = saved[name].to(parameter.device).clone()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

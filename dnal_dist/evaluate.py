@@ -1,0 +1,41 @@
+"""Exact accuracy over the validation set, on any number of processes: every sample once."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnal_dist.parallel import Parallel
+from dnal_dist.stream import Stream, normalise
+
+
+class Evaluation(NamedTuple):
+    """Shares of 1, mean cross-entropy, how many samples that is over, and what was skipped."""
+
+    accuracy: float
+    top5: float
+    cross_entropy: float
+    samples: int
+    bad: list[str]
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, stream: Stream, data, parallel: Parallel, gates: Tensor | None = None) -> Evaluation:
+    """Top-1 and top-5 of the bare `network` (with `gates` (N,), if given) over all of `stream`. `data` is the recipe's part."""
+    network.eval()
+    # correct, in the top five, summed cross-entropy, samples
+    sums, bad = torch.zeros(4, dtype=torch.float64, device=parallel.device), []
+    for batch in stream.batches():
+        bad += batch.bad
+        if not len(batch.labels):
+            continue
+        images = normalise(batch.images.to(parallel.device, non_blocking=True), data.mean, data.std)
+        labels = batch.labels.to(parallel.device, non_blocking=True)
+        logits = network(images) if gates is None else network(images, gates)
+        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([top[:, 0].sum(), top.sum(), cross_entropy, top.new_tensor(len(labels), dtype=torch.long)])
+    correct, top5, cross_entropy, samples = parallel.sum_(sums).tolist()
+    samples = max(samples, 1)
+    return Evaluation(correct / samples, top5 / samples, cross_entropy / samples, int(samples), parallel.gather(bad))

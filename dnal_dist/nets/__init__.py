@@ -1,0 +1,18 @@
+"""Gated networks by name."""
+
+from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, resting_statistics
+from dnal_dist.nets.resnet import resnet56_cifar, resnet_digits
+from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
+
+__all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build", "resting_statistics"]
+
+NETWORKS = {
+    network.__name__: network for network in (vgg16_cifar, resnet56_cifar, vgg16_imagenet, vgg_digits, resnet_digits)
+}
+
+
+def build(name: str, num_classes: int | None = None) -> GatedNetwork:
+    """The network called `name`, freshly initialised from torch's global generator. Raises ValueError for an unknown name."""
+    if name not in NETWORKS:
+        raise ValueError(f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}")
+    return NETWORKS[name]() if num_classes is None else NETWORKS[name](num_classes)

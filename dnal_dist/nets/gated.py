@@ -1,0 +1,150 @@
+"""What every gated network is made of: a BatchNorm that takes the gate into its affine, and a flat gate vector split by site."""
+
+import math
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class GatedBatchNorm(_BatchNorm):
+    """BatchNorm over (N, C, ...) whose affine takes a gate g of shape (C,): g * (w * x_hat + b) = (g * w) * x_hat + g * b.
+
+    The product costs C multiplications instead of a pass over the activations, and keeps none of them for the backward pass.
+    `gate=None` is plain BatchNorm.
+    """
+
+    updates_statistics = True
+    """False while the weights rest (see `resting_statistics`): batch statistics still normalise, the running ones stay."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (N, {self.num_features}, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        self._check_input_dim(x)
+        weight, bias = self.weight, self.bias
+        if gate is not None:
+            weight, bias = weight * gate, bias * gate
+        if self.training and not self.updates_statistics:
+            return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+
+class resting_statistics:
+    """Context in which no running statistic of `network` moves, while its BatchNorms normalise as before."""
+
+    def __init__(self, network: nn.Module):
+        self.norms = [module for module in network.modules() if isinstance(module, GatedBatchNorm)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.updates_statistics = False
+
+    def __exit__(self, *_) -> None:
+        for norm in self.norms:
+            norm.updates_statistics = True
+
+
+class ConvBN(nn.Module):
+    """Conv2d and its BatchNorm; a gate site if `gated`. `forward(x, gate)` returns the normalised, gated output."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False, gated: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+        self.norm = GatedBatchNorm(outputs)
+        self.gated = gated
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.norm(self.conv(x), gate)
+
+
+class Feed(NamedTuple):
+    """Channels of gate site `site` arrive at a layer's input channels from `offset` on."""
+
+    site: str
+    offset: int = 0
+
+
+class Layer(NamedTuple):
+    """One Conv2d or Linear of a gated network, as its cost and its compaction see it."""
+
+    path: str
+    """Module path of the Conv2d or Linear."""
+    norm: str | None
+    """Module path of the BatchNorm behind it."""
+    site: str | None
+    """Gate site of its output channels; None: they are always open."""
+    feeds: tuple[Feed, ...]
+    """What writes to its input channels, in forward order; an input channel is alive if any of these is. Empty: all alive."""
+    positions: int
+    """Output positions, height x width (1 for Linear)."""
+    spread: int = 1
+    """Input features that one channel becomes: more than one where a Linear reads flattened maps."""
+    bypassed: bool = False
+    """A shortcut goes around it, so the network still works when all its channels close."""
+
+
+class GatedNetwork(nn.Module):
+    """A network whose prunable channels can be gated from outside: `net(images, gates)`.
+
+    images (N, 3, H, W); gates flat, float32, (sum of gate_sites,), in the order of gate_sites; None means no gates at all.
+    A subclass lists in `units()` its modules that take gates, calls each with its share, and says in `layers()` how channels
+    connect.
+    """
+
+    gate_sites: dict[str, int]
+    """Site name (the module path of a ConvBN) -> channels, in forward order."""
+
+    def finish(self) -> None:
+        """To be called at the end of a subclass's __init__: finds the sites and initialises the weights as in the paper."""
+        names = {module: name for name, module in self.named_modules()}
+        self.gate_sites, self._gates_of_unit = {}, []
+        for unit in self.units():
+            sites = [module for module in unit.modules() if isinstance(module, ConvBN) and module.gated]
+            self.gate_sites |= {names[module]: module.norm.num_features for module in sites}
+            self._gates_of_unit.append(len(sites))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size))))
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def units(self) -> list[nn.Module]:
+        """Modules that take gates, in forward order."""
+        raise NotImplementedError
+
+    def layers(self, image_size: int) -> list[Layer]:
+        """Every Conv2d and Linear in forward order, for pictures of `image_size` x `image_size`."""
+        raise NotImplementedError
+
+    def split(self, gates: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+        """One tuple of gates for each unit, views of the flat vector."""
+        if gates is None:
+            return [(None,) * count for count in self._gates_of_unit]
+        parts = iter(gates.split(list(self.gate_sites.values())))
+        return [tuple(next(parts) for _ in range(count)) for count in self._gates_of_unit]
+
+    def by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat vector over all gates (alpha, a keep mask, ...) as site -> its part, views of it."""
+        if flat.shape != (self.num_gates,):
+            raise ValueError(f"expected one value for each of the {self.num_gates} gates, got shape {tuple(flat.shape)}")
+        return dict(zip(self.gate_sites, flat.split(list(self.gate_sites.values())), strict=True))
+
+    @property
+    def num_gates(self) -> int:
+        return sum(self.gate_sites.values())
+
+
+def halve(size: int) -> int:
+    """Side of the output of a stride-2 convolution with padding kernel // 2."""
+    return (size + 1) // 2
+
+

@@ -1,0 +1,75 @@
+"""VGG: plain stages of 3x3 convolutions, every one gated, then fully connected layers without gates."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnal_dist.nets.gated import ConvBN, Feed, GatedBatchNorm, GatedNetwork, Layer
+
+
+class VGG(GatedNetwork):
+    """Stages of conv3x3 (with bias) + BN + gate + ReLU, each closed by a 2x2 max-pool; pooled to `side` x `side`; then Linear
+    layers, all but the last with BatchNorm and ReLU."""
+
+    def __init__(self, stages: list[list[int]], hidden: list[int], num_classes: int, side: int = 1):
+        super().__init__()
+        channels = 3
+        self.stages = nn.ModuleList()
+        for widths in stages:
+            stage = nn.ModuleList()
+            for width in widths:
+                stage.append(ConvBN(channels, width, 3, bias=True))
+                channels = width
+            self.stages.append(stage)
+        self.side = side
+        self.classifier = nn.Sequential()
+        features = channels * side * side
+        for width in hidden:
+            self.classifier.extend([nn.Linear(features, width), GatedBatchNorm(width), nn.ReLU()])
+            features = width
+        self.classifier.append(nn.Linear(features, num_classes))
+        self.num_classes = num_classes
+        self.finish()
+
+    def units(self) -> list[nn.Module]:
+        return [conv for stage in self.stages for conv in stage]
+
+    def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
+        x, shares = images, iter(self.split(gates))
+        for stage in self.stages:
+            for conv in stage:
+                x = F.relu(conv(x, *next(shares)), inplace=True)
+            x = F.max_pool2d(x, 2)
+        return self.classifier(F.adaptive_avg_pool2d(x, self.side).flatten(1))
+
+    def layers(self, image_size: int) -> list[Layer]:
+        found, feeds = [], ()
+        for s, stage in enumerate(self.stages):
+            for c, _ in enumerate(stage):
+                site = f"stages.{s}.{c}"
+                found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2))
+                feeds = (Feed(site),)
+            image_size //= 2
+        for i, module in enumerate(self.classifier):
+            if isinstance(module, nn.Linear):
+                norm = f"classifier.{i + 1}" if i + 1 < len(self.classifier) else None
+                spread = self.side**2 if feeds else 1
+                found.append(Layer(f"classifier.{i}", norm, None, feeds, 1, spread))
+                feeds = ()
+        return found
+
+
+def _vgg16(c1: int, c2: int, c3: int, c4: int, c5: int) -> list[list[int]]:
+    return [[c1] * 2, [c2] * 2, [c3] * 3, [c4] * 3, [c5] * 3]
+
+
+def vgg16_cifar(num_classes: int = 10) -> VGG:
+    return VGG(_vgg16(64, 128, 256, 512, 512), [512], num_classes)
+
+
+def vgg16_imagenet(num_classes: int = 1000) -> VGG:
+    return VGG(_vgg16(64, 128, 256, 512, 512), [4096, 4096], num_classes, side=7)
+
+
+def vgg_digits(num_classes: int = 10) -> VGG:
+    """Six convolutions for pictures of 8x8 pixels."""
+    return VGG([[32, 32], [64, 64], [128, 128]], [], num_classes)

@@ -1,0 +1,307 @@
+"""Recipes: what a run does, as pydantic models.
+
+    python -m dnal_dist.recipe --schema            the JSON schema, for editors
+    python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """Settings shared by every part of a recipe: frozen, strict, unknown keys refused, field docstrings in the schema."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Network(Section):
+    name: str
+    """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
+    num_classes: int | None = Field(None, ge=2)
+    """Classes to tell apart; the network's own default if absent."""
+
+
+class Augmentation(Section):
+    kind: Literal["none", "pad_crop", "resized_crop"] = "none"
+    """none: resize and centre crop. pad_crop: pad with `padding` pixels, crop at random (CIFAR, digits). resized_crop: a random
+    part of the picture of `scale` of its area and aspect 3/4 to 4/3, resized (ImageNet)."""
+    padding: int = Field(4, ge=0)
+    """Pixels added on each side by pad_crop."""
+    scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
+    """Smallest and largest share of the picture's area that resized_crop takes."""
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("scale must be two shares with 0 < smallest <= largest <= 1")
+        return self
+
+
+class Data(Section):
+    train: str
+    """Training shards: a path with * ? [] and {000..007} patterns; several, separated by spaces."""
+    val: str
+    """Validation shards, likewise."""
+    image_size: int = Field(ge=1)
+    """Height and width of the pictures the network sees, in pixels."""
+    resize: int | None = Field(None, ge=1)
+    """Validation: the shorter side is resized to this, then image_size is cropped from the centre; default image_size."""
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)
+    """Per-channel mean (RGB, pictures in 0..1) subtracted on the device."""
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (0.229, 0.224, 0.225), strict=False
+    )
+    """Per-channel standard deviation divided by, likewise."""
+    augmentation: Augmentation = Augmentation()
+    """Random changes to training pictures."""
+    global_batch: int = Field(ge=1)
+    """Pictures of one step, over all processes together."""
+    workers: int = Field(2, ge=0)
+    """Loader processes for each training process; 0 loads in the training process itself."""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    """Share of a set's pictures that may fail to decode; they are skipped, counted and named. Beyond it the run stops."""
+
+
+class SGD(Section):
+    lr: float = Field(gt=0)
+    """Base learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum, without Nesterov."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 weight decay."""
+
+
+class Constant(Section):
+    kind: Literal["constant"] = "constant"
+    """The base learning rate throughout."""
+
+
+class Steps(Section):
+    kind: Literal["steps"]
+    """Multiply by `factor` at each milestone."""
+    milestones: tuple[float, ...] = Field(strict=False, min_length=1)
+    """Positions, in the unit of the phase's duration, counted from the phase's start."""
+    factor: float = Field(0.1, gt=0)
+    """What the learning rate is multiplied by at a milestone."""
+
+
+class Cosine(Section):
+    kind: Literal["cosine"]
+    """lr * 0.5 * (1 + cos(pi * (offset + position) / horizon))."""
+    offset: float = Field(0.0, ge=0)
+    """Where on the curve the phase starts, in the unit of its duration."""
+    horizon: float | None = Field(None, gt=0)
+    """Length of the half cosine in the same unit; default: its end is the phase's end."""
+
+
+class Phase(Section):
+    epochs: float | None = Field(None, gt=0)
+    """Duration in passes over the training set (exactly one of epochs and steps)."""
+    steps: int | None = Field(None, ge=1)
+    """Duration in iterations, of any kind (exactly one of epochs and steps)."""
+    optimizer: SGD
+    """SGD of the weights."""
+    schedule: Constant | Steps | Cosine = Field(Constant(), discriminator="kind")
+    """How the learning rate of the weights moves over the phase."""
+
+    @model_validator(mode="after")
+    def _exactly_one_duration(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of 'epochs' and 'steps'")
+        return self
+
+    def iterations(self, steps_per_epoch: int) -> int:
+        """Duration in iterations, at least 1."""
+        return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
+
+
+class SearchPhase(Phase):
+    weight_steps: int = Field(1, ge=0)
+    """Weight steps in each cycle of the search, on alternate iterations; 0 freezes the weights, as in the authors' code."""
+    architecture_steps: int = Field(1, ge=1)
+    """Architecture steps in each cycle, after its weight steps."""
+
+    @model_validator(mode="after")
+    def _every_part_of_delta_is_whole(self):
+        if self.epochs is not None and self.epochs != int(self.epochs):
+            raise ValueError("the search's 'epochs' must be whole, since delta grows once an epoch; 'steps' grows it every step")
+        return self
+
+
+class Phases(Section):
+    pretrain: Phase
+    """Weights only, no gates."""
+    search: SearchPhase
+    """Weights and architecture on alternate iterations while the gates harden."""
+    finetune: Phase
+    """The compact network."""
+
+
+class ArchitectureSettings(Section):
+    optimizer: SGD = SGD(lr=0.01)
+    """SGD of alpha."""
+    delta_start: float = Field(1.0, gt=0)
+    """Hardness of the gates before the search."""
+    delta_final: float = Field(10_000.0, gt=0)
+    """Hardness in its last epoch (or step, if the search's duration is in steps); the growth between is geometric."""
+    penalty: Literal["sigmoid", "scaled_sigmoid"] = "sigmoid"
+    """What is added to the loss: the sum of sigmoid(alpha) (authors' code), or of the gates sigmoid(delta * alpha)."""
+    penalty_weight: float = Field(ge=0)
+    """The lambda of the paper. With few iterations it must be larger in proportion."""
+    threshold: float = Field(0.9, gt=0, lt=1)
+    """A channel stays if its gate is above this when the search ends."""
+    min_macs: float = Field(0.02, ge=0, lt=1)
+    """Collapse guard, as a share of the full network's multiply-adds: below it the penalty rests during the search, and at
+    pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""
+
+
+class Tracking(Section):
+    log_every: int = Field(20, ge=1)
+    """Iterations between two records of metrics.jsonl."""
+    tracker: Literal["wandb", "none"] = "wandb"
+    """What receives the same metrics beside metrics.jsonl, through Accelerate's trackers."""
+    mode: Literal["offline", "online"] = "offline"
+    """W&B mode; offline runs are sent later with `wandb sync`."""
+    project: str = "dnal_dist"
+    """W&B project."""
+
+
+class Recipe(Section):
+    """A run of dnal_dist: pretrain, search, prune and finetune one network on one data set."""
+
+    name: str = Field(min_length=1)
+    """What the run is called in the report and the trackers."""
+    seed: int = Field(0, ge=0)
+    """Fixes the initial weights, the order of samples and their augmentation."""
+    output: str = Field(min_length=1)
+    """The run folder."""
+    model: Network
+    """The network."""
+    data: Data
+    """Shards, transforms and batch size."""
+    phases: Phases
+    """How long each phase lasts and how its weights learn."""
+    architecture: ArchitectureSettings
+    """How the gates learn."""
+    tracking: Tracking = Tracking()
+    """Logging."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two traps: 1e-4 is a number here, and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read the recipe at `path`, apply `key=value` overrides (dotted keys, YAML values) and check it.
+
+    Raises ValueError naming the file, the key, what was expected and the remedy.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe; the ones that ship with the project are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: expected key=value, for example architecture.penalty_weight=0.02")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.setdefault(parent, {}), dict):
+            raise ValueError(f"override {override!r}: {parent!r} is a value, it has no keys")
+        tree = tree[parent]
+    # Asking for a duration in the other unit replaces the recipe's own.
+    if other := {"epochs": "steps", "steps": "epochs"}.get(last):
+        tree.pop(other, None)
+    tree[last] = value
+
+
+def _describe(error: dict) -> str:
+    location = [part for part in error["loc"] if part not in ("constant", "steps", "cosine") or part == error["loc"][-1]]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggestion(location)}; remove or rename it"
+    if error["type"] == "missing":
+        return f"key '{key}' is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
+    return f"key '{key}': {message[0].lower()}{message[1:]}{found}"
+
+
+def _suggestion(location: list[Any]) -> str:
+    model: Any = Recipe
+    for part in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), known, 1)
+    return f" (did you mean '{close[0]}'?)" if close else f" (known here: {', '.join(known)})" if known else ""
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load` gives the same recipe back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dnal_dist.recipe", description="Check a recipe, or print the schema of all.")
+    parser.add_argument("recipe", nargs="?", help="YAML file to check; it is printed with its defaults filled in")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example architecture.penalty_weight=0.02")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    args = parser.parse_args()
+    if args.schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+        return
+    if not args.recipe:
+        parser.error("give a recipe, or --schema")
+    try:
+        print(dump(load(args.recipe, args.overrides)), end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Shards in, batches out, in one global order that ranks and workers only divide.
+
+The order of samples is a function of seed and epoch. Batch b of an epoch is a slice of that order, and a rank's part of it a slice of
+the slice, so any number of ranks and workers sees the same batches and a run can go on from any of them. A loader worker opens a
+shard, reads its headers once, and from then on reads each picture by its offset. Only pictures and class numbers are read; nothing
+that a shard holds is ever executed or unpickled.
+"""
+
+import glob
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image
+from webdataset.shardlists import expand_urls
+
+PICTURES = ("png", "jpg", "jpeg")
+
+
+class DataError(ValueError):
+    """Data that a run cannot go on with; the message names shard, sample and remedy."""
+
+
+class Sample(NamedTuple):
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+class Batch(NamedTuple):
+    """images uint8 (n, 3, H, W), labels int64 (n,), the samples' keys, and what was skipped and why ("shard: sample: reason")."""
+
+    images: Tensor
+    labels: Tensor
+    keys: list[str]
+    bad: list[str]
+
+
+class Shards:
+    """The shards of one split: `paths`, and how many samples each holds, from index.json beside them or else by reading headers."""
+
+    def __init__(self, patterns: str, key: str, num_classes: int):
+        self.key, self.num_classes = key, num_classes
+        self.paths = _expand(patterns, key)
+        indices = {folder: _read_index(folder) for folder in {path.parent for path in self.paths}}
+        self.counts = [self._check(path, indices[path.parent].get(path.name)) for path in self.paths]
+        self.samples = sum(self.counts)
+        self._ends = np.cumsum(self.counts)
+        self._opened: OrderedDict[int, tuple[int, list[Sample]]] = OrderedDict()
+
+    def _check(self, path: Path, entry: dict | None) -> int:
+        try:
+            size = path.stat().st_size
+            if entry is None:
+                return len(scan(path, self.num_classes))
+            if size != entry["bytes"]:
+                raise DataError(f"{path}: holds {size} bytes, index.json says {entry['bytes']}; make or copy the shard anew")
+            with path.open("rb"):
+                return entry["samples"]
+        except OSError as error:
+            raise DataError(f"{path}: shard cannot be read ({error.strerror}); check the file and key '{self.key}'") from None
+
+    def __getitem__(self, index: int) -> tuple[Path, Sample, bytes]:
+        """Shard, sample and encoded picture of the sample with this number, 0 <= index < samples."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        file, samples = self._open(shard)
+        sample = samples[index - (self._ends[shard] - self.counts[shard])]
+        return self.paths[shard], sample, os.pread(file, sample.size, sample.offset)
+
+    def _open(self, shard: int) -> tuple[int, list[Sample]]:
+        if shard not in self._opened:
+            path = self.paths[shard]
+            samples = scan(path, self.num_classes)
+            if len(samples) != self.counts[shard]:
+                raise DataError(f"{path}: holds {len(samples)} samples, index.json says {self.counts[shard]}; make the index anew")
+            if len(self._opened) == 64:
+                os.close(self._opened.popitem(last=False)[1][0])
+            self._opened[shard] = os.open(path, os.O_RDONLY), samples
+        self._opened.move_to_end(shard)
+        return self._opened[shard]
+
+
+def _expand(patterns: str, key: str) -> list[Path]:
+    paths = []
+    for pattern in patterns.split():
+        if pattern.startswith("pipe:") or "://" in pattern:
+            raise DataError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
+        found = [path for one in expand_urls(pattern) for path in sorted(glob.glob(one))]
+        if not found:
+            raise DataError(
+                f"key '{key}': no shard matches {pattern!r}; make shards with `python -m data_tools.make_shards` "
+                f"(for the demo: `python -m data_tools.make_shards digits data/digits`) or correct the pattern"
+            )
+        paths += map(Path, found)
+    return paths
+
+
+def _read_index(folder: Path) -> dict[str, dict]:
+    try:
+        entries = json.loads((folder / "index.json").read_text())["shards"]
+        return {entry["file"]: {"samples": int(entry["samples"]), "bytes": int(entry["bytes"])} for entry in entries}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
+
+
+def scan(path: Path, num_classes: int | None = None) -> list[Sample]:
+    """The samples of the webdataset shard at `path`, from its headers and class members; pictures are not read.
+
+    Raises DataError for a file that is no tar or is cut short, a sample without picture or class, and a label outside
+    [0, num_classes).
+    """
+    found: dict[str, dict] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
+                if extension.lower() in PICTURES:
+                    parts["picture"] = (member.offset_data, member.size)
+                elif extension == "cls":
+                    parts["label"] = tar.extractfile(member).read(20)
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}: not a readable tar shard ({error}); make or copy it anew") from None
+    samples = []
+    for key, parts in found.items():
+        if "picture" not in parts or "label" not in parts:
+            raise DataError(f"{path}: sample {key}: needs a picture ({', '.join(PICTURES)}) and a class (cls)")
+        text = parts["label"].decode("ascii", "replace").strip()
+        if not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
+            bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
+            raise DataError(f"{path}: sample {key}: label {text!r} is out of range, expected a whole number{bound}")
+        samples.append(Sample(key, *parts["picture"], int(text)))
+    return samples
+
+
+def order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the sample numbers 0 ... samples - 1 in an epoch: a uniform shuffle, a function of its arguments alone."""
+    # NumPy promises that raw bits stay the same from version to version; it does not promise that for `permutation`.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(samples)
+    return np.argsort(bits, kind="stable")
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype=torch.float32) -> Tensor:
+    """uint8 (N, 3, H, W) -> (images / 255 - mean) / std, on the images' own device."""
+    mean, std = (255 * torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return images.to(dtype).sub_(mean).div_(std)
+
+
+class Pictures(Dataset):
+    """Decoded pictures by (epoch, sample number). A list of them gives a Batch, or the DataError that stops the run, as a value:
+    an exception would arrive from a loader process as a page of traceback."""
+
+    def __init__(self, shards: Shards, data, seed: int, train: bool):
+        self.shards, self.data, self.seed, self.train = shards, data, seed, train
+
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> Batch | DataError:
+        images, labels, keys, bad = [], [], [], []
+        try:
+            for epoch, index in wanted:
+                path, sample, encoded = self.shards[index]
+                try:
+                    buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+                    image = decode_image(buffer, ImageReadMode.RGB)
+                except (RuntimeError, ValueError) as error:
+                    bad.append(f"{path}: sample {sample.key}: {str(error).splitlines()[0]}")
+                    continue
+                images.append(self.transform(image, epoch, index))
+                labels.append(sample.label)
+                keys.append(sample.key)
+        except DataError as error:
+            return error
+        except OSError as error:
+            return DataError(f"a shard cannot be read any more ({error})")
+        size = self.data.image_size
+        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad)
+
+    def transform(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """uint8 (3, h, w) -> uint8 (3, image_size, image_size). Random changes depend on seed, epoch and sample alone."""
+        size, augmentation = self.data.image_size, self.data.augmentation
+        if not self.train or augmentation.kind == "none":
+            image = _resize_and_centre(image, size, self.data.resize or size)
+        if not self.train:
+            return image
+        rng = np.random.default_rng((self.seed, epoch, index))
+        if augmentation.kind == "pad_crop":
+            image = TF.pad(_resize_and_centre(image, size, size), [augmentation.padding])
+            top, left = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
+            image = image[:, top : top + size, left : left + size]
+        elif augmentation.kind == "resized_crop":
+            image = TF.resized_crop(image, *_random_part(image, augmentation.scale, rng), [size, size], antialias=True)
+        return image.flip(-1) if augmentation.flip and rng.random() < 0.5 else image
+
+
+def _resize_and_centre(image: Tensor, size: int, shorter: int) -> Tensor:
+    if min(image.shape[1:]) != shorter:
+        image = TF.resize(image, [shorter], antialias=True)
+    return image if tuple(image.shape[1:]) == (size, size) else TF.center_crop(image, [size, size])
+
+
+def _random_part(image: Tensor, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """top, left, height, width of a random part: area in `scale`, aspect 3/4 to 4/3; the middle if ten tries do not fit."""
+    _, height, width = image.shape
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        h, w = round(np.sqrt(area / aspect)), round(np.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(0, height - h, endpoint=True)), int(rng.integers(0, width - w, endpoint=True)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class _Slices(Sampler):
+    """Which samples each batch of one rank holds. Training: without end, from batch `start` of the run on. Else: one pass."""
+
+    def __init__(self, samples: int, global_batch: int, rank: int, world_size: int, seed: int, train: bool):
+        self.samples, self.global_batch, self.seed, self.train = samples, global_batch, seed, train
+        self.rank, self.world_size, self.local = rank, world_size, global_batch // world_size
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if not self.train:
+            mine = range(self.rank, self.samples, self.world_size)
+            yield from ([(0, i) for i in mine[b : b + self.local]] for b in range(0, len(mine), self.local))
+            return
+        per_epoch = self.samples // self.global_batch
+        epoch, batch = divmod(self.start, per_epoch)
+        while True:
+            shuffled = order(self.samples, self.seed, epoch)
+            for first in range(batch * self.global_batch, per_epoch * self.global_batch, self.global_batch):
+                mine = shuffled[first + self.rank * self.local :][: self.local]
+                yield [(epoch, int(i)) for i in mine]
+            epoch, batch = epoch + 1, 0
+
+
+class Stream:
+    """The batches that one rank of `world_size` gets from `shards`.
+
+    `batches(start)` of a training stream goes on without end from iteration `start` of the run; of a validation stream it is one
+    pass in which every sample is seen once by exactly one rank. Raises DataError where the data is at fault.
+    """
+
+    def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
+        if data.global_batch % world_size:
+            raise DataError(
+                f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {world_size} processes; "
+                f"the nearest that can is {max(1, round(data.global_batch / world_size)) * world_size}"
+            )
+        self.shards, self.samples = shards, shards.samples
+        self.steps_per_epoch, self.dropped = divmod(self.samples, data.global_batch)
+        if train and not self.steps_per_epoch:
+            raise DataError(
+                f"key 'data.global_batch': a step takes {data.global_batch} pictures, but '{shards.key}' holds {self.samples}; "
+                f"lower it or add shards"
+            )
+        self._slices = _Slices(self.samples, data.global_batch, rank, world_size, seed, train)
+        self._loader = DataLoader(
+            Pictures(shards, data, seed, train),
+            batch_sampler=self._slices,
+            num_workers=data.workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=data.workers > 0,
+            worker_init_fn=_one_thread,
+        )
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        self._slices.start = start
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

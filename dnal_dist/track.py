@@ -1,0 +1,157 @@
+"""What a run tells while it goes on: metrics.jsonl always, W&B beside it, one progress line a phase."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dnal_dist.parallel import Parallel
+
+PLAIN_LINE_SECONDS = 30
+
+
+class Track:
+    """The record of a run. Only the main process has one; on the others every call does nothing."""
+
+    def __init__(self, folder: Path, recipe, parallel: Parallel, keep_until: int | None = None):
+        """keep_until: on resume, the global step up to which records stay; what a lost part of the run wrote later is dropped."""
+        self.main, self.global_step = parallel.main, 0
+        self._tracker, self._line = None, None
+        if not self.main:
+            return
+        self.console = Console()
+        if keep_until is not None:
+            drop_records_after(folder / "metrics.jsonl", keep_until)
+        self._file = (folder / "metrics.jsonl").open("a")
+        if recipe.tracking.tracker == "wandb":
+            self._start_wandb(parallel, folder, recipe)
+
+    def _start_wandb(self, parallel: Parallel, folder: Path, recipe) -> None:
+        import wandb  # takes a second to import, so only where it is wanted
+
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
+        start = {"name": recipe.name, "dir": str(folder), "mode": recipe.tracking.mode, "settings": settings}
+        try:
+            parallel.start_tracker(recipe.tracking.project, recipe.model_dump(mode="json"), {"wandb": start})
+            self._tracker = parallel
+        except Exception as error:
+            self.warn(f"W&B did not start; the run goes on without it ({error})")
+
+    def record(self, kind: str, **values) -> None:
+        """Append a record to metrics.jsonl and send its numbers to the tracker. A value of None is left out."""
+        if not self.main:
+            return
+        values = {key: value for key, value in values.items() if value is not None}
+        head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
+        self._file.write(json.dumps(head | values) + "\n")
+        self._file.flush()
+        if self._tracker is None:
+            return
+        try:
+            numbers = {f"{kind}/{key}": v for key, v in values.items() if type(v) in (int, float)}
+            self._tracker.log(numbers, self.global_step)
+        except Exception as error:
+            self._tracker = None
+            self.warn(f"W&B stopped taking metrics; the run goes on without it ({error})")
+
+    def warn(self, message: str) -> None:
+        """Something that deserves a look: on the console, and in the record."""
+        if self.main:
+            self.say(f"warning: {message}")
+            self.record("warning", message=message)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, phase: str, steps: int, done: int) -> None:
+        """Start the progress line of a phase of `steps` iterations, `done` of which lie behind."""
+        if self.main:
+            kind = _Bar if self.console.is_terminal else _PlainLine
+            self._line = kind(self.console, phase, steps, done)
+
+    def progress(self, step: int, text: str) -> None:
+        if self._line:
+            self._line.update(step, text)
+
+    def finish(self, text: str) -> None:
+        """End the phase's line with its result."""
+        if self._line:
+            self._line.finish(text)
+            self._line = None
+
+    def close(self) -> None:
+        if not self.main:
+            return
+        if self._line:
+            self._line.abandon()
+        if self._tracker is not None:
+            self._tracker.stop_tracker()
+        self._file.close()
+
+
+class _Bar:
+    """A line of a terminal that is drawn over and over."""
+
+    def __init__(self, console: Console, phase: str, steps: int, done: int):
+        columns = (TextColumn(f"{phase:9}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        self.bar = Progress(*columns, console=console)
+        self.task = self.bar.add_task(phase, total=steps, completed=done, text="")
+        self.bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        self.bar.update(self.task, completed=step, text=text)
+
+    def finish(self, text: str) -> None:
+        self.update(self.bar.tasks[0].total, text)
+        self.bar.stop()
+
+    def abandon(self) -> None:
+        self.bar.stop()
+
+
+class _PlainLine:
+    """One line at a phase's end, for logs; in a long phase one every PLAIN_LINE_SECONDS too."""
+
+    def __init__(self, console: Console, phase: str, steps: int, done: int):
+        self.console, self.phase, self.steps, self.step = console, phase, steps, done
+        self.last = time.monotonic()
+
+    def update(self, step: int, text: str) -> None:
+        self.step = step
+        if time.monotonic() - self.last > PLAIN_LINE_SECONDS:
+            self._print(text)
+
+    def finish(self, text: str) -> None:
+        self.step = self.steps
+        self._print(text)
+
+    def abandon(self) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        self.last = time.monotonic()
+        line = f"{self.phase:9} {self.step:>{len(str(self.steps))}}/{self.steps}  {text}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+
+
+def drop_records_after(path: Path, global_step: int) -> None:
+    """Rewrite the records at `path` without those past `global_step`, and without a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["global_step"] <= global_step and record["kind"] != "end":
+            kept.append(line)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, path)
