@@ -1,6 +1,6 @@
 """Make webdataset shards (a picture and its class number for each sample) and their index.
 
-    python -m data_tools.make_shards digits data/digits
+python -m data_tools.make_shards digits data/digits
 """
 
 import argparse

@@ -7,8 +7,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from dnal_dist import compact
+
+# What tells where a run stands, beside its tensors.
+POSITION = ("phase", "step", "global_step", "penalty_rests", "seconds")
 
 
 class Checkpoint(NamedTuple):
@@ -18,7 +24,7 @@ class Checkpoint(NamedTuple):
     """Everything else, as JSON: position, compact architecture, recipe."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
+def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `folder`/step-N, N being the state's global_step: under another name first, renamed when all of it is on disk. The two
     newest stay."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +68,39 @@ def restore_momentum(network: nn.Module, optimizer, saved: dict[str, Tensor]) ->
     for name, parameter in network.named_parameters():
         if name in saved:
             optimizer.state[parameter]["momentum_buffer"] = saved[name].to(parameter.device).clone()
+
+
+def save(run) -> None:
+    """Write a checkpoint of where a phases.Run stands; only the main process does."""
+    if not run.parallel.main:
+        return
+    tensors = {f"network.{name}": tensor for name, tensor in run.network.state_dict().items()}
+    tensors |= {f"momentum.{name}": tensor for name, tensor in run.momentum.items()}
+    tensors["alpha"] = run.architecture.alpha
+    state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
+    if state.get("momentum_buffer") is not None:
+        tensors["alpha_momentum"] = state["momentum_buffer"]
+    position = {key: getattr(run, key) for key in POSITION}
+    small = None if run.small is None else compact.describe(run.small)
+    facts = {"compact": small, "recipe": run.recipe.model_dump(mode="json")}
+    write(run.folder / "checkpoints", Checkpoint(tensors, position | facts))
+
+
+def restore(run, saved: Checkpoint) -> None:
+    """Put a phases.Run where `saved` was."""
+    tensors, state = saved
+    if state["compact"] is not None:
+        run.small = compact.build(state["compact"]).to(run.parallel.device)
+    part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
+    run.network.load_state_dict(part["network."])
+    run.momentum = part["momentum."]
+    with torch.no_grad():
+        run.architecture.alpha.copy_(tensors["alpha"])
+    if "alpha_momentum" in tensors:
+        buffer = tensors["alpha_momentum"].to(run.parallel.device)
+        run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
+    for key in POSITION:
+        setattr(run, key, state[key])
 
 
 def _digest(path: Path) -> str:

@@ -57,8 +57,10 @@ class Residual(nn.Module):
 
 # What it takes to build each kind of module again, as its constructor's arguments.
 _ARGUMENTS = {
-    nn.Conv2d: lambda m: (m.in_channels, m.out_channels, *(list(v) for v in (m.kernel_size, m.stride, m.padding)))
-    + ([1, 1], m.groups, m.bias is not None),
+    nn.Conv2d: lambda m: [
+        *(m.in_channels, m.out_channels, list(m.kernel_size), list(m.stride), list(m.padding)),
+        *(list(m.dilation), m.groups, m.bias is not None),
+    ],
     nn.Linear: lambda m: (m.in_features, m.out_features, m.bias is not None),
     nn.BatchNorm2d: lambda m: (m.num_features, m.eps, m.momentum),
     nn.BatchNorm1d: lambda m: (m.num_features, m.eps, m.momentum),
@@ -129,6 +131,24 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
     return keep, rescued
 
 
+def reopen(net: GatedNetwork, image_size: int, keep: Tensor, alpha: Tensor, floor: float) -> tuple[Tensor, bool]:
+    """`keep` with as many channels opened again, largest alpha first, as bring the multiply-adds to the share `floor`; and whether
+    any had to be."""
+    least = floor * cost.count(net, image_size).macs
+    ranked = alpha.argsort(descending=True, stable=True)
+
+    def with_first(number: int) -> Tensor:
+        mask = keep.clone()
+        mask[ranked[:number]] = True
+        return mask
+
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost.count(net, image_size, with_first(middle)).macs >= least else (middle + 1, high)
+    return with_first(low), low > 0
+
+
 def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
     """A smaller network with the function of `net` when the gates of the channels not in `keep`, bool (N,), are 0 and the others 1.
 
@@ -175,9 +195,7 @@ class _Slicer:
 
     def norm(self, path: str, kind: type[nn.Module]) -> nn.Module:
         source, (_, outputs) = self.net.get_submodule(self.layers[path].norm), self.live[path]
-        norm = kind(
-            int(outputs.sum()), source.eps, source.momentum, device=source.weight.device, dtype=source.weight.dtype
-        )
+        norm = kind(int(outputs.sum()), source.eps, source.momentum, device=source.weight.device, dtype=source.weight.dtype)
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(norm, name).copy_(getattr(source, name)[outputs])
         norm.num_batches_tracked.copy_(source.num_batches_tracked)
@@ -221,9 +239,7 @@ def _resnet(net: ResNet, cut: _Slicer) -> nn.Sequential:
                 branch.append(cut.constant(conv2))
             elif added.any():
                 branch.extend([*cut.conv(conv1), nn.ReLU(inplace=True), *cut.conv(conv2)])
-            residual = Residual(
-                branch, int(stream.sum()), _positions(carried, stream), _positions(added, stream), block.stride
-            )
+            residual = Residual(branch, int(stream.sum()), _positions(carried, stream), _positions(added, stream), block.stride)
             network.extend([residual, nn.ReLU(inplace=True)])
     network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])
     return network

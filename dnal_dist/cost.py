@@ -65,8 +65,10 @@ def count(net: GatedNetwork, image_size: int, keep: Tensor | None = None, rule: 
     if rule == "paper":
         layers = [layer._replace(feeds=layer.feeds[-1:]) for layer in layers]
     live = liveness(net, layers, all_open(net) if keep is None else keep)
-    costs = [_layer_cost(net, layer, int(live.inputs.sum()), int(live.outputs.sum()), rule)
-             for layer, live in zip(layers, live, strict=True)]
+    costs = [
+        _layer_cost(net, layer, int(live.inputs.sum()), int(live.outputs.sum()), rule)
+        for layer, live in zip(layers, live, strict=True)
+    ]
     return Cost(sum(c.macs for c in costs), sum(c.params for c in costs))
 
 
@@ -76,7 +78,7 @@ def both_rules(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -
 
 
 def expected_macs(net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
-    """Scalar, differentiable in `gates` (N,): multiply-adds by the exact rule if each gate is the probability that its channel stays.
+    """Scalar, differentiable in `gates` (N,): exact multiply-adds if each gate is the probability that its channel stays.
 
     Equals `count` when every gate is 0 or 1.
     """

@@ -1,6 +1,7 @@
 """One process among others. The only room that imports Accelerate: everything that is sent between processes is sent here."""
 
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -8,11 +9,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dnal_dist.recipe import InputError
+
 
 class Parallel:
     """The processes that `accelerate launch` started (or this one alone): who they are, and how they agree.
 
-    Raises ValueError if Accelerate was asked for something that this version would silently not do.
+    Raises InputError if Accelerate was asked for something that this version would silently not do.
     """
 
     def __init__(self, tracker: str = "none"):
@@ -27,15 +30,21 @@ class Parallel:
         self.accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=handlers, log_with=log_with)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        if not on_gpu:
+            # More threads than cores would make each collective wait for a process that is not scheduled.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.accelerator.num_processes))
         self.backend = "ddp" if self.world_size > 1 else "single"
         asked = int(os.environ.get("WORLD_SIZE", 1))
         if asked != self.world_size:
-            raise ValueError(f"{asked} processes were launched, but Accelerate joined only {self.world_size} of them")
+            raise InputError(f"{asked} processes were launched, but Accelerate joined only {self.world_size} of them")
 
     def wrap(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The network as a weight step must call it, and its optimiser; what was wrapped before is let go."""
         self.accelerator.free_memory()
-        return self.accelerator.prepare(network, optimizer)
+        with warnings.catch_warnings():
+            # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return self.accelerator.prepare(network, optimizer)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -107,13 +116,15 @@ class Parallel:
 def _refuse_what_is_not_there() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true":
-            raise ValueError(
+            raise InputError(
                 f"the Accelerate config asks for {name}, which this version does not train with; "
                 f"launch with --config_file recipes/accelerate/ddp.yaml"
             )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
-        raise ValueError(f"the Accelerate config asks for mixed_precision {precision}; this version trains in float32: set it to 'no'")
+        raise InputError(
+            f"the Accelerate config asks for mixed_precision {precision}; this version trains in float32: set it to 'no'"
+        )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", ""):
-        raise ValueError("the Accelerate config asks for gradient accumulation; this version has none: set it to 1")
+        raise InputError("the Accelerate config asks for gradient accumulation; this version has none: set it to 1")

@@ -1,7 +1,7 @@
 """Recipes: what a run does, as pydantic models.
 
-    python -m dnal_dist.recipe --schema            the JSON schema, for editors
-    python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
+python -m dnal_dist.recipe --schema            the JSON schema, for editors
+python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
 """
 
 import argparse
@@ -14,6 +14,17 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
+
+    local: only this process may have met it, so the others may not know.
+    """
+
+    def __init__(self, message: str, local: bool = False):
+        super().__init__(message)
+        self.local = local
 
 
 class Section(BaseModel):
@@ -210,47 +221,45 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read the recipe at `path`, apply `key=value` overrides (dotted keys, YAML values) and check it.
 
-    Raises ValueError naming the file, the key, what was expected and the remedy.
+    Raises InputError, a ValueError, naming the file, the key, what was expected and the remedy.
     """
     path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such recipe; the ones that ship with the project are in recipes/") from None
+        raise InputError(f"{path}: no such recipe; the ones that ship with the project are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise InputError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
+        raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+        raise InputError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
 
 
 def _override(tree: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r}: expected key=value, for example architecture.penalty_weight=0.02")
+        raise InputError(f"override {override!r}: expected key=value, for example architecture.penalty_weight=0.02")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
+        raise InputError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(tree.setdefault(parent, {}), dict):
-            raise ValueError(f"override {override!r}: {parent!r} is a value, it has no keys")
+            raise InputError(f"override {override!r}: {parent!r} is a value, it has no keys")
         tree = tree[parent]
     # Asking for a duration in the other unit replaces the recipe's own.
     if other := {"epochs": "steps", "steps": "epochs"}.get(last):
@@ -290,7 +299,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="YAML file to check; it is printed with its defaults filled in")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example architecture.penalty_weight=0.02")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.schema:
         print(json.dumps(Recipe.model_json_schema(), indent=2))
         return
@@ -298,7 +307,7 @@ def main() -> None:
         parser.error("give a recipe, or --schema")
     try:
         print(dump(load(args.recipe, args.overrides)), end="")
-    except ValueError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

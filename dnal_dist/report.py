@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -181,8 +182,7 @@ def _fewer(ratio: float) -> str:
 
 def _counted(messages: list[str]) -> list[str]:
     """Each message once, in order, with how often it came."""
-    times = {message: messages.count(message) for message in dict.fromkeys(messages)}
-    return [message if n == 1 else f"{message} ({n:,} times)" for message, n in times.items()]
+    return [message if n == 1 else f"{message} ({n:,} times)" for message, n in Counter(messages).items()]
 
 
 def _when(result: dict, phase: str) -> str:
@@ -255,7 +255,7 @@ def _rows(result: dict) -> list[tuple[str, str]]:
     for key, words in (("macs", "multiply-adds"), ("params", "parameters")):
         for rule in ("exact", "paper"):
             full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
-            label = words if rule == "exact" else f"{words}, paper's rule"
+            label = words if rule == "exact" else f"{words} (paper's rule)"
             if full and compact is not None:
                 ratio = compact / full
                 rows.append((label, f"{_amount(full)} -> {_amount(compact, full)}, {_percent(ratio)}, {_fewer(ratio)}"))
@@ -345,8 +345,10 @@ def _curves(run: Run) -> dict:
 
 
 def _search(run: Run, limit: int = 240) -> dict | None:
-    """What the search's figure shows: counts of gates (columns of 20 bins), each column's delta and left edge in epochs,
-    the two curves over epochs, and multiply-adds to compare with. At most `limit` columns; None before the search."""
+    """What the search's figure shows: counts of gates (columns of 20 bins), each column's epoch and delta, the edges
+    between columns, two curves over epochs, and multiply-adds to compare with. None before the search.
+
+    At most `limit` columns, evenly taken."""
     records = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
     # One column for each position and as many bins throughout: the figure cannot show more.
     records = list({r["epoch"]: r for r in records if len(r["histogram"]) == len(records[-1]["histogram"])}.values())
@@ -354,11 +356,13 @@ def _search(run: Run, limit: int = 240) -> dict | None:
         return None
     records = records[:: math.ceil(len(records) / limit)]
     opened, expected = (run.series("train", "epoch", key, "search") for key in ("open_share", "expected_macs"))
-    starts = [r["epoch"] for r in records]
-    width = median([b - a for a, b in pairwise(starts)] or [1])
+    epochs = [r["epoch"] for r in records]
+    # Each column reaches halfway to its neighbours: a record is the gates at one moment.
+    end = max(epochs[-1], *opened[0], *expected[0]) if len(epochs) > 1 else epochs[0] + 1
     prune, full = run.last("prune"), run.last("prune").get("full") or run.last("start").get("full")
     return {
-        "edges": [*starts, max(starts[-1] + width, *opened[0], *expected[0])],
+        "edges": [epochs[0], *((a + b) / 2 for a, b in pairwise(epochs)), end],
+        "epochs": epochs,
         "delta": [_number(r.get("delta", math.nan)) for r in records],
         "counts": [r["histogram"] for r in records],
         "threshold": prune.get("threshold", run.setting("architecture", "threshold")),
@@ -373,7 +377,10 @@ _COST_NOTE = (
     "For one picture. The exact rule counts every multiply-add and parameter of the network as it is; "
     "the paper's rule counts as the paper's tables do."
 )
-_TIME_NOTE = "Speed is the median over a phase's records; while waiting, training stood still for want of data."
+_TIME_NOTE = (
+    "Speed is the median over a phase's records, evaluations not counted. "
+    "Waiting is time in which training stood still for want of data."
+)
 _LABELS = {
     "curves": "Line charts of accuracy and loss over the run, phases shaded; the table below gives the final values",
     "search": "Charts over the epochs of the search: gates by value, share of open gates, expected multiply-adds",
@@ -433,8 +440,8 @@ def _headline(run: Run, result: dict) -> str:
     if result["finished"] and accuracy is not None and "macs_ratio" in result:
         macs, params = _percent(result["macs_ratio"]), _percent(result["params_ratio"])
         kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
-        return f"{_percent(accuracy)} top-1 accuracy with {kept}."
-    reached = "" if accuracy is None else f" Top-1 accuracy {_percent(accuracy)} {_when(result, phase)}."
+        return f"{_percent(accuracy, 2)} top-1 accuracy with {kept}."
+    reached = "" if accuracy is None else f" Top-1 accuracy {_percent(accuracy, 2)} {_when(result, phase)}."
     return ("Finished." if result["finished"] else _where(run)) + reached
 
 
@@ -512,40 +519,42 @@ def _accuracy_table(run: Run, result: dict) -> str:
     for phase in result["accuracy"]:
         record = run.last("eval", phase)
         cells = [_percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
-        cells += [
-            f"{record[key]:{form}}" if key in record else ""
-            for key, form in (("cross_entropy", ".4f"), ("samples", ","))
-        ]
+        cells += [f"{record[key]:{form}}" if key in record else "" for key, form in (("cross_entropy", ".4f"), ("samples", ","))]
         rows.append([_when(result, phase), NETWORKS.get(phase, ""), *cells])
     head = ["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"]
     return _table("accuracy", "Accuracy after each phase", head, rows)
 
 
 def _channels(run: Run) -> tuple[str, str]:
-    """What the section says, and a bar a site: as long as the full layer is wide, filled as far as channels stay."""
+    """What the section says, and a row for each site."""
     sites, prune = run.last("start").get("sites") or {}, run.last("prune")
     kept = prune.get("kept") or run.last("gates").get("open")
     if not sites or kept is None:
         return "", ""
     widest, rescued = max(*sites.values(), 1), set(prune.get("rescued", []))
-    rows = ""
-    for site, channels in sites.items():
-        left = kept.get(site, 0)
-        share = left / max(channels, 1)
-        fate = (
-            '<span class="flag">rescued</span>' if site in rescued else _text(_percent(share, 0)) if left else "closed"
-        )
-        bar = f'<span style="width:{100 * channels / widest:.2f}%"><i style="width:{100 * share:.2f}%"></i></span>'
-        rows += f'<tr><th scope="row">{escape(str(site))}</th><td class="bar" aria-hidden="true">{bar}</td>'
-        rows += f"<td>{left:,} of {channels:,}</td><td>{fate}</td></tr>"
-    head = '<th scope="col">layer</th><td></td><th scope="col">channels</th><th scope="col">kept</th>'
+    rows = "".join(_site(site, channels, kept.get(site, 0), widest, site in rescued) for site, channels in sites.items())
     closed = sum(not kept.get(site) for site in sites)
     note = f"{sum(kept.values()):,} of {sum(sites.values()):,} channels in {len(sites):,} layers"
     note += "." if prune else ": gates above the threshold so far."
-    note += f" {closed:,} layers are closed as a whole." if closed else ""
+    note += f" Closed as a whole: {closed:,}." if closed else ""
     note += " Rescued: the layer would have closed, and keeps its strongest channel." if rescued else ""
-    table = f'<table class="channels"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    # As wide as the longest name needs, within reason.
+    letters = min(max(len(str(site)) for site in sites) + 4, 40)
+    head = '<th scope="col">layer</th><td></td><th scope="col">channels</th><th scope="col">kept</th>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    table = f'<table class="channels" style="--name:{letters}ch">{table}</table>'
     return note, _scroll("Channels kept per layer", table, "tall")
+
+
+def _site(site: str, channels: int, left: int, widest: int, rescued: bool) -> str:
+    """One row: the bar is as long as the full layer is wide, and filled as far as channels stay."""
+    share = left / max(channels, 1)
+    fate = '<span class="flag">rescued</span>' if rescued else _text(_percent(share, 0)) if left else "closed"
+    bar = f'<span style="width:{100 * channels / widest:.2f}%"><i style="width:{100 * share:.2f}%"></i></span>'
+    # Long names break at their dots first.
+    name = re.sub(r"([._])", r"\1<wbr>", escape(str(site)))
+    cells = f'<td class="bar" aria-hidden="true">{bar}</td><td>{left:,} of {channels:,}</td><td>{fate}</td>'
+    return f'<tr><th scope="row">{name}</th>{cells}</tr>'
 
 
 def _cost_table(result: dict) -> str:
@@ -559,7 +568,7 @@ def _cost_table(result: dict) -> str:
     if len(rows) == 2:
         pairs = list(zip(*costs, strict=True))
         rows.append(["compact / full", *(_percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
-    head = ["network", "multiply-adds", "parameters", "multiply-adds, paper's rule", "parameters, paper's rule"]
+    head = ["network", "multiply-adds", "parameters", "multiply-adds (paper)", "parameters (paper)"]
     return _table("cost", "Cost of the full and of the compact network", head, rows)
 
 

@@ -30,3 +30,17 @@ def delta(start: float, final: float, k: int, count: int) -> float:
 def is_architecture_step(step: int, weight_steps: int, architecture_steps: int) -> bool:
     """Whether the search's iteration `step` (from 0) steps the architecture: each cycle steps the weights first."""
     return step % (weight_steps + architecture_steps) >= weight_steps
+
+
+def learning_rate_at(phase, step: int, per_epoch: int) -> float:
+    """Learning rate of a recipe's `phase` after `step` iterations of it, `per_epoch` of which are an epoch."""
+    if phase.epochs is None:
+        return learning_rate(phase.schedule, phase.optimizer.lr, step, phase.steps)
+    return learning_rate(phase.schedule, phase.optimizer.lr, step / per_epoch, phase.epochs)
+
+
+def delta_at(phase, architecture, step: int, per_epoch: int) -> float:
+    """Hardness of the gates after `step` iterations of a recipe's search `phase`: it grows once an epoch, or once a step where the
+    phase's duration is in steps. `architecture` is the recipe's part."""
+    k, count = (step, phase.steps) if phase.epochs is None else (step // per_epoch, int(phase.epochs))
+    return delta(architecture.delta_start, architecture.delta_final, min(k, count - 1), count)

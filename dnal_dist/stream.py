@@ -1,7 +1,7 @@
 """Shards in, batches out, in one global order that ranks and workers only divide.
 
-The order of samples is a function of seed and epoch. Batch b of an epoch is a slice of that order, and a rank's part of it a slice of
-the slice, so any number of ranks and workers sees the same batches and a run can go on from any of them. A loader worker opens a
+The order of samples is a function of seed and epoch. Batch b of an epoch is a slice of that order, and a rank's part of it a slice
+of the slice, so any number of ranks and workers sees the same batches and a run can go on from any of them. A loader worker opens a
 shard, reads its headers once, and from then on reads each picture by its offset. Only pictures and class numbers are read; nothing
 that a shard holds is ever executed or unpickled.
 """
@@ -23,11 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 from webdataset.shardlists import expand_urls
 
+from dnal_dist.recipe import InputError
+
 PICTURES = ("png", "jpg", "jpeg")
-
-
-class DataError(ValueError):
-    """Data that a run cannot go on with; the message names shard, sample and remedy."""
 
 
 class Sample(NamedTuple):
@@ -64,11 +62,11 @@ class Shards:
             if entry is None:
                 return len(scan(path, self.num_classes))
             if size != entry["bytes"]:
-                raise DataError(f"{path}: holds {size} bytes, index.json says {entry['bytes']}; make or copy the shard anew")
+                raise InputError(f"{path}: holds {size} bytes, index.json says {entry['bytes']}; make or copy the shard anew")
             with path.open("rb"):
                 return entry["samples"]
         except OSError as error:
-            raise DataError(f"{path}: shard cannot be read ({error.strerror}); check the file and key '{self.key}'") from None
+            raise InputError(f"{path}: shard cannot be read ({error.strerror}); check the file and key '{self.key}'") from None
 
     def __getitem__(self, index: int) -> tuple[Path, Sample, bytes]:
         """Shard, sample and encoded picture of the sample with this number, 0 <= index < samples."""
@@ -82,7 +80,7 @@ class Shards:
             path = self.paths[shard]
             samples = scan(path, self.num_classes)
             if len(samples) != self.counts[shard]:
-                raise DataError(f"{path}: holds {len(samples)} samples, index.json says {self.counts[shard]}; make the index anew")
+                raise InputError(f"{path}: holds {len(samples)} samples, index.json says {self.counts[shard]}; make the index anew")
             if len(self._opened) == 64:
                 os.close(self._opened.popitem(last=False)[1][0])
             self._opened[shard] = os.open(path, os.O_RDONLY), samples
@@ -94,10 +92,10 @@ def _expand(patterns: str, key: str) -> list[Path]:
     paths = []
     for pattern in patterns.split():
         if pattern.startswith("pipe:") or "://" in pattern:
-            raise DataError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
+            raise InputError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
         found = [path for one in expand_urls(pattern) for path in sorted(glob.glob(one))]
         if not found:
-            raise DataError(
+            raise InputError(
                 f"key '{key}': no shard matches {pattern!r}; make shards with `python -m data_tools.make_shards` "
                 f"(for the demo: `python -m data_tools.make_shards digits data/digits`) or correct the pattern"
             )
@@ -112,13 +110,13 @@ def _read_index(folder: Path) -> dict[str, dict]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
+        raise InputError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
 
 
 def scan(path: Path, num_classes: int | None = None) -> list[Sample]:
     """The samples of the webdataset shard at `path`, from its headers and class members; pictures are not read.
 
-    Raises DataError for a file that is no tar or is cut short, a sample without picture or class, and a label outside
+    Raises InputError for a file that is no tar or is cut short, a sample without picture or class, and a label outside
     [0, num_classes).
     """
     found: dict[str, dict] = {}
@@ -135,15 +133,15 @@ def scan(path: Path, num_classes: int | None = None) -> list[Sample]:
                 elif extension == "cls":
                     parts["label"] = tar.extractfile(member).read(20)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a readable tar shard ({error}); make or copy it anew") from None
+        raise InputError(f"{path}: not a readable tar shard ({error}); make or copy it anew") from None
     samples = []
     for key, parts in found.items():
         if "picture" not in parts or "label" not in parts:
-            raise DataError(f"{path}: sample {key}: needs a picture ({', '.join(PICTURES)}) and a class (cls)")
+            raise InputError(f"{path}: sample {key}: needs a picture ({', '.join(PICTURES)}) and a class (cls)")
         text = parts["label"].decode("ascii", "replace").strip()
         if not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
             bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
-            raise DataError(f"{path}: sample {key}: label {text!r} is out of range, expected a whole number{bound}")
+            raise InputError(f"{path}: sample {key}: label {text!r} is out of range, expected a whole number{bound}")
         samples.append(Sample(key, *parts["picture"], int(text)))
     return samples
 
@@ -162,13 +160,13 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
 
 
 class Pictures(Dataset):
-    """Decoded pictures by (epoch, sample number). A list of them gives a Batch, or the DataError that stops the run, as a value:
+    """Decoded pictures by (epoch, sample number). A list of them gives a Batch, or the InputError that stops the run, as a value:
     an exception would arrive from a loader process as a page of traceback."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool):
         self.shards, self.data, self.seed, self.train = shards, data, seed, train
 
-    def __getitems__(self, wanted: list[tuple[int, int]]) -> Batch | DataError:
+    def __getitems__(self, wanted: list[tuple[int, int]]) -> Batch | InputError:
         images, labels, keys, bad = [], [], [], []
         try:
             for epoch, index in wanted:
@@ -182,10 +180,10 @@ class Pictures(Dataset):
                 images.append(self.transform(image, epoch, index))
                 labels.append(sample.label)
                 keys.append(sample.key)
-        except DataError as error:
+        except InputError as error:
             return error
         except OSError as error:
-            return DataError(f"a shard cannot be read any more ({error})")
+            return InputError(f"a shard cannot be read any more ({error})")
         size = self.data.image_size
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad)
@@ -253,19 +251,19 @@ class Stream:
     """The batches that one rank of `world_size` gets from `shards`.
 
     `batches(start)` of a training stream goes on without end from iteration `start` of the run; of a validation stream it is one
-    pass in which every sample is seen once by exactly one rank. Raises DataError where the data is at fault.
+    pass in which every sample is seen once by exactly one rank. Raises InputError where the data is at fault.
     """
 
     def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
         if data.global_batch % world_size:
-            raise DataError(
+            raise InputError(
                 f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {world_size} processes; "
                 f"the nearest that can is {max(1, round(data.global_batch / world_size)) * world_size}"
             )
         self.shards, self.samples = shards, shards.samples
         self.steps_per_epoch, self.dropped = divmod(self.samples, data.global_batch)
         if train and not self.steps_per_epoch:
-            raise DataError(
+            raise InputError(
                 f"key 'data.global_batch': a step takes {data.global_batch} pictures, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
@@ -283,8 +281,8 @@ class Stream:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         self._slices.start = start
         for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
+            if isinstance(batch, InputError):
+                raise InputError(str(batch), local=True)
             yield batch
 
 

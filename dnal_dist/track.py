@@ -98,7 +98,13 @@ class _Bar:
     """A line of a terminal that is drawn over and over."""
 
     def __init__(self, console: Console, phase: str, steps: int, done: int):
-        columns = (TextColumn(f"{phase:9}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn(f"{phase:9}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.bar = Progress(*columns, console=console)
         self.task = self.bar.add_task(phase, total=steps, completed=done, text="")
         self.bar.start()

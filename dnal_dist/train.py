@@ -1,8 +1,8 @@
 """Train a recipe, from its shards to the compact network and the report.
 
-    python -m dnal_dist.train recipes/digits.yaml
-    python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3
-    accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
+python -m dnal_dist.train recipes/digits.yaml
+python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3
+accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from dnal_dist import checkpoint, cost, nets, phases, recipe, report
 from dnal_dist.architecture import Architecture
 from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import InputError
 from dnal_dist.stream import Shards, Stream
 from dnal_dist.track import Track
 
@@ -39,7 +40,7 @@ def main() -> None:
         begun = time.monotonic()
         phases.go(run)
         _end(run, time.monotonic() - begun)
-    except ValueError as error:
+    except InputError as error:
         _stop(run, parallel, error)
     except KeyboardInterrupt:
         _interrupted(run, parallel)
@@ -49,19 +50,25 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML file such as recipes/digits.yaml; `python -m dnal_dist.recipe --schema` has all keys")
+    parser.add_argument(
+        "recipe", help="a YAML file such as recipes/digits.yaml; `python -m dnal_dist.recipe --schema` has all keys"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if it has one")
     folder.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds and start anew")
-    return parser.parse_args()
+    # Options may stand between overrides.
+    return parser.parse_intermixed_args()
 
 
 def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, overwrite: bool = False) -> phases.Run:
-    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. Raises ValueError for bad input."""
+    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. Raises InputError."""
     torch.manual_seed(settings.seed)
     data = settings.data
-    network = nets.build(settings.model.name, settings.model.num_classes)
+    try:
+        network = nets.build(settings.model.name, settings.model.num_classes)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     classes = settings.model.num_classes or network.num_classes
     rank, world_size = parallel.rank, parallel.world_size
     train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size)
@@ -75,7 +82,7 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     architecture = Architecture(network.num_gates).to(parallel.device)
     run = phases.Run(settings, folder, parallel, track, train, val, supernet, architecture)
     if saved is not None:
-        phases.restore(run, saved)
+        checkpoint.restore(run, saved)
     _tell(run, resumed=saved is not None)
     return run
 
@@ -90,7 +97,7 @@ def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resum
         _same_recipe(folder, saved.state["recipe"], settings.model_dump(mode="json"))
     elif found and not overwrite:
         hint = "it has no whole checkpoint to resume from" if resume else "go on with it by --resume"
-        raise ValueError(
+        raise InputError(
             f"key 'output': {folder} already holds another run; {hint}, or replace it by --overwrite, or name another folder"
         )
     parallel.wait()
@@ -102,7 +109,7 @@ def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resum
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "recipe.yaml").write_text(recipe.dump(settings))
         except OSError as error:
-            raise ValueError(f"key 'output': {folder} cannot be written ({error.strerror}); name another folder") from None
+            raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); name another folder") from None
     return saved, faults
 
 
@@ -111,7 +118,7 @@ def _same_recipe(folder: Path, old: dict, new: dict) -> None:
     changed = [key for key in changed if key != "output" and not key.startswith(("tracking.", "data.workers"))]
     if changed:
         told = ", ".join(f"{key}: {_flat(old).get(key)} -> {_flat(new).get(key)}" for key in changed)
-        raise ValueError(f"{folder}: the recipe has changed since the run began ({told}); undo that, or use --overwrite")
+        raise InputError(f"{folder}: the recipe has changed since the run began ({told}); undo that, or use --overwrite")
 
 
 def _flat(tree: dict, head: str = "") -> dict:
@@ -143,7 +150,8 @@ def _tell(run: phases.Run, resumed: bool) -> None:
         versions=versions,
     )
     track.say(
-        f"{run.recipe.name}: {run.recipe.model.name}, {full['exact']['macs'] / 1e6:,.2f} M multiply-adds, {run.supernet.num_gates} gates; "
+        f"{run.recipe.name}: {run.recipe.model.name}, {full['exact']['macs'] / 1e6:,.2f} M multiply-adds, "
+        f"{run.supernet.num_gates} gates; "
         f"{train.samples} training and {run.val.samples} validation pictures, {train.steps_per_epoch} steps of "
         f"{run.recipe.data.global_batch} an epoch ({train.dropped} pictures left over); "
         f"{parallel.world_size} process{'es' if parallel.world_size > 1 else ''} on {_device_name(parallel.device)}"
@@ -169,11 +177,11 @@ def _end(run: phases.Run, seconds: float) -> None:
     run.parallel.close()
 
 
-def _stop(run, parallel, error: ValueError) -> None:
-    """End with one line that says what was wrong. Every process found the same fault; only one of them speaks."""
+def _stop(run, parallel, error: InputError) -> None:
+    """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
     if run is not None:
         run.track.close()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     if parallel is not None:
         parallel.close()
@@ -192,7 +200,11 @@ def _interrupted(run, parallel) -> None:
             run.track.close()
             saved, _ = checkpoint.latest(run.folder / "checkpoints")
             where = f"in {run.phase} after {run.step} steps ({run.global_step} in all); "
-            where += f"its last checkpoint is at step {saved.state['global_step']}: go on with --resume" if saved else "no checkpoint yet"
+            where += (
+                f"its last checkpoint is at step {saved.state['global_step']}: go on with --resume"
+                if saved
+                else "no checkpoint yet"
+            )
         print(f"\nstopped {where}", file=sys.stderr, flush=True)
     # Without the farewells of the process group, which would wait for processes that are gone.
     sys.stdout.flush()

@@ -6,9 +6,7 @@ from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
 
 __all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build", "resting_statistics"]
 
-NETWORKS = {
-    network.__name__: network for network in (vgg16_cifar, resnet56_cifar, vgg16_imagenet, vgg_digits, resnet_digits)
-}
+NETWORKS = {network.__name__: network for network in (vgg16_cifar, resnet56_cifar, vgg16_imagenet, vgg_digits, resnet_digits)}
 
 
 def build(name: str, num_classes: int | None = None) -> GatedNetwork:

@@ -31,9 +31,7 @@ class GatedBatchNorm(_BatchNorm):
             return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
         if self.training:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps)
 
 
 class resting_statistics:
@@ -146,5 +144,3 @@ class GatedNetwork(nn.Module):
 def halve(size: int) -> int:
     """Side of the output of a stride-2 convolution with padding kernel // 2."""
     return (size + 1) // 2
-
-

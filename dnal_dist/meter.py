@@ -1,0 +1,115 @@
+"""What the iterations since the last record came to: means over all processes, speed, and pictures that were skipped."""
+
+import contextlib
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from dnal_dist import cost, schedule
+from dnal_dist.recipe import InputError
+from dnal_dist.steps import Outcome
+from dnal_dist.stream import Stream, normalise
+
+
+def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
+    """Name skipped pictures of a pass over `stream` when they are met first; raise InputError beyond the recipe's share."""
+    if not skipped:
+        return
+    named = "; ".join(skipped[:3]) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
+    limit = run.recipe.data.max_bad_fraction
+    if len(skipped) > limit * stream.samples:
+        raise InputError(
+            f"{named}: {len(skipped)} of {stream.samples} pictures of {key} cannot be decoded, more than "
+            f"data.max_bad_fraction={limit:g} allows; mend the shards or raise it"
+        )
+    if not run.skipped.issuperset(skipped):
+        run.track.warn(f"skipped {len(skipped)} of {stream.samples} pictures of {key}: {named}")
+    run.skipped.update(skipped)
+
+
+class Meter:
+    """Sums over the iterations since the last record; one collective when they are told."""
+
+    def __init__(self, run):
+        self.run, self.summary, self.skipped = run, "", []
+        self._start_over()
+
+    def _start_over(self) -> None:
+        # cross-entropy, correct, pictures, penalty, architecture steps, pictures skipped
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.run.parallel.device)
+        self.since, self.waited, self.paused = time.monotonic(), 0.0, 0.0
+
+    def next(self, batches) -> tuple[Tensor, Tensor]:
+        """The next batch, on the device and normalised."""
+        run = self.run
+        if run.global_step % run.train.steps_per_epoch == 0:
+            self.skipped = []
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        self.skipped += batch.bad
+        self.sums[5] += len(batch.bad)
+        self.sums[2] += len(batch.labels)
+        device, data = run.parallel.device, run.recipe.data
+        images = normalise(batch.images.to(device, non_blocking=True), data.mean, data.std)
+        return images, batch.labels.to(device, non_blocking=True)
+
+    def add(self, outcome: Outcome) -> None:
+        self.sums[0] += outcome.cross_entropy
+        self.sums[1] += outcome.correct
+        if outcome.penalty is not None:
+            self.sums[3] += outcome.penalty
+            self.sums[4] += 1
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time in here does not count as training."""
+        begun = time.monotonic()
+        yield
+        self.paused += time.monotonic() - begun
+
+    def log(self, rate: float, total: int, epoch: float) -> str:
+        """Record the means since the last time and return them as text. Raises InputError if the loss is no number any more, or
+        too many pictures were skipped."""
+        run = self.run
+        run.track.global_step = run.global_step
+        cross_entropy, correct, pictures, penalty, penalties, skipped = run.parallel.sum_(self.sums).tolist()
+        if skipped:
+            check_skipped(run, run.parallel.gather(self.skipped), run.train, "data.train")
+        if not math.isfinite(cross_entropy):
+            raise InputError(
+                f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr "
+                f"(the run's last checkpoint is from before)"
+            )
+        pictures = max(pictures, 1)
+        cross_entropy = cross_entropy / pictures
+        # Each process added the same penalty once a step.
+        penalty = penalty / penalties if penalties else None
+        values = {
+            "loss": round(cross_entropy + (penalty or 0.0), 6),
+            "cross_entropy": round(cross_entropy, 6),
+            "penalty": penalty,
+            "accuracy": round(correct / pictures, 6),
+            "learning_rate": rate,
+            "images_per_second": round(pictures / (time.monotonic() - self.since - self.paused), 1),
+            "data_wait_seconds": round(self.waited, 4),
+            "bad_samples": int(skipped),
+        }
+        self.summary = f"loss {values['loss']:.4f}"
+        if run.phase == "search":
+            values |= self._gates()
+            self.summary += f"  gates open {values['open_share']:.1%}"
+        run.track.record("train", phase=run.phase, step=run.step, phase_steps=total, epoch=round(epoch, 4), **values)
+        self._start_over()
+        return f"{self.summary}  {values['images_per_second']:.0f} images/s"
+
+    @torch.no_grad()
+    def _gates(self) -> dict[str, float]:
+        run, settings = self.run, self.run.recipe.architecture
+        delta = schedule.delta_at(run.recipe.phases.search, settings, run.step - 1, run.train.steps_per_epoch)
+        gates = run.architecture.gates(delta)
+        expected = cost.expected_macs(run.supernet, run.recipe.data.image_size, gates)
+        open_share = (gates > settings.threshold).float().mean()
+        return {"delta": delta, "open_share": round(float(open_share), 6), "expected_macs": round(float(expected))}
