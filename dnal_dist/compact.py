@@ -132,10 +132,14 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
 
 
 def reopen(net: GatedNetwork, image_size: int, keep: Tensor, alpha: Tensor, floor: float) -> tuple[Tensor, bool]:
-    """`keep` with as many channels opened again, largest alpha first, as bring the multiply-adds to the share `floor`; and whether
-    any had to be."""
+    """`keep` with as many channels opened again as bring the multiply-adds to the share `floor`; and whether any had to be.
+
+    The largest alpha of each site come first, the same share of every site: after a collapse alpha (N,) still ranks the channels of
+    a site, but no longer one site against another.
+    """
     least = floor * cost.count(net, image_size).macs
-    ranked = alpha.argsort(descending=True, stable=True)
+    rank = torch.cat([a.argsort(descending=True, stable=True).argsort() / len(a) for a in net.by_site(alpha).values()])
+    ranked = rank.argsort(stable=True)
 
     def with_first(number: int) -> Tensor:
         mask = keep.clone()
@@ -145,7 +149,10 @@ def reopen(net: GatedNetwork, image_size: int, keep: Tensor, alpha: Tensor, floo
     low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost.count(net, image_size, with_first(middle)).macs >= least else (middle + 1, high)
+        if cost.count(net, image_size, with_first(middle)).macs >= least:
+            high = middle
+        else:
+            low = middle + 1
     return with_first(low), low > 0
 
 

@@ -207,7 +207,7 @@ class Recipe(Section):
     architecture: ArchitectureSettings
     """How the gates learn."""
     tracking: Tracking = Tracking()
-    """Logging."""
+    """Where metrics go beside metrics.jsonl, and how often."""
 
 
 class _Loader(yaml.SafeLoader):

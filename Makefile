@@ -1,0 +1,38 @@
+# make demo    set up, make the digits shards, learn an architecture on two processes, write the report
+# make test    set up, then all tests
+# make lint    the linter and the formatter's check
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DIGITS := data/digits/index.json
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DIGITS): data_tools/make_shards.py | $(VENV)/.installed
+	$(BIN)/python -m data_tools.make_shards digits data/digits
+
+demo: setup $(DIGITS)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml --overwrite
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) data runs

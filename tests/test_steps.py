@@ -1,0 +1,114 @@
+"""The two steps: each moves its own group, and the resting one stays bit for bit as it is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dnal_dist import nets
+from dnal_dist.architecture import Architecture
+from dnal_dist.steps import architecture_step, weight_step
+
+
+class Setting:
+    """A small network, its architecture, both optimisers with momentum in them, and batches."""
+
+    def __init__(self, name: str = "resnet_digits"):
+        torch.manual_seed(0)
+        self.net, self.images, self.labels = nets.build(name), torch.randn(8, 3, 8, 8), torch.arange(8) % 10
+        self.architecture = Architecture(self.net.num_gates)
+        self.weights = torch.optim.SGD(self.net.parameters(), 0.05, 0.9, weight_decay=1e-4)
+        self.alphas = torch.optim.SGD(self.architecture.parameters(), 0.01, 0.9)
+        for _ in range(2):
+            self.step_weights()
+            self.step_architecture()
+
+    def step_weights(self, gates: bool = True):
+        share = self.architecture.gates(3.0) if gates else None
+        return weight_step(self.net, self.weights, self.images, self.labels, 8, torch.Tensor.backward, share)
+
+    def step_architecture(self, average_=lambda gradient: gradient, penalty_weight: float = 0.01):
+        return architecture_step(
+            self.net, self.architecture, self.alphas, self.images, self.labels, 8, 3.0, "sigmoid", penalty_weight, average_
+        )
+
+    def weight_group(self) -> dict:
+        state = {f"momentum.{i}": s["momentum_buffer"] for i, s in enumerate(self.weights.state.values())}
+        gradients = {f"gradient.{n}": p.grad for n, p in self.net.named_parameters()}
+        return clones(state | gradients | self.net.state_dict())
+
+    def architecture_group(self) -> dict:
+        alpha = self.architecture.alpha
+        return clones({"alpha": alpha, "gradient": alpha.grad, "momentum": self.alphas.state[alpha]["momentum_buffer"]})
+
+
+def clones(tensors: dict) -> dict:
+    return {k: None if t is None else t.detach().clone() for k, t in tensors.items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits"])
+def test_architecture_step_leaves_the_weights_bit_identical(name):
+    setting = Setting(name)
+    weights, alphas = setting.weight_group(), setting.architecture_group()
+    setting.step_architecture()
+    assert same(weights, setting.weight_group())
+    assert not torch.equal(alphas["alpha"], setting.architecture.alpha)
+
+
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits"])
+def test_architecture_step_computes_no_weight_gradient(name):
+    setting = Setting(name)
+    touched = []
+    for parameter in setting.net.parameters():
+        parameter.register_hook(lambda gradient: touched.append(gradient))
+    setting.step_architecture()
+    assert not touched
+    setting.step_weights()
+    assert touched, "the hooks do fire where there is a gradient"
+
+
+@pytest.mark.parametrize("gates", [True, False])
+def test_weight_step_leaves_the_architecture_bit_identical(gates):
+    setting = Setting()
+    weights, alphas = setting.weight_group(), setting.architecture_group()
+    setting.step_weights(gates)
+    assert same(alphas, setting.architecture_group())
+    assert not same(weights, setting.weight_group())
+
+
+def test_one_flat_reduction_for_each_architecture_step():
+    setting, sent = Setting(), []
+    setting.step_architecture(lambda gradient: sent.append(gradient.clone()) or gradient)
+    assert [tuple(gradient.shape) for gradient in sent] == [(setting.net.num_gates,)]
+
+
+def test_architecture_gradient_is_that_of_loss_and_penalty():
+    setting, sent = Setting(), []
+    alpha = setting.architecture.alpha
+    setting.net.train()
+    loss = F.cross_entropy(setting.net(setting.images, torch.sigmoid(3.0 * alpha)), setting.labels)
+    (expected,) = torch.autograd.grad(loss + 0.01 * torch.sigmoid(alpha).sum(), alpha)
+    setting = Setting()
+    outcome = setting.step_architecture(lambda gradient: sent.append(gradient.clone()) or gradient)
+    torch.testing.assert_close(sent[0], expected, rtol=1e-5, atol=1e-8)
+    assert float(outcome.penalty) == pytest.approx(0.01 * float(torch.sigmoid(setting.architecture.alpha.detach()).sum()), rel=1e-2)
+
+
+def test_weight_step_is_plain_sgd_on_the_mean_cross_entropy():
+    setting, reference = Setting(), Setting()
+    gates = reference.architecture.gates(3.0).detach()
+    F.cross_entropy(reference.net(reference.images, gates), reference.labels).backward()
+    reference.weights.step()
+    setting.step_weights()
+    for (name, a), b in zip(setting.net.named_parameters(), reference.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_outcome_counts():
+    setting = Setting()
+    outcome = setting.step_weights()
+    assert 0 <= int(outcome.correct) <= 8
+    assert outcome.penalty is None and not outcome.cross_entropy.requires_grad
