@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dnal_dist import compact
+from dnal_dist.recipe import InputError
 
 # What tells where a run stands, beside its tensors.
 POSITION = ("phase", "step", "global_step", "penalty_rests", "seconds")
@@ -21,7 +23,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     """network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum; those that there are."""
     state: dict
-    """Everything else, as JSON: position, compact architecture, recipe."""
+    """Everything else, as JSON: position, records so far, compact architecture, recipe."""
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -50,11 +52,13 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
+            if missing := {*POSITION, "records", "compact", "recipe", "sha256"} - state.keys():
+                raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
             if _digest(path / "state.safetensors") != state["sha256"]:
                 raise ValueError("its tensors are not the ones that were saved")
             return Checkpoint(load_file(path / "state.safetensors"), state), faults
         except Exception as error:
-            faults.append(f"{path}: checkpoint is damaged and was passed over ({error})")
+            faults.append(f"{path}: checkpoint is damaged and was passed over ({' '.join(str(error).split())})")
     return None, faults
 
 
@@ -71,7 +75,7 @@ def restore_momentum(network: nn.Module, optimizer, saved: dict[str, Tensor]) ->
 
 
 def save(run) -> None:
-    """Write a checkpoint of where a phases.Run stands; only the main process does."""
+    """Write a checkpoint of where a phases.Run stands; only the main process does. Raises InputError if it cannot be written."""
     if not run.parallel.main:
         return
     tensors = {f"network.{name}": tensor for name, tensor in run.network.state_dict().items()}
@@ -82,8 +86,16 @@ def save(run) -> None:
         tensors["alpha_momentum"] = state["momentum_buffer"]
     position = {key: getattr(run, key) for key in POSITION}
     small = None if run.small is None else compact.describe(run.small)
-    facts = {"compact": small, "recipe": run.recipe.model_dump(mode="json")}
-    write(run.folder / "checkpoints", Checkpoint(tensors, position | facts))
+    # How many records there are by now tells a resumed run which to keep.
+    facts = {"records": run.track.records, "compact": small, "recipe": run.recipe.model_dump(mode="json")}
+    folder = run.folder / "checkpoints"
+    try:
+        write(folder, Checkpoint(tensors, position | facts))
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder}: checkpoint cannot be written ({why}); make room, then go on with --resume", local=True
+        ) from None
 
 
 def restore(run, saved: Checkpoint) -> None:

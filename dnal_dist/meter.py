@@ -14,10 +14,11 @@ from dnal_dist.stream import Stream, normalise
 
 
 def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
-    """Name skipped pictures of a pass over `stream` when they are met first; raise InputError beyond the recipe's share."""
+    """Name skipped pictures of `stream` when they are met first; raise InputError beyond the recipe's share."""
     if not skipped:
         return
-    named = "; ".join(skipped[:3]) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
+    new = [picture for picture in skipped if picture not in run.skipped] or skipped
+    named = "; ".join(new[:3]) + (f"; and {len(new) - 3} more" if len(new) > 3 else "")
     limit = run.recipe.data.max_bad_fraction
     if len(skipped) > limit * stream.samples:
         raise InputError(
@@ -33,7 +34,9 @@ class Meter:
     """Sums over the iterations since the last record; one collective when they are told."""
 
     def __init__(self, run):
-        self.run, self.summary, self.skipped = run, "", []
+        self.run, self.summary = run, ""
+        self.skipped: set[str] = set()
+        """Pictures of this phase that did not decode; each counts once, however often it is met."""
         self._start_over()
 
     def _start_over(self) -> None:
@@ -44,12 +47,10 @@ class Meter:
     def next(self, batches) -> tuple[Tensor, Tensor]:
         """The next batch, on the device and normalised."""
         run = self.run
-        if run.global_step % run.train.steps_per_epoch == 0:
-            self.skipped = []
         asked = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - asked
-        self.skipped += batch.bad
+        self.skipped.update(batch.bad)
         self.sums[5] += len(batch.bad)
         self.sums[2] += len(batch.labels)
         device, data = run.parallel.device, run.recipe.data
@@ -77,7 +78,7 @@ class Meter:
         run.track.global_step = run.global_step
         cross_entropy, correct, pictures, penalty, penalties, skipped = run.parallel.sum_(self.sums).tolist()
         if skipped:
-            check_skipped(run, run.parallel.gather(self.skipped), run.train, "data.train")
+            check_skipped(run, sorted(set(run.parallel.gather(sorted(self.skipped)))), run.train, "data.train")
         if not math.isfinite(cross_entropy):
             raise InputError(
                 f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr "

@@ -9,9 +9,11 @@ that a shard holds is ever executed or unpickled.
 import glob
 import json
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,17 +51,22 @@ class Shards:
 
     def __init__(self, patterns: str, key: str, num_classes: int):
         self.key, self.num_classes = key, num_classes
-        self.paths = _expand(patterns, key)
+        names, self.paths = _expand(patterns, key)
         indices = {folder: _read_index(folder) for folder in {path.parent for path in self.paths}}
+        _refuse_gaps(indices, names, self.paths)
         self.counts = [self._check(path, indices[path.parent].get(path.name)) for path in self.paths]
         self.samples = sum(self.counts)
+        if not self.samples:
+            raise InputError(f"key '{key}': {patterns!r} matches shards that hold no sample; make them anew")
         self._ends = np.cumsum(self.counts)
         self._opened: OrderedDict[int, tuple[int, list[Sample]]] = OrderedDict()
 
     def _check(self, path: Path, entry: dict | None) -> int:
         try:
+            if not path.is_file():
+                raise InputError(f"{path}: not a file; correct key '{self.key}'")
             size = path.stat().st_size
-            if entry is None:
+            if entry is None or not entry["samples"]:
                 return len(scan(path, self.num_classes))
             if size != entry["bytes"]:
                 raise InputError(f"{path}: holds {size} bytes, index.json says {entry['bytes']}; make or copy the shard anew")
@@ -88,19 +95,38 @@ class Shards:
         return self._opened[shard]
 
 
-def _expand(patterns: str, key: str) -> list[Path]:
-    paths = []
+def _expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
+    """The paths and path patterns that `patterns` stands for once its braces are expanded, and the files they match."""
+    names, paths = [], []
     for pattern in patterns.split():
         if pattern.startswith("pipe:") or "://" in pattern:
             raise InputError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
-        found = [path for one in expand_urls(pattern) for path in sorted(glob.glob(one))]
-        if not found:
+        try:
+            expanded = expand_urls(pattern)
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
+        found = {one: sorted(glob.glob(one)) for one in expanded}
+        # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
+        missing = [one for one in expanded if not found[one] and not glob.has_magic(one)]
+        if missing or not any(found.values()):
             raise InputError(
-                f"key '{key}': no shard matches {pattern!r}; make shards with `python -m data_tools.make_shards` "
-                f"(for the demo: `python -m data_tools.make_shards digits data/digits`) or correct the pattern"
+                f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
+                f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
+                f"or correct the pattern"
             )
-        paths += map(Path, found)
-    return paths
+        names += expanded
+        paths += [Path(path) for one in expanded for path in found[one]]
+    if not paths:
+        raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
+    return names, paths
+
+
+def _refuse_gaps(indices: dict[Path, dict[str, dict]], names: list[str], paths: list[Path]) -> None:
+    """Raise InputError if an index tells of a shard that `names` asks for and that is not there."""
+    for folder, index in indices.items():
+        for path in (folder / file for file in index):
+            if path not in paths and any(fnmatch(str(path), str(Path(name))) for name in names):
+                raise InputError(f"{path}: no such shard, but index.json tells of it; copy it here or make the index anew")
 
 
 def _read_index(folder: Path) -> dict[str, dict]:
@@ -109,41 +135,60 @@ def _read_index(folder: Path) -> dict[str, dict]:
         return {entry["file"]: {"samples": int(entry["samples"]), "bytes": int(entry["bytes"])} for entry in entries}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
 
 
 def scan(path: Path, num_classes: int | None = None) -> list[Sample]:
     """The samples of the webdataset shard at `path`, from its headers and class members; pictures are not read.
 
-    Raises InputError for a file that is no tar or is cut short, a sample without picture or class, and a label outside
-    [0, num_classes).
+    Raises InputError for a file that is no tar or is cut short, a sample without picture or class or with two of either, and a
+    label outside [0, num_classes).
     """
-    found: dict[str, dict] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                if extension.lower() in PICTURES:
-                    parts["picture"] = (member.offset_data, member.size)
-                elif extension == "cls":
-                    parts["label"] = tar.extractfile(member).read(20)
-    except (tarfile.TarError, EOFError) as error:
+        found = _members(path)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, where a header means harm
         raise InputError(f"{path}: not a readable tar shard ({error}); make or copy it anew") from None
     samples = []
     for key, parts in found.items():
-        if "picture" not in parts or "label" not in parts:
-            raise InputError(f"{path}: sample {key}: needs a picture ({', '.join(PICTURES)}) and a class (cls)")
-        text = parts["label"].decode("ascii", "replace").strip()
+        # Messages show the key, and it may hold what moves a terminal's cursor.
+        key = key if key.isprintable() else repr(key)[1:-1]
+        if len(parts["picture"]) != 1 or len(parts["label"]) != 1:
+            raise InputError(
+                f"{path}: sample {key}: expected one picture ({', '.join(PICTURES)}) and one class (cls), found "
+                f"{len(parts['picture'])} and {len(parts['label'])}; make the shard anew"
+            )
+        text = parts["label"][0].decode("ascii", "replace").strip()
         if not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
             bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
             raise InputError(f"{path}: sample {key}: label {text!r} is out of range, expected a whole number{bound}")
-        samples.append(Sample(key, *parts["picture"], int(text)))
+        samples.append(Sample(key, *parts["picture"][0], int(text)))
     return samples
+
+
+def _members(path: Path) -> dict[str, dict[str, list]]:
+    """Of each key in the tar at `path`: where its pictures lie, as (offset, size), and its labels."""
+    found: dict[str, dict[str, list]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.size < 0:
+                raise tarfile.TarError("a member of negative size")
+            if not member.isfile() or member.issparse():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {"picture": [], "label": []})
+            if extension.lower() in PICTURES:
+                parts["picture"].append((member.offset_data, member.size))
+            elif extension == "cls":
+                parts["label"].append(tar.extractfile(member).read(20))
+        # tarfile takes a damaged header, or the file's end, for the end of the archive. The true one is a block of zeros.
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.TarError("cut short or damaged behind its last whole member")
+    return found
 
 
 def order(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -172,18 +217,19 @@ class Pictures(Dataset):
             for epoch, index in wanted:
                 path, sample, encoded = self.shards[index]
                 try:
-                    buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-                    image = decode_image(buffer, ImageReadMode.RGB)
+                    images.append(self.transform(_decode(encoded), epoch, index))
                 except (RuntimeError, ValueError) as error:
-                    bad.append(f"{path}: sample {sample.key}: {str(error).splitlines()[0]}")
+                    bad.append(f"{path}: sample {sample.key}: {_reason(error)}")
                     continue
-                images.append(self.transform(image, epoch, index))
                 labels.append(sample.label)
                 keys.append(sample.key)
         except InputError as error:
             return error
         except OSError as error:
-            return InputError(f"a shard cannot be read any more ({error})")
+            return InputError(f"{error.filename or path}: shard cannot be read any more ({error.strerror}); check the file")
+        if self.train and not images:
+            # BatchNorm's statistics of no picture at all would be no numbers.
+            return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be decoded; mend the shards")
         size = self.data.image_size
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad)
@@ -203,6 +249,22 @@ class Pictures(Dataset):
         elif augmentation.kind == "resized_crop":
             image = TF.resized_crop(image, *_random_part(image, augmentation.scale, rng), [size, size], antialias=True)
         return image.flip(-1) if augmentation.flip and rng.random() < 0.5 else image
+
+
+def _decode(encoded: bytes) -> Tensor:
+    """uint8 (3, height, width). Raises ValueError or RuntimeError for what is no picture."""
+    if not encoded:
+        raise ValueError("it is empty")
+    image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+    if image.ndim != 3:
+        raise ValueError("it is animated")
+    # A PNG of 16 bits: its upper byte is what one of 8 bits would hold.
+    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the place in torchvision's source."""
+    return re.sub(r"^.*\.cpp:\d+, ", "", (str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _resize_and_centre(image: Tensor, size: int, shorter: int) -> Tensor:
@@ -280,10 +342,16 @@ class Stream:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         self._slices.start = start
-        for batch in self._loader:
-            if isinstance(batch, InputError):
-                raise InputError(str(batch), local=True)
-            yield batch
+        try:
+            for batch in self._loader:
+                if isinstance(batch, InputError):
+                    raise InputError(str(batch), local=True)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            text = f"key 'data.workers': {str(error).splitlines()[0]} Lower it, or give the machine more (shared) memory"
+            raise InputError(text, local=True) from None
 
 
 def _as_it_is(batch):

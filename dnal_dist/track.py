@@ -1,5 +1,6 @@
 """What a run tells while it goes on: metrics.jsonl always, W&B beside it, one progress line a phase."""
 
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import InputError
 
 PLAIN_LINE_SECONDS = 30
 
@@ -17,16 +19,21 @@ PLAIN_LINE_SECONDS = 30
 class Track:
     """The record of a run. Only the main process has one; on the others every call does nothing."""
 
-    def __init__(self, folder: Path, recipe, parallel: Parallel, keep_until: int | None = None):
-        """keep_until: on resume, the global step up to which records stay; what a lost part of the run wrote later is dropped."""
+    def __init__(self, folder: Path, recipe, parallel: Parallel, keep: int | None = None):
+        """keep: on resume, how many records stay, those of the time of the checkpoint; None: all that there are."""
         self.main, self.global_step = parallel.main, 0
+        self.records, self.ended = 0, False
+        """Records in metrics.jsonl, and whether the last one is the run's end."""
         self._tracker, self._line = None, None
         if not self.main:
             return
         self.console = Console()
-        if keep_until is not None:
-            drop_records_after(folder / "metrics.jsonl", keep_until)
-        self._file = (folder / "metrics.jsonl").open("a")
+        try:
+            kept = keep_records(folder / "metrics.jsonl", keep)
+            self._file = (folder / "metrics.jsonl").open("a")
+        except OSError as error:
+            raise InputError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); mend that", local=True) from None
+        self.records, self.ended = len(kept), bool(kept) and '"kind": "end"' in kept[-1]
         if recipe.tracking.tracker == "wandb":
             self._start_wandb(parallel, folder, recipe)
 
@@ -47,12 +54,19 @@ class Track:
             return
         values = {key: value for key, value in values.items() if value is not None}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
-        self._file.write(json.dumps(head | values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(head | values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            text = f"{self._file.name}: cannot be written ({error.strerror}); make room, then go on with --resume"
+            raise InputError(text, local=True) from None
+        self.records += 1
         if self._tracker is None:
             return
         try:
-            numbers = {f"{kind}/{key}": v for key, v in values.items() if type(v) in (int, float)}
+            # Pruning takes no iteration: its evaluation would replace the search's last, at the same step.
+            group = "prune" if values.get("phase") == "prune" else kind
+            numbers = {f"{group}/{key}": v for key, v in values.items() if type(v) in (int, float)}
             self._tracker.log(numbers, self.global_step)
         except Exception as error:
             self._tracker = None
@@ -84,14 +98,24 @@ class Track:
             self._line.finish(text)
             self._line = None
 
+    def abandon(self) -> None:
+        """Leave the phase's line as it stands."""
+        if self._line:
+            self._line.abandon()
+            self._line = None
+
     def close(self) -> None:
         if not self.main:
             return
-        if self._line:
-            self._line.abandon()
+        self.abandon()
+        # What cannot be written now was told when it failed first.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._tracker is not None:
-            self._tracker.stop_tracker()
-        self._file.close()
+            try:
+                self._tracker.stop_tracker()
+            except Exception as error:
+                self.say(f"warning: W&B did not take the last metrics ({error})")
 
 
 class _Bar:
@@ -146,18 +170,17 @@ class _PlainLine:
         sys.stdout.flush()
 
 
-def drop_records_after(path: Path, global_step: int) -> None:
-    """Rewrite the records at `path` without those past `global_step`, and without a last line that was cut off."""
-    if not path.exists():
-        return
+def keep_records(path: Path, count: int | None) -> list[str]:
+    """Cut metrics.jsonl at `path` down to its first `count` records (None: all) and return them, one a line. What a lost part of a
+    run wrote after its checkpoint goes, since the resumed run tells it again; a line that was cut off goes too."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["global_step"] <= global_step and record["kind"] != "end":
+    for line in lines[:count]:
+        with contextlib.suppress(ValueError):
+            json.loads(line)
             kept.append(line)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    if len(kept) < len(lines):
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(kept))
+        os.replace(unfinished, path)
+    return kept

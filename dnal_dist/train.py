@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train r
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import shutil
@@ -24,8 +25,12 @@ from dnal_dist.recipe import InputError
 from dnal_dist.stream import Shards, Stream
 from dnal_dist.track import Track
 
-# What a run writes into its folder, and all that --overwrite removes from it.
-PRODUCTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "compact", "report.html", "wandb")
+# What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
+# without it holds no run, whatever else is in it.
+PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "wandb", "metrics.jsonl")
+
+# How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
+PATIENCE_SECONDS = 10
 
 
 def main() -> None:
@@ -37,13 +42,17 @@ def main() -> None:
         settings = recipe.load(args.recipe, args.overrides)
         parallel = Parallel(settings.tracking.tracker)
         run = assemble(settings, parallel, args.resume, args.overwrite)
-        begun = time.monotonic()
         phases.go(run)
-        _end(run, time.monotonic() - begun)
+        _end(run)
     except InputError as error:
         _stop(run, parallel, error)
     except KeyboardInterrupt:
-        _interrupted(run, parallel)
+        _interrupted(run)
+    except RuntimeError:
+        # A process that stops takes the connection from under the others. The launcher's signal to them follows.
+        if parallel is not None and parallel.world_size > 1 and _signalled():
+            _interrupted(run)
+        raise
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,9 +82,11 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     rank, world_size = parallel.rank, parallel.world_size
     train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size)
     val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size)
+    _try_network(network, data, data.global_batch // world_size)
     folder = Path(settings.output)
     saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
-    track = Track(folder, settings, parallel, None if saved is None else saved.state["global_step"])
+    finished = saved is not None and saved.state["phase"] == "done"
+    track = Track(folder, settings, parallel, None if saved is None or finished else saved.state["records"])
     for fault in faults:
         track.warn(fault)
     supernet = network.to(parallel.device)
@@ -83,37 +94,94 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     run = phases.Run(settings, folder, parallel, track, train, val, supernet, architecture)
     if saved is not None:
         checkpoint.restore(run, saved)
-    _tell(run, resumed=saved is not None)
+    if finished:
+        track.say(f"{folder}: this run is finished; nothing is left to train")
+    else:
+        _tell(run, resumed=saved is not None)
     return run
 
 
-def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resume: bool, overwrite: bool):
-    """The checkpoint to go on from, or None, and what was found damaged. All processes decide alike, then the main one writes."""
-    found = [folder / name for name in PRODUCTS if (folder / name).exists()]
-    saved, faults = None, []
-    if resume:
-        saved, faults = checkpoint.latest(folder / "checkpoints")
-    if saved is not None:
-        _same_recipe(folder, saved.state["recipe"], settings.model_dump(mode="json"))
-    elif found and not overwrite:
-        hint = "it has no whole checkpoint to resume from" if resume else "go on with it by --resume"
-        raise InputError(
-            f"key 'output': {folder} already holds another run; {hint}, or replace it by --overwrite, or name another folder"
-        )
-    parallel.wait()
-    if parallel.main:
+def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
+    """Raise InputError if pictures of the recipe's size, or so few of them in each process, cannot pass through `network`."""
+    size = data.image_size
+    with torch.no_grad(), nets.resting_statistics(network.train()):
         try:
-            if saved is None:
-                for path in found:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.yaml").write_text(recipe.dump(settings))
-        except OSError as error:
-            raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); name another folder") from None
+            network(torch.zeros(2, 3, size, size))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"key 'data.image_size': the network cannot take pictures of {size}x{size} pixels "
+                f"({str(error).splitlines()[0]}); change it or key 'model.name'"
+            ) from None
+        try:
+            if share == 1:
+                network(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            raise InputError(
+                f"key 'data.global_batch': {data.global_batch} leaves each process one picture a step, too few for BatchNorm "
+                f"({error}); raise it"
+            ) from None
+
+
+def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resume: bool, overwrite: bool):
+    """The checkpoint to go on from, or None, and what was found damaged. The main process looks and writes first, so that all
+    processes refuse the folder or none does."""
+    saved, faults, refusal = None, [], None
+    try:
+        if parallel.main:
+            saved, faults = _prepare(folder, settings, resume, overwrite)
+    except InputError as error:
+        refusal = str(error)
+    refusal, step = parallel.from_main((refusal, None if saved is None else saved.state["global_step"]))
+    if refusal:
+        raise InputError(refusal)
+    if not parallel.main and step is not None:
+        saved, faults = checkpoint.latest(folder / "checkpoints")
+        if saved is None or saved.state["global_step"] != step:
+            raise InputError(
+                f"key 'output': process {parallel.rank} does not find the checkpoint of step {step} in {folder}; name a folder "
+                f"that all machines share",
+                local=True,
+            )
     return saved, faults
 
 
-def _same_recipe(folder: Path, old: dict, new: dict) -> None:
+def _prepare(folder: Path, settings: recipe.Recipe, resume: bool, overwrite: bool):
+    try:
+        # lexists: what --overwrite must not leave behind includes links that lead nowhere.
+        found = [name for name in PRODUCTS if os.path.lexists(folder / name)]
+        saved, faults = checkpoint.latest(folder / "checkpoints") if resume else (None, [])
+        if saved is not None:
+            _same_recipe(folder, saved.state["recipe"], settings)
+        elif found and PRODUCTS[-1] not in found:
+            raise InputError(
+                f"key 'output': {folder} holds {', '.join(found)}, but no {PRODUCTS[-1]}, so it may be no run's; "
+                f"name another folder, or remove what is in the way"
+            )
+        elif faults:
+            raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
+        elif found and resume and "compact" not in found:
+            _same_recipe(folder, recipe.load(folder / "recipe.yaml").model_dump(mode="json"), settings)
+            faults = [f"{folder}: the run ended before its first checkpoint; it begins anew"]
+        elif found and not overwrite:
+            hint = "it has no checkpoint to resume from" if resume else "go on with it by --resume"
+            raise InputError(
+                f"key 'output': {folder} already holds another run; {hint}, or replace it by --overwrite, or name another folder"
+            )
+        if saved is None:
+            for path in map(folder.joinpath, found):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.dump(settings))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"key 'output': {folder} cannot be written ({why}); name another folder") from None
+    return saved, faults
+
+
+def _same_recipe(folder: Path, old: dict, settings: recipe.Recipe) -> None:
+    new = settings.model_dump(mode="json")
     changed = [key for key in _flat(old) | _flat(new) if _flat(old).get(key) != _flat(new).get(key)]
     changed = [key for key in changed if key != "output" and not key.startswith(("tracking.", "data.workers"))]
     if changed:
@@ -164,12 +232,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _end(run: phases.Run, seconds: float) -> None:
+def _end(run: phases.Run) -> None:
     track = run.track
     track.global_step = run.global_step
-    per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
-    images = run.global_step * run.recipe.data.global_batch
-    track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
+    if not track.ended:
+        per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
+        images = run.global_step * run.recipe.data.global_batch
+        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
     track.close()
     if run.parallel.main:
         report.write(run.folder)
@@ -179,36 +248,54 @@ def _end(run: phases.Run, seconds: float) -> None:
 
 def _stop(run, parallel, error: InputError) -> None:
     """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
+    # The launcher ends all processes as soon as one has ended: the one that speaks must not be cut short by those that do not.
+    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif _signalled():
+        sys.exit(2)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     if run is not None:
         run.track.close()
-    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    if parallel is not None:
+    if parallel is not None and not error.local:
         parallel.close()
     sys.exit(2)
 
 
-def _interrupted(run, parallel) -> None:
+def _signalled() -> bool:
+    """Whether Ctrl-C or SIGTERM comes within PATIENCE_SECONDS."""
+    try:
+        time.sleep(PATIENCE_SECONDS)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _interrupted(run) -> None:
     """End after Ctrl-C or SIGTERM: say where the run stands and how to go on."""
     # A second signal, or the launcher's own after Ctrl-C, must not cut this short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for loader in multiprocessing.active_children():
+        loader.kill()
     if int(os.environ.get("RANK", 0)) == 0:
-        if run is None:
-            where = "before training began"
-        else:
+        if run is not None:
+            run.track.abandon()
+        print(f"\nstopped {_where(run)}", file=sys.stderr, flush=True)
+        if run is not None:
             run.track.close()
-            saved, _ = checkpoint.latest(run.folder / "checkpoints")
-            where = f"in {run.phase} after {run.step} steps ({run.global_step} in all); "
-            where += (
-                f"its last checkpoint is at step {saved.state['global_step']}: go on with --resume"
-                if saved
-                else "no checkpoint yet"
-            )
-        print(f"\nstopped {where}", file=sys.stderr, flush=True)
     # Without the farewells of the process group, which would wait for processes that are gone.
     sys.stdout.flush()
     os._exit(130)
+
+
+def _where(run) -> str:
+    if run is None:
+        return "before training began"
+    where = f"in {run.phase} after {run.step} steps ({run.global_step} in all); "
+    saved, _ = checkpoint.latest(run.folder / "checkpoints")
+    if saved is None:
+        return where + "no checkpoint yet: --resume begins anew"
+    return where + f"its last checkpoint is at step {saved.state['global_step']}: go on with --resume"
 
 
 if __name__ == "__main__":

@@ -90,9 +90,7 @@ def test_learning_rate_position_is_in_fractional_epochs():
     )
 
 
-@pytest.mark.parametrize(
-    "weights, architecture, pattern", [(1, 1, "wawawa"), (2, 1, "wwawwa"), (0, 1, "aaaaaa"), (1, 2, "waawaa")]
-)
+@pytest.mark.parametrize("weights, architecture, pattern", [(1, 1, "wawawa"), (2, 1, "wwawwa"), (0, 1, "aaaaaa"), (1, 2, "waawaa")])
 def test_alternation(weights, architecture, pattern):
     taken = "".join("a" if schedule.is_architecture_step(step, weights, architecture) else "w" for step in range(6))
     assert taken == pattern

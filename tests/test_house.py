@@ -23,7 +23,9 @@ IMPORTS = {name: imports(path) for path, name in ROOMS.items()}
 
 
 def importers(*modules: str) -> set[str]:
-    return {name for name, found in IMPORTS.items() if any(m in modules or m.startswith(tuple(f"{x}." for x in modules)) for m in found)}
+    return {
+        name for name, found in IMPORTS.items() if any(m in modules or m.startswith(tuple(f"{x}." for x in modules)) for m in found)
+    }
 
 
 def test_recipe_imports_no_other_room():

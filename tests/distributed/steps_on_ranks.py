@@ -1,6 +1,6 @@
 """Run by test_two_processes on each process: steps on this rank's part of fixed batches, in float64, on a network without BatchNorm.
 
-    accelerate launch ... tests/distributed/steps_on_ranks.py OUT
+accelerate launch ... tests/distributed/steps_on_ranks.py OUT
 """
 
 import sys
@@ -52,9 +52,7 @@ def main(out: str) -> None:
         else:
             before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
             moments = {name: tensor.clone() for name, tensor in checkpoint.momentum(net, weights).items()}
-            outcome = architecture_step(
-                net, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, parallel.average_
-            )
+            outcome = architecture_step(net, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, parallel.average_)
             assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
             assert all(torch.equal(moments[name], tensor) for name, tensor in checkpoint.momentum(net, weights).items())
             assert all(p.grad is None for p in net.parameters())

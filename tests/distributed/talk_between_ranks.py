@@ -51,7 +51,9 @@ def one_architecture_step_is_one_collective(parallel: Parallel) -> None:
 def statistics_are_combined(parallel: Parallel) -> None:
     """Of equally many samples on each process, the combined statistics are those of all samples together."""
     norm = nets.GatedBatchNorm(3).double()
-    samples = torch.randn(2, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.tensor([0.0, 5.0, -9.0])
+    samples = torch.randn(2, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.tensor(
+        [0.0, 5.0, -9.0]
+    )
     mine = samples[parallel.rank]
     norm.running_mean.copy_(mine.mean(0))
     norm.running_var.copy_(mine.var(0, unbiased=False))

@@ -1,0 +1,138 @@
+"""The demo's recipe over several seeds, against rivals with the same multiply-adds and the same number of steps.
+
+    python benchmarks/digits_seeds.py                 five seeds, about a quarter of an hour on two cores
+
+For each seed, in one process: `learned` is the recipe as it stands. `even` is the network thinned evenly, the same share of every
+layer's channels, trained from scratch. `random` is the pretrained network with channels removed at random, trained on. `full` is the
+whole network. Both rivals may cost at most what the learned network of that seed costs, and all of them take as many iterations as
+the recipe's three phases together; where the learned network spends half of its search on the architecture, they train weights.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dnal_dist import compact, cost, phases, recipe, report, train
+from dnal_dist.nets import GatedNetwork
+from dnal_dist.parallel import Parallel
+
+METHODS = ("learned", "even", "random", "full")
+
+
+def thinned_evenly(net: GatedNetwork, image_size: int, most: int) -> torch.Tensor:
+    """The mask that keeps the same share of each site's channels, as many as cost at most `most` multiply-adds."""
+
+    def mask(per_mille: int) -> torch.Tensor:
+        keep = torch.zeros(net.num_gates, dtype=torch.bool)
+        for part in net.by_site(keep).values():
+            part[: max(1, len(part) * per_mille // 1000)] = True
+        return keep
+
+    return mask(_largest(1000, lambda share: cost.count(net, image_size, mask(share)).macs <= most))
+
+
+def removed_at_random(net: GatedNetwork, image_size: int, most: int, seed: int) -> torch.Tensor:
+    """The mask of the first channels of a random order, as many as cost at most `most` multiply-adds; no site is empty."""
+    shuffled = torch.randperm(net.num_gates, generator=torch.Generator().manual_seed(seed))
+
+    def mask(number: int) -> torch.Tensor:
+        keep = torch.zeros(net.num_gates, dtype=torch.bool)
+        keep[shuffled[:number]] = True
+        return compact.rescue(net, keep, -shuffled.argsort())[0]
+
+    return mask(_largest(net.num_gates, lambda number: cost.count(net, image_size, mask(number)).macs <= most))
+
+
+def _largest(high: int, fits) -> int:
+    """The largest number up to `high` that `fits`, given that smaller ones fit when a larger one does."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def learned(settings: recipe.Recipe) -> dict:
+    run = train.assemble(settings, Parallel(), overwrite=True)
+    phases.go(run)
+    found = report.summary(run.folder)
+    return {"accuracy": found["accuracy"]["finetune"], "macs": found["compact"]["exact"]["macs"], "phases": found["accuracy"]}
+
+
+def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
+    """Train the rival `method` for as many iterations as the recipe's phases have together."""
+    run = train.assemble(settings, Parallel(), overwrite=True)
+    net, image_size, per_epoch = run.supernet, settings.data.image_size, run.train.steps_per_epoch
+    total = sum(getattr(settings.phases, name).iterations(per_epoch) for name in ("pretrain", "search", "finetune"))
+    batches = run.train.batches()
+    if method == "random":
+        phases.pretrain(run, batches)
+        keep = removed_at_random(net, image_size, most, settings.seed)
+    else:
+        keep = cost.all_open(net) if method == "full" else thinned_evenly(net, image_size, most)
+    run.small, run.momentum = compact.compact(net, keep), {}
+    run.phase, run.step = "finetune", 0
+    longer = settings.phases.finetune.model_copy(update={"epochs": None, "steps": total - run.global_step})
+    run.recipe = settings.model_copy(update={"phases": settings.phases.model_copy(update={"finetune": longer})})
+    phases.finetune(run, batches)
+    assert run.global_step == total
+    return {"accuracy": report.summary(run.folder)["accuracy"]["finetune"], "macs": cost.count(net, image_size, keep).macs}
+
+
+def table(found: list[dict], full_macs: int) -> Table:
+    """Mean, standard deviation and worst of each method, as a table."""
+    columns = ("method", "accuracy, mean ± std", "lowest", "multiply-adds, mean ± std", "most")
+    shown = Table(*columns, title=f"{len(found)} seeds")
+    for method in METHODS:
+        accuracy = [100 * seed[method]["accuracy"] for seed in found]
+        macs = [100 * seed[method]["macs"] / full_macs for seed in found]
+        deviation = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (accuracy, macs)]
+        shown.add_row(
+            method,
+            f"{statistics.mean(accuracy):.2f} ± {deviation[0]:.2f} %",
+            f"{min(accuracy):.2f} %",
+            f"{statistics.mean(macs):.1f} ± {deviation[1]:.1f} %",
+            f"{max(macs):.1f} %",
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--recipe", default="recipes/digits.yaml")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0 on (default 5)")
+    parser.add_argument("--output", type=Path, default=Path("runs/digits_seeds"), help="folder for the runs and results.json")
+    args = parser.parse_intermixed_args()
+    found = []
+    for seed in range(args.seeds):
+        results = {}
+        for method in METHODS:
+            own = [f"seed={seed}", f"output={args.output}/{method}-{seed}", "tracking.tracker=none"]
+            try:
+                settings = recipe.load(args.recipe, [*args.overrides, *own])
+                with contextlib.redirect_stdout(io.StringIO()):
+                    results[method] = (
+                        learned(settings) if method == "learned" else rival(settings, method, results["learned"]["macs"])
+                    )
+            except recipe.InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            print(
+                f"seed {seed}: {method:8} {results[method]['accuracy']:.2%}, {results[method]['macs']:,} multiply-adds", flush=True
+            )
+        found.append(results)
+        (args.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    Console(width=100).print(table(found, found[0]["full"]["macs"]))
+
+
+if __name__ == "__main__":
+    main()

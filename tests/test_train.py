@@ -1,0 +1,190 @@
+"""The main job in a reduced form, by every way of starting it, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dnal_dist import compact, phases, recipe, report, train
+from dnal_dist.evaluate import evaluate
+from dnal_dist.parallel import Parallel
+from dnal_dist.stream import Shards, Stream
+
+REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
+FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
+
+
+def start(launcher: list[str], digits, output, *changes: str, **environment: str) -> subprocess.CompletedProcess:
+    shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}"]
+    command = [sys.executable, "-m", *launcher, "dnal_dist.train", "recipes/digits.yaml", *shards, *changes]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
+
+
+def records(output, kind: str) -> list[dict]:
+    return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def demo(digits, tmp_path_factory):
+    """The demo on two processes, with fewer epochs."""
+    output = tmp_path_factory.mktemp("demo") / "run"
+    launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml", "-m"]
+    return output, start(launcher, digits, output, *REDUCED, "tracking.tracker=none")
+
+
+def test_reduced_demo_learns_a_smaller_network(demo):
+    output, process = demo
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = report.summary(output)
+    assert found["accuracy"]["finetune"] > 0.90
+    assert found["compact"]["exact"]["macs"] < 0.5 * found["full"]["exact"]["macs"]
+    assert not found["collapsed"]
+    assert records(output, "start")[0]["world_size"] == 2
+
+
+def test_demo_tells_a_line_a_phase_and_the_table(demo):
+    lines = demo[1].stdout.splitlines()
+    for phase in ("pretrain", "search", "prune", "finetune"):
+        # One at its end; in a phase longer than half a minute, others before.
+        assert any(line.startswith(phase) and "accuracy" in line for line in lines), phase
+    text = demo[1].stdout
+    for word in (
+        "after pretrain",
+        "after search",
+        "after pruning",
+        "after finetune",
+        "multiply-adds",
+        "channels kept",
+        "report.html",
+    ):
+        assert word in text, word
+    assert "\x1b[" not in text
+
+
+def test_records_are_complete(demo):
+    output, _ = demo
+    steps = records(output, "start")[0]["steps_per_epoch"]
+    assert [r["phase"] for r in records(output, "eval")] == ["pretrain"] * 4 + ["search"] * 8 + ["prune"] + ["finetune"] * 6
+    for phase, epochs in (("pretrain", 4), ("search", 8), ("finetune", 6)):
+        told = [r for r in records(output, "train") if r["phase"] == phase]
+        assert told[-1]["step"] == told[-1]["phase_steps"] == epochs * steps
+        for r in told:
+            assert {"loss", "cross_entropy", "accuracy", "learning_rate", "images_per_second", "data_wait_seconds"} <= r.keys()
+            assert ({"delta", "open_share", "expected_macs", "penalty"} <= r.keys()) == (phase == "search")
+    gates = records(output, "gates")
+    assert len(gates) == 9 and gates[0]["histogram"][10] == 448
+    assert gates[-1]["delta"] == pytest.approx(10_000)
+    hardened = gates[-1]["histogram"]
+    assert hardened[0] + hardened[-1] > 0.95 * sum(hardened) == 0.95 * 448
+    assert gates[-1]["open"] == records(output, "prune")[0]["kept"]
+
+
+def test_compact_network_is_the_one_that_was_evaluated(demo, digits):
+    output, _ = demo
+    net = compact.load(output / "compact")
+    settings = recipe.load(output / "recipe.yaml")
+    shards = Shards(settings.data.val, "data.val", 10)
+    found = evaluate(net, Stream(shards, settings.data, 0, False), settings.data, Parallel())
+    last = records(output, "eval")[-1]
+    assert found.accuracy == pytest.approx(last["accuracy"], abs=1e-6)
+    assert found.cross_entropy == pytest.approx(last["cross_entropy"], rel=1e-3)
+    assert sum(p.numel() for p in net.parameters()) == records(output, "prune")[0]["compact"]["exact"]["params"]
+
+
+def test_compact_network_is_plain_torch(demo):
+    net = compact.load(demo[0] / "compact")
+    assert all(type(module).__module__.startswith("torch.nn") for module in net.modules())
+
+
+def test_accelerate_launch_without_a_config_file(digits, tmp_path):
+    found = start(
+        ["accelerate.commands.launch", "-m"], digits, tmp_path / "run", *FEW, "tracking.tracker=none", HF_HOME=str(tmp_path / "hf")
+    )
+    assert found.returncode == 0, found.stderr
+    assert report.summary(tmp_path / "run")["finished"]
+
+
+def test_wandb_gets_the_same_metrics_offline(digits, tmp_path):
+    found = start([], digits, tmp_path / "run", *FEW, "architecture.penalty_weight=0.02", WANDB_MODE="offline")
+    assert found.returncode == 0, found.stderr
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    told = {}
+    for key, value in wandb_history(path):
+        told.setdefault(key, []).append(value)
+    ours = [r["cross_entropy"] for r in records(tmp_path / "run", "train")]
+    assert told["train/cross_entropy"] == pytest.approx(ours)
+    accuracy = {
+        phase: [r["accuracy"] for r in records(tmp_path / "run", "eval") if (r["phase"] == "prune") == phase] for phase in (0, 1)
+    }
+    assert told["eval/accuracy"] == pytest.approx(accuracy[0])
+    assert told["prune/accuracy"] == pytest.approx(accuracy[1])
+    assert recipe.load(tmp_path / "run" / "recipe.yaml").architecture.penalty_weight == 0.02
+
+
+def wandb_history(path):
+    """Key and value of everything logged to an offline W&B run: protobuf records in a LevelDB log of 32 KiB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            for item in record.history.item:
+                yield item.key or "/".join(item.nested_key), json.loads(item.value_json)
+
+
+def run_here(digits, output, *changes: str):
+    """A run of the demo's recipe in this process, ready to go."""
+    shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", "tracking.tracker=none"]
+    return train.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Parallel())
+
+
+def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
+    """weight_steps: 0 is the authors' own way: nothing of the network moves while the architecture does."""
+    run = run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=0")
+    batches = run.train.batches()
+    phases.pretrain(run, batches)
+    before = {name: tensor.clone() for name, tensor in run.supernet.state_dict().items()}
+    momentum = {name: tensor.clone() for name, tensor in run.momentum.items()}
+    phases.search(run, batches)
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.supernet.state_dict().items())
+    assert momentum and all(torch.equal(momentum[name], tensor) for name, tensor in run.momentum.items())
+    assert run.architecture.alpha.abs().min() > 0
+
+
+def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
+    run = run_here(digits, tmp_path, *FEW)
+    phases.pretrain(run, run.train.batches())
+    _, optimizer = phases.weights_of(run, run.recipe.phases.search.optimizer)
+    for (name, _), state in zip(run.supernet.named_parameters(), optimizer.state.values(), strict=True):
+        assert torch.equal(state["momentum_buffer"], run.momentum[name])
+
+
+def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
+    run = run_here(
+        digits, tmp_path, "phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.steps=4",
+        "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",
+    )  # fmt: skip
+    phases.go(run)
+    found = report.summary(tmp_path)
+    assert found["collapsed"]
+    assert found["macs_ratio"] >= 0.05
+    assert any("the penalty rests" in warning for warning in found["warnings"])
+    assert any("the architecture collapsed" in warning for warning in found["warnings"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(digits, tmp_path):
+    run = run_here(digits, tmp_path, *FEW, "phases.pretrain.steps=40", "phases.pretrain.optimizer.lr=1e30")
+    with pytest.raises(recipe.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
+        phases.go(run)
