@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train r
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -253,7 +254,13 @@ def _stop(run, parallel, error: InputError) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif _signalled():
         sys.exit(2)
+    if run is not None:
+        run.track.abandon()
     print(f"error: {error}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The launcher ends with a page about the process that failed first; so it tells the reason too.
+        now = str(int(time.time()))
+        Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": {"timestamp": now}}}))
     if run is not None:
         run.track.close()
     if parallel is not None and not error.local:

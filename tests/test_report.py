@@ -12,7 +12,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from dnal_dist import report
+from dnal_dist import report, results
 
 FULL = {"exact": {"macs": 2_421_376, "params": 287_146}, "paper": {"macs": 2_430_000, "params": 287_000}}
 COMPACT = {"exact": {"macs": 281_344, "params": 28_211}, "paper": {"macs": 290_000, "params": 28_000}}
@@ -337,7 +337,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr("dnal_dist.page.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         report.write(save(tmp_path, made_up_run()[:5]))
     assert (tmp_path / "report.html").read_bytes() == before
@@ -363,7 +363,7 @@ def test_recipe_is_shown_and_may_be_absent(tmp_path):
     ],
 )
 def test_amounts_have_three_digits_and_a_unit(count, like, text):
-    assert report._amount(count, like) == text
+    assert results.amount(count, like) == text
 
 
 def test_importing_the_report_imports_no_torch():

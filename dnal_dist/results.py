@@ -1,0 +1,225 @@
+"""What a run folder tells: its records, what the run came to, and that in words. No torch."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+NETWORKS = {
+    "pretrain": "full, no gates",
+    "search": "full, gated",
+    "prune": "compact, as cut",
+    "finetune": "compact",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder in memory: the recipe as a dictionary and as text, the records of metrics.jsonl in their order."""
+
+    folder: Path
+    recipe: dict
+    recipe_text: str
+    records: list[dict]
+
+    def of(self, kind: str, phase: str | None = None) -> list[dict]:
+        """Records of one kind, of one phase if given."""
+        return [r for r in self.records if r.get("kind") == kind and phase in (None, r.get("phase"))]
+
+    def last(self, kind: str, phase: str | None = None) -> dict:
+        """The latest record of one kind; empty if there is none yet."""
+        return next(reversed(self.of(kind, phase)), {})
+
+    def series(self, kind: str, x: str, y: str, phase: str | None = None) -> tuple[list[float], list[float]]:
+        """Two keys of the records in which both are finite numbers; a loss that became NaN leaves a gap."""
+        pairs = [(r.get(x), r.get(y)) for r in self.of(kind, phase)]
+        finite = [pair for pair in pairs if all(isinstance(v, int | float) and math.isfinite(v) for v in pair)]
+        return [a for a, _ in finite], [b for _, b in finite]
+
+    def setting(self, part: str, key: str) -> object:
+        """One key of one part of the recipe, None where there is none."""
+        settings = self.recipe.get(part)
+        return settings.get(key) if isinstance(settings, dict) else None
+
+    @property
+    def name(self) -> str:
+        """The run's name by its own record, else by its recipe, else its folder's."""
+        return str(self.last("start").get("name") or self.recipe.get("name") or self.folder.resolve().name)
+
+
+def load(run: str | Path) -> Run:
+    """Read a run folder.
+
+    A last line of metrics.jsonl that was cut short is left out, and recipe.yaml may be absent. Raises ValueError naming
+    the path and the remedy if the folder or metrics.jsonl is missing, holds no record, or has a broken line before its
+    last.
+    """
+    folder = Path(run)
+    path, recipe_path = folder / "metrics.jsonl", folder / "recipe.yaml"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder; give the folder that a recipe names as its 'output'")
+    try:
+        lines = path.read_bytes().split(b"\n")
+        recipe_text = recipe_path.read_text("utf-8") if recipe_path.exists() else ""
+        recipe = yaml.safe_load(recipe_text)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, so {folder} is not a run folder; start the run first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder}: cannot be read ({error}); mend the file or its permissions") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{recipe_path}: not valid YAML ({reason}); mend it or move it away") from None
+    return Run(folder, recipe if isinstance(recipe, dict) else {}, recipe_text, _records(path, lines))
+
+
+def _records(path: Path, lines: list[bytes]) -> list[dict]:
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    records = []
+    for number, line in numbered:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # The last line of a run that was killed while it wrote.
+            if number == numbered[-1][0]:
+                break
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object; remove this line and try again")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
+    return records
+
+
+def summary(run: str | Path | Run) -> dict:
+    """What a run came to, finished or not; a key whose value is not known yet is absent.
+
+    accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
+    params_ratio (compact / full, exact rule), channels {total, kept}, collapsed, warnings, seconds,
+    phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
+    """
+    run = run if isinstance(run, Run) else load(run)
+    start, prune, end = run.last("start"), run.last("prune"), run.last("end")
+    elapsed = _elapsed(run)
+    known = {
+        "accuracy": {r["phase"]: r["accuracy"] for r in run.of("eval") if "phase" in r and "accuracy" in r},
+        "full": prune.get("full") or start.get("full"),
+        "compact": prune.get("compact"),
+        "collapsed": bool(prune.get("collapsed")),
+        "warnings": [str(r.get("message", "")) for r in run.of("warning")],
+        "seconds": end.get("seconds", sum(elapsed.values())),
+        "phase_seconds": {phase: seconds for phase, seconds in elapsed.items() if phase},
+        "phase": next((r["phase"] for r in reversed(run.records) if "phase" in r), None),
+        "finished": bool(end),
+    }
+    if known["full"] and known["compact"]:
+        for key in ("macs", "params"):
+            known[f"{key}_ratio"] = known["compact"]["exact"][key] / max(known["full"]["exact"][key], 1)
+    if start.get("sites"):
+        known["channels"] = {"total": sum(start["sites"].values())}
+        if "kept" in prune:
+            known["channels"]["kept"] = sum(prune["kept"].values())
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _elapsed(run: Run) -> dict[str, float]:
+    """Seconds of each phase ("" outside of any), as the run told them, else from the times of its records."""
+    told = {r["phase"]: r["seconds"] for r in run.of("phase")} | run.last("end").get("phase_seconds", {})
+    seconds: dict[str, float] = {}
+    for before, record in pairwise(run.records):
+        # The time between a stop and its resume is nobody's.
+        if record.get("kind") != "start" and "time" in before and "time" in record:
+            phase = record.get("phase", "")
+            seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]
+    return seconds | told
+
+
+def amount(count: float, like: float | None = None) -> str:
+    """Three digits and a unit, 2.42 M; in the unit of `like` where that stays readable."""
+    for reference in (count if like is None else like, count):
+        units = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+        scale, unit = next((u for u in units if reference >= 0.9995 * u[0]), (1, ""))
+        if count / scale >= 0.01:
+            break
+    return f"{count / scale:.3g}{unit}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def fewer(ratio: float) -> str:
+    return f"{1 / ratio:,.{0 if ratio < 0.01 else 1}f}x fewer" if ratio else "nothing left"
+
+
+def counted(messages: list[str]) -> list[str]:
+    """Each message once, in order, with how often it came."""
+    return [message if n == 1 else f"{message} ({n:,} times)" for message, n in Counter(messages).items()]
+
+
+def when(result: dict, phase: str) -> str:
+    """When an accuracy was measured: after a phase, or in one that still goes on."""
+    goes_on = phase == result.get("phase") != "prune" and not result["finished"] and phase not in result["ended"]
+    return f"so far in {phase}" if goes_on else f"after {'pruning' if phase == 'prune' else phase}"
+
+
+def result_of(run: Run) -> dict:
+    return summary(run) | {"ended": {r.get("phase") for r in run.of("phase")}}
+
+
+def where(run: Run) -> str:
+    """Where an unfinished run stands."""
+    train = run.last("train")
+    if not train:
+        return "Not finished: no iteration is on record yet."
+    steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
+    return f"Not finished: at {steps} of {train.get('phase')}."
+
+
+def collapse(run: Run) -> str:
+    weight = run.setting("architecture", "penalty_weight")
+    here = "" if weight is None else f" ({weight} in this run)"
+    return (
+        "The search would have closed nearly every channel, so the network that was kept is not one it chose. "
+        f"Lower architecture.penalty_weight{here} and run again."
+    )
+
+
+def printable(words: str) -> str:
+    """Without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in words)
+
+
+def rows(result: dict) -> list[tuple[str, str]]:
+    order = [*NETWORKS, *(phase for phase in result["accuracy"] if phase not in NETWORKS)]
+    accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
+    rows = [(f"accuracy {printable(when(result, phase))}", percent(value, 2)) for phase, value in accuracies]
+    for key, words in (("macs", "multiply-adds"), ("params", "parameters")):
+        for rule in ("exact", "paper"):
+            full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
+            label = words if rule == "exact" else f"{words} (paper's rule)"
+            if full and compact is not None:
+                ratio = compact / full
+                rows.append((label, f"{amount(full)} -> {amount(compact, full)}, {percent(ratio)}, {fewer(ratio)}"))
+            elif full:
+                rows.append((label, f"{amount(full)} in the full network"))
+    channels = result.get("channels", {})
+    if "kept" in channels:
+        share = percent(channels["kept"] / max(channels["total"], 1))
+        rows.append(("channels kept", f"{channels['kept']:,} of {channels['total']:,}, {share}"))
+    return [*rows, ("time", duration(result["seconds"]))]
