@@ -132,7 +132,10 @@ def _refuse_gaps(indices: dict[Path, dict[str, dict]], names: list[str], paths: 
 def _read_index(folder: Path) -> dict[str, dict]:
     try:
         entries = json.loads((folder / "index.json").read_text())["shards"]
-        return {entry["file"]: {"samples": int(entry["samples"]), "bytes": int(entry["bytes"])} for entry in entries}
+        index = {entry["file"]: {"samples": int(entry["samples"]), "bytes": int(entry["bytes"])} for entry in entries}
+        if any(entry["samples"] < 0 for entry in index.values()):
+            raise ValueError("a negative number of samples")
+        return index
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,8 +1,17 @@
 """Fixtures that several rooms' tests share."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 
 from data_tools import make_shards
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +20,72 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     make_shards.digits(folder)
     return folder
+
+
+class TrainCommand:
+    """`python -m dnal_dist.train` in a process of its own, or under `accelerate launch` with several."""
+
+    def start(self, *arguments: str, processes: int = 1, **environment: str) -> subprocess.Popen:
+        """Started in a session of its own, so that a test can signal all of it without signalling itself."""
+        launcher = []
+        if processes > 1:
+            launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+            launcher += ["--num_processes", str(processes), "-m"]
+        return subprocess.Popen(
+            [sys.executable, "-m", *launcher, "dnal_dist.train", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *arguments: str, processes: int = 1, timeout: float = 120, **environment: str):
+        """The CompletedProcess of these arguments."""
+        process = self.start(*arguments, processes=processes, **environment)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def train_command() -> TrainCommand:
+    return TrainCommand()
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """`python -m dnal_dist.train` with these arguments in the test's own process, which spares the seconds of importing torch."""
+    import torch
+
+    from dnal_dist import train
+
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    # Pictures of 8x8 pixels give several threads nothing to do but to wait for one another.
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: set_num_threads(1))
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        code = 0
+        try:
+            train.main()
+        except SystemExit as ended:
+            code = ended.code
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    set_num_threads(threads)
