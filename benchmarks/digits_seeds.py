@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -90,7 +91,8 @@ def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
 def table(found: list[dict], full_macs: int) -> Table:
     """Mean, standard deviation and worst of each method, as a table."""
     columns = ("method", "accuracy, mean ± std", "lowest", "multiply-adds, mean ± std", "most")
-    shown = Table(*columns, title=f"{len(found)} seeds")
+    # As README holds it.
+    shown = Table(*columns, box=box.MARKDOWN)
     for method in METHODS:
         accuracy = [100 * seed[method]["accuracy"] for seed in found]
         macs = [100 * seed[method]["macs"] / full_macs for seed in found]

@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import signal
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -340,26 +341,22 @@ class Stream:
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=data.workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_loader,
         )
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         self._slices.start = start
-        try:
-            for batch in self._loader:
-                if isinstance(batch, InputError):
-                    raise InputError(str(batch), local=True)
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            text = f"key 'data.workers': {str(error).splitlines()[0]} Lower it, or give the machine more (shared) memory"
-            raise InputError(text, local=True) from None
+        for batch in self._loader:
+            if isinstance(batch, InputError):
+                raise InputError(str(batch), local=True)
+            yield batch
 
 
 def _as_it_is(batch):
     return batch
 
 
-def _one_thread(_worker: int) -> None:
+def _begin_loader(_worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal; what becomes of a loader is for the process that it loads for to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

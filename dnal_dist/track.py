@@ -34,7 +34,7 @@ class Track:
         except OSError as error:
             raise InputError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); mend that", local=True) from None
         self.records, self.ended = len(kept), bool(kept) and '"kind": "end"' in kept[-1]
-        if recipe.tracking.tracker == "wandb":
+        if recipe.tracking.tracker == "wandb" and not self.ended:
             self._start_wandb(parallel, folder, recipe)
 
     def _start_wandb(self, parallel: Parallel, folder: Path, recipe) -> None:

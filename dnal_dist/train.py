@@ -37,7 +37,8 @@ PATIENCE_SECONDS = 10
 def main() -> None:
     args = _arguments()
     # SIGTERM is how launchers and clusters say stop: it ends the run the way Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     parallel = run = None
     try:
         settings = recipe.load(args.recipe, args.overrides)
@@ -49,11 +50,26 @@ def main() -> None:
         _stop(run, parallel, error)
     except KeyboardInterrupt:
         _interrupted(run)
-    except RuntimeError:
-        # A process that stops takes the connection from under the others. The launcher's signal to them follows.
-        if parallel is not None and parallel.world_size > 1 and _signalled():
+    except RuntimeError as error:
+        # Where all is being stopped, a peer or a loader may be gone before the signal to this process comes.
+        loader_died = "DataLoader worker" in str(error)
+        stopping = isinstance(error.__context__, KeyboardInterrupt)
+        if stopping or ((loader_died or (parallel is not None and parallel.world_size > 1)) and _signalled()):
             _interrupted(run)
-        raise
+        if not loader_died:
+            raise
+        why = str(error).splitlines()[0].rstrip(". ")
+        told = f"key 'data.workers': a loader process died ({why}); lower it, or give the machine more (shared) memory"
+        _stop(run, parallel, InputError(told, local=True))
+
+
+def _interrupt(*_) -> None:
+    # The same signal may have ended loaders too. Torch would raise an error for each, whatever this process is doing by then.
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    # At once: a loader that is left in the middle of handing over a batch prints a traceback.
+    for loader in multiprocessing.active_children():
+        loader.kill()
+    raise KeyboardInterrupt
 
 
 def _arguments() -> argparse.Namespace:
@@ -282,8 +298,6 @@ def _interrupted(run) -> None:
     # A second signal, or the launcher's own after Ctrl-C, must not cut this short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for loader in multiprocessing.active_children():
-        loader.kill()
     if int(os.environ.get("RANK", 0)) == 0:
         if run is not None:
             run.track.abandon()

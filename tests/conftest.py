@@ -1,9 +1,11 @@
 """Fixtures that several rooms' tests share."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,29 +65,31 @@ class Ended(NamedTuple):
     err: str
 
 
-@pytest.fixture
-def train_here(monkeypatch, capsys):
+@pytest.fixture(scope="session")
+def train_here():
     """`python -m dnal_dist.train` with these arguments in the test's own process, which spares the seconds of importing torch."""
     import torch
 
     from dnal_dist import train
 
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    # Pictures of 8x8 pixels give several threads nothing to do but to wait for one another.
     set_num_threads = torch.set_num_threads
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: set_num_threads(1))
 
     def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        monkeypatch.chdir(ROOT)
-        capsys.readouterr()
-        code = 0
-        try:
-            train.main()
-        except SystemExit as ended:
-            code = ended.code
-        return Ended(code, *capsys.readouterr())
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        threads, code, out, err = torch.get_num_threads(), 0, io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["train", *map(str, arguments)])
+            patch.chdir(ROOT)
+            # Pictures of 8x8 pixels give several threads nothing to do but to wait for one another.
+            patch.setattr(torch, "set_num_threads", lambda _: set_num_threads(1))
+            try:
+                train.main()
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                set_num_threads(threads)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        return Ended(code, out.getvalue(), err.getvalue())
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-    set_num_threads(threads)
+    return run

@@ -103,7 +103,8 @@ def test_a_file_that_is_no_recipe(train, folder, text, told):
 
 
 @pytest.mark.parametrize(
-    "name, told", [("no.yaml", "no such recipe; .*recipes/"), ("", r"cannot be read \(.*directory"), ("b.yaml", r"cannot be read \(")]
+    "name, told",
+    [("no.yaml", "no such recipe; .*recipes/"), ("", r"cannot be read \(.*directory"), ("b.yaml", r"cannot be read \(")],
 )
 def test_a_recipe_that_cannot_be_read(train, folder, name, told):
     (folder / "b.yaml").write_bytes(b"\xff\xfe\x00name")
@@ -488,12 +489,19 @@ def test_a_folder_with_other_files_is_no_obstacle(train, folder):
 
 
 @pytest.mark.parametrize(
-    "output, why", [("file", "File exists"), ("file/below", "Not a directory"), ("x" * 300, "File name too long")]
+    "output, why",
+    [
+        ("{}/file", "File exists"),
+        ("{}/file/below", "Not a directory"),
+        ("{}/" + "x" * 300, "File name too long"),
+        ('"{}/\\0"', "embedded null byte"),
+    ],
+    ids=["a file", "below a file", "a long name", "a null byte"],
 )
 def test_a_folder_that_cannot_be_written(train, folder, output, why):
     (folder / "file").write_text("mine")
+    output = output.format(folder)
     for option in ((), ("--overwrite",), ("--resume",)):
-        output = output if output.startswith('"') else f"{folder}/{output}"
         refused(train(f"output={output}", *option), rf"key 'output': .* cannot be written \({why}\); name another folder")
     assert (folder / "file").read_text() == "mine"
 
