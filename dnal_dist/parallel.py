@@ -32,7 +32,8 @@ class Parallel:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         if not on_gpu:
             # More threads than cores would make each collective wait for a process that is not scheduled.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.accelerator.num_processes))
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
         self.backend = "ddp" if self.world_size > 1 else "single"
         asked = int(os.environ.get("WORLD_SIZE", 1))
         if asked != self.world_size:

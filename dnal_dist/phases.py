@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dnal_dist import checkpoint, compact, cost, schedule
@@ -14,7 +15,7 @@ from dnal_dist.evaluate import evaluate
 from dnal_dist.meter import Meter, check_skipped
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import Recipe
+from dnal_dist.recipe import InputError, Recipe
 from dnal_dist.steps import Outcome, architecture_step, weight_step
 from dnal_dist.stream import Stream
 from dnal_dist.track import Track
@@ -156,7 +157,12 @@ def finetune(run: Run, batches) -> None:
     if run.parallel.main:
         facts = {"name": run.recipe.model.name, "image_size": run.recipe.data.image_size}
         data = {"mean": run.recipe.data.mean, "std": run.recipe.data.std}
-        compact.save(run.small, run.folder / "compact", **facts, **data)
+        try:
+            compact.save(run.small, run.folder / "compact", **facts, **data)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{run.folder / 'compact'}: cannot be written ({error}); make room, then use --resume", local=True
+            ) from None
     _enter(run, "done")
 
 
@@ -171,7 +177,8 @@ def optimise(run: Run, batches, do: Callable[..., Outcome]) -> None:
     total = phase.iterations(per_epoch)
     share = recipe.data.global_batch // parallel.world_size
     network, optimizer = weights_of(run, phase.optimizer)
-    meter, begun, result = Meter(run), time.monotonic(), ""
+    meter, result = Meter(run), ""
+    begun, before = time.monotonic(), run.seconds.get(run.phase, 0.0)
     track.begin(run.phase, total, run.step)
 
     def weights(images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
@@ -188,16 +195,17 @@ def optimise(run: Run, batches, do: Callable[..., Outcome]) -> None:
         epoch = run.step / per_epoch
         if run.step % recipe.tracking.log_every == 0 or run.step == total:
             result = meter.log(rate, total, epoch)
-            track.progress(run.step, result)
+            if run.step < total:
+                track.progress(run.step, result)
         if run.step % per_epoch == 0 or run.step == total:
             with meter.pause():
                 accuracy = look(run, epoch)
                 result = f"accuracy {accuracy:.2%}  {meter.summary}"
-                track.progress(run.step, result)
                 run.momentum = checkpoint.momentum(run.network, optimizer)
+                run.seconds[run.phase] = before + time.monotonic() - begun
                 if run.step < total:
+                    track.progress(run.step, result)
                     checkpoint.save(run)
-    run.seconds[run.phase] = run.seconds.get(run.phase, 0.0) + time.monotonic() - begun
     track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
     track.record("phase", phase=run.phase, seconds=round(run.seconds[run.phase], 3))
 

@@ -84,6 +84,12 @@ class Data(Section):
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Share of a set's pictures that may fail to decode; they are skipped, counted and named. Beyond it the run stops."""
 
+    @model_validator(mode="after")
+    def _crop_fits(self):
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(f"resize ({self.resize}) must be at least image_size ({self.image_size}), which is cropped from it")
+        return self
+
 
 class SGD(Section):
     lr: float = Field(gt=0)
@@ -236,7 +242,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise InputError(f"{path}: no such recipe; the ones that ship with the project are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
@@ -254,7 +260,7 @@ def _override(tree: dict, override: str) -> None:
         raise InputError(f"override {override!r}: expected key=value, for example architecture.penalty_weight=0.02")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     for parent in parents:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -247,7 +248,7 @@ class Pictures(Dataset):
             return image
         rng = np.random.default_rng((self.seed, epoch, index))
         if augmentation.kind == "pad_crop":
-            image = TF.pad(_resize_and_centre(image, size, size), [augmentation.padding])
+            image = F.pad(_resize_and_centre(image, size, size), [augmentation.padding] * 4)
             top, left = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
             image = image[:, top : top + size, left : left + size]
         elif augmentation.kind == "resized_crop":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -49,10 +50,10 @@ class Track:
             self.warn(f"W&B did not start; the run goes on without it ({error})")
 
     def record(self, kind: str, **values) -> None:
-        """Append a record to metrics.jsonl and send its numbers to the tracker. A value of None is left out."""
+        """Append a record to metrics.jsonl and send its numbers to the tracker. What is None or no finite number is left out."""
         if not self.main:
             return
-        values = {key: value for key, value in values.items() if value is not None}
+        values = {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
         try:
             self._file.write(json.dumps(head | values) + "\n")
@@ -116,6 +117,11 @@ class Track:
                 self._tracker.stop_tracker()
             except Exception as error:
                 self.say(f"warning: W&B did not take the last metrics ({error})")
+
+
+def _is_no_number(value) -> bool:
+    """NaN and the infinities, which JSON does not have."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class _Bar:

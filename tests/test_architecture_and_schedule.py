@@ -1,5 +1,6 @@
 """The flat vector of alphas, and the schedules at their end points."""
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def test_delta_grows_geometrically_to_its_end():
     values = [schedule.delta(1, 10_000, k, 10) for k in range(10)]
     assert values[0] == pytest.approx(10_000**0.1)
     assert values[-1] == pytest.approx(10_000)
-    assert all(b / a == pytest.approx(10_000**0.1) for a, b in zip(values, values[1:], strict=False))
+    assert all(b / a == pytest.approx(10_000**0.1) for a, b in itertools.pairwise(values))
 
 
 def test_delta_follows_the_unit_of_the_search():

@@ -65,6 +65,7 @@ def test_recipes_are_frozen():
         ("phases.pretrain={optimizer: {lr: 0.1}}", r"'phases\.pretrain'.*exactly one of 'epochs' and 'steps'"),
         ("phases.pretrain={epochs: 1, steps: 1, optimizer: {lr: 0.1}}", r"exactly one"),
         ("model={}", r"'model\.name' is missing"),
+        ("data.resize=7", r"'data'.*resize \(7\) must be at least image_size \(8\)"),
         ("seed.x=1", r"'seed' is a value"),
         ("seed", r"expected key=value"),
         ("seed=[", r"not a YAML value"),

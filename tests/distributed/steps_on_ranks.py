@@ -1,4 +1,4 @@
-"""Run by test_two_processes on each process: steps on this rank's part of fixed batches, in float64, on a network without BatchNorm.
+"""Run by test_two_processes on each process: steps on its part of fixed batches, in float64, on a network without BatchNorm.
 
 accelerate launch ... tests/distributed/steps_on_ranks.py OUT
 """
