@@ -4,8 +4,8 @@
 
 For each seed, in one process: `learned` is the recipe as it stands. `even` is the network thinned evenly, the same share of every
 layer's channels, trained from scratch. `random` is the pretrained network with channels removed at random, trained on. `full` is
-the whole network. Both rivals may cost at most what the learned network of that seed costs, and all of them take as many iterations as
-the recipe's three phases together; where the learned network spends half of its search on the architecture, they train weights.
+the whole network. Both rivals may cost at most what the learned network of that seed costs, and all of them take as many iterations
+as the recipe's three phases together; where the learned network spends half of its search on the architecture, they train weights.
 """
 
 import argparse

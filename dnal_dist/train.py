@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train r
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import platform
 import signal
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -139,7 +140,9 @@ def _tell(run: phases.Run, resumed: bool) -> None:
     parallel, track, train, image_size = run.parallel, run.track, run.train, run.recipe.data.image_size
     full = cost.both_rules(run.supernet, image_size)
     versions = {"python": platform.python_version()}
-    versions |= {name: version(name) for name in ("dnal-dist", "torch", "torchvision", "accelerate", "webdataset")}
+    for name in ("dnal-dist", "torch", "torchvision", "accelerate", "webdataset"):
+        with contextlib.suppress(PackageNotFoundError):  # a checkout on PYTHONPATH is not an installed package
+            versions[name] = version(name)
     track.global_step = run.global_step
     track.record(
         "start",
