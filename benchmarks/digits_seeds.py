@@ -29,7 +29,10 @@ METHODS = ("learned", "even", "random", "full")
 
 
 def thinned_evenly(net: GatedNetwork, image_size: int, most: int) -> torch.Tensor:
-    """The mask that keeps the same share of each site's channels, as many as cost at most `most` multiply-adds."""
+    """The mask that keeps the same share of each site's channels, as many as cost at most `most` multiply-adds.
+
+    Whole channels leave a little of the budget over; it goes to one more channel for each site, from the last on, that fits.
+    """
 
     def mask(per_mille: int) -> torch.Tensor:
         keep = torch.zeros(net.num_gates, dtype=torch.bool)
@@ -37,7 +40,14 @@ def thinned_evenly(net: GatedNetwork, image_size: int, most: int) -> torch.Tenso
             part[: max(1, len(part) * per_mille // 1000)] = True
         return keep
 
-    return mask(_largest(1000, lambda share: cost.count(net, image_size, mask(share)).macs <= most))
+    keep = mask(_largest(1000, lambda share: cost.count(net, image_size, mask(share)).macs <= most))
+    for part in reversed(net.by_site(keep).values()):
+        closed = (~part).nonzero()
+        if len(closed):
+            part[closed[0]] = True
+            if cost.count(net, image_size, keep).macs > most:
+                part[closed[0]] = False
+    return keep
 
 
 def removed_at_random(net: GatedNetwork, image_size: int, most: int, seed: int) -> torch.Tensor:

@@ -177,7 +177,9 @@ class _Slicer:
     def __init__(self, net: GatedNetwork, keep: Tensor):
         layers = net.layers(1)
         self.net = net
-        self.live = {layer.path: live for layer, live in zip(layers, cost.liveness(net, layers, keep), strict=True)}
+        self.live = {
+            layer.path: live for layer, live in zip(layers, cost.liveness(net, layers, cost.useful(net, keep)), strict=True)
+        }
         self.layers: dict[str, Layer] = {layer.path: layer for layer in layers}
 
     def conv(self, path: str) -> list[nn.Module]:

@@ -37,9 +37,15 @@ def without_dead_ends(layers: list[Layer], keep: dict[str, Tensor]) -> dict[str,
     return keep
 
 
+def useful(net: GatedNetwork, keep: Tensor) -> Tensor:
+    """The channels of `keep`, bool (N,), that the compact network has: those that some open channel reads, directly or not."""
+    by_site = without_dead_ends(net.layers(1), net.by_site(keep.cpu()))
+    return torch.cat([by_site[site] for site in net.gate_sites])
+
+
 def liveness(net: GatedNetwork, layers: list[Layer], keep: Tensor) -> list[Live]:
     """For each layer, which input channels can differ from zero and which output channels stay, under `keep`, bool (N,)."""
-    by_site = without_dead_ends(layers, net.by_site(keep.cpu()))
+    by_site = net.by_site(keep.cpu())
     found = []
     for layer in layers:
         inputs, outputs = _channels(net.get_submodule(layer.path))
@@ -62,9 +68,12 @@ def count(net: GatedNetwork, image_size: int, keep: Tensor | None = None, rule: 
     if rule not in ("exact", "paper"):
         raise ValueError(f"unknown rule {rule!r}: expected 'exact' or 'paper'")
     layers = net.layers(image_size)
+    keep = all_open(net) if keep is None else keep
     if rule == "paper":
         layers = [layer._replace(feeds=layer.feeds[-1:]) for layer in layers]
-    live = liveness(net, layers, all_open(net) if keep is None else keep)
+    else:
+        keep = useful(net, keep)
+    live = liveness(net, layers, keep)
     costs = [
         _layer_cost(net, layer, int(live.inputs.sum()), int(live.outputs.sum()), rule)
         for layer, live in zip(layers, live, strict=True)

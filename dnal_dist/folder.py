@@ -62,6 +62,8 @@ def _prepare(folder: Path, settings: recipe.Recipe, resume: bool, overwrite: boo
             for path in map(folder.joinpath, found):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
+        # First, since it is what marks the folder as a run's.
+        (folder / "metrics.jsonl").touch()
         (folder / "recipe.yaml").write_text(recipe.dump(settings))
     except InputError:
         raise

@@ -30,6 +30,15 @@ def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
     run.skipped.update(skipped)
 
 
+def check_finite(run, cross_entropy: float) -> None:
+    """Raise InputError if the loss is no number any more; before that is saved."""
+    if not math.isfinite(cross_entropy):
+        raise InputError(
+            f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr and begin "
+            f"anew with --overwrite (the run's last checkpoint is from before, but a changed recipe cannot go on from it)"
+        )
+
+
 class Meter:
     """Sums over the iterations since the last record; one collective when they are told."""
 
@@ -79,11 +88,7 @@ class Meter:
         cross_entropy, correct, pictures, penalty, penalties, skipped = run.parallel.sum_(self.sums).tolist()
         if skipped:
             check_skipped(run, sorted(set(run.parallel.gather(sorted(self.skipped)))), run.train, "data.train")
-        if not math.isfinite(cross_entropy):
-            raise InputError(
-                f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr "
-                f"(the run's last checkpoint is from before)"
-            )
+        check_finite(run, cross_entropy)
         pictures = max(pictures, 1)
         cross_entropy = cross_entropy / pictures
         # Each process added the same penalty once a step.

@@ -21,7 +21,8 @@ class Parallel:
     def __init__(self, tracker: str = "none"):
         """tracker: what Accelerate is to log to, a name it knows or "none"."""
         _refuse_what_is_not_there()
-        on_gpu = torch.cuda.is_available()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        on_gpu = torch.cuda.device_count() >= local
         handlers = [
             # Running statistics are combined at the end of each epoch (see average_statistics), not sent at every step.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -32,8 +33,10 @@ class Parallel:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         if not on_gpu:
             # More threads than cores would make each collective wait for a process that is not scheduled.
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))
+        self.idle_gpus = 0 if on_gpu else torch.cuda.device_count()
+        """GPUs that are left alone, since they are fewer than the processes of this machine and NCCL takes one for each."""
         self.backend = "ddp" if self.world_size > 1 else "single"
         asked = int(os.environ.get("WORLD_SIZE", 1))
         if asked != self.world_size:
@@ -121,6 +124,10 @@ def _refuse_what_is_not_there() -> None:
                 f"the Accelerate config asks for {name}, which this version does not train with; "
                 f"launch with --config_file recipes/accelerate/ddp.yaml"
             )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError(
+            "the Accelerate config asks for torch.compile, which this version does not use: set dynamo_backend to 'no'"
+        )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
         raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dnal_dist import checkpoint, compact, cost, schedule
 from dnal_dist.architecture import Architecture
 from dnal_dist.evaluate import evaluate
-from dnal_dist.meter import Meter, check_skipped
+from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError, Recipe
@@ -35,7 +35,7 @@ class Run:
     train: Stream
     val: Stream
     supernet: GatedNetwork
-    """The gated network; not on the device any more once it is pruned."""
+    """The gated network; on the CPU once it is pruned."""
     architecture: Architecture
     phase: str = "pretrain"
     step: int = 0
@@ -137,8 +137,10 @@ def prune(run: Run) -> None:
         )
     if keep.all():
         run.track.warn(f"no channel closed; raise architecture.penalty_weight ({settings.penalty_weight:g})")
-    run.small = compact.compact(supernet, keep).to(run.parallel.device)
+    keep = cost.useful(supernet, keep)
+    run.small = compact.compact(supernet, keep)
     run.momentum = {}
+    supernet.cpu()
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(keep).items()}
     run.track.record(
@@ -193,11 +195,12 @@ def optimise(run: Run, batches, do: Callable[..., Outcome]) -> None:
         run.step += 1
         run.global_step += 1
         epoch = run.step / per_epoch
-        if run.step % recipe.tracking.log_every == 0 or run.step == total:
+        ends_epoch = run.step % per_epoch == 0 or run.step == total
+        if run.step % recipe.tracking.log_every == 0 or ends_epoch:
             result = meter.log(rate, total, epoch)
             if run.step < total:
                 track.progress(run.step, result)
-        if run.step % per_epoch == 0 or run.step == total:
+        if ends_epoch:
             with meter.pause():
                 accuracy = look(run, epoch)
                 result = f"accuracy {accuracy:.2%}  {meter.summary}"
@@ -254,6 +257,7 @@ def look(run: Run, epoch: float) -> float:
         record_gates(run, delta)
     found = evaluate(run.network, run.val, run.recipe.data, run.parallel, gates)
     check_skipped(run, found.bad, run.val, "data.val")
+    check_finite(run, found.cross_entropy)
     values = {k: round(v, 6) for k, v in found._asdict().items() if k != "bad"}
     run.track.record("eval", phase=run.phase, step=run.step, epoch=round(epoch, 4), **values)
     return found.accuracy

@@ -62,13 +62,15 @@ class Augmentation(Section):
 
 class Data(Section):
     train: str
-    """Training shards: a path with * ? [] and {000..007} patterns; several, separated by spaces."""
+    """Training shards: a path with * ? [] and {000..007} patterns; several, separated by blanks; a path with
+    blanks wants quotes."""
     val: str
     """Validation shards, likewise."""
     image_size: int = Field(ge=1)
     """Height and width of the pictures the network sees, in pixels."""
     resize: int | None = Field(None, ge=1)
-    """Validation: the shorter side is resized to this, then image_size is cropped from the centre; default image_size."""
+    """Validation, and training without augmentation: the shorter side is resized to this, then image_size is cropped from the
+    centre; default image_size."""
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)
     """Per-channel mean (RGB, pictures in 0..1) subtracted on the device."""
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
@@ -182,6 +184,12 @@ class ArchitectureSettings(Section):
     min_macs: float = Field(0.02, ge=0, lt=1)
     """Collapse guard, as a share of the full network's multiply-adds: below it the penalty rests during the search, and at
     pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _delta_grows(self):
+        if self.delta_final < self.delta_start:
+            raise ValueError("delta_final must be at least delta_start, since gates harden as delta grows")
+        return self
 
 
 class Tracking(Section):

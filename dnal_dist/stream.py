@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import signal
 import tarfile
 from collections import OrderedDict
@@ -30,6 +31,7 @@ from webdataset.shardlists import expand_urls
 from dnal_dist.recipe import InputError
 
 PICTURES = ("png", "jpg", "jpeg")
+OPEN_SHARDS = 64
 
 
 class Sample(NamedTuple):
@@ -61,7 +63,8 @@ class Shards:
         if not self.samples:
             raise InputError(f"key '{key}': {patterns!r} matches shards that hold no sample; make them anew")
         self._ends = np.cumsum(self.counts)
-        self._opened: OrderedDict[int, tuple[int, list[Sample]]] = OrderedDict()
+        self._headers: dict[int, np.ndarray] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def _check(self, path: Path, entry: dict | None) -> int:
         try:
@@ -80,27 +83,37 @@ class Shards:
     def __getitem__(self, index: int) -> tuple[Path, Sample, bytes]:
         """Shard, sample and encoded picture of the sample with this number, 0 <= index < samples."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        file, samples = self._open(shard)
-        sample = samples[index - (self._ends[shard] - self.counts[shard])]
-        return self.paths[shard], sample, os.pread(file, sample.size, sample.offset)
+        headers = self._headers_of(shard)
+        row = index - (self._ends[shard] - self.counts[shard])
+        sample = Sample(headers["key"][row].decode(), *(int(headers[name][row]) for name in ("offset", "size", "label")))
+        return self.paths[shard], sample, os.pread(self._open(shard), sample.size, sample.offset)
 
-    def _open(self, shard: int) -> tuple[int, list[Sample]]:
-        if shard not in self._opened:
+    def _headers_of(self, shard: int) -> np.ndarray:
+        """One row for each sample: read once, and small enough to be kept for millions of them."""
+        if shard not in self._headers:
             path = self.paths[shard]
             samples = scan(path, self.num_classes)
             if len(samples) != self.counts[shard]:
                 raise InputError(f"{path}: holds {len(samples)} samples, index.json says {self.counts[shard]}; make the index anew")
-            if len(self._opened) == 64:
-                os.close(self._opened.popitem(last=False)[1][0])
-            self._opened[shard] = os.open(path, os.O_RDONLY), samples
-        self._opened.move_to_end(shard)
-        return self._opened[shard]
+            rows = [(sample.key.encode(), *sample[1:]) for sample in samples]
+            longest = max(len(row[0]) for row in rows)
+            self._headers[shard] = np.array(rows, [("key", f"S{longest}"), ("offset", "i8"), ("size", "i8"), ("label", "i4")])
+        return self._headers[shard]
+
+    def _open(self, shard: int) -> int:
+        """A file descriptor of the shard; the OPEN_SHARDS used last stay open."""
+        if shard not in self._files:
+            if len(self._files) == OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]
 
 
 def _expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
     """The paths and path patterns that `patterns` stands for once its braces are expanded, and the files they match."""
     names, paths = [], []
-    for pattern in patterns.split():
+    for pattern in _words(patterns, key):
         if pattern.startswith("pipe:") or "://" in pattern:
             raise InputError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
         try:
@@ -114,13 +127,20 @@ def _expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
             raise InputError(
                 f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
                 f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
-                f"or correct the pattern"
+                f"or correct the pattern (a path with blanks wants quotes of its own)"
             )
         names += expanded
         paths += [Path(path) for one in expanded for path in found[one]]
     if not paths:
         raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
     return names, paths
+
+
+def _words(patterns: str, key: str) -> list[str]:
+    try:
+        return shlex.split(patterns)
+    except ValueError as error:
+        raise InputError(f"key '{key}': {patterns!r} cannot be divided into patterns ({error}); mend its quotes") from None
 
 
 def _refuse_gaps(indices: dict[Path, dict[str, dict]], names: list[str], paths: list[Path]) -> None:
@@ -318,10 +338,11 @@ class Stream:
     """The batches that one rank of `world_size` gets from `shards`.
 
     `batches(start)` of a training stream goes on without end from iteration `start` of the run; of a validation stream it is one
-    pass in which every sample is seen once by exactly one rank. Raises InputError where the data is at fault.
+    pass in which every sample is seen once by exactly one rank. pin: batches in page-locked memory, for a GPU. Raises InputError
+    where the data is at fault.
     """
 
-    def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
+    def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1, pin: bool = False):
         if data.global_batch % world_size:
             raise InputError(
                 f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {world_size} processes; "
@@ -340,7 +361,7 @@ class Stream:
             batch_sampler=self._slices,
             num_workers=data.workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin,
             persistent_workers=data.workers > 0,
             worker_init_fn=_begin_loader,
         )

@@ -94,13 +94,20 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
         raise InputError(str(error)) from None
     classes = settings.model.num_classes or network.num_classes
     rank, world_size = parallel.rank, parallel.world_size
-    train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size)
-    val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size)
+    pin = parallel.device.type == "cuda"
+    train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size, pin)
+    val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size, pin)
+    _refuse_search_without_architecture(settings, train.steps_per_epoch)
     _try_network(network, data, data.global_batch // world_size)
     folder = Path(settings.output)
     saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
     finished = saved is not None and saved.state["phase"] == "done"
     track = Track(folder, settings, parallel, None if saved is None or finished else saved.state["records"])
+    if parallel.idle_gpus:
+        faults = [
+            *faults,
+            f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes",
+        ]
     for fault in faults:
         track.warn(fault)
     supernet = network.to(parallel.device)
@@ -113,6 +120,15 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     else:
         _tell(run, resumed=saved is not None)
     return run
+
+
+def _refuse_search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None:
+    phase = settings.phases.search
+    if phase.iterations(per_epoch) <= phase.weight_steps:
+        raise InputError(
+            f"key 'phases.search.weight_steps': a cycle begins with {phase.weight_steps} weight steps, but the search has only "
+            f"{phase.iterations(per_epoch)} iterations, so no gate would ever move; lower it or lengthen the search"
+        )
 
 
 def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
@@ -183,7 +199,14 @@ def _end(run: phases.Run) -> None:
         track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
     track.close()
     if run.parallel.main:
-        report.write(run.folder)
+        try:
+            report.write(run.folder)
+        except OSError as error:
+            print(
+                f"warning: {run.folder / 'report.html'} cannot be written ({error.strerror}); later: "
+                f"python -m dnal_dist.report {run.folder}",
+                file=sys.stderr,
+            )
         report.print_table(run.folder)
     run.parallel.close()
 

@@ -25,6 +25,46 @@ def test_full_networks_cost_what_was_published(name, image_size, exact, paper):
     assert cost.count(net, image_size).params == sum(p.numel() for p in net.parameters())
 
 
+def paper_cost_by_hand(net, image_size: int, keep: torch.Tensor) -> tuple[int, int]:
+    """The paper's rule for a residual network, told anew: every layer loses the outputs that it closed, and the input columns
+    of what the layer before it closed; nothing else."""
+    live = {site: int(part.sum()) for site, part in net.by_site(keep).items()}
+    side = image_size
+    macs, params, before = side**2 * 9 * 3 * live["stem"] + live["stem"], 9 * 3 * live["stem"] + 2 * live["stem"], live["stem"]
+    for s, stage in enumerate(net.stages):
+        side = side // 2 if s else side
+        for b in range(len(stage)):
+            for conv in ("conv1", "conv2"):
+                outputs = live[f"stages.{s}.{b}.{conv}"]
+                macs += side**2 * 9 * before * outputs + outputs
+                params += 9 * before * outputs + 2 * outputs
+                before = outputs
+    return macs + before * 10 + 10, params + before * 10 + 10
+
+
+@pytest.mark.parametrize("name", ["resnet_digits", "resnet56_cifar"])
+def test_paper_rule_sees_only_the_layer_before(name):
+    torch.manual_seed(0)
+    net, image_size = nets.build(name), NETWORKS[name]
+    masks = [cost.all_open(net), torch.rand(net.num_gates) < 0.5]
+    for site in ("stem", "stages.0.0.conv1", "stages.0.1.conv2", "stages.2.1.conv1"):
+        masks.append(cost.all_open(net))
+        net.by_site(masks[-1])[site][:] = False
+    for keep in masks:
+        assert cost.count(net, image_size, keep, "paper") == paper_cost_by_hand(net, image_size, keep)
+
+
+def test_useful_channels_are_those_of_the_compact_network():
+    torch.manual_seed(0)
+    net = trained_looking("resnet_digits")
+    keep = cost.all_open(net)
+    net.by_site(keep)["stages.0.0.conv2"][:] = False
+    useful = cost.useful(net, keep)
+    assert not net.by_site(useful)["stages.0.0.conv1"].any(), "what feeds only a closed layer goes with it"
+    convolutions = [m for m in compact.compact(net, keep).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert int(useful.sum()) == sum(conv.out_channels for conv in convolutions)
+
+
 def trained_looking(name: str) -> nets.GatedNetwork:
     """A network in float64 whose BatchNorms do something, in eval mode, with outputs of the order of 1."""
     net = nets.build(name).double().eval()

@@ -66,6 +66,7 @@ def test_recipes_are_frozen():
         ("phases.pretrain={epochs: 1, steps: 1, optimizer: {lr: 0.1}}", r"exactly one"),
         ("model={}", r"'model\.name' is missing"),
         ("data.resize=7", r"'data'.*resize \(7\) must be at least image_size \(8\)"),
+        ("architecture.delta_final=0.1", r"'architecture'.*delta_final must be at least delta_start"),
         ("seed.x=1", r"'seed' is a value"),
         ("seed", r"expected key=value"),
         ("seed=[", r"not a YAML value"),

@@ -10,7 +10,7 @@ import webdataset
 from PIL import Image
 
 from dnal_dist import stream
-from dnal_dist.recipe import Augmentation, Data
+from dnal_dist.recipe import Augmentation, Data, InputError
 
 
 def data_settings(digits, **changes) -> Data:
@@ -140,3 +140,25 @@ def test_jpeg_members_and_folders_in_keys(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     (sample,) = stream.scan(tmp_path / "a.tar", 10)
     assert (sample.key, sample.label, sample.size) == ("n01/x", 3, len(encoded.getvalue()))
+
+
+def test_headers_of_a_shard_are_read_once_however_many_shards_there_are(digits, monkeypatch):
+    data, scans = data_settings(digits), []
+    monkeypatch.setattr(stream, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(stream, "scan", lambda path, *rest, scan=stream.scan: scans.append(path) or scan(path, *rest))
+    train = opened(data)
+    seen = [key for batch in take(train.batches(), 60) for key in batch.keys]
+    assert len(seen) == 2880 and len(scans) == len(set(scans)) == 4
+    assert len(train.shards._files) == 2
+
+
+def test_a_folder_with_blanks_wants_quotes(digits, tmp_path):
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    for path in digits.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert stream.Shards(f"'{folder}/val-*.tar' {digits}/train-*.tar", "data.val", 10).samples == 1797
+    with pytest.raises(InputError, match=r"'data\.val'.*quotes"):
+        stream.Shards(f"{folder}/val-*.tar", "data.val", 10)
+    with pytest.raises(InputError, match=r"'data\.val'.*mend its quotes"):
+        stream.Shards(f"'{folder}/val-*.tar", "data.val", 10)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dnal_dist import compact, phases, recipe, report, train
+from dnal_dist import checkpoint, compact, phases, recipe, report, train
 from dnal_dist.evaluate import evaluate
 from dnal_dist.parallel import Parallel
 from dnal_dist.stream import Shards, Stream
@@ -184,7 +184,27 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
     assert any("the architecture collapsed" in warning for warning in found["warnings"])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(digits, tmp_path):
-    run = run_here(digits, tmp_path, *FEW, "phases.pretrain.steps=40", "phases.pretrain.optimizer.lr=1e30")
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_path, log_every):
+    changes = ["phases.pretrain.epochs=4", f"tracking.log_every={log_every}", "phases.pretrain.optimizer.lr=1e30"]
+    run = run_here(digits, tmp_path, *changes)
     with pytest.raises(recipe.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
         phases.go(run)
+    saved, _ = checkpoint.latest(tmp_path / "checkpoints")
+    assert saved is None
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_search_too_short_for_an_architecture_step_is_refused(digits, tmp_path):
+    with pytest.raises(recipe.InputError, match=r"'phases\.search\.weight_steps'.*only 4 iterations"):
+        run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=4")
+
+
+def test_fewer_gpus_than_processes_leave_it_to_the_cpu(digits, tmp_path, monkeypatch):
+    """NCCL takes one GPU for each process; two processes on a machine with one GPU run on the CPU, and say so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run = run_here(digits, tmp_path, *FEW)
+    assert run.parallel.device.type == "cpu"
+    assert any("1 GPU for" in warning for warning in report.summary(tmp_path)["warnings"])
