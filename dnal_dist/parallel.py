@@ -1,6 +1,8 @@
 """One process among others. The only room that imports Accelerate: everything that is sent between processes is sent here."""
 
+import multiprocessing
 import os
+import sys
 import warnings
 
 import torch
@@ -115,6 +117,20 @@ class Parallel:
     def close(self) -> None:
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    def leave(self, code: int) -> None:
+        """After close(), end this process with `code` if it is one of several; one alone goes on to its own end.
+
+        Python's finalisation is left out: a thread of gloo that still holds a tensor aborts the process in it once in a while,
+        though all work is done (github.com/pytorch/pytorch/pull/179291).
+        """
+        if self.world_size == 1:
+            return
+        for loader in multiprocessing.active_children():
+            loader.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _refuse_what_is_not_there() -> None:

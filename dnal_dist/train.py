@@ -43,6 +43,7 @@ def main() -> None:
         run = assemble(settings, parallel, args.resume, args.overwrite)
         phases.go(run)
         _end(run)
+        parallel.leave(0)
     except InputError as error:
         _stop(run, parallel, error)
     except KeyboardInterrupt:
@@ -227,8 +228,10 @@ def _stop(run, parallel, error: InputError) -> None:
         Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": {"timestamp": now}}}))
     if run is not None:
         run.track.close()
-    if parallel is not None and not error.local:
-        parallel.close()
+    if parallel is not None:
+        if not error.local:
+            parallel.close()
+        parallel.leave(2)
     sys.exit(2)
 
 

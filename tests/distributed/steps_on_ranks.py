@@ -64,6 +64,7 @@ def main(out: str) -> None:
     if parallel.main:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, out)
     parallel.close()
+    parallel.leave(0)
 
 
 if __name__ == "__main__":

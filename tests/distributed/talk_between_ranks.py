@@ -20,6 +20,7 @@ def main() -> None:
     assert parallel.gather([parallel.rank]) == [0, 1]
     parallel.close()
     print(f"rank {parallel.rank} done", flush=True)
+    parallel.leave(0)
 
 
 def one_architecture_step_is_one_collective(parallel: Parallel) -> None:

@@ -38,4 +38,5 @@ def test_two_processes_equal_one_on_the_concatenated_batch(reference, tmp_path):
 
 def test_what_is_sent_and_what_is_equal_afterwards():
     found = execute(*LAUNCH, HERE / "talk_between_ranks.py")
-    assert sorted(line for line in found.stdout.splitlines() if "done" in line) == ["rank 0 done", "rank 1 done"]
+    # Both write at once, so a line of one may lie within the other's.
+    assert all(f"rank {rank} done" in found.stdout for rank in (0, 1))
