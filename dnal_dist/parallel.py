@@ -121,8 +121,8 @@ class Parallel:
     def leave(self, code: int) -> None:
         """After close(), end this process with `code` if it is one of several; one alone goes on to its own end.
 
-        Python's finalisation is left out: a thread of gloo that still holds a tensor aborts the process in it once in a while,
-        though all work is done (github.com/pytorch/pytorch/pull/179291).
+        Python's finalisation is left out: there a thread of gloo that still holds a tensor can abort the process, though all its
+        work is done (github.com/pytorch/pytorch/pull/179291).
         """
         if self.world_size == 1:
             return
