@@ -40,6 +40,8 @@ class Network(Section):
     """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
     num_classes: int | None = Field(None, ge=2)
     """Classes to tell apart; the network's own default if absent."""
+    width: float = Field(1.0, gt=0)
+    """Factor of all channel counts."""
 
 
 class Augmentation(Section):

@@ -90,7 +90,7 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     torch.manual_seed(settings.seed)
     data = settings.data
     try:
-        network = nets.build(settings.model.name, settings.model.num_classes)
+        network = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
     except ValueError as error:
         raise InputError(str(error)) from None
     classes = settings.model.num_classes or network.num_classes

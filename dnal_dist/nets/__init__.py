@@ -9,8 +9,11 @@ __all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build
 NETWORKS = {network.__name__: network for network in (vgg16_cifar, resnet56_cifar, vgg16_imagenet, vgg_digits, resnet_digits)}
 
 
-def build(name: str, num_classes: int | None = None) -> GatedNetwork:
-    """The network called `name`, freshly initialised from torch's global generator. Raises ValueError for an unknown name."""
+def build(name: str, num_classes: int | None = None, width: float = 1.0) -> GatedNetwork:
+    """The network called `name`, its channel counts times `width`, freshly initialised from torch's global generator.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in NETWORKS:
         raise ValueError(f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}")
-    return NETWORKS[name]() if num_classes is None else NETWORKS[name](num_classes)
+    return NETWORKS[name](width=width) if num_classes is None else NETWORKS[name](num_classes, width)

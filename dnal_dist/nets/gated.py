@@ -144,3 +144,8 @@ class GatedNetwork(nn.Module):
 def halve(size: int) -> int:
     """Side of the output of a stride-2 convolution with padding kernel // 2."""
     return (size + 1) // 2
+
+
+def scaled(channels: list[int], width: float, multiple: int = 2) -> list[int]:
+    """Channel counts times `width`, each rounded to a multiple (that a shortcut can pad evenly), at least one of it."""
+    return [max(multiple, int(c * width / multiple + 0.5) * multiple) for c in channels]

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve
+from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
 
 
 class BasicBlock(nn.Module):
@@ -71,10 +71,10 @@ class ResNet(GatedNetwork):
         return [*found, Layer("classifier", None, None, stream, 1)]
 
 
-def resnet56_cifar(num_classes: int = 10) -> ResNet:
-    return ResNet([16, 32, 64], 9, num_classes)
+def resnet56_cifar(num_classes: int = 10, width: float = 1.0) -> ResNet:
+    return ResNet(scaled([16, 32, 64], width), 9, num_classes)
 
 
-def resnet_digits(num_classes: int = 10) -> ResNet:
+def resnet_digits(num_classes: int = 10, width: float = 1.0) -> ResNet:
     """Three stages of two blocks, for pictures of 8x8 pixels."""
-    return ResNet([16, 32, 64], 2, num_classes)
+    return ResNet(scaled([16, 32, 64], width), 2, num_classes)

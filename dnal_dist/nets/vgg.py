@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnal_dist.nets.gated import ConvBN, Feed, GatedBatchNorm, GatedNetwork, Layer
+from dnal_dist.nets.gated import ConvBN, Feed, GatedBatchNorm, GatedNetwork, Layer, scaled
 
 
 class VGG(GatedNetwork):
@@ -58,18 +58,19 @@ class VGG(GatedNetwork):
         return found
 
 
-def _vgg16(c1: int, c2: int, c3: int, c4: int, c5: int) -> list[list[int]]:
-    return [[c1] * 2, [c2] * 2, [c3] * 3, [c4] * 3, [c5] * 3]
+def _vgg16(hidden: list[int], num_classes: int, width: float, side: int = 1) -> VGG:
+    stages = [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
+    return VGG([scaled(stage, width) for stage in stages], scaled(hidden, width), num_classes, side)
 
 
-def vgg16_cifar(num_classes: int = 10) -> VGG:
-    return VGG(_vgg16(64, 128, 256, 512, 512), [512], num_classes)
+def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> VGG:
+    return _vgg16([512], num_classes, width)
 
 
-def vgg16_imagenet(num_classes: int = 1000) -> VGG:
-    return VGG(_vgg16(64, 128, 256, 512, 512), [4096, 4096], num_classes, side=7)
+def vgg16_imagenet(num_classes: int = 1000, width: float = 1.0) -> VGG:
+    return _vgg16([4096, 4096], num_classes, width, side=7)
 
 
-def vgg_digits(num_classes: int = 10) -> VGG:
+def vgg_digits(num_classes: int = 10, width: float = 1.0) -> VGG:
     """Six convolutions for pictures of 8x8 pixels."""
-    return VGG([[32, 32], [64, 64], [128, 128]], [], num_classes)
+    return VGG([scaled(stage, width) for stage in ([32, 32], [64, 64], [128, 128])], [], num_classes)
