@@ -86,13 +86,25 @@ def both_rules(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -
     return {rule: count(net, image_size, keep, rule)._asdict() for rule in ("exact", "paper")}
 
 
+class Expected(NamedTuple):
+    """Multiply-adds and parameters as differentiable scalars."""
+
+    macs: Tensor
+    params: Tensor
+
+
 def expected_macs(net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
     """Scalar, differentiable in `gates` (N,): exact multiply-adds if each gate is the probability that its channel stays.
 
     Equals `count` when every gate is 0 or 1.
     """
+    return expected(net, image_size, gates).macs
+
+
+def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
+    """Exact multiply-adds and parameters if each gate of `gates` (N,) is the probability that its channel stays; differentiable."""
     by_site = net.by_site(gates)
-    total = gates.new_zeros(())
+    macs, params = gates.new_zeros(()), gates.new_zeros(())
     layers = net.layers(image_size)
     for layer in layers:
         module = net.get_submodule(layer.path)
@@ -109,8 +121,10 @@ def expected_macs(net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
             if all(reader.bypassed and len(reader.feeds) == 1 for reader in readers):
                 # Inside a branch: when the layers behind it close altogether it costs nothing.
                 outputs = outputs * (1 - torch.cat([1 - by_site[reader.site] for reader in readers]).prod())
-        total = total + layer.positions * _area(module) * inputs * outputs
-    return total
+        weights = _area(module) * inputs * outputs
+        macs = macs + layer.positions * weights
+        params = params + weights + ((module.bias is not None) + 2 * (layer.norm is not None)) * outputs
+    return Expected(macs, params)
 
 
 def _layer_cost(net: GatedNetwork, layer: Layer, inputs: int, outputs: int, rule: str) -> Cost:
