@@ -102,9 +102,10 @@ class Loop:
         gap = float(log_cost.detach()) - self.start - self.way * min(1.0, progress / ARRIVAL)
         by_itself = float(slope @ alpha.detach()) * self.hardening
         too_slow = by_itself - (self.pace if progress < ARRIVAL else 0.0)
-        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size.
+        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size (root mean squares,
+        # since a penalty by cost pushes some channels far more than most).
         size = float(alpha.detach().abs().mean().clamp_min(1 / delta))
-        limit = size / self.response / self.speed / float(push.abs().max().clamp_min(1e-12))
+        limit = 2 * size / self.response / self.speed / float(push.square().mean().sqrt().clamp_min(1e-12))
         asked = ((gap + lag) / self.response + too_slow) / max(self.speed * float(push @ slope), 1e-12)
         if abs(asked) < limit or asked * gap < 0:
             # At the limit the sum rests, or it would have to be worked off later.
