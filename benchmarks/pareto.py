@@ -43,7 +43,7 @@ MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
 class Form(NamedTuple):
-    """What is smaller in the reduced form: sides of the pictures in pixels, training pictures, and each phase's passes over them."""
+    """What is smaller in the reduced form: sides of the pictures in pixels, training pictures, each phase's passes over them."""
 
     side: int
     pictures: int
