@@ -1,5 +1,7 @@
 """The architecture parameters: one flat vector for the whole network. Nothing here knows about networks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,14 +17,17 @@ class Architecture(nn.Module):
         """Gates sigmoid(delta * alpha), shape (N,): 0.5 at the start, 0 or 1 as delta grows."""
         return torch.sigmoid(delta * self.alpha)
 
-    def penalty(self, kind: str, delta: float) -> Tensor:
-        """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code) or
-        of the gates themselves (`scaled_sigmoid`)."""
+    def penalty(self, kind: str, delta: float, share: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code), that of
+        the gates themselves (`scaled_sigmoid`), or what `share` makes of the gates (`expected_macs`): gates (N,) -> expected cost
+        as a share of the full network's."""
         if kind == "sigmoid":
             return torch.sigmoid(self.alpha).sum()
         if kind == "scaled_sigmoid":
             return self.gates(delta).sum()
-        raise ValueError(f"unknown penalty kind {kind!r}: expected 'sigmoid' or 'scaled_sigmoid'")
+        if kind == "expected_macs" and share is not None:
+            return share(self.gates(delta))
+        raise ValueError(f"unknown penalty kind {kind!r}: expected 'sigmoid', 'scaled_sigmoid' or, with a cost, 'expected_macs'")
 
     @torch.no_grad()
     def keep(self, delta: float, threshold: float) -> Tensor:

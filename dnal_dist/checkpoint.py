@@ -16,7 +16,7 @@ from dnal_dist import compact
 from dnal_dist.recipe import InputError
 
 # What tells where a run stands, beside its tensors.
-POSITION = ("phase", "step", "global_step", "penalty_rests", "seconds")
+POSITION = ("phase", "step", "global_step", "penalty_rests", "penalty_weight", "penalty_lag", "seconds")
 
 
 class Checkpoint(NamedTuple):

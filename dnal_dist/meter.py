@@ -118,4 +118,5 @@ class Meter:
         gates = run.architecture.gates(delta)
         expected = cost.expected(run.supernet, run.recipe.data.image_size, gates).macs
         open_share = (gates > settings.threshold).float().mean()
-        return {"delta": delta, "open_share": round(float(open_share), 6), "expected_macs": round(float(expected))}
+        values = {"delta": delta, "open_share": round(float(open_share), 6), "expected_macs": round(float(expected))}
+        return values if settings.target is None else values | {"penalty_weight": run.penalty_weight}

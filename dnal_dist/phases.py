@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dnal_dist import checkpoint, compact, cost, schedule
+from dnal_dist import budget, checkpoint, compact, cost, schedule
 from dnal_dist.architecture import Architecture
 from dnal_dist.evaluate import evaluate
 from dnal_dist.meter import Meter, check_finite, check_skipped
@@ -44,6 +44,9 @@ class Run:
     """Iterations of the run that lie behind; also the position in the stream of batches."""
     penalty_rests: bool = False
     """The collapse guard has switched the penalty off."""
+    penalty_weight: float | None = None
+    """Of the last architecture step of a search that is after a budget, and the state of the loop that drives it."""
+    penalty_lag: float = 0.0
     momentum: dict[str, Tensor] = field(default_factory=dict)
     """Of the weights, by name, to start the next optimiser with."""
     skipped: set[str] = field(default_factory=set)
@@ -91,14 +94,12 @@ def search(run: Run, batches) -> None:
     """Weights and architecture in turn, while delta grows and the gates harden."""
     settings, phase = run.recipe.architecture, run.recipe.phases.search
     total = phase.iterations(run.train.steps_per_epoch)
-    full_macs = cost.count(run.supernet, run.recipe.data.image_size).macs
+    penalty = Penalty(run, total)
 
     def step_either(step, images, labels, weights) -> Outcome:
         delta = delta_of(run, step)
         if not schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
             return weights(images, labels, run.architecture.gates(delta))
-        if (step // (phase.weight_steps + phase.architecture_steps)) % GUARD_EVERY == 0:
-            guard(run, delta, full_macs)
         return architecture_step(
             run.supernet,
             run.architecture,
@@ -108,8 +109,9 @@ def search(run: Run, batches) -> None:
             run.recipe.data.global_batch // run.parallel.world_size,
             delta,
             settings.penalty,
-            0.0 if run.penalty_rests else settings.penalty_weight,
+            penalty.weight(delta, step),
             run.parallel.average_,
+            penalty.share,
         )
 
     if run.step == 0:
@@ -124,19 +126,7 @@ def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
     recipe, supernet = run.recipe, run.supernet
     image_size, settings = recipe.data.image_size, recipe.architecture
-    keep = run.architecture.keep(settings.delta_final, settings.threshold).cpu()
-    alpha = run.architecture.alpha.detach().cpu()
-    keep, rescued = compact.rescue(supernet, keep, alpha)
-    if rescued:
-        run.track.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
-    keep, collapsed = compact.reopen(supernet, image_size, keep, alpha, settings.min_macs)
-    if collapsed:
-        run.track.warn(
-            f"the architecture collapsed: less than {settings.min_macs:.1%} of the multiply-adds were left, so the channels "
-            f"closest to staying were opened again; lower architecture.penalty_weight ({settings.penalty_weight:g})"
-        )
-    if keep.all():
-        run.track.warn(f"no channel closed; raise architecture.penalty_weight ({settings.penalty_weight:g})")
+    keep, rescued, collapsed = choose_by_gates(run) if settings.target is None else (choose_by_budget(run), [], False)
     keep = cost.useful(supernet, keep)
     run.small = compact.compact(supernet, keep)
     run.momentum = {}
@@ -151,6 +141,35 @@ def prune(run: Run) -> None:
     run.track.begin("prune", 1, 1)
     run.track.finish(f"accuracy {accuracy:.2%}  {int(keep.sum())} of {len(keep)} channels  {share:.1%} of the multiply-adds")
     _enter(run, "finetune")
+
+
+def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
+    """The channels whose gates are open, the sites that had to be rescued, and whether the architecture had collapsed."""
+    settings, supernet = run.recipe.architecture, run.supernet
+    keep = run.architecture.keep(settings.delta_final, settings.threshold).cpu()
+    alpha = run.architecture.alpha.detach().cpu()
+    keep, rescued = compact.rescue(supernet, keep, alpha)
+    if rescued:
+        run.track.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
+    keep, collapsed = compact.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
+    if collapsed:
+        run.track.warn(
+            f"the architecture collapsed: less than {settings.min_macs:.1%} of the multiply-adds were left, so the channels "
+            f"closest to staying were opened again; lower architecture.penalty_weight ({settings.penalty_weight:g})"
+        )
+    if keep.all():
+        run.track.warn(f"no channel closed; raise architecture.penalty_weight ({settings.penalty_weight:g})")
+    return keep, rescued, collapsed
+
+
+def choose_by_budget(run: Run) -> Tensor:
+    """The strongest channels that meet the budget exactly; a warning if none were found that do."""
+    image_size = run.recipe.data.image_size
+    target = budget.budget(run.recipe.architecture, run.supernet, image_size)
+    keep = budget.select(run.supernet, image_size, run.architecture.alpha, target)
+    if (found := target.of(cost.count(run.supernet, image_size, keep))) not in target:
+        run.track.warn(target.missed(found))
+    return keep
 
 
 def finetune(run: Run, batches) -> None:
@@ -225,24 +244,49 @@ def delta_of(run: Run, step: int) -> float:
     return schedule.delta_at(run.recipe.phases.search, run.recipe.architecture, step, run.train.steps_per_epoch)
 
 
-@torch.no_grad()
-def guard(run: Run, delta: float, full_macs: int) -> None:
-    """Let the penalty rest while hardened gates leave less than the recipe's floor of multiply-adds, and say so.
+class Penalty:
+    """The penalty weight of each architecture step: the recipe's, or what the budget asks for."""
 
-    Soft gates tell nothing yet: all of them may be small together, since the next BatchNorm takes that out again.
-    """
-    settings = run.recipe.architecture
-    gates = run.architecture.gates(delta)
-    hardened = float((4 * gates * (1 - gates)).mean()) < 0.1
-    share = float(cost.expected(run.supernet, run.recipe.data.image_size, gates).macs) / full_macs
-    collapsing = hardened and share < settings.min_macs
-    if collapsing and not run.penalty_rests:
-        run.track.global_step = run.global_step
-        run.track.warn(
-            f"the architecture is collapsing: {share:.2%} of the multiply-adds are left, architecture.min_macs is "
-            f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
-        )
-    run.penalty_rests = collapsing
+    def __init__(self, run: Run, steps: int):
+        self.run, self.steps = run, steps
+        settings, net, image_size = run.recipe.architecture, run.supernet, run.recipe.data.image_size
+        self.budget = budget.budget(settings, net, image_size)
+        unit = "macs" if self.budget is None else self.budget.unit
+        full = getattr(cost.count(net, image_size), unit)
+        self.share = lambda gates: getattr(cost.expected(net, image_size, gates), unit) / full
+        if self.budget is not None:
+            phase = run.recipe.phases.search
+            taken = steps * phase.architecture_steps / (phase.weight_steps + phase.architecture_steps)
+            self.loop = budget.Loop(self.budget, settings, self.share, run.architecture, taken)
+
+    def weight(self, delta: float, step: int) -> float:
+        """Of the search's iteration `step`; moves the state that the run keeps of it."""
+        run, phase = self.run, self.run.recipe.phases.search
+        if self.budget is not None:
+            run.penalty_weight, run.penalty_lag = self.loop.weight(delta, step / self.steps, run.penalty_lag)
+            return run.penalty_weight
+        if (step // (phase.weight_steps + phase.architecture_steps)) % GUARD_EVERY == 0:
+            self._guard(delta)
+        return 0.0 if run.penalty_rests else run.recipe.architecture.penalty_weight
+
+    @torch.no_grad()
+    def _guard(self, delta: float) -> None:
+        """Let the penalty rest while hardened gates leave less than the recipe's floor of multiply-adds, and say so.
+
+        Soft gates tell nothing yet: all of them may be small together, since the next BatchNorm takes that out again.
+        """
+        run, settings = self.run, self.run.recipe.architecture
+        gates = run.architecture.gates(delta)
+        hardened = float((4 * gates * (1 - gates)).mean()) < 0.1
+        share = float(self.share(gates))
+        collapsing = hardened and share < settings.min_macs
+        if collapsing and not run.penalty_rests:
+            run.track.global_step = run.global_step
+            run.track.warn(
+                f"the architecture is collapsing: {share:.2%} of the multiply-adds are left, architecture.min_macs is "
+                f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
+            )
+        run.penalty_rests = collapsing
 
 
 def look(run: Run, epoch: float) -> float:

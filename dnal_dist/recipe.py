@@ -7,13 +7,14 @@ python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with 
 import argparse
 import difflib
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class InputError(ValueError):
@@ -170,6 +171,43 @@ class Phases(Section):
     """The compact network."""
 
 
+def amount(text: str | int | float) -> tuple[float, bool]:
+    """A cost such as 300M, 1.2G, 40k or 123456 as (number, False); a share of the full network such as 0.5x as (0.5, True).
+
+    Raises ValueError for anything else, and for what is not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kKMGTx]?)\s*", str(text)) if not isinstance(text, bool) else None
+    if not found or not math.isfinite(number := float(found[1] + (found[2] or ""))) or not number:
+        raise ValueError(f"expected an amount such as 300M, 1.2G or 40k, or a share such as 0.5x, found {text!r}")
+    return number * {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(found[3], 1), found[3] == "x"
+
+
+def _checked_amount(text: str | int | float) -> str | int | float:
+    amount(text)
+    return text
+
+
+Amount = Annotated[str | int | float, AfterValidator(_checked_amount)]
+
+
+class Target(Section):
+    macs: Amount | None = None
+    """Multiply-adds for one picture, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
+    params: Amount | None = None
+    """Parameters, likewise (exactly one of macs and params)."""
+
+    @model_validator(mode="after")
+    def _exactly_one_unit(self):
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("give exactly one of 'macs' and 'params', such as {macs: 0.5x}")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, str | int | float]:
+        """The unit, "macs" or "params", and the amount."""
+        return ("macs", self.macs) if self.macs is not None else ("params", self.params)
+
+
 class ArchitectureSettings(Section):
     optimizer: SGD = SGD(lr=0.01)
     """SGD of alpha."""
@@ -177,10 +215,16 @@ class ArchitectureSettings(Section):
     """Hardness of the gates before the search."""
     delta_final: float = Field(10_000.0, gt=0)
     """Hardness in its last epoch (or step, if the search's duration is in steps); the growth between is geometric."""
-    penalty: Literal["sigmoid", "scaled_sigmoid"] = "sigmoid"
-    """What is added to the loss: the sum of sigmoid(alpha) (authors' code), or of the gates sigmoid(delta * alpha)."""
-    penalty_weight: float = Field(ge=0)
-    """The lambda of the paper. With few iterations it must be larger in proportion."""
+    penalty: Literal["sigmoid", "scaled_sigmoid", "expected_macs"] = "sigmoid"
+    """What is added to the loss, times the penalty weight: the sum of sigmoid(alpha) (authors' code); that of the gates
+    sigmoid(delta * alpha); or expected_macs, the expected multiply-adds as a share of the full network's (parameters instead, if
+    they are what `target` is about)."""
+    penalty_weight: float | None = Field(None, ge=0)
+    """The lambda of the paper. With few iterations it must be larger in proportion. Exactly one of this and `target`."""
+    target: Target | None = None
+    """What the network may cost, in place of a penalty weight, which is then driven in closed loop during the search."""
+    tolerance: float = Field(0.01, gt=0, lt=1)
+    """Share of the target that may be left unused; it is never exceeded."""
     threshold: float = Field(0.9, gt=0, lt=1)
     """A channel stays if its gate is above this when the search ends."""
     min_macs: float = Field(0.02, ge=0, lt=1)
@@ -191,6 +235,12 @@ class ArchitectureSettings(Section):
     def _delta_grows(self):
         if self.delta_final < self.delta_start:
             raise ValueError("delta_final must be at least delta_start, since gates harden as delta grows")
+        return self
+
+    @model_validator(mode="after")
+    def _weight_or_target(self):
+        if (self.penalty_weight is None) == (self.target is None):
+            raise ValueError("give exactly one of 'penalty_weight' (such as 1e-4) and 'target' (such as {macs: 0.5x})")
         return self
 
 
@@ -224,6 +274,12 @@ class Recipe(Section):
     """How the gates learn."""
     tracking: Tracking = Tracking()
     """Where metrics go beside metrics.jsonl, and how often."""
+
+
+_EITHER = {
+    **{"epochs": "steps", "steps": "epochs", "macs": "params", "params": "macs"},
+    **{"penalty_weight": "target", "target": "penalty_weight"},
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -274,11 +330,12 @@ def _override(tree: dict, override: str) -> None:
         raise InputError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     for parent in parents:
+        tree.pop(_EITHER.get(parent), None)
         if not isinstance(tree.setdefault(parent, {}), dict):
             raise InputError(f"override {override!r}: {parent!r} is a value, it has no keys")
         tree = tree[parent]
-    # Asking for a duration in the other unit replaces the recipe's own.
-    if other := {"epochs": "steps", "steps": "epochs"}.get(last):
+    # Asking for one of two that exclude each other replaces the recipe's own.
+    if other := _EITHER.get(last):
         tree.pop(other, None)
     tree[last] = value
 

@@ -58,16 +58,18 @@ def architecture_step(
     penalty: str,
     penalty_weight: float,
     average_: Callable[[Tensor], Tensor],
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> Outcome:
     """One step of alpha on images (n, 3, H, W).
 
     network: the bare module, since nothing of its weights is to be synchronised, nor is any gradient of them computed. Its
-    BatchNorms normalise with batch statistics; the running ones rest. average_: mean over processes in place, called once.
+    BatchNorms normalise with batch statistics; the running ones rest. average_: mean over processes in place, called once. share:
+    what the penalty `expected_macs` is made of (see Architecture.penalty).
     """
     network.train()
     with resting_statistics(network):
         found = _forward(network, images, labels, architecture.gates(delta))
-    weighted = penalty_weight * architecture.penalty(penalty, delta)
+    weighted = penalty_weight * architecture.penalty(penalty, delta, share)
     (gradient,) = torch.autograd.grad(found.cross_entropy / batch + weighted, architecture.alpha)
     architecture.alpha.grad = average_(gradient)
     optimizer.step()

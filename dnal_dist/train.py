@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import checkpoint, cost, nets, phases, recipe, report
+from dnal_dist import budget, checkpoint, cost, nets, phases, recipe, report
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
@@ -29,6 +29,8 @@ from dnal_dist.track import Track
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
 PATIENCE_SECONDS = 20
+# Exit code of a run that trained to its end, but whose network does not meet the recipe's target.
+MISSED = 3
 
 
 def main() -> None:
@@ -42,8 +44,12 @@ def main() -> None:
         parallel = Parallel(settings.tracking.tracker)
         run = assemble(settings, parallel, args.resume, args.overwrite)
         phases.go(run)
-        _end(run)
-        parallel.leave(0)
+        missed = _end(run)
+        if missed:
+            print(f"error: {missed}", file=sys.stderr, flush=True)
+        parallel.leave(MISSED if missed else 0)
+        if missed:
+            sys.exit(MISSED)
     except InputError as error:
         _stop(run, parallel, error)
     except KeyboardInterrupt:
@@ -100,6 +106,8 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size, pin)
     _refuse_search_without_architecture(settings, train.steps_per_epoch)
     _try_network(network, data, data.global_batch // world_size)
+    # Raises if the target is out of reach.
+    budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
     saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
     finished = saved is not None and saved.state["phase"] == "done"
@@ -191,7 +199,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _end(run: phases.Run) -> None:
+def _end(run: phases.Run) -> str | None:
+    """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
     track = run.track
     track.global_step = run.global_step
     if not track.ended:
@@ -209,7 +218,17 @@ def _end(run: phases.Run) -> None:
                 file=sys.stderr,
             )
         report.print_table(run.folder)
+    missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
     run.parallel.close()
+    return missed
+
+
+def _missed(run: phases.Run) -> str | None:
+    target = budget.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
+    if target is None:
+        return None
+    found = report.summary(run.folder)["compact"]["exact"][target.unit]
+    return None if found in target else target.missed(found)
 
 
 def _stop(run, parallel, error: InputError) -> None:

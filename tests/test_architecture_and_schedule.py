@@ -42,7 +42,7 @@ def _penalty_of(alpha, kind, delta):
 
 
 def test_unknown_penalty_is_refused():
-    with pytest.raises(ValueError, match="expected 'sigmoid' or"):
+    with pytest.raises(ValueError, match="expected 'sigmoid', 'scaled_sigmoid' or"):
         Architecture(1).penalty("l1", 1.0)
 
 

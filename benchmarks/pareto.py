@@ -1,0 +1,359 @@
+"""Accuracy against multiply-adds on Fashion-MNIST: learned architectures and their rivals, at the same cost and number of steps.
+
+    python -m data_tools.make_shards fashion_mnist data/fashion_mnist
+    python benchmarks/pareto.py --jobs 2            reduced: pictures of 14x14, 15 000 of them; about an hour on two cores
+    python benchmarks/pareto.py --full              28x28, all 60 000; for a GPU
+    python benchmarks/pareto.py --docs docs         only the table and the plot, from the results that there are
+
+For each network, budget and seed: `learned` is the recipe (pretrain, search, finetune). `even` keeps the same share of every
+layer's channels and is trained from scratch. `random` and `l1` are the pretrained network with channels removed at random, or in
+every layer those with the smallest L1 norm of their weights, trained on. `full` is the whole network. All of them take as many
+steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` is no rival: the learned architecture from
+scratch for all of the steps, which tells what of the result is the architecture's. Test pictures are looked at when a run has
+ended, never to choose.
+
+Every result is appended to OUTPUT/results.jsonl as it comes; what is there already is not run again.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnal_dist import budget, compact, cost, phases, recipe, report, train
+from dnal_dist.nets import GatedNetwork
+from dnal_dist.parallel import Parallel
+from dnal_dist.stream import Batch, Pictures, Shards, order
+
+NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}
+BUDGETS = (0.5, 0.25, 0.1, 0.05)
+METHODS = ("learned", "retrained", "even", "l1", "random", "full")
+MARKS = ("<!-- table -->", "<!-- end of table -->")
+
+
+class Form(NamedTuple):
+    """What is smaller in the reduced form: sides of the pictures in pixels, training pictures, and each phase's passes over them."""
+
+    side: int
+    pictures: int
+    epochs: dict[str, float]
+
+
+REDUCED = Form(14, 15_000, {"pretrain": 1, "search": 3, "finetune": 8})
+FULL = Form(28, 60_000, {"pretrain": 4, "search": 12, "finetune": 32})
+
+
+class Memory:
+    """Decoded pictures, in place of a Stream of shards: the same order of samples, flipped at random where the recipe asks for
+    it."""
+
+    def __init__(self, key: str, data, classes: int, seed: int, training: bool, most: int | None = None):
+        shards = Shards(getattr(data, key), f"data.{key}", classes)
+        numbers = [(0, i) for i in range(min(shards.samples, most or shards.samples))]
+        # As for validation, so that no random change is decoded into them.
+        found = Pictures(shards, data, seed, train=False).__getitems__(numbers)
+        if isinstance(found, recipe.InputError):
+            raise found
+        self.images, self.labels, self.data, self.seed, self.training = found.images, found.labels, data, seed, training
+        self.samples, self.per_epoch = len(self.labels), len(self.labels) // data.global_batch
+        self.steps_per_epoch = sys.maxsize
+        """For phases.py, which evaluates and saves after each epoch: all durations are in steps here, and no phase is that long."""
+        self.dropped = 0
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        size = self.data.global_batch
+        if not self.training:
+            for first in range(0, self.samples, size):
+                yield Batch(self.images[first : first + size], self.labels[first : first + size], [], [])
+            return
+        epoch, batch = divmod(start, self.per_epoch)
+        while True:
+            shuffled = torch.from_numpy(order(self.samples, self.seed, epoch))
+            for first in range(batch * size, self.per_epoch * size, size):
+                yield self._changed(shuffled[first : first + size], epoch, first)
+            epoch, batch = epoch + 1, 0
+
+    def _changed(self, chosen: Tensor, epoch: int, first: int) -> Batch:
+        images = self.images[chosen]
+        if self.data.augmentation.flip:
+            generator = torch.Generator().manual_seed((self.seed * 1000 + epoch) * self.samples + first)
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return Batch(images, self.labels[chosen], [], [])
+
+
+class Pretrained(NamedTuple):
+    """What all methods but `even` and `full` of one seed begin with."""
+
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    steps: int
+
+
+class Bench:
+    """One network with one seed: the data in memory, and the methods."""
+
+    def __init__(self, network: str, seed: int, form: Form, output: Path, overrides: list[str]):
+        self.network, self.seed, self.form, self.output, self.overrides = network, seed, form, output, overrides
+        settings = self.settings(BUDGETS[0])
+        classes = settings.model.num_classes
+        self.train = Memory("train", settings.data, classes, seed, True, form.pictures)
+        self.val = Memory("val", settings.data, classes, seed, False)
+        self._pretrained: Pretrained | None = None
+
+    def settings(self, share: float) -> recipe.Recipe:
+        """The recipe of one budget. Durations are in steps from the first look at the data on."""
+        steps = []
+        if hasattr(self, "train"):
+            steps = [f"phases.{name}.steps={round(n * self.train.per_epoch)}" for name, n in self.form.epochs.items()]
+        own = [f"data.image_size={self.form.side}", f"seed={self.seed}", "tracking.tracker=none", "tracking.log_every=100000"]
+        folder = f"output={self.output}/runs/{self.network}-{self.seed}"
+        return recipe.load(NETWORKS[self.network], [*own, folder, f"architecture.target.macs={share}x", *steps, *self.overrides])
+
+    def assemble(self, share: float) -> phases.Run:
+        run = train.assemble(self.settings(share), Parallel(), overwrite=True)
+        run.train, run.val = self.train, self.val
+        return run
+
+    def from_pretrained(self, share: float) -> phases.Run:
+        """A run whose pretraining lies behind it."""
+        run = self.assemble(share)
+        if self._pretrained is None:
+            batches = self.train.batches()
+            phases.pretrain(run, batches)
+            clones = [{name: t.detach().clone() for name, t in d.items()} for d in (run.supernet.state_dict(), run.momentum)]
+            self._pretrained = Pretrained(*clones, run.global_step)
+        else:
+            run.supernet.load_state_dict(self._pretrained.weights)
+            run.momentum, run.global_step = self._pretrained.momentum, self._pretrained.steps
+        run.phase, run.step = "search", 0
+        return run
+
+    def learned(self, share: float) -> tuple[phases.Run, Tensor]:
+        run = self.from_pretrained(share)
+        phases.go(run)
+        return run, run.small.keep
+
+    def trained(self, run: phases.Run, keep: Tensor) -> phases.Run:
+        """`run` with the channels of `keep`, trained by the finetune's schedule for the steps that are left of all phases."""
+        settings = run.recipe
+        total = sum(getattr(settings.phases, name).steps for name in self.form.epochs)
+        longer = settings.phases.finetune.model_copy(update={"steps": total - run.global_step})
+        run.recipe = settings.model_copy(update={"phases": settings.phases.model_copy(update={"finetune": longer})})
+        run.small, run.momentum, run.phase, run.step = compact.compact(run.supernet, keep), {}, "finetune", 0
+        phases.finetune(run, self.train.batches(run.global_step))
+        assert run.global_step == total
+        return run
+
+    def rival(self, method: str, share: float, learned: Tensor | None) -> tuple[phases.Run, Tensor]:
+        run = self.from_pretrained(share) if method in ("l1", "random") else self.assemble(share)
+        net, side = run.supernet, self.form.side
+        if method == "full":
+            keep = cost.all_open(net)
+        elif method == "retrained":
+            keep = learned
+        else:
+            target = budget.budget(run.recipe.architecture, net, side)
+            keep = budget.select(net, side, strength(net, method, self.seed), target)
+        return self.trained(run, keep), keep
+
+
+def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
+    """What ranks the channels (N,): within every site by index (`even`) or weight (`l1`), as evenly among sites as can be; or not
+    at all (`random`)."""
+    if method == "random":
+        return torch.rand(net.num_gates, generator=torch.Generator().manual_seed(seed))
+    ranked = []
+    for site, channels in net.gate_sites.items():
+        place = torch.arange(channels)
+        if method == "l1":
+            place = net.get_submodule(site).conv.weight.detach().abs().sum((1, 2, 3)).cpu().argsort(descending=True).argsort()
+        ranked.append(-(place + 1) / channels)
+    return torch.cat(ranked)
+
+
+def measure(args, network: str, seed: int) -> None:
+    """Every result of one network and seed that is not there yet, each appended to the results."""
+    done = {(r["method"], r["budget"]): r for r in results(args.output) if (r["network"], r["seed"]) == (network, seed)}
+    bench = Bench(network, seed, FULL if args.full else REDUCED, args.output, args.overrides)
+    for share in (1.0, *args.budgets):
+        learned = None
+        for method in ("full",) if share == 1.0 else METHODS[:-1]:
+            if (method, share) in done:
+                kept = done[method, share]["keep"]
+                learned = torch.tensor(kept, dtype=torch.bool) if method == "learned" else learned
+                continue
+            begun = time.monotonic()
+            with contextlib.redirect_stdout(io.StringIO()):
+                # The full network has no budget, but a recipe must name one.
+                run, keep = bench.learned(share) if method == "learned" else bench.rival(method, min(share, 0.5), learned)
+                accuracy = report.summary(run.folder)["accuracy"]
+            learned = keep if method == "learned" else learned
+            found = cost.count(run.supernet, bench.form.side, keep)
+            result = {"network": network, "seed": seed, "budget": share, "method": method, "accuracy": accuracy["finetune"]}
+            result |= {"macs": found.macs, "params": found.params, "full_macs": cost.count(run.supernet, bench.form.side).macs}
+            result |= {"sites": {site: int(part.sum()) for site, part in run.supernet.by_site(keep).items()}}
+            result |= {"seconds": round(time.monotonic() - begun, 1), "steps": run.global_step, "phases": accuracy}
+            result |= {"keep": keep.int().tolist()} if method == "learned" else {}
+            with (args.output / "results.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{network} seed {seed}: {share:4.0%} {method:9} {result['accuracy']:.2%} {result['seconds']:6.1f} s", flush=True)
+
+
+def results(output: Path) -> list[dict]:
+    path = output / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def spread(args) -> None:
+    """Networks and seeds, each in a process of its own, `jobs` of them at a time; the longest first."""
+    waiting = [(network, seed) for network in reversed(args.networks) for seed in args.seeds]
+    # Several runs side by side leave each a share of the cores.
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    running: list[subprocess.Popen] = []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            network, seed = waiting.pop(0)
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", network, str(seed)]
+            running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": threads}))
+        time.sleep(0.2)
+        failed = next((process for process in running if process.poll()), None)
+        running = [process for process in running if process.poll() is None]
+        if failed:
+            for process in running:
+                process.terminate()
+            sys.exit(failed.returncode)
+
+
+def table(found: list[dict]) -> str:
+    """Mean and standard deviation of each cell in Markdown; how far `learned` is ahead of the best rival, in its own deviations."""
+    lines = [
+        "| network | multiply-adds | " + " | ".join(METHODS[:-1]) + " | learned - best rival |",
+        "|---" * (len(METHODS) + 2) + "|",
+    ]
+    for network in NETWORKS:
+        for share in (1.0, *BUDGETS):
+            cells = {m: accuracies(found, network, share, m) for m in METHODS}
+            if share == 1.0 and cells["full"]:
+                lines.append(f"| {network} | full | {shown(cells['full'])} |" + " |" * (len(METHODS) - 1))
+            elif cells["learned"]:
+                means = {m: statistics.mean(cells[m]) for m in ("even", "l1", "random") if cells[m]}
+                ahead = statistics.mean(cells["learned"]) - max(means.values()) if means else None
+                last = "" if ahead is None else f"{ahead:+.2f}"
+                lines.append(f"| {network} | {share:.0%} | " + " | ".join(shown(cells[m]) for m in METHODS[:-1]) + f" | {last} |")
+    return "\n".join(lines)
+
+
+def accuracies(found: list[dict], network: str, share: float, method: str) -> list[float]:
+    """In per cent, one for each seed."""
+    key = (network, share, method)
+    return [100 * r["accuracy"] for r in found if (r["network"], r["budget"], r["method"]) == key]
+
+
+def shown(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+COLOURS = {"learned": "#0072b2", "retrained": "#56b4e9", "even": "#d55e00", "l1": "#009e73", "random": "#999999", "full": "#000000"}
+WIDTH, HEIGHT, LEFT, TOP = 300, 260, 50, 30
+
+
+def plot(found: list[dict]) -> str:
+    """The table as an SVG: for each network accuracy (mean, and a bar of one standard deviation) over the budget."""
+    names = [network for network in NETWORKS if any(r["network"] == network for r in found)]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(names) * WIDTH + 90}" height="{HEIGHT}" font-family="sans-serif" '
+        f'font-size="11"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for number, network in enumerate(names):
+        parts.append(f'<g transform="translate({number * WIDTH},0)">{_panel(found, network)}</g>')
+    for number, method in enumerate(METHODS):
+        y = TOP + 10 + 18 * number
+        parts.append(f'<rect x="{len(names) * WIDTH + 8}" y="{y - 8}" width="10" height="10" fill="{COLOURS[method]}"/>')
+        parts.append(f'<text x="{len(names) * WIDTH + 24}" y="{y + 1}">{method}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(found: list[dict], network: str) -> str:
+    cells = {(m, s): accuracies(found, network, s, m) for m in METHODS[:-1] for s in BUDGETS}
+    full = accuracies(found, network, 1.0, "full")
+    # Random pruning may lie far below the others, which are what the plot is for.
+    seen = [v for (m, _), values in cells.items() if m != "random" for v in values] + full
+    low, high = min(seen) - 0.5, max(seen) + 0.5
+
+    def x(share: float) -> float:
+        return LEFT + BUDGETS[::-1].index(share) * (WIDTH - LEFT - 30) / (len(BUDGETS) - 1) + 5
+
+    def y(value: float) -> float:
+        return TOP + (high - max(value, low)) / (high - low) * (HEIGHT - TOP - 40)
+
+    parts = [f'<text x="{LEFT}" y="18" font-weight="bold">{network}</text>']
+    for tick in range(int(low) + 1, int(high) + 1):
+        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - 15}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick} %</text>')
+    parts += [f'<text x="{x(s):.0f}" y="{HEIGHT - 20}" text-anchor="middle">{s:.0%}</text>' for s in BUDGETS]
+    if full:
+        parts.append(f'<path d="M{LEFT} {y(statistics.mean(full)):.1f}H{WIDTH - 15}" stroke="black" stroke-dasharray="4 3"/>')
+    for number, method in enumerate(METHODS[:-1]):
+        points = [(x(s) + 3 * (number - 2), cells[method, s]) for s in BUDGETS if cells[method, s]]
+        line = " ".join(f"{px:.1f},{y(statistics.mean(v)):.1f}" for px, v in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[method]}" stroke-width="1.5"/>')
+        for px, values in points:
+            mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            parts.append(f'<circle cx="{px:.1f}" cy="{y(mean):.1f}" r="2.5" fill="{COLOURS[method]}"/>')
+            parts.append(f'<path d="M{px:.1f} {y(mean - deviation):.1f}V{y(mean + deviation):.1f}" stroke="{COLOURS[method]}"/>')
+    return "".join(parts)
+
+
+def write(found: list[dict], docs: Path) -> None:
+    """The plot, and the table between its two marks in pareto.md, which is otherwise left alone."""
+    (docs / "pareto.svg").write_text(plot(found))
+    page = docs / "pareto.md"
+    text = page.read_text() if page.exists() else "\n".join(MARKS)
+    before, rest = text.split(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to all three recipes")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the full network's multiply-adds")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--full", action="store_true", help="all pictures in full size, for longer")
+    parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
+    parser.add_argument("--docs", type=Path, help="only write the table and the plot into this folder")
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.only:
+            measure(args, args.only[0], int(args.only[1]))
+            return
+        if args.docs is None:
+            spread(args)
+    except recipe.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.docs is None:
+        print(table(results(args.output)))
+    else:
+        write(results(args.output), args.docs)
+
+
+if __name__ == "__main__":
+    main()

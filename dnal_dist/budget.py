@@ -1,0 +1,208 @@
+"""A budget in place of a penalty weight: what it asks for, the weight in closed loop, and the channels that meet it exactly."""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnal_dist import compact, cost
+from dnal_dist.architecture import Architecture
+from dnal_dist.nets import GatedNetwork
+from dnal_dist.recipe import InputError, amount
+
+# The penalty alone would close the gap between the expected cost and where it should be in this part of the search, and in no fewer
+# architecture steps than a momentum of 0.9 remembers, or the loop would swing.
+RESPONSE, LEAST_STEPS = 0.05, 10
+# Part of the search after which the expected cost should have arrived; the rest is left to settle.
+ARRIVAL = 0.8
+# Most masks that the exact step counts in looking for one inside the tolerance, beyond those that its first pass takes.
+TRIES = 4000
+
+
+class Budget(NamedTuple):
+    """`least` <= cost <= `most` is what the network must come to; `unit` is "macs" or "params", `full` what all channels cost."""
+
+    unit: str
+    least: int
+    most: int
+    full: int
+
+    def of(self, cost) -> int | Tensor:
+        """The part of a Cost, or of an Expected, that the budget is about."""
+        return getattr(cost, self.unit)
+
+    def __contains__(self, found: int) -> bool:
+        return self.least <= found <= self.most
+
+    def missed(self, found: int) -> str:
+        """What is to be said of a network that costs `found` and does not meet the budget."""
+        return (
+            f"key 'architecture.target.{self.unit}': missed, the network costs {found:,} where {self.least:,} to {self.most:,} "
+            f"were asked for; raise architecture.tolerance, or choose another target"
+        )
+
+
+def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
+    """What a recipe's `architecture` settings ask of `net`; None if they give a penalty weight instead.
+
+    Raises InputError if the target is above the full cost, or below what the network costs with every channel closed that may be.
+    """
+    if settings.target is None:
+        return None
+    unit, text = settings.target.chosen
+    value, relative = amount(text)
+    full = getattr(cost.count(net, image_size), unit)
+    most = int(value * full) if relative else int(value)
+    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    floor = getattr(cost.count(net, image_size, closed), unit)
+    key = f"key 'architecture.target.{unit}': {text}"
+    if most >= full:
+        raise InputError(f"{key} is not below the {full:,} of the full network, so nothing would be learned; lower it")
+    if most < floor:
+        raise InputError(
+            f"{key}{f' is {most:,}, which' if relative else ''} is below {floor:,}, the least that this network can cost "
+            f"({floor / full:.2%} of the full one: a channel in each layer that no shortcut goes around); raise it"
+        )
+    return Budget(unit, max(floor, math.ceil(most * (1 - settings.tolerance))), most, full)
+
+
+class Loop:
+    """The penalty weight of a search in closed loop on the expected cost.
+
+    The expected cost is to go from where all gates are 0.5 to the budget, at an even rate in its logarithm. One SGD step of alpha
+    by the penalty alone moves it by weight * gain, gain = lr / (1 - momentum) * <grad log cost, grad penalty>, and the growth of
+    delta alone by <grad log cost, alpha> for each unit of log delta. Both are known, so the weight that closes the present gap in
+    RESPONSE of the search is known too. A sum of past gaps is added, since the cross-entropy pushes as well. Soft gates may all
+    shrink together without any say in the loss; the weight is negative then and pushes them up.
+    """
+
+    def __init__(self, target: Budget, settings, share: Callable[[Tensor], Tensor], architecture: Architecture, steps: float):
+        """settings: the recipe's `architecture`; share: gates (N,) -> share of the full cost, differentiable; steps: architecture
+        steps of the whole search."""
+        self.response = max(LEAST_STEPS, RESPONSE * steps)
+        self.hardening = math.log(settings.delta_final / settings.delta_start) / steps
+        self.share, self.architecture, self.kind = share, architecture, settings.penalty
+        self.speed = settings.optimizer.lr / (1 - settings.optimizer.momentum)
+        with torch.no_grad():
+            self.start = math.log(float(share(torch.full_like(architecture.alpha, 0.5))))
+        self.way = math.log((target.least + target.most) / 2 / target.full) - self.start
+        self.pace = self.way / steps / ARRIVAL
+
+    def weight(self, delta: float, progress: float, lag: float) -> tuple[float, float]:
+        """The weight of the next architecture step, and the new `lag`, a weighted sum of the gaps so far (0 at first), which is all
+        of the loop's state. progress: part of the search that lies behind, 0 to 1."""
+        alpha = self.architecture.alpha
+        (push,) = torch.autograd.grad(self.architecture.penalty(self.kind, delta, self.share), alpha)
+        log_cost = self.share(self.architecture.gates(delta)).clamp_min(1e-9).log()
+        (slope,) = torch.autograd.grad(log_cost, alpha)
+        gap = float(log_cost.detach()) - self.start - self.way * min(1.0, progress / ARRIVAL)
+        by_itself = float(slope @ alpha.detach()) * self.hardening
+        too_slow = by_itself - (self.pace if progress < ARRIVAL else 0.0)
+        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size (root mean squares,
+        # since a penalty by cost pushes some channels far more than most).
+        size = float(alpha.detach().abs().mean().clamp_min(1 / delta))
+        limit = 2 * size / self.response / self.speed / float(push.square().mean().sqrt().clamp_min(1e-12))
+        asked = ((gap + lag) / self.response + too_slow) / max(self.speed * float(push @ slope), 1e-12)
+        if abs(asked) < limit or asked * gap < 0:
+            # At the limit the sum rests, or it would have to be worked off later.
+            lag += gap / (10 * self.response)
+        return max(-limit, min(limit, asked)), lag
+
+
+def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget) -> Tensor:
+    """The keep mask, bool (N,), of the strongest channels whose exact cost is `target`, or as near below it as was found.
+
+    strength (N,) ranks the channels of the whole network, alpha for example. First the rank decides: as many as fit, with one
+    channel in each site that no shortcut goes around. Then the strongest closed channels that still fit are added. If that leaves
+    more than the tolerance unused, a few channels are exchanged: at each site the strongest closed one may come and the weakest
+    open one go.
+    """
+    choice = _Choice(net, image_size, strength, target)
+    counts = choice.by_rank()
+    counts = choice.fill(counts)
+    if choice.cost(counts) not in target:
+        counts = choice.exchange(counts)
+    return choice.mask(counts)
+
+
+class _Choice:
+    """Keep masks as one number of channels for each site, the strongest ones of it."""
+
+    def __init__(self, net: GatedNetwork, image_size: int, strength: Tensor, target: Budget):
+        self.net, self.image_size, self.target = net, image_size, target
+        strength = strength.detach().cpu()
+        self.orders = [part.argsort(descending=True, stable=True) for part in net.by_site(strength).values()]
+        self.ranked = strength.argsort(descending=True, stable=True)
+        closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+        self.least = [int(part.sum()) for part in net.by_site(closed).values()]
+        self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
+        self.sorted = [part.sort(descending=True, stable=True).values.tolist() for part in net.by_site(strength).values()]
+        self._costs: dict[tuple[int, ...], int] = {}
+
+    def mask(self, counts: tuple[int, ...]) -> Tensor:
+        keep = torch.zeros(self.net.num_gates, dtype=torch.bool)
+        for part, order, number in zip(self.net.by_site(keep).values(), self.orders, counts, strict=True):
+            part[order[:number]] = True
+        return keep
+
+    def cost(self, counts: tuple[int, ...]) -> int:
+        if counts not in self._costs:
+            self._costs[counts] = self.target.of(cost.count(self.net, self.image_size, self.mask(counts)))
+        return self._costs[counts]
+
+    def by_rank(self) -> tuple[int, ...]:
+        """As many of the strongest channels of the whole network as fit."""
+
+        def first(number: int) -> tuple[int, ...]:
+            open_ = torch.bincount(self.sites[self.ranked[:number]], minlength=len(self.least)).tolist()
+            return tuple(map(max, open_, self.least))
+
+        low, high = 0, len(self.ranked)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.cost(first(middle)) <= self.target.most else (low, middle - 1)
+        return first(low)
+
+    def fill(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """`counts` with the strongest closed channels added that fit; a site whose next channel does not fit is left alone."""
+        sites = {site for site, order in enumerate(self.orders) if counts[site] < len(order)}
+        while sites and self.cost(counts) not in self.target:
+            site = max(sites, key=lambda s: self.sorted[s][counts[s]])
+            more = _changed(counts, site, 1)
+            if self.cost(more) > self.target.most:
+                sites.remove(site)
+                continue
+            counts = more
+            if counts[site] == len(self.orders[site]):
+                sites.remove(site)
+        return counts
+
+    def exchange(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """The nearest to `counts`, in few changes, that costs the target; or, if none is found, the dearest below."""
+        middle = (self.target.least + self.target.most) / 2
+        seen, best, order = {counts}, counts, itertools.count()
+        # Nearest to the target first, and few changes before many.
+        queue = [(0.0, 0, counts, 0)]
+        while queue and len(seen) < TRIES:
+            _, _, here, changes = heapq.heappop(queue)
+            for site, step in itertools.product(range(len(here)), (1, -1)):
+                there = _changed(here, site, step)
+                if there in seen or not self.least[site] <= there[site] <= len(self.orders[site]):
+                    continue
+                seen.add(there)
+                found = self.cost(there)
+                if found in self.target:
+                    return there
+                if self.cost(best) < found <= self.target.most:
+                    best = there
+                far = abs(found - middle) / middle + 0.01 * changes
+                heapq.heappush(queue, (far, next(order), there, changes + 1))
+        return best
+
+
+def _changed(counts: tuple[int, ...], site: int, step: int) -> tuple[int, ...]:
+    return (*counts[:site], counts[site] + step, *counts[site + 1 :])

@@ -1,0 +1,208 @@
+"""A budget: what it may be, that the exact step meets it, that the loop drives the expected cost to it, and that a miss is told."""
+
+import json
+
+import pytest
+import torch
+from test_stop_and_resume import SHORT, arguments, records, tensors, told
+
+from dnal_dist import budget, checkpoint, compact, cost, nets, phases, recipe
+from dnal_dist.architecture import Architecture
+from dnal_dist.recipe import SGD, ArchitectureSettings, InputError, Target
+
+SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
+
+
+def asked(unit: str, text, **settings) -> ArchitectureSettings:
+    return ArchitectureSettings(target=Target(**{unit: text}), **settings)
+
+
+@pytest.mark.parametrize(
+    "text, number, relative",
+    [("300M", 300e6, False), ("1.2G", 1.2e9, False), ("40k", 40e3, False), (".5x", 0.5, True), ("1e6", 1e6, False), (7, 7, False)],
+)
+def test_amounts(text, number, relative):
+    assert recipe.amount(text) == (pytest.approx(number), relative)
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3M", "0x", "0", "3 apples", "nan", "inf", "1e999", True])
+def test_what_is_no_amount(text):
+    with pytest.raises(ValueError, match="expected an amount such as 300M"):
+        recipe.amount(text)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("architecture.target={}", r"'architecture\.target'.*exactly one of 'macs' and 'params'"),
+        ("architecture.target={macs: 1M, params: 1M}", r"'architecture\.target'.*exactly one of 'macs' and 'params'"),
+        ("architecture.target.macs=lots", r"'architecture\.target\.macs.*300M.*'lots'"),
+        ("architecture={penalty_weight: 0.1, target: {macs: 1M}}", r"'architecture'.*exactly one of 'penalty_weight'.*'target'"),
+        ("architecture={}", r"'architecture'.*exactly one of 'penalty_weight'.*'target'"),
+        ("architecture.tolerance=0", r"'architecture\.tolerance'.*greater than 0"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_told_with_its_key(override, words):
+    with pytest.raises(InputError, match=words) as caught:
+        recipe.load("recipes/digits.yaml", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_in_an_override_replaces_the_penalty_weight():
+    for override in ("architecture.target.macs=0.3x", "architecture.target={macs: 0.3x}"):
+        settings = recipe.load("recipes/digits.yaml", [override]).architecture
+        assert settings.penalty_weight is None and settings.target.chosen == ("macs", "0.3x")
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_targets_out_of_reach_are_refused_and_those_at_the_edge_are_not(name, unit):
+    net = nets.build(name)
+    full = getattr(cost.count(net, 8), unit)
+    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    floor = getattr(cost.count(net, 8, closed), unit)
+    for text, words in (
+        (full, "not below"),
+        ("1x", "not below"),
+        (floor - 1, f"{floor:,}, the least"),
+        ("1e-6x", f"{floor:,}, the least"),
+    ):
+        with pytest.raises(InputError, match=rf"'architecture\.target\.{unit}'.*{words}"):
+            budget.budget(asked(unit, text), net, 8)
+    least = budget.budget(asked(unit, floor), net, 8)
+    assert (least.least, least.most, least.full) == (floor, floor, full)
+    assert torch.equal(cost.useful(net, budget.select(net, 8, torch.randn(net.num_gates), least)), cost.useful(net, closed)) or (
+        least.of(cost.count(net, 8, budget.select(net, 8, torch.randn(net.num_gates), least))) == floor
+    )
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_the_exact_step_lands_inside_the_tolerance(name, share, unit):
+    net = nets.build(name)
+    target = budget.budget(asked(unit, f"{share}x"), net, 8)
+    for seed in range(3):
+        alpha = torch.randn(net.num_gates, generator=torch.Generator().manual_seed(seed))
+        found = target.of(cost.count(net, 8, budget.select(net, 8, alpha, target)))
+        assert target.least <= found <= target.most <= share * target.full
+
+
+def test_the_exact_step_keeps_the_strongest():
+    """Of each site, and of the network as far as the budget's last channels allow."""
+    torch.manual_seed(0)
+    net = nets.build("vgg_digits")
+    alpha = torch.randn(net.num_gates)
+    target = budget.budget(asked("macs", "0.2x"), net, 8)
+    keep = budget.select(net, 8, alpha, target)
+    for site, part in net.by_site(keep).items():
+        strength = net.by_site(alpha)[site]
+        assert strength[part].min() > strength[~part].max()
+    kept = alpha[keep].sort().values
+    assert (alpha[~keep] > kept[len(kept) // 10]).sum() <= 5
+
+
+def test_a_target_between_two_networks_is_missed_from_below():
+    net = nets.build("vgg_digits")
+    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    floor = cost.count(net, 8, closed).macs
+    target = budget.Budget("macs", floor + 1, floor + 2, cost.count(net, 8).macs)
+    assert cost.count(net, 8, budget.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "scaled_sigmoid", "expected_macs"])
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
+    """Against a steady push on every channel, whichever way that goes; the budget may lie on either side of the beginning."""
+    net = nets.build("vgg_digits")
+    settings = asked("macs", f"{share}x", penalty=kind, optimizer=SGD(lr=0.05), delta_final=20.0)
+    target = budget.budget(settings, net, 8)
+    for push in (-1e-4, 1e-4):
+        architecture, lag, steps = Architecture(net.num_gates), 0.0, 300
+        torch.manual_seed(0)
+        unevenly = push * torch.rand(net.num_gates)
+        optimizer = torch.optim.SGD(architecture.parameters(), 0.05, 0.9)
+
+        def of_full(gates):
+            return cost.expected(net, 8, gates).macs / target.full
+
+        loop = budget.Loop(target, settings, of_full, architecture, steps)
+        for step in range(steps):
+            delta = 20 ** (step / steps)
+            weight, lag = loop.weight(delta, step / steps, lag)
+            (gradient,) = torch.autograd.grad(weight * architecture.penalty(kind, delta, of_full), architecture.alpha)
+            architecture.alpha.grad = gradient + unevenly
+            optimizer.step()
+        reached = float(of_full(architecture.gates(20)).detach())
+        assert reached == pytest.approx(share, rel=0.15)
+
+
+def test_the_penalty_of_expected_macs_is_the_share_and_has_its_gradient():
+    net = nets.build("resnet_digits")
+    architecture = Architecture(net.num_gates)
+    full = cost.count(net, 8).macs
+    torch.nn.init.normal_(architecture.alpha)
+    penalty = architecture.penalty("expected_macs", 2.0, lambda gates: cost.expected(net, 8, gates).macs / full)
+    assert penalty.item() == pytest.approx(cost.expected_macs(net, 8, architecture.gates(2.0)).item() / full)
+    (gradient,) = torch.autograd.grad(penalty, architecture.alpha)
+    with torch.no_grad():
+        architecture.alpha += 10
+        assert float(architecture.penalty("expected_macs", 100.0, lambda g: cost.expected(net, 8, g).macs / full)) == pytest.approx(
+            1
+        )
+    assert (gradient > 0).all()
+
+
+AFTER = ("architecture.target={macs: 0.2x}", "phases.search.steps=40")
+
+
+def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, tmp_path):
+    ended = train_here(*arguments(digits, tmp_path, *SHORT, *AFTER))
+    assert ended.code == 0, ended.err
+    (prune,) = records(tmp_path, "prune")
+    full = prune["full"]["exact"]["macs"]
+    assert 0.2 * 0.99 * full <= prune["compact"]["exact"]["macs"] <= 0.2 * full
+    weights = {r["penalty_weight"] for r in records(tmp_path, "train") if r["phase"] == "search" and r["step"] > 1}
+    assert len(weights) > 10, "it is driven, not given"
+
+
+def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path, monkeypatch):
+    """Killed in the middle of its search, of 22 iterations an epoch."""
+
+    class Killed(BaseException):
+        pass
+
+    longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
+    whole, run, save = tmp_path / "whole", tmp_path / "run", checkpoint.save
+    assert train_here(*arguments(digits, whole, *longer)).code == 0
+
+    def save_and_die(state):
+        save(state)
+        if state.phase == "search" and state.step == 22:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(phases.checkpoint, "save", save_and_die)
+        train_here(*arguments(digits, run, *longer))
+    assert train_here(*arguments(digits, run, *longer), "--resume").code == 0
+    assert told(run) == told(whole) and tensors(run) == tensors(whole)
+
+
+def test_a_target_out_of_reach_is_told_before_training(train_here, digits, tmp_path):
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "architecture.target.macs=0.0001x"))
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: key 'architecture.target.macs': 0.0001x is ") and line.endswith("raise it")
+
+
+def test_a_missed_target_is_an_exit_code_of_its_own_and_the_network_is_kept(train_here, digits, tmp_path):
+    """No network of this kind costs within a millionth of this."""
+    changes = ("architecture.target.macs=20011", "architecture.tolerance=1e-6", "architecture.min_macs=0")
+    for resume in ([], ["--resume"]):
+        ended = train_here(*arguments(digits, tmp_path, *SHORT, *changes), *resume)
+        assert ended.code == 3
+        (line,) = ended.err.splitlines()
+        assert line.startswith("error: key 'architecture.target.macs': missed, the network costs ") and "tolerance" in line
+    assert json.loads((tmp_path / "compact" / "architecture.json").read_text())["network"]
+    (prune,) = records(tmp_path, "prune")
+    assert prune["compact"]["exact"]["macs"] < 20011
