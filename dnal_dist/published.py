@@ -149,7 +149,8 @@ def _own(run: Run, result: dict, table: Table) -> Row:
             full, compact = (result[which]["paper"][key] for which in ("full", "compact"))
             unit = {"G": 1e9, "M": 1e6}[table.columns[column]]
             costs[column] = _figure(compact / unit, getattr(table.baseline, column))
-            costs[f"{column}_ratio"] = f"{full / compact:.2f}" if compact else ""
+            if compact and getattr(table.baseline, f"{column}_ratio"):
+                costs[f"{column}_ratio"] = f"{full / compact:.2f}"
     weight = run.setting("architecture", "penalty_weight")
     found = _accuracy(run)
     return Row(
