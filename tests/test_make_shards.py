@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sources
 import torch
 from PIL import Image
+from sources import archived
 
 from data_tools import make_shards
 from dnal_dist import stream
@@ -127,23 +129,12 @@ def assert_streams(folder, split: str, pictures: np.ndarray, labels: np.ndarray)
     assert torch.equal(torch.stack([image for image, _ in found]), torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()))
 
 
-FASHION = {"train": ("train", 12), "val": ("t10k", 5)}
-
-
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
-    """A small Fashion-MNIST in its true format, training files gzipped and validation files not, and what they hold."""
-    monkeypatch.setattr(make_shards, "FASHION_MNIST", FASHION)
-    rng, folder, truth = np.random.default_rng(0), _made(tmp_path / "idx"), {}
-    for split, (prefix, count) in FASHION.items():
-        pictures, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8) % 10
-        for name, array in (("images-idx3", pictures), ("labels-idx1", labels)):
-            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-            suffix = ".gz" if split == "train" else ""
-            path = folder / f"{prefix}-{name}-ubyte{suffix}"
-            path.write_bytes(gzip.compress(content) if suffix else content)
-        truth[split] = np.repeat(pictures[..., None], 3, axis=3), labels
-    return SimpleNamespace(folder=folder, truth=truth)
+    """A small Fashion-MNIST in its true format, and what it holds."""
+    monkeypatch.setattr(make_shards, "FASHION_MNIST", sources.FASHION_MNIST)
+    folder = tmp_path / "idx"
+    return SimpleNamespace(folder=folder, truth=sources.fashion_mnist(folder))
 
 
 def test_fashion_mnist_comes_through_to_the_pixel(fashion, tmp_path, monkeypatch, capsys):
@@ -186,31 +177,13 @@ def test_a_fashion_mnist_that_is_not_whole_is_refused(fashion, tmp_path, monkeyp
     assert not (tmp_path / "shards" / "index.json").exists()
 
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """A small CIFAR-10 in the format of its binary version: folder, archive, and what they hold."""
-    monkeypatch.setattr(make_shards, "CIFAR10_RECORDS", 6)
-    rng, folder = np.random.default_rng(1), _made(tmp_path / "cifar-10-batches-bin")
-    pictures, labels = rng.integers(0, 256, (36, 32, 32, 3), np.uint8), rng.integers(0, 10, 36).astype(np.uint8)
-    for i, name in enumerate([*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]):
-        part = slice(6 * i, 6 * i + 6)
-        planes = pictures[part].transpose(0, 3, 1, 2).reshape(6, 3072)
-        (folder / name).write_bytes(np.concatenate([labels[part, None], planes], axis=1).tobytes())
-    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n\n")
-    truth = {"train": (pictures[:30], labels[:30]), "val": (pictures[30:], labels[30:])}
+    monkeypatch.setattr(make_shards, "CIFAR10_RECORDS", sources.CIFAR10_RECORDS)
+    folder = tmp_path / "cifar-10-batches-bin"
+    truth = sources.cifar10(folder)
     return SimpleNamespace(folder=folder, archive=archived(folder), truth=truth)
-
-
-def archived(folder, prefix: str = "cifar-10-batches-bin/"):
-    """The files of `folder` as a tar.gz, in another order than they are read in."""
-    path = folder.parent / "cifar-10-binary.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        for file in sorted(folder.iterdir(), reverse=True):
-            tar.add(file, prefix + file.name)
-    return path
 
 
 @pytest.mark.parametrize("source", ["archive", "folder", "folder above"])
@@ -221,7 +194,7 @@ def test_cifar10_comes_through_to_the_pixel(cifar, tmp_path, monkeypatch, capsys
     assert (code, said) == (0, f"{out}: 30 samples for train, 6 samples for val\n")
     for split, (pictures, labels) in cifar.truth.items():
         assert_streams(out, split, pictures, labels)
-    assert json.loads((out / "index.json").read_text())["classes"] == CLASSES
+    assert json.loads((out / "index.json").read_text())["classes"] == sources.CIFAR10_CLASSES
 
 
 def test_cifar10_is_checked_for_its_true_size():
@@ -328,6 +301,13 @@ def test_pictures_of_folders_come_through_byte_for_byte(pictures, tmp_path, monk
     assert len(streamed(out, "train", 8, 3)) == 22
     assert [path.name for path in sorted(out.glob("train-*"))] == [f"train-{i:06d}.tar" for i in range(3)]
     assert json.loads((out / "index.json").read_text())["classes"] == ["n01440764", "n01443537", "z.last"]
+
+
+def test_pictures_such_as_imagenet_has_decode(tmp_path):
+    """Grey ones, CMYK ones and a PNG that is called JPEG."""
+    sources.imagenet(tmp_path / "in", 4)
+    make_shards.image_folder(tmp_path / "in", _made(tmp_path / "shards"))
+    assert len(streamed(tmp_path / "shards", "train", 32, 4)) == 8
 
 
 def test_the_seed_orders_training_pictures_and_nothing_else(pictures, tmp_path):
