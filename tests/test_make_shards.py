@@ -343,3 +343,12 @@ def test_folders_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, ca
 def test_a_shard_holds_at_least_one_sample(pictures, tmp_path, monkeypatch, capsys):
     code, said = command(monkeypatch, capsys, "folder", pictures, tmp_path / "shards", "--shard-samples", "0")
     assert code == 2 and "expected a whole number above 0, found '0'" in said
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_shards, "digits", interrupted)
+    code, said = command(monkeypatch, capsys, "digits", tmp_path)
+    assert code == 130 and said == f"\nstopped before all shards were made; the same command makes {tmp_path} anew\n"
