@@ -293,9 +293,12 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The pictures in `folder` and its own folders, by name; hidden ones are left out: ._NAME.jpg, of a Mac, is no picture."""
-    found = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in found if path.suffix[1:].lower() in PICTURES and not path.name.startswith("."))
+    """The pictures in `folder` and its own folders, by name; what is hidden is left out: ._NAME.jpg, of a Mac, is no picture."""
+    found = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = (name for name in inner if not name.startswith("."))
+        found += (Path(parent) / name for name in names if not name.startswith("."))
+    return sorted(path for path in found if path.suffix[1:].lower() in PICTURES)
 
 
 def _file_samples(pictures: list[tuple[Path, int]]) -> Iterator[Sample]:
