@@ -234,7 +234,7 @@ def guard(run: Run, delta: float, full_macs: int) -> None:
     settings = run.recipe.architecture
     gates = run.architecture.gates(delta)
     hardened = float((4 * gates * (1 - gates)).mean()) < 0.1
-    share = float(cost.expected_macs(run.supernet, run.recipe.data.image_size, gates)) / full_macs
+    share = float(cost.expected(run.supernet, run.recipe.data.image_size, gates).macs) / full_macs
     collapsing = hardened and share < settings.min_macs
     if collapsing and not run.penalty_rests:
         run.track.global_step = run.global_step
