@@ -116,7 +116,7 @@ class Meter:
         run, settings = self.run, self.run.recipe.architecture
         delta = schedule.delta_at(run.recipe.phases.search, settings, run.step - 1, run.train.steps_per_epoch)
         gates = run.architecture.gates(delta)
-        expected = cost.expected_macs(run.supernet, run.recipe.data.image_size, gates)
+        expected = cost.expected(run.supernet, run.recipe.data.image_size, gates).macs
         open_share = (gates > settings.threshold).float().mean()
         values = {"delta": delta, "open_share": round(float(open_share), 6), "expected_macs": round(float(expected))}
         return values if settings.target is None else values | {"penalty_weight": run.penalty_weight}

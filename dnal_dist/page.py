@@ -14,7 +14,7 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import results
+from dnal_dist import published, results
 from dnal_dist.results import Run
 
 
@@ -36,12 +36,14 @@ def write(run: str | Path | Run) -> Path:
 
 def _page(run: Run) -> str:
     result, phases, curves, search = results.result_of(run), _phases(run), _curves(run), _search(run)
-    numbers = {"phases": phases, "curves": curves, "search": search}
+    place = published.place(run, result)
+    numbers = {"phases": phases, "curves": curves, "search": search, "published": place.figure() if place else None}
     sections = [
         _curves_section(run, phases, curves, result),
         _search_section(search),
         _section("Channels kept", *_channels(run)),
         _section("Cost", _COST_NOTE, _cost_table(result)),
+        _published_section(place),
         _section("Time", _TIME_NOTE, _time_table(run, result)),
         _section("Recipe and environment", "", _recipe(run), _environment(run)),
     ]
@@ -134,6 +136,7 @@ _TIME_NOTE = (
 _LABELS = {
     "curves": "Line charts of accuracy and loss over the run, phases shaded; the table below gives the final values",
     "search": "Charts over the epochs of the search: gates by value, share of open gates, expected multiply-adds",
+    "published": "Chart of top-1 accuracy against size, the published rows and this run; the table below gives its values",
 }
 
 
@@ -158,13 +161,15 @@ def _scroll(label: str, table: str, size: str = "") -> str:
     return f'<div class="scroll {size}" role="region" tabindex="0" aria-label="{label}">{table}</div>'
 
 
-def _table(name: str, label: str, head: list[str], rows: list[list[str]]) -> str:
+def _table(name: str, label: str, head: list[str], rows: list[list[str]], own: int | None = None) -> str:
+    """A table, its first column the rows' names; `own` is the row to make stand out."""
     if not rows:
         return ""
     columns = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
     body = ""
-    for first, *rest in rows:
-        body += f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
+    for number, (first, *rest) in enumerate(rows):
+        cells = f'<th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}'
+        body += f'<tr class="own">{cells}</tr>' if number == own else f"<tr>{cells}</tr>"
     head_row = f"<thead><tr>{columns}</tr></thead>" if head else ""
     return _scroll(label, f'<table class="{name}">{head_row}<tbody>{body}</tbody></table>')
 
@@ -326,6 +331,22 @@ def _cost_table(result: dict) -> str:
         rows.append(["compact / full", *(results.percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
     head = ["network", "multiply-adds", "parameters", "multiply-adds (paper)", "parameters (paper)"]
     return _table("cost", "Cost of the full and of the compact network", head, rows)
+
+
+def _published_section(place: published.Place | None) -> str:
+    if place is None:
+        return ""
+    own = bool(place.own and place.own.top1)
+    legend = {
+        "dnal": "DNAL, by penalty weight",
+        "others": "other methods",
+        "baseline": "full network",
+        "compact": place.own.label if own and not place.differences else "",
+        "apart": f"{place.own.label}, not comparable" if own and place.differences else "",
+    }
+    table = _table("published", "The run among the published rows", *place.lines())
+    note = f"{place.table.title}, as published in arXiv 2103.02126. {' '.join(place.remarks)}"
+    return _section("Among the published results", note, _plot("published", legend), table)
 
 
 def _time_table(run: Run, result: dict) -> str:

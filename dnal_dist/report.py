@@ -5,9 +5,10 @@ python -m dnal_dist.report RUN     write RUN/report.html and print the table
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import results
+from dnal_dist import published, results
 from dnal_dist.page import write
 from dnal_dist.results import Run, load, summary
 
@@ -36,12 +37,25 @@ def print_table(run: str | Path | Run, console=None) -> None:
         say(f"{label:<{width}}   ", (value, "bold"))
     if (run.folder / "report.html").exists():
         say(f"{'report':<{width}}   {run.folder / 'report.html'}")
+    if place := published.place(run, result):
+        _print_place(place, say)
     if not result["finished"]:
         say((results.where(run), "yellow"))
     for message in results.counted(result["warnings"]):
         say((f"WARNING: {results.printable(message)}", "yellow"))
     if result["collapsed"]:
         say((f"THE ARCHITECTURE COLLAPSED: {results.collapse(run)}", "bold red"))
+
+
+def _print_place(place: published.Place, say: Callable) -> None:
+    head, rows, own = place.lines()
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    say(f"\namong the published rows of {place.table.title} (arXiv 2103.02126):")
+    for number, (first, *rest) in enumerate([head, *rows], -1):
+        cells = "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))])
+        say((f"> {cells}", "bold") if number == own else f"  {cells}")
+    for remark in place.remarks:
+        say(remark)
 
 
 def main() -> None:

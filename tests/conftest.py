@@ -24,6 +24,17 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """Small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads only wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class TrainCommand:
     """`python -m dnal_dist.train` in a process of its own, or under `accelerate launch` with several."""
 

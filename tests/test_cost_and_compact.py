@@ -6,7 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_dist import compact, cost, nets
 
-NETWORKS = {"vgg_digits": 8, "resnet_digits": 8, "vgg16_cifar": 32, "resnet56_cifar": 32}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Image size, and width: the full one is slow in float64, and tells nothing more.
+NETWORKS = {
+    **{"vgg_digits": (8, 1), "resnet_digits": (8, 1), "supernet_digits": (8, 1)},
+    **{"vgg16_cifar": (32, 0.25), "resnet56_cifar": (32, 1), "mobilenetv2_cifar": (16, 0.25)},
+    **{"vgg16_imagenet": (32, 0.125), "resnet50_imagenet": (32, 0.25), "mobilenetv2_imagenet": (32, 0.25)},
+    "proxyless_supernet": (32, 0.125),
+}
 
 
 @pytest.mark.parametrize(
@@ -14,7 +22,11 @@ NETWORKS = {"vgg_digits": 8, "resnet_digits": 8, "vgg16_cifar": 32, "resnet56_ci
     [
         ("vgg16_cifar", 32, (313_463_808, 14_991_946), (313_472_778, 14_990_922)),
         ("resnet56_cifar", 32, (125_485_696, 853_018), (125_487_738, 853_018)),
+        ("mobilenetv2_cifar", 32, (91_154_944, 2_296_922), (91_172_498, 2_296_922)),
         ("vgg16_imagenet", 224, (15_470_264_320, 138_382_376), (15_470_281_960, 138_365_992)),
+        ("resnet50_imagenet", 224, (4_089_184_256, 25_557_032), (4_089_207_976, 25_549_352)),
+        ("mobilenetv2_imagenet", 224, (300_774_272, 3_504_872), (300_792_328, 3_504_872)),
+        ("proxyless_supernet", 224, (2_260_347_776, 16_034_168), (2_260_456_600, 16_034_168)),
     ],
 )
 def test_full_networks_cost_what_was_published(name, image_size, exact, paper):
@@ -45,7 +57,7 @@ def paper_cost_by_hand(net, image_size: int, keep: torch.Tensor) -> tuple[int, i
 @pytest.mark.parametrize("name", ["resnet_digits", "resnet56_cifar"])
 def test_paper_rule_sees_only_the_layer_before(name):
     torch.manual_seed(0)
-    net, image_size = nets.build(name), NETWORKS[name]
+    net, (image_size, _) = nets.build(name), NETWORKS[name]
     masks = [cost.all_open(net), torch.rand(net.num_gates) < 0.5]
     for site in ("stem", "stages.0.0.conv1", "stages.0.1.conv2", "stages.2.1.conv1"):
         masks.append(cost.all_open(net))
@@ -56,7 +68,7 @@ def test_paper_rule_sees_only_the_layer_before(name):
 
 def test_useful_channels_are_those_of_the_compact_network():
     torch.manual_seed(0)
-    net = trained_looking("resnet_digits")
+    net, _ = trained_looking("resnet_digits")
     keep = cost.all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:] = False
     useful = cost.useful(net, keep)
@@ -65,20 +77,23 @@ def test_useful_channels_are_those_of_the_compact_network():
     assert int(useful.sum()) == sum(conv.out_channels for conv in convolutions)
 
 
-def trained_looking(name: str) -> nets.GatedNetwork:
-    """A network in float64 whose BatchNorms do something, in eval mode, with outputs of the order of 1."""
-    net = nets.build(name).double().eval()
+def trained_looking(name: str, width: float = 1, mask=None) -> tuple[nets.GatedNetwork, torch.Tensor]:
+    """A network in float64 in eval mode whose BatchNorms do something, with activations and outputs of the order of 1 where only the
+    channels of mask(net) stay; and these channels."""
+    net = nets.build(name, width=width)
+    norms = [module for module in net.modules() if isinstance(module, nets.GatedBatchNorm)]
     with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5)
+            # Above zero, so that a chain of single channels does not die in a ReLU.
+            norm.bias.uniform_(0.5, 1)
+            norm.momentum = 1.0
         for module in net.modules():
-            if isinstance(module, nets.GatedBatchNorm):
-                module.weight.uniform_(0.5, 1.5)
-                # Above zero, so that a chain of single channels does not die in a ReLU.
-                module.bias.uniform_(0.5, 1)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
-            elif isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(0, module.in_features**-0.5)
-    return net
+        keep, _ = compact.rescue(net, cost.all_open(net) if mask is None else mask(net))
+        net(torch.randn(8, 3, *(NETWORKS[name][0],) * 2), keep.float())
+    return net.double().eval(), keep
 
 
 def random_mask(net: nets.GatedNetwork, kind: str) -> torch.Tensor:
@@ -96,28 +111,29 @@ def random_mask(net: nets.GatedNetwork, kind: str) -> torch.Tensor:
     return torch.rand(net.num_gates) < {"all": 2.0, "most": 0.8, "few": 0.2, "none": -1.0}[kind]
 
 
-@pytest.mark.filterwarnings("ignore:all channels of")
 @pytest.mark.parametrize("kind", ["all", "most", "few", "one channel each", "sites closed", "none"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compact_equals_masked_and_costs_what_was_counted(name, kind):
     torch.manual_seed(hash_of(name, kind))
-    net, image_size = trained_looking(name), NETWORKS[name]
-    small = compact.compact(net, random_mask(net, kind))
-    images = torch.randn(3, 3, image_size, image_size, dtype=torch.float64)
+    image_size, width = NETWORKS[name]
+    net, keep = trained_looking(name, width, lambda net: random_mask(net, kind))
+    small = compact.compact(net, keep)
+    images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
     with torch.no_grad():
         masked, found = net(images, small.keep.double()), small(images)
     assert float(masked.std()) > 1e-3
     assert float((masked - found).abs().max()) <= 1e-10
 
     counted = cost.count(net, image_size, small.keep)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        small(images[:1])
+    again = compact.build(compact.describe(small)).eval()
+    with FlopCounterMode(display=False) as flops:
+        again(images[:1].float())
     assert flops.get_total_flops() == 2 * counted.macs
     assert sum(p.numel() for p in small.parameters()) == counted.params
-    assert float(cost.expected_macs(net, image_size, small.keep.double())) == pytest.approx(counted.macs, rel=1e-12)
+    expected = cost.expected(net, image_size, small.keep.double())
+    assert (expected.macs.item(), expected.params.item()) == pytest.approx(counted, rel=1e-12)
 
-    again = compact.build(compact.describe(small)).double().eval()
-    again.load_state_dict(small.state_dict())
+    again.double().load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(again(images), found)
 
@@ -126,40 +142,126 @@ def hash_of(*words) -> int:
     return sum(ord(letter) * 31**i for i, letter in enumerate("".join(words))) % 2**31
 
 
-@pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits"])
-def test_expected_cost_has_the_right_gradient(name):
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits", "supernet_digits", "resnet50_imagenet"])
+def test_expected_cost_has_the_right_gradient(name, unit, hard):
+    """At hard gates too, where a product of closed channels has factors of 0."""
     torch.manual_seed(0)
-    net = nets.build(name)
-    gates = torch.rand(net.num_gates, dtype=torch.float64, requires_grad=True)
-    macs = cost.expected_macs(net, 8, gates)
-    (gradient,) = torch.autograd.grad(macs, gates)
+    with torch.device("meta"):
+        net = nets.build(name, width=0.25)
+    gates = torch.rand(net.num_gates, dtype=torch.float64)
+    gates = (gates < 0.7).double() if hard else gates
     step = torch.randn(net.num_gates, dtype=torch.float64) * 1e-6
+    (gradient,) = torch.autograd.grad(getattr(cost.expected(net, 64, gates.requires_grad_()), unit), gates)
     with torch.no_grad():
-        moved = cost.expected_macs(net, 8, gates + step) - cost.expected_macs(net, 8, gates - step)
-    assert float(moved) == pytest.approx(2 * float(gradient @ step), rel=1e-5)
-    assert (gradient >= 0).all() and gradient.any()
+        moved = getattr(cost.expected(net, 64, gates + step), unit) - getattr(cost.expected(net, 64, gates - step), unit)
+    assert float(moved) == pytest.approx(2 * float(gradient @ step), rel=1e-4)
+    assert gradient.any()
+
+
+def expected_by_hand(net, image_size: int, gates: torch.Tensor) -> float:
+    """Multiply-adds of a residual network of basic blocks, gates taken as independent chances, told anew."""
+    g = net.by_site(gates)
+    side, closed = image_size, 1 - g["stem"]
+    total = side**2 * 9 * 3 * g["stem"].sum()
+    for s, stage in enumerate(net.stages):
+        for b, block in enumerate(stage):
+            side = side // block.stride
+            one, two = g[f"stages.{s}.{b}.conv1"], g[f"stages.{s}.{b}.conv2"]
+            total += side**2 * 9 * (1 - closed).sum() * one.sum() * (1 - (1 - two).prod())
+            total += side**2 * 9 * one.sum() * two.sum() * (1 - (1 - one).prod())
+            closed = torch.nn.functional.pad(closed, (block.pad, block.pad), value=1.0) * (1 - two)
+    return float(total + (1 - closed).sum() * net.num_classes)
+
+
+def test_expected_cost_of_soft_gates_is_that_of_independent_chances():
+    torch.manual_seed(0)
+    net = nets.build("resnet_digits")
+    for gates in (torch.rand(net.num_gates), torch.rand(net.num_gates) * 0.1):
+        gates = gates.double()
+        assert cost.expected(net, 8, gates).macs.item() == pytest.approx(expected_by_hand(net, 8, gates), rel=1e-9)
 
 
 def test_shortcut_keeps_the_stream_and_the_branch_shrinks():
     """Closing channels of a branch's last convolution leaves the stream as wide as the shortcut makes it."""
     torch.manual_seed(0)
-    net = trained_looking("resnet_digits")
+    net, _ = trained_looking("resnet_digits")
     keep = cost.all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:12] = False
     block = compact.compact(net, keep)[3]
-    assert (block.width, len(block.carry), len(block.add)) == (16, 16, 4)
-    assert block.branch[3].out_channels == 4
+    assert (block.width, len(block.carry), [len(add) for add in block.adds]) == (16, 16, [4])
+    assert block.branches[0][3].out_channels == 4
 
 
 def test_a_closed_branch_is_gone_and_one_that_lost_its_input_is_a_constant():
     torch.manual_seed(0)
-    net = trained_looking("resnet_digits")
+    net, _ = trained_looking("resnet_digits")
     keep = cost.all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:] = False
     net.by_site(keep)["stages.0.1.conv1"][:] = False
     small = compact.compact(net, keep)
-    assert len(small[3].branch) == 0
-    assert isinstance(small[5].branch[0], compact.Constant)
+    blocks = [module for module in small if isinstance(module, compact.Sum)]
+    assert len(blocks) == 5, "nothing is left of the first of six"
+    assert isinstance(blocks[0].branches[0][0], compact.Constant)
+
+
+def test_candidates_and_cells_that_closed_are_gone():
+    torch.manual_seed(0)
+    net, keep = trained_looking("supernet_digits")
+    parts = net.by_site(keep)
+    for name in ("k3e6", "k5e3", "k7e6"):
+        parts[f"stages.0.cells.0.{name}.project"][:] = False
+        parts[f"stages.0.cells.1.{name}.depthwise"][:] = False
+    for site in parts:
+        if site.startswith("stages.1.cells.1."):
+            parts[site][:] = False
+    small = compact.compact(net, keep)
+    cells = [module for module in small if isinstance(module, compact.Sum)]
+    assert len(cells) == 3, "the shortcut is all that is left of the last cell, and it needs no module"
+    kinds = [[type(branch[0]).__name__ for branch in cell.branches] for cell in cells]
+    # A project convolution without a depthwise one puts out a constant.
+    assert kinds == [["Conv2d"] * 3, ["Conv2d"] * 3 + ["Constant"] * 3, ["Conv2d"] * 6]
+    assert {branch[3].kernel_size[0] for branch in cells[0].branches} == {3, 5, 7}
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
+
+
+def test_a_bottleneck_that_lost_its_first_convolution_is_a_constant():
+    torch.manual_seed(0)
+    net, keep = trained_looking("resnet50_imagenet", 0.25)
+    net.by_site(keep)["stages.1.1.conv1"][:] = False
+    net.by_site(keep)["stages.2.0.conv2"][:] = False
+    small = compact.compact(net, keep)
+    constants = [branch[0] for module in small if isinstance(module, compact.Sum) for branch in module.branches]
+    assert sum(isinstance(first, compact.Constant) for first in constants) == 2
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
+    assert sum(p.numel() for p in small.parameters()) == cost.count(net, 32, keep).params
+
+
+def test_rescue_opens_one_way_through_each_cell_that_has_no_shortcut():
+    net = nets.build("supernet_digits")
+    strength = torch.zeros(net.num_gates)
+    net.by_site(strength)["stages.1.cells.0.k5e3.depthwise"][4] = 1
+    net.by_site(strength)["stages.1.cells.0.k5e3.project"][2] = 1
+    keep, sites = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+    ways = {"first.depthwise", "first.project", "stages.1.cells.0.k5e3.depthwise", "stages.1.cells.0.k5e3.project", "last"}
+    assert ways < set(sites) and len(sites) == 7 and int(keep.sum()) == 7
+    assert net.by_site(keep)["stages.1.cells.0.k5e3.depthwise"].nonzero().flatten().tolist() == [4]
+    assert not any(site.startswith(("stages.0.cells.1", "stages.1.cells.1")) for site in sites)
+    again, sites = compact.rescue(net, keep, strength)
+    assert not sites and torch.equal(again, keep)
+
+
+def test_a_mask_as_text_is_the_mask():
+    for number in (1, 8, 448, 2031):
+        keep = torch.rand(number) < 0.5
+        assert torch.equal(cost.unpack(cost.pack(keep), number), keep)
+    with pytest.raises(ValueError, match="448 channels"):
+        cost.unpack(cost.pack(torch.ones(100, dtype=torch.bool)), 448)
 
 
 def test_a_site_that_must_stay_keeps_its_strongest_channel_with_a_warning():

@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dnal_dist import nets
+from dnal_dist import cost, nets
 from dnal_dist.architecture import Architecture
 from dnal_dist.nets.gated import ConvBN
 
-SMALL = ("vgg_digits", "resnet_digits")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4, 4), (6, 5)])
@@ -114,6 +116,9 @@ def test_each_gate_reaches_its_own_channel(name):
     """Closing site by site silences exactly the ConvBN that the site is named for."""
     torch.manual_seed(0)
     net = nets.build(name).eval()
+    for module in net.modules():
+        if isinstance(module, nets.GatedBatchNorm):
+            torch.nn.init.ones_(module.bias)  # so that no channel is silent by itself
     outputs = {}
     for site in net.gate_sites:
         net.get_submodule(site).register_forward_hook(lambda _m, _i, out, site=site: outputs.__setitem__(site, out.clone()))
@@ -128,7 +133,11 @@ def test_each_gate_reaches_its_own_channel(name):
 
 @pytest.mark.parametrize(
     "name, sites, gates",
-    [("vgg16_cifar", 13, 4224), ("vgg16_imagenet", 13, 4224), ("resnet56_cifar", 55, 2032), ("vgg_digits", 6, 448)],
+    [
+        *(("vgg16_cifar", 13, 4224), ("vgg16_imagenet", 13, 4224), ("resnet56_cifar", 55, 2032), ("resnet50_imagenet", 49, 22_720)),
+        *(("mobilenetv2_cifar", 35, 9920), ("mobilenetv2_imagenet", 35, 9920), ("proxyless_supernet", 255, 60_704)),
+        ("vgg_digits", 6, 448),
+    ],
 )
 def test_sites_and_gates(name, sites, gates):
     with torch.device("meta"):
@@ -149,14 +158,37 @@ def test_initialisation_is_the_papers():
     torch.manual_seed(0)
     net = nets.build("vgg16_cifar")
     conv, linear = net.stages[2][1].conv, net.classifier[0]
-    assert float(conv.weight.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
-    assert float(linear.weight.std()) == pytest.approx(0.01, rel=0.02)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not conv.bias.any() and not linear.bias.any()
 
 
-def test_number_of_classes():
-    for name in SMALL:
-        assert nets.build(name, 37)(torch.randn(2, 3, 8, 8)).shape == (2, 37)
+def test_the_supernets_classifier_and_batchnorm_are_the_papers():
+    torch.manual_seed(0)
+    net = nets.build("supernet_digits")
+    bound = net.classifier.in_features**-0.5
+    assert 0.9 * bound < net.classifier.weight.abs().max().item() <= bound
+    assert {m.eps for m in net.modules() if isinstance(m, nets.GatedBatchNorm)} == {1e-3}
+    assert {m.eps for m in nets.build("mobilenetv2_cifar").modules() if isinstance(m, nets.GatedBatchNorm)} == {1e-5}
+
+
+def test_sites_say_where_they_are():
+    with torch.device("meta"):
+        sites = nets.build("proxyless_supernet").gate_sites
+    assert sites["stages.2.cells.1.k5e6.depthwise"] == 480
+    assert list(sites)[:3] == ["first.depthwise", "first.project", "stages.0.cells.0.k3e3.depthwise"]
+    assert sites["last"] == 1280
+
+
+@pytest.mark.parametrize("name", nets.NETWORKS)
+def test_classes_and_width(name):
+    """Any network takes both, passes pictures and gates, and a narrower one is cheaper."""
+    net = nets.build(name, 37, width=0.25)
+    images = torch.randn(2, 3, 32, 32)
+    assert net(images).shape == net(images, torch.rand(net.num_gates)).shape == (2, 37)
+    with torch.device("meta"):
+        wider = [nets.build(name, 37, width=0.75), nets.build(name, 37)]
+    assert cost.count(net, 32) < cost.count(wider[0], 32) < cost.count(wider[1], 32)
 
 
 def test_unknown_name_lists_the_known_ones():

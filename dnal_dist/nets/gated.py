@@ -52,10 +52,20 @@ class resting_statistics:
 class ConvBN(nn.Module):
     """Conv2d and its BatchNorm; a gate site if `gated`. `forward(x, gate)` returns the normalised, gated output."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False, gated: bool = True):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        bias: bool = False,
+        gated: bool = True,
+        groups: int = 1,
+        eps: float = 1e-5,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
-        self.norm = GatedBatchNorm(outputs)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = GatedBatchNorm(outputs, eps)
         self.gated = gated
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -63,29 +73,40 @@ class ConvBN(nn.Module):
 
 
 class Feed(NamedTuple):
-    """Channels of gate site `site` arrive at a layer's input channels from `offset` on."""
+    """The output channels of the layer at path `writer` arrive at another layer's input channels, from `offset` on."""
 
-    site: str
+    writer: str
     offset: int = 0
+    around: bool = False
+    """It comes along a shortcut."""
 
 
 class Layer(NamedTuple):
     """One Conv2d or Linear of a gated network, as its cost and its compaction see it."""
 
     path: str
-    """Module path of the Conv2d or Linear."""
+    """Module path of the Conv2d or Linear. A convolution with groups is depthwise."""
     norm: str | None
     """Module path of the BatchNorm behind it."""
     site: str | None
-    """Gate site of its output channels; None: they are always open."""
+    """Gate site that decides which of its output channels are needed; None: all of them. It is the layer's own site or, where the
+    layer has no gates, that of the depthwise convolution which alone reads it."""
     feeds: tuple[Feed, ...]
     """What writes to its input channels, in forward order; an input channel is alive if any of these is. Empty: all alive."""
     positions: int
     """Output positions, height x width (1 for Linear)."""
     spread: int = 1
     """Input features that one channel becomes: more than one where a Linear reads flattened maps."""
-    bypassed: bool = False
-    """A shortcut goes around it, so the network still works when all its channels close."""
+    branch: tuple[str, ...] = ()
+    """Sites of the branch it belongs to, in forward order, if the network works without that branch: a shortcut or other
+    candidates go around it. One site without any open channel ends what the branch computes."""
+    plain: bool = False
+    """By the paper's rule it is counted as it stands, whatever closes before it, and its BatchNorm is not."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether its own outputs have gates."""
+        return self.path == f"{self.site}.conv"
 
 
 class GatedNetwork(nn.Module):

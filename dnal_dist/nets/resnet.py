@@ -1,4 +1,5 @@
-"""Residual networks for small pictures: basic blocks with parameter-free shortcuts (option A of He et al., 2015)."""
+"""Residual networks: basic blocks with parameter-free shortcuts for small pictures (option A of He et al., 2015), and bottlenecks
+with convolutional shortcuts for ImageNet."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,21 +59,98 @@ class ResNet(GatedNetwork):
 
     def layers(self, image_size: int) -> list[Layer]:
         found = [Layer("stem.conv", "stem.norm", "stem", (), image_size**2)]
-        stream = (Feed("stem"),)
+        stream = (Feed("stem.conv"),)
+        for s, stage in enumerate(self.stages):
+            for b, block in enumerate(stage):
+                sites = (f"stages.{s}.{b}.conv1", f"stages.{s}.{b}.conv2")
+                if block.stride > 1:
+                    image_size = halve(image_size)
+                for site, feeds in zip(sites, (stream, (Feed(f"{sites[0]}.conv"),)), strict=True):
+                    found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2, branch=sites))
+                stream = (*(Feed(f.writer, f.offset + block.pad, True) for f in stream), Feed(f"{sites[1]}.conv"))
+        return [*found, Layer("classifier", None, None, stream, 1)]
+
+
+class Bottleneck(nn.Module):
+    """relu(shortcut(x) + conv3(relu(conv2(relu(conv1(x)))))): 1x1, 3x3 with the stride, 1x1 to four times the width, each with BN
+    and gate. The shortcut is a 1x1 convolution + BN without gate where the shape changes, else x itself."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = ConvBN(inputs, width, 1)
+        self.conv2 = ConvBN(width, width, 3, stride)
+        self.conv3 = ConvBN(width, outputs, 1)
+        changes = stride > 1 or inputs != outputs
+        self.downsample = ConvBN(inputs, outputs, 1, stride, gated=False) if changes else None
+        self.stride = stride
+
+    def forward(self, x: Tensor, gate1: Tensor | None = None, gate2: Tensor | None = None, gate3: Tensor | None = None) -> Tensor:
+        branch = F.relu(self.conv1(x, gate1), inplace=True)
+        branch = self.conv3(F.relu(self.conv2(branch, gate2), inplace=True), gate3)
+        return F.relu(branch + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class BottleneckResNet(GatedNetwork):
+    """Stem conv7x7 stride 2 and max-pool, four stages of `blocks` bottlenecks (each stage but the first begins with stride 2),
+    average pool, Linear: the layout of torchvision (He et al., 2015, with the stride on the 3x3 convolution)."""
+
+    def __init__(self, stem: int, widths: list[int], blocks: list[int], num_classes: int):
+        super().__init__()
+        self.stem = ConvBN(3, stem, 7, 2)
+        self.stages = nn.ModuleList()
+        channels = stem
+        for s, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            stage = nn.ModuleList()
+            for b in range(count):
+                stage.append(Bottleneck(channels, width, 2 if s and not b else 1))
+                channels = 4 * width
+            self.stages.append(stage)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.num_classes = num_classes
+        self.finish()
+
+    def units(self) -> list[nn.Module]:
+        return [self.stem, *(block for stage in self.stages for block in stage)]
+
+    def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
+        shares = iter(self.split(gates))
+        x = F.max_pool2d(F.relu(self.stem(images, *next(shares)), inplace=True), 3, 2, 1)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, *next(shares))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def layers(self, image_size: int) -> list[Layer]:
+        image_size = halve(image_size)
+        found = [Layer("stem.conv", "stem.norm", "stem", (), image_size**2)]
+        image_size = halve(image_size)
+        stream = (Feed("stem.conv"),)
         for s, stage in enumerate(self.stages):
             for b, block in enumerate(stage):
                 path = f"stages.{s}.{b}"
-                if block.stride > 1:
-                    image_size = halve(image_size)
-                for conv, feeds in (("conv1", stream), ("conv2", (Feed(f"{path}.conv1"),))):
-                    site = f"{path}.{conv}"
-                    found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2, bypassed=True))
-                stream = (*(Feed(f.site, f.offset + block.pad) for f in stream), Feed(f"{path}.conv2"))
+                sites = tuple(f"{path}.{name}" for name in ("conv1", "conv2", "conv3"))
+                feeds = stream
+                for site in sites:
+                    if block.stride > 1 and site == sites[1]:
+                        image_size = halve(image_size)
+                    found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2, branch=sites))
+                    feeds = (Feed(f"{site}.conv"),)
+                if block.downsample is not None:
+                    shortcut = f"{path}.downsample"
+                    found.append(Layer(f"{shortcut}.conv", f"{shortcut}.norm", None, stream, image_size**2, plain=True))
+                    stream = (Feed(f"{shortcut}.conv"),)
+                stream = (*(f._replace(around=True) for f in stream), *feeds)
         return [*found, Layer("classifier", None, None, stream, 1)]
 
 
 def resnet56_cifar(num_classes: int = 10, width: float = 1.0) -> ResNet:
     return ResNet(scaled([16, 32, 64], width), 9, num_classes)
+
+
+def resnet50_imagenet(num_classes: int = 1000, width: float = 1.0) -> BottleneckResNet:
+    stem, *widths = scaled([64, 64, 128, 256, 512], width)
+    return BottleneckResNet(stem, widths, [3, 4, 6, 3], num_classes)
 
 
 def resnet_digits(num_classes: int = 10, width: float = 1.0) -> ResNet:

@@ -47,7 +47,7 @@ class VGG(GatedNetwork):
             for c, _ in enumerate(stage):
                 site = f"stages.{s}.{c}"
                 found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2))
-                feeds = (Feed(site),)
+                feeds = (Feed(f"{site}.conv"),)
             image_size //= 2
         for i, module in enumerate(self.classifier):
             if isinstance(module, nn.Linear):

@@ -1,0 +1,224 @@
+"""The paper's tables, arXiv 2103.02126, as data, and a run's place among their rows. No torch."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import yaml
+
+from dnal_dist import results
+from dnal_dist.results import Run
+
+HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
+OWN = "this run"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table; each figure is the text that the paper prints, empty where it prints none."""
+
+    method: str
+    cite: str = ""
+    penalty_weight: str = ""
+    flops: str = ""
+    flops_ratio: str = ""
+    params: str = ""
+    params_ratio: str = ""
+    top1: str = ""
+    top5: str = ""
+    search: str = ""
+    epochs: str = ""
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.penalty_weight}".rstrip()
+
+    def cell(self, column: str) -> str:
+        """A figure with its ratio, as the paper prints the two; a dash where it prints none."""
+        ratio = getattr(self, f"{column}_ratio", "")
+        return (getattr(self, column) or "-") + (f" ({ratio}x)" if ratio else "")
+
+    @property
+    def total_epochs(self) -> int | None:
+        """Epochs of all phases together, None where the paper tells none."""
+        return sum(map(int, self.epochs.split("+"))) if self.epochs else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its network in dnal_dist.nets, the set-up of its experiment, {column: unit} and its rows as printed."""
+
+    network: str
+    title: str
+    dataset: str
+    num_classes: int
+    image_size: int
+    pictures: dict[str, int]
+    columns: dict[str, str]
+    rows: list[Row]
+
+    @property
+    def baseline(self) -> Row:
+        """The full network's row."""
+        return next(row for row in self.rows if row.method == "Baseline")
+
+    @property
+    def axis(self) -> str:
+        """The column that tells a row's size."""
+        return "flops" if "flops" in self.columns else "params"
+
+    def head(self, column: str) -> str:
+        unit = self.columns.get(column)
+        return f"{HEADS[column]} ({unit})" if unit in ("G", "M", "%") else HEADS[column]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run among the rows of its table, largest first; its own row is there as soon as it has a compact network."""
+
+    table: Table
+    rows: list[Row]
+    own: Row | None
+    differences: list[str]
+    remarks: list[str]
+
+    def lines(self) -> tuple[list[str], list[list[str]], int | None]:
+        """The table in words: its head, its rows, and which of these is the run's own."""
+        columns = [column for column in HEADS if column in self.table.columns or column == "epochs"]
+        body = [[row.label, *(row.cell(column) for column in columns)] for row in self.rows]
+        return ["method, penalty weight", *map(self.table.head, columns)], body, self.rows.index(self.own) if self.own else None
+
+    def figure(self) -> dict:
+        """Accuracy against size: {axis, log, comparable, points: {kind: [xs, ys, labels]}}; rows without top-1 are left out."""
+        points: dict[str, list[list]] = {kind: [[], [], []] for kind in ("others", "dnal", "baseline", "own")}
+        for row in self.rows:
+            size = float(getattr(row, self.table.axis))
+            if row.top1 and size:
+                kind = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own"}.get(row.method, "others")
+                label = row.penalty_weight if kind == "dnal" else row.method
+                values = (size, float(row.top1), label)
+                for among, value in zip(points[kind], values, strict=True):
+                    among.append(value)
+        sizes = [x for xs, _, _ in points.values() for x in xs]
+        wide = max(sizes) / min(sizes) > 3
+        return {"axis": self.table.head(self.table.axis), "log": wide, "comparable": not self.differences, "points": points}
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """Every table of the paper by the name of its network."""
+    text = files("dnal_dist").joinpath("published.yaml").read_text("utf-8")
+    # Digits are what is published: a loader that makes numbers of them would lose the last of 0.060.
+    return {network: _table(network, told) for network, told in yaml.load(text, yaml.BaseLoader)["tables"].items()}
+
+
+def _table(network: str, told: dict) -> Table:
+    numbers = {key: int(told[key]) for key in ("num_classes", "image_size")}
+    pictures = {key: int(count) for key, count in told["pictures"].items()}
+    return Table(network, **told | numbers | {"pictures": pictures, "rows": [_row(row) for row in told["rows"]]})
+
+
+def _row(told: dict) -> Row:
+    figures = {}
+    for key in ("flops", "params"):
+        if isinstance(told.get(key), list):
+            figures[key], figures[f"{key}_ratio"] = told[key]
+    return Row(**told | figures)
+
+
+def place(run: Run, result: dict) -> Place | None:
+    """The run, whose `results.result_of` is `result`, among the published rows of its network; None if there are none."""
+    name = run.setting("model", "name")
+    table = tables().get(name) if isinstance(name, str) else None
+    if table is None:
+        return None
+    own = _own(run, result, table) if "compact" in result else None
+    # The sort is stable: among equals the run comes last.
+    rows = sorted([*table.rows, *([own] if own else [])], key=lambda row: -float(getattr(row, table.axis)))
+    differences = _differences(run, table)
+    return Place(table, rows, own, differences, _remarks(run, result, table, differences))
+
+
+def _own(run: Run, result: dict, table: Table) -> Row:
+    """The run as a row, its costs by the paper's rule."""
+    costs = {}
+    for column, key in (("flops", "macs"), ("params", "params")):
+        if column in table.columns:
+            full, compact = (result[which]["paper"][key] for which in ("full", "compact"))
+            unit = {"G": 1e9, "M": 1e6}[table.columns[column]]
+            costs[column] = _figure(compact / unit, getattr(table.baseline, column))
+            if compact and getattr(table.baseline, f"{column}_ratio"):
+                costs[f"{column}_ratio"] = f"{full / compact:.2f}"
+    weight = run.setting("architecture", "penalty_weight")
+    found = _accuracy(run)
+    return Row(
+        method=OWN,
+        penalty_weight=_weight(weight) if isinstance(weight, int | float) else "",
+        top1=f"{100 * found['accuracy']:.2f}" if "accuracy" in found else "",
+        top5=f"{100 * found['top5']:.2f}" if "top5" in found else "",
+        search="gradient" if "search" in table.columns else "",
+        epochs=_epochs(run),
+        **costs,
+    )
+
+
+def _figure(value: float, like: str) -> str:
+    """With as many decimals as the baseline's figure, and two digits at least."""
+    return f"{value:.{len(like.partition('.')[2])}f}" if value >= 0.1 else f"{value:#.2g}"
+
+
+def _weight(weight: float) -> str:
+    """Small ones as the paper writes them, 1e-4."""
+    return re.sub(r"\.?0*e-0*", "e-", f"{weight:e}") if 0 < weight < 0.001 else f"{weight:g}"
+
+
+def _accuracy(run: Run) -> dict:
+    """The last evaluation of the compact network, empty if there is none yet."""
+    return run.last("eval", "finetune") or run.last("eval", "prune")
+
+
+def _epochs(run: Run) -> str:
+    told = [run.last("train", phase).get("epoch") for phase in ("pretrain", "search", "finetune")]
+    return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
+
+
+def _differences(run: Run, table: Table) -> list[str]:
+    """How the run's set-up differs from the published one, as far as its folder tells."""
+    start, found = run.last("start"), []
+    for key, expected in table.pictures.items():
+        count = start.get({"train": "train_samples", "held_out": "val_samples"}[key])
+        # A few pictures that a copy of the data set lacks change no accuracy that is printed.
+        if count is not None and abs(count - expected) > 0.01 * expected:
+            kind = "training" if key == "train" else "held-out"
+            found.append(f"{count:,} {kind} pictures, not the {expected:,} of {table.dataset}")
+    for part, key, expected, words in (
+        ("model", "num_classes", table.num_classes, "{} classes, not {}"),
+        ("data", "image_size", table.image_size, "pictures of {0} x {0} pixels, not {1} x {1}"),
+        ("model", "width", 1, "width {}, not {}"),
+    ):
+        value = run.setting(part, key)
+        if value is not None and value != expected:
+            found.append(words.format(results.printable(str(value)), expected))
+    return found
+
+
+def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> list[str]:
+    """What to know before comparing, a sentence each."""
+    remarks = []
+    if differences:
+        remarks.append(f"Not comparable with the published rows, since the run has its own set-up: {'; '.join(differences)}.")
+    if "compact" not in result:
+        return [*remarks, "The run has no row yet: it is placed once its network is pruned."]
+    paper, exact = (result["compact"][rule] for rule in ("paper", "exact"))
+    remarks.append(
+        f"The run is placed by the paper's rule, {paper['macs']:,} FLOPs and {paper['params']:,} parameters; "
+        f"by the exact rule it has {exact['macs']:,} multiply-adds and {exact['params']:,} parameters."
+    )
+    found = _accuracy(run)
+    if not found:
+        remarks.append("Its accuracy is not known yet.")
+    elif not result["finished"]:
+        remarks.append(f"Its accuracy is the one {results.when(result, found['phase'])}.")
+    return remarks

@@ -1,0 +1,28 @@
+"""Run by test_recipes on each process: one run after the other, each from its recipe to its compact network.
+
+accelerate launch ... tests/distributed/recipes_on_ranks.py RUNS      (a JSON file: for each run its recipe and its overrides)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from dnal_dist import phases, recipe, train
+from dnal_dist.parallel import Parallel
+
+
+def main(runs: str) -> None:
+    parallel = Parallel()
+    for path, *overrides in json.loads(Path(runs).read_text()):
+        print(f"rank {parallel.rank}: {path}", flush=True)
+        run = train.assemble(recipe.load(path, overrides), parallel)
+        phases.go(run)
+        assert run.phase == "done", run.phase
+        run.track.close()
+    parallel.close()
+    print(f"rank {parallel.rank} done", flush=True)
+    parallel.leave(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
