@@ -109,7 +109,7 @@ class Loop:
         asked = ((gap + lag) / self.response + too_slow) / max(self.speed * float(push @ slope), 1e-12)
         if abs(asked) < limit or asked * gap < 0:
             # At the limit the sum rests, or it would have to be worked off later.
-            lag += gap / (4 * self.response)
+            lag += gap / (10 * self.response)
         return max(-limit, min(limit, asked)), lag
 
 
