@@ -19,15 +19,22 @@ class Architecture(nn.Module):
 
     def penalty(self, kind: str, delta: float, share: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code), that of
-        the gates themselves (`scaled_sigmoid`), or what `share` makes of the gates (`expected_macs`): gates (N,) -> expected cost
-        as a share of the full network's."""
+        the gates themselves (`scaled_sigmoid`), what `share` makes of the gates (`expected_macs`): gates (N,) -> expected cost as a
+        share of the full network's; or the mean gate, each weighted by the square root of what its channel costs at present, which
+        is the gradient of `share` (`root_macs`)."""
         if kind == "sigmoid":
             return torch.sigmoid(self.alpha).sum()
         if kind == "scaled_sigmoid":
             return self.gates(delta).sum()
         if kind == "expected_macs" and share is not None:
             return share(self.gates(delta))
-        raise ValueError(f"unknown penalty kind {kind!r}: expected 'sigmoid', 'scaled_sigmoid' or, with a cost, 'expected_macs'")
+        if kind == "root_macs" and share is not None:
+            gates = self.gates(delta)
+            at = gates.detach().requires_grad_()
+            weights = torch.autograd.grad(share(at), at)[0].clamp_min(1e-12).sqrt()
+            return gates @ weights / weights.sum()
+        known = "'sigmoid', 'scaled_sigmoid' or, with a cost, 'expected_macs' or 'root_macs'"
+        raise ValueError(f"unknown penalty kind {kind!r}: expected {known}")
 
     @torch.no_grad()
     def keep(self, delta: float, threshold: float) -> Tensor:

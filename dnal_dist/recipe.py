@@ -215,10 +215,10 @@ class ArchitectureSettings(Section):
     """Hardness of the gates before the search."""
     delta_final: float = Field(10_000.0, gt=0)
     """Hardness in its last epoch (or step, if the search's duration is in steps); the growth between is geometric."""
-    penalty: Literal["sigmoid", "scaled_sigmoid", "expected_macs"] = "sigmoid"
+    penalty: Literal["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"] = "sigmoid"
     """What is added to the loss, times the penalty weight: the sum of sigmoid(alpha) (authors' code); that of the gates
-    sigmoid(delta * alpha); or expected_macs, the expected multiply-adds as a share of the full network's (parameters instead, if
-    they are what `target` is about)."""
+    sigmoid(delta * alpha); expected_macs, the expected multiply-adds as a share of the full network's (parameters instead, if they
+    are what `target` is about); or root_macs, the mean gate weighted by the square root of what each channel costs."""
     penalty_weight: float | None = Field(None, ge=0)
     """The lambda of the paper. With few iterations it must be larger in proportion. Exactly one of this and `target`."""
     target: Target | None = None

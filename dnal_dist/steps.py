@@ -64,7 +64,7 @@ def architecture_step(
 
     network: the bare module, since nothing of its weights is to be synchronised, nor is any gradient of them computed. Its
     BatchNorms normalise with batch statistics; the running ones rest. average_: mean over processes in place, called once. share:
-    what the penalty `expected_macs` is made of (see Architecture.penalty).
+    what the penalties `expected_macs` and `root_macs` are made of (see Architecture.penalty).
     """
     network.train()
     with resting_statistics(network):

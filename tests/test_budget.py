@@ -110,7 +110,7 @@ def test_a_target_between_two_networks_is_missed_from_below():
     assert cost.count(net, 8, budget.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "scaled_sigmoid", "expected_macs"])
+@pytest.mark.parametrize("kind", ["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"])
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
     """Against a steady push on every channel, whichever way that goes; the budget may lie on either side of the beginning."""
@@ -143,7 +143,7 @@ def test_the_penalty_of_expected_macs_is_the_share_and_has_its_gradient():
     full = cost.count(net, 8).macs
     torch.nn.init.normal_(architecture.alpha)
     penalty = architecture.penalty("expected_macs", 2.0, lambda gates: cost.expected(net, 8, gates).macs / full)
-    assert penalty.item() == pytest.approx(cost.expected_macs(net, 8, architecture.gates(2.0)).item() / full)
+    assert penalty.item() == pytest.approx(cost.expected(net, 8, architecture.gates(2.0)).macs.item() / full)
     (gradient,) = torch.autograd.grad(penalty, architecture.alpha)
     with torch.no_grad():
         architecture.alpha += 10
@@ -151,6 +151,23 @@ def test_the_penalty_of_expected_macs_is_the_share_and_has_its_gradient():
             1
         )
     assert (gradient > 0).all()
+
+
+def test_the_penalty_of_root_macs_pushes_by_the_root_of_the_price():
+    """Between two channels of equal gates; and it is a mean of gates, so between 0 and 1."""
+    net = nets.build("vgg_digits")
+    architecture, full = Architecture(net.num_gates), cost.count(net, 8).macs
+
+    def share(gates):
+        return cost.expected(net, 8, gates).macs / full
+
+    gates = architecture.gates(1.0).detach().requires_grad_()
+    (price,) = torch.autograd.grad(share(gates), gates)
+    penalty = architecture.penalty("root_macs", 1.0, share)
+    (push,) = torch.autograd.grad(penalty, architecture.alpha)
+    assert penalty.item() == pytest.approx(0.5)
+    assert price.max() > 4 * price.min()
+    torch.testing.assert_close(push / push[0], (price / price[0]).sqrt(), rtol=1e-4, atol=0)
 
 
 AFTER = ("architecture.target={macs: 0.2x}", "phases.search.steps=40")

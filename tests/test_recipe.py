@@ -59,7 +59,7 @@ def test_recipes_are_frozen():
         ("seed=one", r"'seed'.*integer.*'one'"),
         ("seed=yes", r"'seed'.*integer.*True"),
         ("architecture.penalty_weight=.inf", r"'architecture\.penalty_weight'.*finite"),
-        ("architecture.penalty=l1", r"'architecture\.penalty'.*'sigmoid', 'scaled_sigmoid' or 'expected_macs'"),
+        ("architecture.penalty=l1", r"'architecture\.penalty'.*'sigmoid', 'scaled_sigmoid', 'expected_macs' or 'root_macs'"),
         ("phases.search.epochs=1.5", r"'phases\.search'.*whole"),
         ("data.augmentation={kind: resized_crop, scale: [0.9, 0.1]}", r"'data\.augmentation'.*smallest"),
         ("phases.pretrain={optimizer: {lr: 0.1}}", r"'phases\.pretrain'.*exactly one of 'epochs' and 'steps'"),
