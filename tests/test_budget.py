@@ -143,7 +143,7 @@ def test_the_penalty_of_expected_macs_is_the_share_and_has_its_gradient():
     full = cost.count(net, 8).macs
     torch.nn.init.normal_(architecture.alpha)
     penalty = architecture.penalty("expected_macs", 2.0, lambda gates: cost.expected(net, 8, gates).macs / full)
-    assert penalty.item() == pytest.approx(cost.expected_macs(net, 8, architecture.gates(2.0)).item() / full)
+    assert penalty.item() == pytest.approx(cost.expected(net, 8, architecture.gates(2.0)).macs.item() / full)
     (gradient,) = torch.autograd.grad(penalty, architecture.alpha)
     with torch.no_grad():
         architecture.alpha += 10

@@ -78,7 +78,7 @@ def test_useful_channels_are_those_of_the_compact_network():
 
 
 def trained_looking(name: str, width: float = 1, mask=None) -> tuple[nets.GatedNetwork, torch.Tensor]:
-    """A network in float64 in eval mode whose BatchNorms do something, with activations and outputs of the order of 1 where only the
+    """A network in float64 and eval mode whose BatchNorms do something, with activations of the order of 1 where only the
     channels of mask(net) stay; and these channels."""
     net = nets.build(name, width=width)
     norms = [module for module in net.modules() if isinstance(module, nets.GatedBatchNorm)]
