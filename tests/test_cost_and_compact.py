@@ -136,6 +136,8 @@ def test_compact_equals_masked_and_costs_what_was_counted(name, kind):
     again.double().load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(again(images), found)
+    again(images).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in again.parameters()), "it can be trained"
 
 
 def hash_of(*words) -> int:
