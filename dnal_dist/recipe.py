@@ -53,6 +53,8 @@ class Augmentation(Section):
     """Pixels added on each side by pad_crop."""
     scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
     """Smallest and largest share of the picture's area that resized_crop takes."""
+    resize: int | None = Field(None, ge=1)
+    """The shorter side is resized to this before resized_crop takes its part; by default the picture stays as it is."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
 
