@@ -57,8 +57,7 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
     value, relative = amount(text)
     full = getattr(cost.count(net, image_size), unit)
     most = int(value * full) if relative else int(value)
-    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
-    floor = getattr(cost.count(net, image_size, closed), unit)
+    floor = getattr(cost.count(net, image_size, cheapest(net, image_size, unit)), unit)
     key = f"key 'architecture.target.{unit}': {text}"
     if most >= full:
         raise InputError(f"{key} is not below the {full:,} of the full network, so nothing would be learned; lower it")
@@ -68,6 +67,13 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
             f"({floor / full:.2%} of the full one: a channel in each layer that no shortcut goes around); raise it"
         )
     return Budget(unit, max(floor, math.ceil(most * (1 - settings.tolerance))), most, full)
+
+
+def cheapest(net: GatedNetwork, image_size: int, unit: str) -> Tensor:
+    """The keep mask, bool (N,), of the least channels that the network works with, through the cheapest candidates of its cells."""
+    gates = torch.full((net.num_gates,), 1e-3, dtype=torch.float64, requires_grad=True)
+    (price,) = torch.autograd.grad(getattr(cost.expected(net, image_size, gates), unit), gates)
+    return compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0]
 
 
 class Loop:
@@ -138,6 +144,8 @@ class _Choice:
         self.orders = [part.argsort(descending=True, stable=True) for part in net.by_site(strength).values()]
         self.ranked = strength.argsort(descending=True, stable=True)
         closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+        if target.of(cost.count(net, image_size, closed)) > target.most:
+            closed = cheapest(net, image_size, target.unit)
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
         self.sorted = [part.sort(descending=True, stable=True).values.tolist() for part in net.by_site(strength).values()]

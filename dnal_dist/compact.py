@@ -66,7 +66,8 @@ class Sum(nn.Module):
             out = self._placed(None, out, len(self.adds), len(self.carry))
         for i, branch in enumerate(self.branches):
             out = self._placed(out, branch(x), i, len(self.adds[i]))
-        return out
+        # A view of x would let the ReLU behind it write to x.
+        return out if self.adds else out.clone()
 
     def _placed(self, out: Tensor | None, part: Tensor, i: int, channels: int) -> Tensor:
         """`out` with `part` added to the i-th list of channels."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import budget, checkpoint, compact, cost, schedule
 from dnal_dist.architecture import Architecture
@@ -17,7 +18,7 @@ from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError, Recipe
 from dnal_dist.steps import Outcome, architecture_step, weight_step
-from dnal_dist.stream import Stream
+from dnal_dist.stream import Stream, normalise
 from dnal_dist.track import Track
 
 # Architecture steps between two looks at the expected cost by the collapse guard.
@@ -77,7 +78,10 @@ def go(run: Run) -> None:
         if run.phase == "search":
             search(run, batches)
         if run.phase == "prune":
+            # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
+            batches.close()
             prune(run)
+            batches = run.train.batches(run.global_step)
         if run.phase == "finetune":
             finetune(run, batches)
     finally:
@@ -131,16 +135,36 @@ def prune(run: Run) -> None:
     run.small = compact.compact(supernet, keep)
     run.momentum = {}
     supernet.cpu()
+    recalibrate(run, settings.recalibration_batches)
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(keep).items()}
-    run.track.record(
-        "prune", kept=kept, threshold=settings.threshold, full=full, compact=small, rescued=rescued, collapsed=collapsed
-    )
+    facts = {"threshold": settings.threshold, "rescued": rescued, "collapsed": collapsed, "mask": cost.pack(keep)}
+    run.track.record("prune", kept=kept, full=full, compact=small, **facts)
     accuracy = look(run, epoch=0.0)
     share = small["exact"]["macs"] / full["exact"]["macs"]
     run.track.begin("prune", 1, 1)
     run.track.finish(f"accuracy {accuracy:.2%}  {int(keep.sum())} of {len(keep)} channels  {share:.1%} of the multiply-adds")
     _enter(run, "finetune")
+
+
+@torch.no_grad()
+def recalibrate(run: Run, number: int) -> None:
+    """Take the running statistics of the compact network's BatchNorms anew: their plain means over `number` batches, the first ones
+    of the finetune. Those of the search are of gates that were still soft. 0 leaves them as they are."""
+    norms = [module for module in run.small.modules() if isinstance(module, _BatchNorm)]
+    if not number or not norms:
+        return
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    data, batches = run.recipe.data, run.train.batches(run.global_step)
+    run.small.train()
+    for _ in range(number):
+        run.small(normalise(next(batches).images.to(run.parallel.device, non_blocking=True), data.mean, data.std))
+    batches.close()
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
 
 
 def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:

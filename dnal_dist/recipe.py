@@ -53,6 +53,8 @@ class Augmentation(Section):
     """Pixels added on each side by pad_crop."""
     scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
     """Smallest and largest share of the picture's area that resized_crop takes."""
+    resize: int | None = Field(None, ge=1)
+    """The shorter side is resized to this before resized_crop takes its part; by default the picture stays as it is."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
 
@@ -227,6 +229,9 @@ class ArchitectureSettings(Section):
     """Share of the target that may be left unused; it is never exceeded."""
     threshold: float = Field(0.9, gt=0, lt=1)
     """A channel stays if its gate is above this when the search ends."""
+    recalibration_batches: int = Field(50, ge=0)
+    """Training batches over which the BatchNorms of the compact network take their statistics anew after pruning; 0 keeps those of
+    the search."""
     min_macs: float = Field(0.02, ge=0, lt=1)
     """Collapse guard, as a share of the full network's multiply-adds: below it the penalty rests during the search, and at
     pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""

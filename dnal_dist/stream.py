@@ -272,6 +272,8 @@ class Pictures(Dataset):
             top, left = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
             image = image[:, top : top + size, left : left + size]
         elif augmentation.kind == "resized_crop":
+            if augmentation.resize:
+                image = TF.resize(image, [augmentation.resize], antialias=True)
             image = TF.resized_crop(image, *_random_part(image, augmentation.scale, rng), [size, size], antialias=True)
         return image.flip(-1) if augmentation.flip and rng.random() < 0.5 else image
 

@@ -78,7 +78,7 @@ def test_useful_channels_are_those_of_the_compact_network():
 
 
 def trained_looking(name: str, width: float = 1, mask=None) -> tuple[nets.GatedNetwork, torch.Tensor]:
-    """A network in float64 in eval mode whose BatchNorms do something, with activations and outputs of the order of 1 where only the
+    """A network in float64 and eval mode whose BatchNorms do something, with activations of the order of 1 where only the
     channels of mask(net) stay; and these channels."""
     net = nets.build(name, width=width)
     norms = [module for module in net.modules() if isinstance(module, nets.GatedBatchNorm)]
@@ -136,6 +136,8 @@ def test_compact_equals_masked_and_costs_what_was_counted(name, kind):
     again.double().load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(again(images), found)
+    again(images).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in again.parameters()), "it can be trained"
 
 
 def hash_of(*words) -> int:

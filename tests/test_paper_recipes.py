@@ -93,6 +93,8 @@ def test_pictures_are_the_papers(case):
         assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     else:
         assert (data.image_size, data.resize, data.augmentation.scale) == (224, 256, amount)
+        # VGG and ResNet: resize 256 before the random part is taken.
+        assert data.augmentation.resize == (256 if amount[0] == 0.08 else None)
         assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -123,6 +123,19 @@ def test_pictures_of_any_shape_become_square(kind, height, width, digits):
         assert (tuple(image.shape), image.dtype) == ((3, 24, 24), torch.uint8)
 
 
+def test_a_random_part_may_be_taken_of_the_resized_picture(digits):
+    """A picture that is one pixel in eight, resized away: only the part of a resized picture has lost its stripes."""
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::8] = 255
+    spreads = []
+    for resize in (None, 8):
+        augmentation = Augmentation(kind="resized_crop", scale=(0.2, 0.3), resize=resize)
+        data = data_settings(digits, image_size=32, augmentation=augmentation)
+        pictures = stream.Pictures(stream.Shards(data.train, "data.train", 10), data, 0, True)
+        spreads.append(float(pictures.transform(stripes, 0, 0).float().std()))
+    assert spreads[1] < 0.2 * spreads[0]
+
+
 def test_normalise_is_the_usual_one():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

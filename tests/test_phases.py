@@ -1,0 +1,90 @@
+"""Between the phases: recalibrated BatchNorms, an order of samples that pruning leaves alone, and the cost of what a run kept."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dnal_dist import compact, cost, phases, recipe, report, train
+from dnal_dist.parallel import Parallel
+from dnal_dist.stream import normalise
+
+FEW = ["phases.pretrain.steps=3", "phases.search.steps=6", "phases.finetune.steps=3", "tracking.tracker=none"]
+
+
+def arguments(digits, output, *changes: str) -> list[str]:
+    return [*FEW, f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", *changes]
+
+
+def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp_path):
+    run = train.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Parallel())
+    run.global_step = 5
+    run.small = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
+    before = {name: tensor.clone() for name, tensor in run.small.state_dict().items()}
+    phases.recalibrate(run, 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.small.state_dict().items())
+
+    phases.recalibrate(run, 3)
+    source = run.train.batches(5)
+    data = run.recipe.data
+    batches = [normalise(next(source).images, data.mean, data.std) for _ in range(3)]
+    conv, norm = run.small[0], run.small[1]
+    with torch.no_grad():
+        seen = [conv(images) for images in batches]
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert {m.momentum for m in run.small.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.small.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory, train_here):
+    """The same run without loader processes and with two."""
+    folders = [tmp_path_factory.mktemp("workers") / str(workers) for workers in (0, 2)]
+    for folder, workers in zip(folders, (0, 2), strict=True):
+        ended = train_here("recipes/digits.yaml", *arguments(digits, folder, f"data.workers={workers}"))
+        assert ended.code == 0, ended.err
+    return folders
+
+
+def test_recalibration_leaves_the_order_of_samples_alone(finished):
+    one, other = (load_file(folder / "compact" / "weights.safetensors") for folder in finished)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run_cost(*argv: str, capsys) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cost", *argv])
+        cost.main()
+    return capsys.readouterr().out
+
+
+def test_cost_of_a_recipe_is_told_layer_by_layer(capsys):
+    text = run_cost("recipes/proxyless.yaml", capsys=capsys)
+    for words in ("2 260 347 776", "16 034 168", "2 260 456 600", "60704 gates", "stages.2.cells.1.k5e6.depthwise *"):
+        assert words in text, words
+    told = json.loads(run_cost("recipes/proxyless.yaml", "--json", capsys=capsys))
+    assert told["full"] == {"exact": {"macs": 2260347776, "params": 16034168}, "paper": {"macs": 2260456600, "params": 16034168}}
+    assert sum(layer["macs"] for layer in told["layers"]) == 2260347776
+    assert sum(layer["params"] for layer in told["layers"]) == 16034168
+    narrow = json.loads(run_cost("recipes/proxyless.yaml", "--json", "model.width=0.5", capsys=capsys))
+    assert narrow["full"]["exact"]["macs"] < 2260347776 / 2
+
+
+def test_cost_of_a_run_is_that_of_its_compact_network(finished, capsys):
+    told = json.loads(run_cost(str(finished[0]), "--json", capsys=capsys))
+    found = report.summary(finished[0])
+    assert (told["full"], told["kept"]) == (found["full"], found["compact"])
+    assert sum(layer["macs"] for layer in told["layers"]) == found["compact"]["exact"]["macs"]
+    parameters = sum(p.numel() for p in compact.load(finished[0] / "compact").parameters())
+    assert sum(layer["params"] for layer in told["layers"]) == parameters
+    assert f"{parameters:,}".replace(",", " ") in run_cost(str(finished[0]), capsys=capsys)
+
+
+def test_cost_of_what_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_cost(str(tmp_path), capsys=capsys)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
