@@ -1,15 +1,15 @@
 """Accuracy against multiply-adds on Fashion-MNIST: learned architectures and their rivals, at the same cost and number of steps.
 
     python -m data_tools.make_shards fashion_mnist data/fashion_mnist
-    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 pictures (supernet 10 000); an hour on two cores
+    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 pictures (supernet 6 000); an hour on two cores
     python benchmarks/pareto.py --full              28x28, all 60 000; for a GPU
     python benchmarks/pareto.py --docs docs         only the table and the plot, from the results that there are
 
 For each network, budget and seed: `learned` is the recipe (pretrain, search, finetune). `even` keeps the same share of every
 layer's channels and is trained from scratch. `random` and `l1` are the pretrained network with channels removed at random, or in
 every layer those with the smallest L1 norm of their weights, trained on. `full` is the whole network. All of them take as many
-steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` is no rival: the learned architecture from
-scratch for all of the steps, which tells what of the result is the architecture's. Test pictures are looked at when a run has
+steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` (on demand, after `learned`) is no rival: the
+learned architecture from scratch for all of the steps, which tells what of the result is the architecture's. Test pictures are looked at when a run has
 ended, never to choose.
 
 Every result is appended to OUTPUT/results.jsonl as it comes; what is there already is not run again.
@@ -50,7 +50,7 @@ class Form(NamedTuple):
     epochs: dict[str, float]
 
 
-REDUCED = Form(14, {"supernet": 10_000, "others": 15_000}, {"pretrain": 1, "search": 3, "finetune": 8})
+REDUCED = Form(14, {"supernet": 6_000, "others": 15_000}, {"pretrain": 1, "search": 3, "finetune": 8})
 FULL = Form(28, {"others": 60_000}, {"pretrain": 4, "search": 12, "finetune": 32})
 
 
@@ -194,7 +194,7 @@ def measure(args, network: str, seed: int) -> None:
     bench = Bench(network, seed, FULL if args.full else REDUCED, args.output, args.overrides)
     for share in (1.0, *args.budgets):
         learned = None
-        for method in ("full",) if share == 1.0 else METHODS[:-1]:
+        for method in ("full",) if share == 1.0 else args.methods:
             if (method, share) in done:
                 kept = done[method, share]["keep"]
                 learned = torch.tensor(kept, dtype=torch.bool) if method == "learned" else learned
@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the full network's multiply-adds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS[:-1] if m != "retrained"], choices=METHODS[:-1])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--full", action="store_true", help="all pictures in full size, for longer")
     parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
