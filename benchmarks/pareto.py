@@ -8,9 +8,9 @@
 For each network, budget and seed: `learned` is the recipe (pretrain, search, finetune). `even` keeps the same share of every
 layer's channels and is trained from scratch. `random` and `l1` are the pretrained network with channels removed at random, or in
 every layer those with the smallest L1 norm of their weights, trained on. `full` is the whole network. All of them take as many
-steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` (on demand, after `learned`) is no rival: the
-learned architecture from scratch for all of the steps, which tells what of the result is the architecture's. Test pictures are looked at when a run has
-ended, never to choose.
+steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` (with --methods, behind `learned`) is no
+rival: the learned architecture from scratch for all of the steps, which tells what of the result is the architecture's. Test
+pictures are looked at when a run has ended, never to choose.
 
 Every result is appended to OUTPUT/results.jsonl as it comes; what is there already is not run again.
 """
