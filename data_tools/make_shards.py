@@ -298,7 +298,8 @@ def _pictures(folder: Path) -> list[Path]:
     for parent, inner, names in os.walk(folder):
         inner[:] = (name for name in inner if not name.startswith("."))
         found += (Path(parent) / name for name in names if not name.startswith("."))
-    return sorted(path for path in found if path.suffix[1:].lower() in PICTURES)
+    # A pipe or a device by a picture's name would be read for ever.
+    return sorted(path for path in found if path.suffix[1:].lower() in PICTURES and path.is_file())
 
 
 def _file_samples(pictures: list[tuple[Path, int]]) -> Iterator[Sample]:
@@ -349,7 +350,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
 

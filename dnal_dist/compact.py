@@ -5,7 +5,9 @@ loaded without the gated network it came from.
 """
 
 import json
+import math
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,6 +20,12 @@ from dnal_dist.nets.mobilenet import MBConv, MobileNetV2
 from dnal_dist.nets.resnet import BottleneckResNet, ResNet
 from dnal_dist.nets.supernet import Supernet
 from dnal_dist.nets.vgg import VGG
+
+
+def _check_rising(channels: list[int], width: float = math.inf) -> None:
+    """Raise ValueError unless `channels` are whole numbers that rise, from 0 to below `width`."""
+    if not all(type(c) is int and 0 <= c < width for c in channels) or any(a >= b for a, b in pairwise(channels)):
+        raise ValueError(f"not rising channel numbers below {width}: {str(channels)[:40]}")
 
 
 class Constant(nn.Module):
@@ -36,6 +44,7 @@ class Channels(nn.Module):
 
     def __init__(self, those: list[int]):
         super().__init__()
+        _check_rising(those)
         self.those = those
         self.register_buffer("_those", torch.tensor(those, dtype=torch.long), persistent=False)
 
@@ -54,6 +63,10 @@ class Sum(nn.Module):
         self, branches: list[nn.Sequential], adds: list[list[int]], width: int, carry: list[int] | None = None, stride: int = 1
     ):
         super().__init__()
+        if len(adds) != len(branches) or (not branches and carry is None) or stride < 1:
+            raise ValueError("a sum needs something to add up, and for each branch its channels")
+        for channels in (*adds, carry or []):
+            _check_rising(channels, width)
         self.branches = nn.ModuleList(branches)
         self.adds, self.width, self.carry, self.stride = adds, width, carry, stride
         for i, channels in enumerate([*adds, carry or []]):
@@ -126,11 +139,18 @@ def save(network: nn.Sequential, folder: Path, **facts) -> None:
 
 
 def load(folder: Path | str) -> nn.Sequential:
-    """The compact network saved in `folder`, in eval mode. Raises ValueError naming the file that is missing or wrong."""
+    """The compact network saved in `folder`, in eval mode. Raises ValueError naming the folder and what is missing or wrong."""
     folder = Path(folder)
     try:
-        network = build(json.loads((folder / "architecture.json").read_text())["network"])
-        network.load_state_dict(load_file(folder / "weights.safetensors"))
+        description = json.loads((folder / "architecture.json").read_text())["network"]
+        weights = load_file(folder / "weights.safetensors")
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
+        # Before memory is taken for whatever the description asks for.
+        if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+            raise ValueError("weights.safetensors does not fit architecture.json")
+        network = build(description)
+        network.load_state_dict(weights)
     except Exception as error:
         raise ValueError(f"{folder}: no compact network can be loaded from here ({error})") from None
     return network.eval()

@@ -45,14 +45,26 @@ def all_open(net: GatedNetwork) -> Tensor:
 
 
 def useful(net: GatedNetwork, keep: Tensor) -> Tensor:
-    """The channels of `keep`, bool (N,), that the compact network has: where all channels of a site in a branch closed, what lies
-    before it in that branch is read by nothing."""
+    """The channels of `keep`, bool (N,), that have a say in what the network computes: where all channels of a site in a branch
+    closed, what lies before it in that branch is read by nothing."""
     keep = keep.cpu().clone()
     by_site = net.by_site(keep)
     for branch in {layer.branch: None for layer in net.layers(1)}:
         closed = [i for i, site in enumerate(branch) if not by_site[site].any()]
         for site in branch[: max(closed, default=0)]:
             by_site[site][:] = False
+    return keep
+
+
+def present(net: GatedNetwork, keep: Tensor) -> Tensor:
+    """The channels of `keep`, bool (N,), that the compact network has. A branch with a closed site is a constant, of which only the
+    last site is left."""
+    keep = useful(net, keep)
+    by_site = net.by_site(keep)
+    for branch in {layer.branch: None for layer in net.layers(1)}:
+        if not all(by_site[site].any() for site in branch):
+            for site in branch[:-1]:
+                by_site[site][:] = False
     return keep
 
 
@@ -264,11 +276,14 @@ def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> 
     for layer, macs, params, inputs, outputs in zip(net.layers(image_size), *columns, strict=True):
         module = net.get_submodule(layer.path)
         full_in, full_out = _channels(module)
+        if not macs:
+            # Nothing is left of it, or the constant that its branch came to.
+            inputs, outputs = 0, params
         rows.append(
             {
                 "layer": layer.path,
                 "site": layer.site if layer.gated else None,
-                "inputs": [(outputs if _depthwise(module) else inputs * layer.spread), full_in],
+                "inputs": [outputs if _depthwise(module) else inputs * layer.spread, full_in],
                 "outputs": [outputs, full_out],
                 "macs": macs,
                 "params": params,
@@ -290,16 +305,40 @@ def unpack(text: str, number: int) -> Tensor:
     return torch.from_numpy(bits[:number].astype(bool))
 
 
+def _built(model: recipe.Network) -> GatedNetwork:
+    try:
+        return nets.build(model.name, model.num_classes, model.width)
+    except ValueError as error:
+        raise recipe.InputError(str(error)) from None
+
+
 def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, Tensor | None]:
     """Recipe, network without memory for its weights, and keep mask, if there is one yet, of a recipe or a run folder."""
+    if path.is_dir() and not (path / "recipe.yaml").exists():
+        raise recipe.InputError(f"{path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
     settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, overrides)
+    with torch.device("meta"):
+        net = _built(settings.model)
+        size = settings.data.image_size
+        try:
+            net.eval()(torch.empty(1, 3, size, size))
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise recipe.InputError(f"key 'data.image_size': the network cannot take pictures of {size}x{size} ({why})") from None
+    return settings, net, _kept(path, net) if path.is_dir() else None
+
+
+def _kept(folder: Path, net: GatedNetwork) -> Tensor | None:
+    """The channels that a run kept; None, and a word of it on stderr, if that is not known."""
+    pruned = results.load(folder).last("prune")
+    if "mask" not in pruned:
+        why = "its records do not tell which channels it kept" if pruned else "it is not pruned yet"
+        print(f"warning: {folder}: {why}; this is the full network", file=sys.stderr)
+        return None
     try:
-        with torch.device("meta"):
-            net = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
-        packed = results.load(path).last("prune").get("mask") if path.is_dir() else None
-        return settings, net, None if packed is None else unpack(packed, net.num_gates)
-    except ValueError as error:
-        raise recipe.InputError(f"{path}: {error}") from None
+        return unpack(pruned["mask"], net.num_gates)
+    except (ValueError, TypeError) as error:
+        raise recipe.InputError(f"{folder}: the mask in metrics.jsonl is not one of this network ({error})") from None
 
 
 def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> None:
@@ -320,10 +359,10 @@ def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> No
         name = row["layer"].removesuffix(".conv") + (" *" if row["site"] else "")
         table.add_row(name, *channels, spaced(row["macs"]), f"{row['macs'] / total:.1%}", spaced(row["params"]))
     console = Console()
-    if not console.is_terminal:
-        console.width = 200
+    # Long lines wrap; cut numbers would be wrong numbers.
+    console.width = max(console.width, 120)
     console.print(table)
-    of = "" if keep is None else f", {int(keep.sum())} of {len(keep)} channels kept"
+    of = "" if keep is None else f", {int(present(net, keep).sum())} of {len(keep)} channels kept"
     console.print(f"\n{settings.model.name}, pictures of {size}x{size}, {net.num_gates} gates{of}", highlight=False)
     for rule in ("exact", "paper"):
         full, now = count(net, size, None, rule), count(net, size, keep, rule)
@@ -344,7 +383,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         settings, net, keep = _of(args.path, args.overrides)
-    except (recipe.InputError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not args.json:

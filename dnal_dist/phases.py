@@ -1,5 +1,6 @@
 """The phases of a run: pretrain, search, prune, finetune."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,19 +132,19 @@ def prune(run: Run) -> None:
     recipe, supernet = run.recipe, run.supernet
     image_size, settings = recipe.data.image_size, recipe.architecture
     keep, rescued, collapsed = choose_by_gates(run) if settings.target is None else (choose_by_budget(run), [], False)
-    keep = cost.useful(supernet, keep)
     run.small = compact.compact(supernet, keep)
     run.momentum = {}
     supernet.cpu()
     recalibrate(run, settings.recalibration_batches)
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
-    kept = {site: int(part.sum()) for site, part in supernet.by_site(keep).items()}
+    present = cost.present(supernet, keep)
+    kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
     facts = {"threshold": settings.threshold, "rescued": rescued, "collapsed": collapsed, "mask": cost.pack(keep)}
     run.track.record("prune", kept=kept, full=full, compact=small, **facts)
     accuracy = look(run, epoch=0.0)
     share = small["exact"]["macs"] / full["exact"]["macs"]
     run.track.begin("prune", 1, 1)
-    run.track.finish(f"accuracy {accuracy:.2%}  {int(keep.sum())} of {len(keep)} channels  {share:.1%} of the multiply-adds")
+    run.track.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {share:.1%} of the multiply-adds")
     _enter(run, "finetune")
 
 
@@ -160,9 +161,9 @@ def recalibrate(run: Run, number: int) -> None:
         norm.momentum = None
     data, batches = run.recipe.data, run.train.batches(run.global_step)
     run.small.train()
-    for _ in range(number):
-        run.small(normalise(next(batches).images.to(run.parallel.device, non_blocking=True), data.mean, data.std))
-    batches.close()
+    with contextlib.closing(batches):
+        for _ in range(number):
+            run.small(normalise(next(batches).images.to(run.parallel.device, non_blocking=True), data.mean, data.std))
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
 

@@ -40,11 +40,6 @@ class Row:
         ratio = getattr(self, f"{column}_ratio", "")
         return (getattr(self, column) or "-") + (f" ({ratio}x)" if ratio else "")
 
-    @property
-    def total_epochs(self) -> int | None:
-        """Epochs of all phases together, None where the paper tells none."""
-        return sum(map(int, self.epochs.split("+"))) if self.epochs else None
-
 
 @dataclass(frozen=True)
 class Table:
@@ -134,11 +129,17 @@ def place(run: Run, result: dict) -> Place | None:
     table = tables().get(name) if isinstance(name, str) else None
     if table is None:
         return None
-    own = _own(run, result, table) if "compact" in result else None
+    own = _own(run, result, table) if _priced(result) else None
     # The sort is stable: among equals the run comes last.
     rows = sorted([*table.rows, *([own] if own else [])], key=lambda row: -float(getattr(row, table.axis)))
     differences = _differences(run, table)
     return Place(table, rows, own, differences, _remarks(run, result, table, differences))
+
+
+def _priced(result: dict) -> bool:
+    """Whether the compact network is there, and its cost told by both rules."""
+    costs = [result.get(which, {}).get(rule, {}) for which in ("full", "compact") for rule in ("paper", "exact")]
+    return all({"macs", "params"} <= cost.keys() for cost in costs)
 
 
 def _own(run: Run, result: dict, table: Table) -> Row:
@@ -190,7 +191,7 @@ def _differences(run: Run, table: Table) -> list[str]:
     for key, expected in table.pictures.items():
         count = start.get({"train": "train_samples", "held_out": "val_samples"}[key])
         # A few pictures that a copy of the data set lacks change no accuracy that is printed.
-        if count is not None and abs(count - expected) > 0.01 * expected:
+        if isinstance(count, int) and abs(count - expected) > 0.01 * expected:
             kind = "training" if key == "train" else "held-out"
             found.append(f"{count:,} {kind} pictures, not the {expected:,} of {table.dataset}")
     for part, key, expected, words in (
@@ -209,7 +210,7 @@ def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> li
     remarks = []
     if differences:
         remarks.append(f"Not comparable with the published rows, since the run has its own set-up: {'; '.join(differences)}.")
-    if "compact" not in result:
+    if not _priced(result):
         return [*remarks, "The run has no row yet: it is placed once its network is pruned."]
     paper, exact = (result["compact"][rule] for rule in ("paper", "exact"))
     remarks.append(

@@ -39,10 +39,10 @@ class Section(BaseModel):
 class Network(Section):
     name: str
     """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
-    num_classes: int | None = Field(None, ge=2)
+    num_classes: int | None = Field(None, ge=2, le=1_000_000)
     """Classes to tell apart; the network's own default if absent."""
-    width: float = Field(1.0, gt=0)
-    """Factor of all channel counts."""
+    width: float = Field(1.0, gt=0, le=16)
+    """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
 
 
 class Augmentation(Section):

@@ -99,6 +99,9 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
         network = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
     except ValueError as error:
         raise InputError(str(error)) from None
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
     classes = settings.model.num_classes or network.num_classes
     rank, world_size = parallel.rank, parallel.world_size
     pin = parallel.device.type == "cuda"

@@ -22,6 +22,7 @@ def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp
     run = train.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Parallel())
     run.global_step = 5
     run.small = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
+    run.small.train()(torch.randn(8, 3, 8, 8))  # statistics that must not last
     before = {name: tensor.clone() for name, tensor in run.small.state_dict().items()}
     phases.recalibrate(run, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.small.state_dict().items())
@@ -30,11 +31,14 @@ def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp
     source = run.train.batches(5)
     data = run.recipe.data
     batches = [normalise(next(source).images, data.mean, data.std) for _ in range(3)]
-    conv, norm = run.small[0], run.small[1]
-    with torch.no_grad():
-        seen = [conv(images) for images in batches]
-    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    run.small.train()
+    for i, norm in enumerate(run.small):
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            found = norm.running_mean.clone(), norm.running_var.clone()
+            with torch.no_grad():
+                seen = [run.small[:i](images) for images in batches]
+            torch.testing.assert_close(found[0], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+            torch.testing.assert_close(found[1], torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
     assert {m.momentum for m in run.small.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
     assert all(torch.equal(before[name], tensor) for name, tensor in run.small.named_parameters())
 
@@ -49,9 +53,36 @@ def finished(digits, tmp_path_factory, train_here):
     return folders
 
 
-def test_recalibration_leaves_the_order_of_samples_alone(finished):
-    one, other = (load_file(folder / "compact" / "weights.safetensors") for folder in finished)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_recalibration_leaves_the_order_of_samples_alone(finished, digits, tmp_path, train_here):
+    """The finetune's own steps are the same with it, without it and with loader processes: only what pruning evaluates differs."""
+    folders = [*finished, tmp_path]
+    ended = train_here("recipes/digits.yaml", *arguments(digits, tmp_path, "architecture.recalibration_batches=0"))
+    assert ended.code == 0, ended.err
+    weights = [load_file(folder / "compact" / "weights.safetensors") for folder in folders]
+    trained = [name for name in weights[0] if name.endswith(("weight", "bias"))]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in trained)
+    found = [report.load(folder).last("eval", "prune")["cross_entropy"] for folder in folders]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_run_starts_its_finetune_where_the_search_ended(digits, tmp_path):
+    """With recalibration, the finetune's first batch is the one that follows the search's last."""
+    run = train.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Parallel())
+    seen = []
+    batches = run.train.batches
+
+    def watched(start=0):
+        for batch in batches(start):
+            seen.append((run.phase, batch.keys))
+            yield batch
+
+    run.train.batches = watched
+    phases.go(run)
+    taken = [keys for phase, keys in seen if phase in ("pretrain", "search", "finetune")]
+    source = batches(0)
+    assert taken == [next(source).keys for _ in range(12)]
+    recalibrated = [keys for phase, keys in seen if phase == "prune"]
+    assert len(recalibrated) == 50 and recalibrated[:3] == taken[-3:]
 
 
 def run_cost(*argv: str, capsys) -> str:
@@ -84,7 +115,36 @@ def test_cost_of_a_run_is_that_of_its_compact_network(finished, capsys):
 
 
 def test_cost_of_what_is_not_there_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_cost(str(tmp_path), capsys=capsys)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    for argv, words in (
+        ([str(tmp_path)], "holds no recipe.yaml"),
+        (["recipes/none.yaml"], "no such recipe"),
+        (["recipes/digits.yaml", "model.width=1e9"], "key 'model.width'"),
+        (["recipes/digits.yaml", "model.name=vgg"], "key 'model.name'"),
+        (["recipes/vgg16_imagenet.yaml", "data.image_size=16"], "key 'data.image_size'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_cost(*argv, capsys=capsys)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+
+
+def test_cost_of_a_run_that_does_not_tell_what_it_kept_says_so(finished, tmp_path, capsys):
+    lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
+    for change, words in (
+        (lambda record: None if record["kind"] == "prune" else record, "not pruned yet; this is the full network"),
+        (lambda record: {k: v for k, v in record.items() if k != "mask"}, "do not tell which channels"),
+        (lambda record: record | {"mask": 7} if record["kind"] == "prune" else record, None),
+    ):
+        records = [changed for line in lines if (changed := change(json.loads(line)))]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        if words is None:
+            with pytest.raises(SystemExit):
+                run_cost(str(tmp_path), capsys=capsys)
+            assert capsys.readouterr().err.startswith("error: ")
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["cost", str(tmp_path), "--json"])
+            cost.main()
+        out, err = capsys.readouterr()
+        assert words in err and "kept" not in json.loads(out)
