@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ FULL = Form(28, {"others": 60_000}, {"pretrain": 4, "search": 12, "finetune": 32
 
 class Memory:
     """Decoded pictures, in place of a Stream of shards: the same order of samples, flipped at random where the recipe asks for
-    it."""
+    it. Nothing is padded and cropped: at 14x14 that would take the hems off."""
 
     def __init__(self, key: str, data, classes: int, seed: int, training: bool, most: int | None = None):
         shards = Shards(getattr(data, key), f"data.{key}", classes)
@@ -175,29 +176,29 @@ class Bench:
 
 
 def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
-    """What ranks the channels (N,): within every site by index (`even`) or weight (`l1`), as evenly among sites as can be; or not
+    """What ranks the channels (N,): within every site by place (`even`) or weight (`l1`), as evenly among sites as can be; or not
     at all (`random`)."""
     if method == "random":
         return torch.rand(net.num_gates, generator=torch.Generator().manual_seed(seed))
     ranked = []
     for site, channels in net.gate_sites.items():
-        place = torch.arange(channels)
+        # From the middle outwards: shortcuts that widen put the narrow stream into the middle of the wide one.
+        place = (torch.arange(channels) - (channels - 1) / 2 + 0.1).abs().argsort().argsort()
         if method == "l1":
             place = net.get_submodule(site).conv.weight.detach().abs().sum((1, 2, 3)).cpu().argsort(descending=True).argsort()
-        ranked.append(-(place + 1) / channels)
+        ranked.append(-(place + 0.5) / channels)
     return torch.cat(ranked)
 
 
 def measure(args, network: str, seed: int) -> None:
     """Every result of one network and seed that is not there yet, each appended to the results."""
-    done = {(r["method"], r["budget"]): r for r in results(args.output) if (r["network"], r["seed"]) == (network, seed)}
+    done = {(r["method"], r["budget"]): r for r in results(args) if (r["network"], r["seed"]) == (network, seed)}
     bench = Bench(network, seed, FULL if args.full else REDUCED, args.output, args.overrides)
     for share in (1.0, *args.budgets):
         learned = None
         for method in ("full",) if share == 1.0 else args.methods:
-            if (method, share) in done:
-                kept = done[method, share]["keep"]
-                learned = torch.tensor(kept, dtype=torch.bool) if method == "learned" else learned
+            if before := done.get((method, share)):
+                learned = torch.tensor(before["keep"], dtype=torch.bool) if method == "learned" else learned
                 continue
             begun = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
@@ -206,7 +207,18 @@ def measure(args, network: str, seed: int) -> None:
                 accuracy = report.summary(run.folder)["accuracy"]
             learned = keep if method == "learned" else learned
             found = cost.count(run.supernet, bench.form.side, keep)
-            result = {"network": network, "seed": seed, "budget": share, "method": method, "accuracy": accuracy["finetune"]}
+            target = budget.budget(run.recipe.architecture, run.supernet, bench.form.side)
+            if method != "full" and found.macs not in target:
+                raise recipe.InputError(f"{network} seed {seed}, {method}: {target.missed(found.macs)}")
+            result = {
+                "form": form_of(args),
+                "overrides": args.overrides,
+                "network": network,
+                "seed": seed,
+                "budget": share,
+                "method": method,
+                "accuracy": accuracy["finetune"],
+            }
             result |= {"macs": found.macs, "params": found.params, "full_macs": cost.count(run.supernet, bench.form.side).macs}
             result |= {"sites": {site: int(part.sum()) for site, part in run.supernet.by_site(keep).items()}}
             result |= {"seconds": round(time.monotonic() - begun, 1), "steps": run.global_step, "phases": accuracy}
@@ -216,9 +228,15 @@ def measure(args, network: str, seed: int) -> None:
             print(f"{network} seed {seed}: {share:4.0%} {method:9} {result['accuracy']:.2%} {result['seconds']:6.1f} s", flush=True)
 
 
-def results(output: Path) -> list[dict]:
-    path = output / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def form_of(args) -> str:
+    return "full" if args.full else "reduced"
+
+
+def results(args) -> list[dict]:
+    """Of this form and these overrides: others in the same file are other experiments."""
+    path = args.output / "results.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [r for r in found if (r["form"], r["overrides"]) == (form_of(args), args.overrides)]
 
 
 def spread(args) -> None:
@@ -242,22 +260,32 @@ def spread(args) -> None:
 
 
 def table(found: list[dict]) -> str:
-    """Mean and standard deviation of each cell in Markdown; how far `learned` is ahead of the best rival, in its own deviations."""
+    """Mean and standard deviation of each cell in Markdown. Last, how far `learned` is ahead of the best rival's mean, and that in
+    standard deviations: the root mean square of the two methods' own."""
+    shown_methods = [method for method in METHODS if any(r["method"] == method for r in found)]
     lines = [
-        "| network | multiply-adds | " + " | ".join(METHODS[:-1]) + " | learned - best rival |",
-        "|---" * (len(METHODS) + 2) + "|",
+        "| network | multiply-adds | " + " | ".join(shown_methods) + " | ahead | in deviations |",
+        "|---" * (len(shown_methods) + 4) + "|",
     ]
     for network in NETWORKS:
         for share in (1.0, *BUDGETS):
             cells = {m: accuracies(found, network, share, m) for m in METHODS}
-            if share == 1.0 and cells["full"]:
-                lines.append(f"| {network} | full | {shown(cells['full'])} |" + " |" * (len(METHODS) - 1))
-            elif cells["learned"]:
-                means = {m: statistics.mean(cells[m]) for m in ("even", "l1", "random") if cells[m]}
-                ahead = statistics.mean(cells["learned"]) - max(means.values()) if means else None
-                last = "" if ahead is None else f"{ahead:+.2f}"
-                lines.append(f"| {network} | {share:.0%} | " + " | ".join(shown(cells[m]) for m in METHODS[:-1]) + f" | {last} |")
+            if any(cells.values()):
+                row = [network, f"{share:.0%}", *(shown(cells[m]) for m in shown_methods), *ahead(cells)]
+                lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def ahead(cells: dict[str, list[float]]) -> tuple[str, str]:
+    learned, rivals = cells["learned"], [cells[m] for m in ("even", "l1", "random") if cells[m]]
+    if not learned or not rivals:
+        return "", ""
+    best = max(rivals, key=statistics.mean)
+    by = statistics.mean(learned) - statistics.mean(best)
+    if min(len(learned), len(best)) < 2:
+        return f"{by:+.2f}", ""
+    deviation = math.sqrt((statistics.variance(learned) + statistics.variance(best)) / 2)
+    return f"{by:+.2f}", f"{by / deviation:+.1f}" if deviation else ""
 
 
 def accuracies(found: list[dict], network: str, share: float, method: str) -> list[float]:
@@ -296,7 +324,7 @@ def _panel(found: list[dict], network: str) -> str:
     cells = {(m, s): accuracies(found, network, s, m) for m in METHODS[:-1] for s in BUDGETS}
     full = accuracies(found, network, 1.0, "full")
     # Random pruning may lie far below the others, which are what the plot is for.
-    seen = [v for (m, _), values in cells.items() if m != "random" for v in values] + full
+    seen = [v for (m, _), values in cells.items() if m != "random" for v in values] + full or [0, 100]
     low, high = min(seen) - 0.5, max(seen) + 0.5
 
     def x(share: float) -> float:
@@ -346,6 +374,8 @@ def main() -> None:
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    if "retrained" in args.methods and "learned" not in args.methods:
+        parser.error("--methods retrained needs learned, whose channels it trains anew")
     try:
         if args.only:
             measure(args, args.only[0], int(args.only[1]))
@@ -356,9 +386,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if args.docs is None:
-        print(table(results(args.output)))
+        print(table(results(args)))
     else:
-        write(results(args.output), args.docs)
+        write(results(args), args.docs)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
     unit, text = settings.target.chosen
     value, relative = amount(text)
     full = getattr(cost.count(net, image_size), unit)
-    most = int(value * full) if relative else int(value)
+    most = int(value * full if relative else value)
     floor = getattr(cost.count(net, image_size, cheapest(net, image_size, unit)), unit)
     key = f"key 'architecture.target.{unit}': {text}"
     if most >= full:
@@ -105,14 +105,16 @@ class Loop:
         (push,) = torch.autograd.grad(self.architecture.penalty(self.kind, delta, self.share), alpha)
         log_cost = self.share(self.architecture.gates(delta)).clamp_min(1e-9).log()
         (slope,) = torch.autograd.grad(log_cost, alpha)
-        gap = float(log_cost.detach()) - self.start - self.way * min(1.0, progress / ARRIVAL)
-        by_itself = float(slope @ alpha.detach()) * self.hardening
-        too_slow = by_itself - (self.pace if progress < ARRIVAL else 0.0)
-        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size (root mean squares,
-        # since a penalty by cost pushes some channels far more than most).
-        size = float(alpha.detach().abs().mean().clamp_min(1 / delta))
-        limit = 2 * size / self.response / self.speed / float(push.square().mean().sqrt().clamp_min(1e-12))
-        asked = ((gap + lag) / self.response + too_slow) / max(self.speed * float(push @ slope), 1e-12)
+        with torch.no_grad():
+            # In one look: each would wait for the device.
+            told = torch.stack([log_cost, slope @ alpha, alpha.abs().mean(), push.square().mean().sqrt(), push @ slope]).tolist()
+        log_cost, drift, size, strength, gain = told
+        gap = log_cost - self.start - self.way * min(1.0, progress / ARRIVAL)
+        too_slow = drift * self.hardening - (self.pace if progress < ARRIVAL else 0.0)
+        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size. The push counts by its
+        # root mean square, since a penalty by cost pushes some channels far more than most.
+        limit = 2 * max(size, 1 / delta) / self.response / self.speed / max(strength, 1e-12)
+        asked = ((gap + lag) / self.response + too_slow) / max(self.speed * gain, 1e-12)
         if abs(asked) < limit or asked * gap < 0:
             # At the limit the sum rests, or it would have to be worked off later.
             lag += gap / (10 * self.response)
@@ -125,7 +127,7 @@ def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget)
     strength (N,) ranks the channels of the whole network, alpha for example. First the rank decides: as many as fit, with one
     channel in each site that no shortcut goes around. Then the strongest closed channels that still fit are added. If that leaves
     more than the tolerance unused, a few channels are exchanged: at each site the strongest closed one may come and the weakest
-    open one go.
+    open one go. A branch is either closed altogether or has a channel in each of its sites, so that none is kept for nothing.
     """
     choice = _Choice(net, image_size, strength, target)
     counts = choice.by_rank()
@@ -148,6 +150,9 @@ class _Choice:
             closed = cheapest(net, image_size, target.unit)
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
+        number = {site: i for i, site in enumerate(net.gate_sites)}
+        self.branches = [[number[site] for site in branch] for branch in {layer.branch: None for layer in net.layers(1)} if branch]
+        self.branch_of = {site: branch for branch in self.branches for site in branch}
         self.sorted = [part.sort(descending=True, stable=True).values.tolist() for part in net.by_site(strength).values()]
         self._costs: dict[tuple[int, ...], int] = {}
 
@@ -167,7 +172,10 @@ class _Choice:
 
         def first(number: int) -> tuple[int, ...]:
             open_ = torch.bincount(self.sites[self.ranked[:number]], minlength=len(self.least)).tolist()
-            return tuple(map(max, open_, self.least))
+            counts = list(map(max, open_, self.least))
+            for branch in self.branches:
+                self._close_if_broken(counts, branch)
+            return tuple(counts)
 
         low, high = 0, len(self.ranked)
         while low < high:
@@ -180,13 +188,12 @@ class _Choice:
         sites = {site for site, order in enumerate(self.orders) if counts[site] < len(order)}
         while sites and self.cost(counts) not in self.target:
             site = max(sites, key=lambda s: self.sorted[s][counts[s]])
-            more = _changed(counts, site, 1)
+            more = self.changed(counts, site, 1)
             if self.cost(more) > self.target.most:
                 sites.remove(site)
                 continue
             counts = more
-            if counts[site] == len(self.orders[site]):
-                sites.remove(site)
+            sites = {site for site in sites if counts[site] < len(self.orders[site])}
         return counts
 
     def exchange(self, counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,8 +205,10 @@ class _Choice:
         while queue and len(seen) < TRIES:
             _, _, here, changes = heapq.heappop(queue)
             for site, step in itertools.product(range(len(here)), (1, -1)):
-                there = _changed(here, site, step)
-                if there in seen or not self.least[site] <= there[site] <= len(self.orders[site]):
+                if not self.least[site] <= here[site] + step <= len(self.orders[site]):
+                    continue
+                there = self.changed(here, site, step)
+                if there in seen:
                     continue
                 seen.add(there)
                 found = self.cost(there)
@@ -211,6 +220,18 @@ class _Choice:
                 heapq.heappush(queue, (far, next(order), there, changes + 1))
         return best
 
+    def changed(self, counts: tuple[int, ...], site: int, step: int) -> tuple[int, ...]:
+        """`counts` with one channel more or less at `site`, and its branch opened or closed with it."""
+        changed = [*counts[:site], counts[site] + step, *counts[site + 1 :]]
+        branch = self.branch_of.get(site, [])
+        if step > 0:
+            for other in branch:
+                changed[other] = max(changed[other], 1)
+        self._close_if_broken(changed, branch)
+        return tuple(changed)
 
-def _changed(counts: tuple[int, ...], site: int, step: int) -> tuple[int, ...]:
-    return (*counts[:site], counts[site] + step, *counts[site + 1 :])
+    def _close_if_broken(self, counts: list[int], branch: list[int]) -> None:
+        """In place: without a channel in each of its sites a branch computes nothing, so its other channels are let go."""
+        if not all(counts[site] for site in branch):
+            for site in branch:
+                counts[site] = self.least[site]
