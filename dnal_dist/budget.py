@@ -111,8 +111,8 @@ class Loop:
         log_cost, drift, size, strength, gain = told
         gap = log_cost - self.start - self.way * min(1.0, progress / ARRIVAL)
         too_slow = drift * self.hardening - (self.pace if progress < ARRIVAL else 0.0)
-        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size. The push counts by its
-        # root mean square, since a penalty by cost pushes some channels far more than most.
+        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size. The push counts by
+        # its root mean square, since a penalty by cost pushes some channels far more than most.
         limit = 2 * max(size, 1 / delta) / self.response / self.speed / max(strength, 1e-12)
         asked = ((gap + lag) / self.response + too_slow) / max(self.speed * gain, 1e-12)
         if abs(asked) < limit or asked * gap < 0:
