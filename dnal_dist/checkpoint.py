@@ -52,8 +52,6 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             state = json.loads((path / "state.json").read_text())
-            # A checkpoint of a version that had no budgets tells nothing of one.
-            state = {"penalty_weight": None, "penalty_lag": 0.0, **state}
             if missing := {*POSITION, "records", "compact", "recipe", "sha256"} - state.keys():
                 raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
             if _digest(path / "state.safetensors") != state["sha256"]:

@@ -93,8 +93,10 @@ class Meter:
         cross_entropy = cross_entropy / pictures
         # Each process added the same penalty once a step.
         penalty = penalty / penalties if penalties else None
+        # A weight in closed loop changes with every step, its sign too, so a sum with it tells nothing.
+        driven = run.recipe.architecture.target is not None
         values = {
-            "loss": round(cross_entropy + (penalty or 0.0), 6),
+            "loss": round(cross_entropy + (0.0 if driven else penalty or 0.0), 6),
             "cross_entropy": round(cross_entropy, 6),
             "penalty": penalty,
             "accuracy": round(correct / pictures, 6),
@@ -112,11 +114,12 @@ class Meter:
         return f"{self.summary}  {values['images_per_second']:.0f} images/s"
 
     @torch.no_grad()
-    def _gates(self) -> dict[str, float]:
+    def _gates(self) -> dict[str, float | None]:
         run, settings = self.run, self.run.recipe.architecture
         delta = schedule.delta_at(run.recipe.phases.search, settings, run.step - 1, run.train.steps_per_epoch)
         gates = run.architecture.gates(delta)
-        expected = cost.expected(run.supernet, run.recipe.data.image_size, gates).macs
+        macs, params = cost.expected(run.supernet, run.recipe.data.image_size, gates)
         open_share = (gates > settings.threshold).float().mean()
-        values = {"delta": delta, "open_share": round(float(open_share), 6), "expected_macs": round(float(expected))}
+        values = {"delta": delta, "open_share": round(float(open_share), 6)}
+        values |= {"expected_macs": round(float(macs)), "expected_params": round(float(params))}
         return values if settings.target is None else values | {"penalty_weight": run.penalty_weight}

@@ -117,7 +117,8 @@ def _search(run: Run, limit: int = 240) -> dict | None:
         "epochs": epochs,
         "delta": [results.number(r.get("delta", math.nan)) for r in records],
         "counts": [r["histogram"] for r in records],
-        "threshold": prune.get("threshold", run.setting("architecture", "threshold")),
+        # After a budget it is not the gates' own height that decides.
+        "threshold": None if run.setting("architecture", "target") else run.setting("architecture", "threshold"),
         "open": _thinned(opened),
         "macs": _thinned(expected),
         "full": full["exact"]["macs"] if full else None,

@@ -131,7 +131,8 @@ def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
     recipe, supernet = run.recipe, run.supernet
     image_size, settings = recipe.data.image_size, recipe.architecture
-    keep, rescued, collapsed = choose_by_gates(run) if settings.target is None else (choose_by_budget(run), [], False)
+    target = budget.budget(settings, supernet, image_size)
+    keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
     run.small = compact.compact(supernet, keep)
     run.momentum = {}
     supernet.cpu()
@@ -139,8 +140,9 @@ def prune(run: Run) -> None:
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
     present = cost.present(supernet, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
-    facts = {"threshold": settings.threshold, "rescued": rescued, "collapsed": collapsed, "mask": cost.pack(keep)}
-    run.track.record("prune", kept=kept, full=full, compact=small, **facts)
+    chosen_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
+    facts = {"rescued": rescued, "collapsed": collapsed, "mask": cost.pack(keep)}
+    run.track.record("prune", kept=kept, full=full, compact=small, **chosen_by, **facts)
     accuracy = look(run, epoch=0.0)
     share = small["exact"]["macs"] / full["exact"]["macs"]
     run.track.begin("prune", 1, 1)
@@ -187,10 +189,9 @@ def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     return keep, rescued, collapsed
 
 
-def choose_by_budget(run: Run) -> Tensor:
+def choose_by_budget(run: Run, target: budget.Budget) -> Tensor:
     """The strongest channels that meet the budget exactly; a warning if none were found that do."""
     image_size = run.recipe.data.image_size
-    target = budget.budget(run.recipe.architecture, run.supernet, image_size)
     keep = budget.select(run.supernet, image_size, run.architecture.alpha, target)
     if (found := target.of(cost.count(run.supernet, image_size, keep))) not in target:
         run.track.warn(target.missed(found))

@@ -7,14 +7,13 @@ python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with 
 import argparse
 import difflib
 import json
-import math
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class InputError(ValueError):
@@ -179,9 +178,11 @@ def amount(text: str | int | float) -> tuple[float, bool]:
     Raises ValueError for anything else, and for what is not above 0.
     """
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kKMGTx]?)\s*", str(text)) if not isinstance(text, bool) else None
-    if not found or not math.isfinite(number := float(found[1] + (found[2] or ""))) or not number:
+    number = float(found[1] + (found[2] or "")) if found else 0.0
+    number *= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(found[3], 1) if found else 1
+    if not 0 < number < 1e18:
         raise ValueError(f"expected an amount such as 300M, 1.2G or 40k, or a share such as 0.5x, found {text!r}")
-    return number * {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(found[3], 1), found[3] == "x"
+    return number, found[3] == "x"
 
 
 def _checked_amount(text: str | int | float) -> str | int | float:
@@ -189,7 +190,7 @@ def _checked_amount(text: str | int | float) -> str | int | float:
     return text
 
 
-Amount = Annotated[str | int | float, AfterValidator(_checked_amount)]
+Amount = Annotated[str | int | float, BeforeValidator(_checked_amount)]
 
 
 class Target(Section):
@@ -197,6 +198,13 @@ class Target(Section):
     """Multiply-adds for one picture, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
     params: Amount | None = None
     """Parameters, likewise (exactly one of macs and params)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_named(cls, given):
+        if not isinstance(given, dict | cls):
+            raise ValueError(f"say what the amount counts, such as {{macs: {given}}} or {{params: 40k}}")
+        return given
 
     @model_validator(mode="after")
     def _exactly_one_unit(self):

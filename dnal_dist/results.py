@@ -99,7 +99,7 @@ def summary(run: str | Path | Run) -> dict:
     """What a run came to, finished or not; a key whose value is not known yet is absent.
 
     accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
-    params_ratio (compact / full, exact rule), channels {total, kept}, collapsed, warnings, seconds,
+    params_ratio (compact / full, exact rule), budget {unit, most, used}, channels {total, kept}, collapsed, warnings, seconds,
     phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
     """
     run = run if isinstance(run, Run) else load(run)
@@ -109,6 +109,7 @@ def summary(run: str | Path | Run) -> dict:
         "accuracy": {r["phase"]: r["accuracy"] for r in run.of("eval") if "phase" in r and "accuracy" in r},
         "full": prune.get("full") or start.get("full"),
         "compact": prune.get("compact"),
+        "budget": _budget(prune),
         "collapsed": bool(prune.get("collapsed")),
         "warnings": [str(r.get("message", "")) for r in run.of("warning")],
         "seconds": end.get("seconds", sum(elapsed.values())),
@@ -124,6 +125,13 @@ def summary(run: str | Path | Run) -> dict:
         if "kept" in prune:
             known["channels"]["kept"] = sum(prune["kept"].values())
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _budget(prune: dict) -> dict | None:
+    """{unit, most, used} of a run that was given a budget."""
+    asked = prune.get("budget")
+    used = prune.get("compact", {}).get("exact", {}).get(asked.get("unit")) if isinstance(asked, dict) else None
+    return None if used is None else {"unit": asked["unit"], "most": asked.get("most", 0), "used": used}
 
 
 def _elapsed(run: Run) -> dict[str, float]:
@@ -218,6 +226,10 @@ def rows(result: dict) -> list[tuple[str, str]]:
                 rows.append((label, f"{amount(full)} -> {amount(compact, full)}, {percent(ratio)}, {fewer(ratio)}"))
             elif full:
                 rows.append((label, f"{amount(full)} in the full network"))
+    if asked := result.get("budget"):
+        words = {"macs": "multiply-adds", "params": "parameters"}.get(asked["unit"], asked["unit"])
+        used = asked["used"] / max(asked["most"], 1)
+        rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {percent(used, 2)}"))
     channels = result.get("channels", {})
     if "kept" in channels:
         share = percent(channels["kept"] / max(channels["total"], 1))

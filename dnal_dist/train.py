@@ -45,8 +45,8 @@ def main() -> None:
         run = assemble(settings, parallel, args.resume, args.overwrite)
         phases.go(run)
         missed = _end(run)
-        if missed:
-            print(f"error: {missed}", file=sys.stderr, flush=True)
+        if missed and parallel.main:
+            _say_why(f"error: {missed}")
         parallel.leave(MISSED if missed else 0)
         if missed:
             sys.exit(MISSED)
@@ -243,11 +243,7 @@ def _stop(run, parallel, error: InputError) -> None:
         sys.exit(2)
     if run is not None:
         run.track.abandon()
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # The launcher ends with a page about the process that failed first; so it tells the reason too.
-        now = str(int(time.time()))
-        Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": {"timestamp": now}}}))
+    _say_why(f"error: {error}")
     if run is not None:
         run.track.close()
     if parallel is not None:
@@ -255,6 +251,14 @@ def _stop(run, parallel, error: InputError) -> None:
             parallel.close()
         parallel.leave(2)
     sys.exit(2)
+
+
+def _say_why(line: str) -> None:
+    """On stderr, and on the page about the process that failed first with which a launcher ends."""
+    print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        now = str(int(time.time()))
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": now}}}))
 
 
 def _signalled() -> bool:
