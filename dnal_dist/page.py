@@ -112,13 +112,14 @@ def _search(run: Run, limit: int = 240) -> dict | None:
     # Each column reaches halfway to its neighbours: a record is the gates at one moment.
     end = max(epochs[-1], *opened[0], *expected[0]) if len(epochs) > 1 else epochs[0] + 1
     prune, full = run.last("prune"), run.last("prune").get("full") or run.last("start").get("full")
+    driven = run.setting("architecture", "target") is not None
     return {
         "edges": [epochs[0], *((a + b) / 2 for a, b in pairwise(epochs)), end],
         "epochs": epochs,
         "delta": [results.number(r.get("delta", math.nan)) for r in records],
         "counts": [r["histogram"] for r in records],
         # After a budget it is not the gates' own height that decides.
-        "threshold": None if run.setting("architecture", "target") else run.setting("architecture", "threshold"),
+        "threshold": None if driven else prune.get("threshold", run.setting("architecture", "threshold")),
         "open": _thinned(opened),
         "macs": _thinned(expected),
         "full": full["exact"]["macs"] if full else None,
