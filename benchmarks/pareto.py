@@ -295,9 +295,11 @@ def accuracies(found: list[dict], network: str, share: float, method: str) -> li
 
 
 def shown(values: list[float]) -> str:
+    """Fewer than three seeds are said, in brackets."""
     if not values:
         return ""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}" + (f" ({len(values)})" if len(values) < 3 else "")
 
 
 COLOURS = {"learned": "#0072b2", "retrained": "#56b4e9", "even": "#d55e00", "l1": "#009e73", "random": "#999999", "full": "#000000"}
