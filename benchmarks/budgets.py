@@ -64,7 +64,9 @@ def table(found: list[dict]) -> str:
             continue
         used = [100 * r["macs"] / int(share * r["full_macs"]) for r in asked]
         row = [network, f"{share:.0%}", ", ".join(f"{u:.2f} %" for u in used), accuracies(asked)]
-        if rungs:
+        if not rungs:
+            row += [""] * 3
+        else:
             weight = min(rungs, key=lambda w: abs(math.log(statistics.mean(map(cost_share, rungs[w])) / share)))
             costs = ", ".join(f"{cost_share(r):.1%}" for r in rungs[weight])
             row += [f"{weight:g}", costs, accuracies(rungs[weight])]
