@@ -315,7 +315,7 @@ def plot(found: list[dict]) -> str:
     ]
     for number, network in enumerate(names):
         parts.append(f'<g transform="translate({number * WIDTH},0)">{_panel(found, network)}</g>')
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(m for m in METHODS if any(r["method"] == m for r in found)):
         y = TOP + 10 + 18 * number
         parts.append(f'<rect x="{len(names) * WIDTH + 8}" y="{y - 8}" width="10" height="10" fill="{COLOURS[method]}"/>')
         parts.append(f'<text x="{len(names) * WIDTH + 24}" y="{y + 1}">{method}</text>')
@@ -333,10 +333,11 @@ def _panel(found: list[dict], network: str) -> str:
         return LEFT + BUDGETS[::-1].index(share) * (WIDTH - LEFT - 30) / (len(BUDGETS) - 1) + 5
 
     def y(value: float) -> float:
-        return TOP + (high - max(value, low)) / (high - low) * (HEIGHT - TOP - 40)
+        return TOP + (high - min(high, max(value, low))) / (high - low) * (HEIGHT - TOP - 40)
 
     parts = [f'<text x="{LEFT}" y="18" font-weight="bold">{network}</text>']
-    for tick in range(int(low) + 1, int(high) + 1):
+    step = 1 if high - low < 10 else 5
+    for tick in range(step * (int(low / step) + 1), int(high) + 1, step):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - 15}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick} %</text>')
     parts += [f'<text x="{x(s):.0f}" y="{HEIGHT - 20}" text-anchor="middle">{s:.0%}</text>' for s in BUDGETS]
