@@ -1,7 +1,7 @@
 """Accuracy against multiply-adds on Fashion-MNIST: learned architectures and their rivals, at the same cost and number of steps.
 
     python -m data_tools.make_shards fashion_mnist data/fashion_mnist
-    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 pictures (supernet 6 000); an hour on two cores
+    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 pictures (supernet 6 000); 1 to 1.5 hours on two cores
     python benchmarks/pareto.py --full              28x28, all 60 000; for a GPU
     python benchmarks/pareto.py --docs docs         only the table and the plot, from the results that there are
 
