@@ -11,6 +11,8 @@ class BasicBlock(nn.Module):
     """relu(shortcut(x) + conv2(relu(conv1(x)))), both convolutions 3x3 + BN + gate. The shortcut keeps every other pixel where
     the block has stride 2, and pads with zero channels, half on each side, where it widens."""
 
+    expansion = 1
+
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.conv1 = ConvBN(inputs, outputs, 3, stride)
@@ -34,14 +36,7 @@ class ResNet(GatedNetwork):
     def __init__(self, widths: list[int], blocks: int, num_classes: int):
         super().__init__()
         self.stem = ConvBN(3, widths[0], 3)
-        self.stages = nn.ModuleList()
-        channels = widths[0]
-        for s, width in enumerate(widths):
-            stage = nn.ModuleList()
-            for b in range(blocks):
-                stage.append(BasicBlock(channels, width, 2 if s and not b else 1))
-                channels = width
-            self.stages.append(stage)
+        self.stages, channels = _stages(BasicBlock, widths[0], widths, [blocks] * len(widths))
         self.classifier = nn.Linear(channels, num_classes)
         self.num_classes = num_classes
         self.finish()
@@ -75,9 +70,11 @@ class Bottleneck(nn.Module):
     """relu(shortcut(x) + conv3(relu(conv2(relu(conv1(x)))))): 1x1, 3x3 with the stride, 1x1 to four times the width, each with BN
     and gate. The shortcut is a 1x1 convolution + BN without gate where the shape changes, else x itself."""
 
+    expansion = 4
+
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
-        outputs = 4 * width
+        outputs = self.expansion * width
         self.conv1 = ConvBN(inputs, width, 1)
         self.conv2 = ConvBN(width, width, 3, stride)
         self.conv3 = ConvBN(width, outputs, 1)
@@ -98,14 +95,7 @@ class BottleneckResNet(GatedNetwork):
     def __init__(self, stem: int, widths: list[int], blocks: list[int], num_classes: int):
         super().__init__()
         self.stem = ConvBN(3, stem, 7, 2)
-        self.stages = nn.ModuleList()
-        channels = stem
-        for s, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            stage = nn.ModuleList()
-            for b in range(count):
-                stage.append(Bottleneck(channels, width, 2 if s and not b else 1))
-                channels = 4 * width
-            self.stages.append(stage)
+        self.stages, channels = _stages(Bottleneck, stem, widths, blocks)
         self.classifier = nn.Linear(channels, num_classes)
         self.num_classes = num_classes
         self.finish()
@@ -142,6 +132,18 @@ class BottleneckResNet(GatedNetwork):
                     stream = (Feed(f"{shortcut}.conv"),)
                 stream = (*(f._replace(around=True) for f in stream), *feeds)
         return [*found, Layer("classifier", None, None, stream, 1)]
+
+
+def _stages(block: type[nn.Module], channels: int, widths: list[int], blocks: list[int]) -> tuple[nn.ModuleList, int]:
+    """Stages of blocks, each stage but the first beginning with stride 2, for an input of `channels`; and their output channels."""
+    stages = nn.ModuleList()
+    for s, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        stage = nn.ModuleList()
+        for b in range(count):
+            stage.append(block(channels, width, 2 if s and not b else 1))
+            channels = block.expansion * width
+        stages.append(stage)
+    return stages, channels
 
 
 def resnet56_cifar(num_classes: int = 10, width: float = 1.0) -> ResNet:
