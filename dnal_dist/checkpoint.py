@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dnal_dist import compact
 from dnal_dist.recipe import InputError
@@ -60,18 +60,6 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except Exception as error:
             faults.append(f"{path}: checkpoint is damaged and was passed over ({' '.join(str(error).split())})")
     return None, faults
-
-
-def momentum(network: nn.Module, optimizer) -> dict[str, Tensor]:
-    """The momentum of each parameter by name; empty if the optimiser has not stepped."""
-    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in network.named_parameters())
-    return {name: state["momentum_buffer"] for name, state in states if state.get("momentum_buffer") is not None}
-
-
-def restore_momentum(network: nn.Module, optimizer, saved: dict[str, Tensor]) -> None:
-    for name, parameter in network.named_parameters():
-        if name in saved:
-            optimizer.state[parameter]["momentum_buffer"] = saved[name].to(parameter.device).clone()
 
 
 def save(run) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnal_dist import cost, schedule
+from dnal_dist.parallel import Traffic
 from dnal_dist.recipe import InputError
 from dnal_dist.steps import Outcome
 from dnal_dist.stream import Stream, normalise
@@ -46,6 +47,12 @@ class Meter:
         self.run, self.summary = run, ""
         self.skipped: set[str] = set()
         """Pictures of this phase that did not decode; each counts once, however often it is met."""
+        self.bytes: dict[str, int] = {}
+        """What the last step of each kind communicated, of those that were listened to."""
+        cycle = run.recipe.phases.search.cycle if run.phase == "search" else 1
+        # The very first steps have more to say than all that follow. A compiled step would not compile while it is listened to.
+        deaf = run.recipe.training.compile or run.parallel.backend == "single"
+        self.listening, self.heard = 0 if deaf else 3 * cycle, None
         self._start_over()
 
     def _start_over(self) -> None:
@@ -66,9 +73,22 @@ class Meter:
         images = normalise(batch.images.to(device, non_blocking=True), data.mean, data.std)
         return images, batch.labels.to(device, non_blocking=True)
 
+    @contextlib.contextmanager
+    def listen(self):
+        """Note what the step in here communicates, while that is still of interest."""
+        if not self.listening:
+            yield
+            return
+        self.listening -= 1
+        with Traffic() as self.heard:
+            yield
+
     def add(self, outcome: Outcome) -> None:
         self.sums[0] += outcome.cross_entropy
         self.sums[1] += outcome.correct
+        if self.heard is not None:
+            kind = "weight" if outcome.penalty is None else "architecture"
+            self.bytes[f"comm/bytes_{kind}_step"], self.heard = self.heard.bytes, None
         if outcome.penalty is not None:
             self.sums[3] += outcome.penalty
             self.sums[4] += 1
@@ -104,6 +124,7 @@ class Meter:
             "images_per_second": round(pictures / (time.monotonic() - self.since - self.paused), 1),
             "data_wait_seconds": round(self.waited, 4),
             "bad_samples": int(skipped),
+            **self.bytes,
         }
         self.summary = f"loss {values['loss']:.4f}"
         if run.phase == "search":

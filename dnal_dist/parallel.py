@@ -1,36 +1,50 @@
-"""One process among others. The only room that imports Accelerate: everything that is sent between processes is sent here."""
+"""One process among others: everything that is sent between processes is sent here, or by what backends.py wraps."""
 
+import gc
+import hashlib
 import multiprocessing
 import os
 import sys
-import warnings
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnal_dist.asked import asked
+from dnal_dist.backends import FullySharded, Options, Replicated, Trained, Zero
 from dnal_dist.recipe import InputError
+
+# How long a collective waits for a process that does not come.
+TIMEOUT = timedelta(minutes=10)
 
 
 class Parallel:
     """The processes that `accelerate launch` started (or this one alone): who they are, and how they agree.
 
-    Raises InputError if Accelerate was asked for something that this version would silently not do.
+    Raises InputError if Accelerate was asked for something that would silently not be done.
     """
 
     def __init__(self, tracker: str = "none"):
         """tracker: what Accelerate is to log to, a name it knows or "none"."""
-        _refuse_what_is_not_there()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         on_gpu = torch.cuda.device_count() >= local
-        handlers = [
-            # Running statistics are combined at the end of each epoch (see average_statistics), not sent at every step.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ]
+        if not on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        self.asked = asked()
         log_with = None if tracker == "none" else tracker
-        self.accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=handlers, log_with=log_with)
+        handlers = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+        # The backends are wrapped here, not by Accelerate: on a machine without a GPU it would quietly make DDP of them.
+        hidden = {name: os.environ.pop(name, None) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
+        self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", kwargs_handlers=handlers, log_with=log_with)
+        os.environ.update({name: value for name, value in hidden.items() if value is not None})
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         if not on_gpu:
@@ -39,21 +53,52 @@ class Parallel:
             torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))
         self.idle_gpus = 0 if on_gpu else torch.cuda.device_count()
         """GPUs that are left alone, since they are fewer than the processes of this machine and NCCL takes one for each."""
-        self.backend = "ddp" if self.world_size > 1 else "single"
-        asked = int(os.environ.get("WORLD_SIZE", 1))
-        if asked != self.world_size:
-            raise InputError(f"{asked} processes were launched, but Accelerate joined only {self.world_size} of them")
+        self.backend = self.asked.backend or ("ddp" if self.world_size > 1 else "single")
+        """single, ddp, fsdp2, zero1, zero2 or zero3."""
+        expected = int(os.environ.get("WORLD_SIZE", 1))
+        if expected != self.world_size:
+            raise InputError(f"{expected} processes were launched, but Accelerate joined only {self.world_size} of them")
+        if self.asked.backend is not None and not torch.distributed.is_initialized():
+            store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
+            kind = "nccl" if on_gpu else "gloo"
+            torch.distributed.init_process_group(kind, store=store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT)
+        fp16 = self.asked.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
-    def wrap(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The network as a weight step must call it, and its optimiser; what was wrapped before is let go."""
-        self.accelerator.free_memory()
-        with warnings.catch_warnings():
-            # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return self.accelerator.prepare(network, optimizer)
+    def wrap(self, network: nn.Module, sgd, momentum: dict[str, Tensor], training) -> Trained:
+        """`network` for its weight steps, on the backend that was asked for. sgd and training are parts of the recipe."""
+        # Parts of the last wrap that know each other would wait for the collector, with all their memory.
+        gc.collect()
+        kind = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}.get(self.backend, Zero)
+        options = Options(
+            self.backend,
+            self.device,
+            self.world_size,
+            self.asked.dtype,
+            self.scaler,
+            self.asked.settings,
+            training.sync_batchnorm,
+            training.activation_checkpointing or self.asked.activation_checkpointing,
+            training.compile,
+        )
+        return kind(network, sgd, momentum, options)
 
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+    def parts(self, data) -> int:
+        """In how many parts, one after the other, a process takes its share of the global batch. Raises InputError if it cannot be
+        divided so. data: that part of the recipe."""
+        share, limit, asked = (
+            data.global_batch // self.world_size,
+            data.per_device_batch_limit or data.global_batch,
+            self.asked.accumulation,
+        )
+        if asked > 1:
+            if share % asked or share // asked > limit:
+                raise InputError(
+                    f"the Accelerate config asks for gradient_accumulation_steps {asked}, which does not divide the {share} "
+                    f"pictures of a process into equal parts of at most {limit}; leave it out and set key 'data.per_device_batch_limit'"
+                )
+            return asked
+        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)
 
     def average_(self, tensor: Tensor) -> Tensor:
         """Mean over processes, in place, in one collective; nothing is sent by a single process."""
@@ -82,15 +127,23 @@ class Parallel:
             norm.running_mean.copy_(m)
             norm.running_var.copy_(v.clamp_min(0))
 
-    def assert_equal(self, tensor: Tensor, what: str) -> None:
-        """Stop if `tensor` is not the same, bit for bit, on all processes."""
+    def agree(self, what: str, found: dict[str, Tensor]) -> None:
+        """Stop, naming process and site, if the tensors in `found` are not the same, bit for bit, on all processes."""
         if self.world_size == 1:
             return
-        reference = tensor.detach().clone()
-        torch.distributed.broadcast(reference, 0)
-        different = self.sum_(torch.tensor(float(not torch.equal(reference, tensor)), device=tensor.device))
-        if different:
-            raise AssertionError(f"{what} differs on {int(different)} of {self.world_size} processes")
+        # The whole is compared first: there may be hundreds of sites.
+        digests = {name: _digest(tensor) for name, tensor in found.items()}
+        whole = hashlib.sha256(repr(digests).encode()).hexdigest()
+        if len(set(gather_object([whole]))) == 1:
+            return
+        first, *others = gather_object([digests])
+        for rank, other in enumerate(others, 1):
+            if wrong := [name for name in first if first[name] != other.get(name)]:
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise InputError(
+                    f"the processes disagree: {what} of {wrong[0]}{more} on process {rank} is not what it is on process 0; go on "
+                    "from the last checkpoint with --resume, and suspect that machine if it comes back"
+                )
 
     def gather(self, items: list) -> list:
         """The lists of all processes, joined, on all of them. For what is rare and small."""
@@ -133,22 +186,38 @@ class Parallel:
         os._exit(code)
 
 
-def _refuse_what_is_not_there() -> None:
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise InputError(
-                f"the Accelerate config asks for {name}, which this version does not train with; "
-                f"launch with --config_file recipes/accelerate/ddp.yaml"
-            )
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise InputError(
-            "the Accelerate config asks for torch.compile, which this version does not use: set dynamo_backend to 'no'"
-        )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision != "no":
-        raise InputError(
-            f"the Accelerate config asks for mixed_precision {precision}; this version trains in float32: set it to 'no'"
-        )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", ""):
-        raise InputError("the Accelerate config asks for gradient accumulation; this version has none: set it to 1")
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
+
+
+class Traffic(TorchDispatchMode):
+    """Inside, every collective is noted: (operation, bytes) in `operations`. Bytes are those of the tensor that the operation is
+    about: what an all-reduce reduces, what a gather ends with, what a reduce-scatter begins with."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            name = function.name().partition("::")[2].strip("_")
+            self.operations.append((NAMES.get(name, name), max(map(_bytes, args), default=0)))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.operations)
+
+
+NAMES = {
+    **dict.fromkeys(("allreduce", "all_reduce", "allreduce_coalesced"), "all-reduce"),
+    **dict.fromkeys(("allgather_base", "allgather", "all_gather_into_tensor", "allgather_into_tensor_coalesced"), "all-gather"),
+    **dict.fromkeys(("reduce_scatter_base", "reduce_scatter", "reduce_scatter_tensor"), "reduce-scatter"),
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+}
+
+
+def _bytes(argument) -> int:
+    if isinstance(argument, Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import budget, checkpoint, compact, cost, schedule
 from dnal_dist.architecture import Architecture
+from dnal_dist.backends import Trained
 from dnal_dist.evaluate import evaluate
 from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.nets import GatedNetwork
@@ -91,7 +92,7 @@ def go(run: Run) -> None:
 
 def pretrain(run: Run, batches) -> None:
     """Weights only, without gates."""
-    optimise(run, batches, lambda step, images, labels, weights: weights(images, labels, None))
+    optimise(run, batches)
     _enter(run, "search")
 
 
@@ -101,28 +102,29 @@ def search(run: Run, batches) -> None:
     total = phase.iterations(run.train.steps_per_epoch)
     penalty = Penalty(run, total)
 
-    def step_either(step, images, labels, weights) -> Outcome:
+    def step_either(trained, step, images, labels, share, parts) -> Outcome:
         delta = delta_of(run, step)
         if not schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
-            return weights(images, labels, run.architecture.gates(delta))
+            return weight_step(trained, images, labels, share, run.architecture.gates(delta), parts)
         return architecture_step(
-            run.supernet,
+            trained,
             run.architecture,
             run.architecture_optimizer,
             images,
             labels,
-            run.recipe.data.global_batch // run.parallel.world_size,
+            share,
             delta,
             settings.penalty,
             penalty.weight(delta, step),
             run.parallel.average_,
             penalty.share,
+            parts,
+            settings.optimizer.clip_norm,
         )
 
     if run.step == 0:
         record_gates(run, settings.delta_start)
     optimise(run, batches, step_either)
-    run.parallel.assert_equal(run.architecture.alpha, "alpha")
     assert run.step == total
     _enter(run, "prune")
 
@@ -133,6 +135,7 @@ def prune(run: Run) -> None:
     image_size, settings = recipe.data.image_size, recipe.architecture
     target = budget.budget(settings, supernet, image_size)
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
+    run.parallel.agree("the keep mask", supernet.by_site(keep))
     run.small = compact.compact(supernet, keep)
     run.momentum = {}
     supernet.cpu()
@@ -200,7 +203,7 @@ def choose_by_budget(run: Run, target: budget.Budget) -> Tensor:
 
 def finetune(run: Run, batches) -> None:
     """The compact network, on its own."""
-    optimise(run, batches, lambda step, images, labels, weights: weights(images, labels, None))
+    optimise(run, batches)
     if run.parallel.main:
         facts = {"name": run.recipe.model.name, "image_size": run.recipe.data.image_size}
         data = {"mean": run.recipe.data.mean, "std": run.recipe.data.std}
@@ -213,30 +216,31 @@ def finetune(run: Run, batches) -> None:
     _enter(run, "done")
 
 
-def optimise(run: Run, batches, do: Callable[..., Outcome]) -> None:
+def without_gates(trained: Trained, step: int, images: Tensor, labels: Tensor, share: int, parts: int) -> Outcome:
+    return weight_step(trained, images, labels, share, parts=parts)
+
+
+def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> None:
     """Take the iterations of the current phase that are left, evaluating and saving at each epoch's end.
 
-    `do(step, images, labels, weights)` takes one of them; `weights(images, labels, gates)` is the weight step.
+    `do(trained, step, images, labels, share, parts)` takes one of them.
     """
     recipe, parallel, track = run.recipe, run.parallel, run.track
     phase = getattr(recipe.phases, run.phase)
     per_epoch = run.train.steps_per_epoch
     total = phase.iterations(per_epoch)
-    share = recipe.data.global_batch // parallel.world_size
-    network, optimizer = weights_of(run, phase.optimizer)
+    share, parts = recipe.data.global_batch // parallel.world_size, parallel.parts(recipe.data)
+    trained = parallel.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
     meter, result = Meter(run), ""
     begun, before = time.monotonic(), run.seconds.get(run.phase, 0.0)
     track.begin(run.phase, total, run.step)
-
-    def weights(images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
-        return weight_step(network, optimizer, images, labels, share, parallel.backward, gates)
-
     while run.step < total:
         rate = schedule.learning_rate_at(phase, run.step, per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        trained.set_rate(rate)
         images, labels = meter.next(batches)
-        meter.add(do(run.step, images, labels, weights))
+        with meter.listen():
+            outcome = do(trained, run.step, images, labels, share, parts)
+        meter.add(outcome)
         run.step += 1
         run.global_step += 1
         epoch = run.step / per_epoch
@@ -246,23 +250,17 @@ def optimise(run: Run, batches, do: Callable[..., Outcome]) -> None:
             if run.step < total:
                 track.progress(run.step, result)
         if ends_epoch:
-            with meter.pause():
+            with meter.pause(), trained.gathered() as momentum:
                 accuracy = look(run, epoch)
                 result = f"accuracy {accuracy:.2%}  {meter.summary}"
-                run.momentum = checkpoint.momentum(run.network, optimizer)
+                run.momentum = {name: buffer.cpu() for name, buffer in momentum.items()}
                 run.seconds[run.phase] = before + time.monotonic() - begun
                 if run.step < total:
                     track.progress(run.step, result)
                     checkpoint.save(run)
+    trained.close()
     track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
     track.record("phase", phase=run.phase, seconds=round(run.seconds[run.phase], 3))
-
-
-def weights_of(run: Run, settings):
-    """The current network wrapped for training and its SGD, which goes on with the momentum there is."""
-    optimizer = torch.optim.SGD(run.network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-    checkpoint.restore_momentum(run.network, optimizer, run.momentum)
-    return run.parallel.wrap(run.network, optimizer)
 
 
 def delta_of(run: Run, step: int) -> float:
@@ -321,8 +319,9 @@ def look(run: Run, epoch: float) -> float:
     run.parallel.average_statistics(run.network)
     gates = None
     if run.phase == "search":
-        run.parallel.assert_equal(run.architecture.alpha, "alpha")
         delta = delta_of(run, run.step - 1)
+        run.parallel.agree("alpha", run.supernet.by_site(run.architecture.alpha.detach()))
+        run.parallel.agree("the hardness of the gates", {"delta": torch.tensor(delta, dtype=torch.float64)})
         gates = run.architecture.gates(delta).detach()
         record_gates(run, delta)
     found = evaluate(run.network, run.val, run.recipe.data, run.parallel, gates)

@@ -85,6 +85,9 @@ class Data(Section):
     """Random changes to training pictures."""
     global_batch: int = Field(ge=1)
     """Pictures of one step, over all processes together."""
+    per_device_batch_limit: int | None = Field(None, ge=1)
+    """Pictures that a device has memory for. A process whose share of the global batch is larger takes it in the fewest equal parts
+    that fit, one after the other, and synchronises once."""
     workers: int = Field(2, ge=0)
     """Loader processes for each training process; 0 loads in the training process itself."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
@@ -104,6 +107,8 @@ class SGD(Section):
     """Momentum, without Nesterov."""
     weight_decay: float = Field(0.0, ge=0)
     """L2 weight decay."""
+    clip_norm: float | None = Field(None, gt=0)
+    """A gradient whose norm, over all of this group, is larger is scaled down to it."""
 
 
 class Constant(Section):
@@ -155,6 +160,11 @@ class SearchPhase(Phase):
     """Weight steps in each cycle of the search, on alternate iterations; 0 freezes the weights, as in the authors' code."""
     architecture_steps: int = Field(1, ge=1)
     """Architecture steps in each cycle, after its weight steps."""
+
+    @property
+    def cycle(self) -> int:
+        """Iterations of one cycle."""
+        return self.weight_steps + self.architecture_steps
 
     @model_validator(mode="after")
     def _every_part_of_delta_is_whole(self):
@@ -268,6 +278,15 @@ class Tracking(Section):
     """W&B project."""
 
 
+class Training(Section):
+    sync_batchnorm: bool = False
+    """BatchNorm normalises with the statistics of all processes' batches instead of each its own."""
+    activation_checkpointing: bool = False
+    """Activations within a block are computed anew in the backward pass instead of kept: less memory, a third more work."""
+    compile: bool = False
+    """Each block goes through torch.compile."""
+
+
 class Recipe(Section):
     """A run of dnal_dist: pretrain, search, prune and finetune one network on one data set."""
 
@@ -285,6 +304,8 @@ class Recipe(Section):
     """How long each phase lasts and how its weights learn."""
     architecture: ArchitectureSettings
     """How the gates learn."""
+    training: Training = Training()
+    """Switches that trade time, memory and communication; they go with every backend."""
     tracking: Tracking = Tracking()
     """Where metrics go beside metrics.jsonl, and how often."""
 

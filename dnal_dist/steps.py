@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.architecture import Architecture
+from dnal_dist.backends import Trained
 from dnal_dist.nets import resting_statistics
 
 
@@ -19,36 +20,44 @@ class Outcome(NamedTuple):
     penalty: Tensor | None = None
 
 
-def _forward(network: nn.Module, images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
-    logits = network(images) if gates is None else network(images, gates)
+def _forward(trained: Trained, network: nn.Module, images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
+    logits = trained.forward(network, images, gates)
     cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
     return Outcome(cross_entropy, (logits.detach().argmax(1) == labels).sum())
 
 
+def _parts(images: Tensor, labels: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+
+
+def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
+    return Outcome(sum(o.cross_entropy.detach() for o in outcomes), sum(o.correct for o in outcomes), penalty)
+
+
 def weight_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    batch: int,
-    backward: Callable[[Tensor], None],
-    gates: Tensor | None = None,
+    trained: Trained, images: Tensor, labels: Tensor, batch: int, gates: Tensor | None = None, parts: int = 1
 ) -> Outcome:
     """One step of the weights on images (n, 3, H, W), with the gates (N,) as constants.
 
-    network: as wrapped for training, so that `backward` synchronises its gradients. batch: what the summed loss is divided by, this
-    process's share of the global batch; the mean over processes is then the gradient of the mean over the global batch.
+    batch: what the summed loss is divided by, this process's share of the global batch; the mean over processes is then the
+    gradient of the mean over the global batch. parts: the images are taken in so many, one after the other, and synchronised once.
     """
-    network.train()
-    found = _forward(network, images, labels, None if gates is None else gates.detach())
-    backward(found.cross_entropy / batch)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Outcome(found.cross_entropy.detach(), found.correct)
+    outcomes: list[Outcome] = []
+    gates = None if gates is None else gates.detach()
+
+    def loss_of(images: Tensor, labels: Tensor) -> Callable[[nn.Module], Tensor]:
+        def loss(network: nn.Module) -> Tensor:
+            outcomes.append(_forward(trained, network, images, labels, gates))
+            return outcomes[-1].cross_entropy / batch
+
+        return loss
+
+    trained.step([loss_of(*part) for part in _parts(images, labels, parts)])
+    return _sum(outcomes)
 
 
 def architecture_step(
-    network: nn.Module,
+    trained: Trained,
     architecture: Architecture,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
@@ -59,19 +68,29 @@ def architecture_step(
     penalty_weight: float,
     average_: Callable[[Tensor], Tensor],
     share: Callable[[Tensor], Tensor] | None = None,
+    parts: int = 1,
+    clip_norm: float | None = None,
 ) -> Outcome:
     """One step of alpha on images (n, 3, H, W).
 
-    network: the bare module, since nothing of its weights is to be synchronised, nor is any gradient of them computed. Its
-    BatchNorms normalise with batch statistics; the running ones rest. average_: mean over processes in place, called once. share:
-    what the penalties `expected_macs` and `root_macs` are made of (see Architecture.penalty).
+    Nothing of the weights is synchronised, nor is any gradient of them computed. BatchNorms normalise with batch statistics; the
+    running ones rest. average_: mean over processes in place, called once. share: what the penalties `expected_macs` and
+    `root_macs` are made of (see Architecture.penalty). clip_norm: largest norm of the gradient of alpha.
     """
-    network.train()
-    with resting_statistics(network):
-        found = _forward(network, images, labels, architecture.gates(delta))
+    alpha, scaler = architecture.alpha, trained.options.scaler
     weighted = penalty_weight * architecture.penalty(penalty, delta, share)
-    (gradient,) = torch.autograd.grad(found.cross_entropy / batch + weighted, architecture.alpha)
-    architecture.alpha.grad = average_(gradient)
-    optimizer.step()
+    (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
+    outcomes = []
+    for part in _parts(images, labels, parts):
+        with resting_statistics(trained.module):
+            found = _forward(trained, trained.module, *part, architecture.gates(delta))
+        gradient = gradient + torch.autograd.grad(scaler.scale(found.cross_entropy / batch), alpha)[0]
+        outcomes.append(found)
+    alpha.grad = average_(gradient)
+    scaler.unscale_(optimizer)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_([alpha], clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
-    return Outcome(found.cross_entropy.detach(), found.correct, weighted.detach())
+    return _sum(outcomes, weighted.detach())

@@ -42,13 +42,13 @@ def test_networks_do_not_know_the_architecture():
             assert all(m.startswith("dnal_dist.nets") for m in found if m.startswith("dnal_dist")), name
 
 
-def test_only_parallel_imports_accelerate_and_deepspeed():
-    assert importers("accelerate", "deepspeed") == {"dnal_dist.parallel"}
+def test_only_parallel_its_backends_and_what_is_asked_of_them_import_accelerate_and_deepspeed():
+    assert importers("accelerate", "deepspeed") == {"dnal_dist.parallel", "dnal_dist.backends", "dnal_dist.asked"}
 
 
-def test_only_parallel_speaks_to_other_processes():
+def test_only_parallel_and_its_backends_speak_to_other_processes():
     users = {name for path, name in ROOMS.items() if "torch.distributed" in path.read_text()}
-    assert users == {"dnal_dist.parallel"}
+    assert users == {"dnal_dist.parallel", "dnal_dist.backends"}
 
 
 def test_report_needs_no_torch():

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from dnal_dist import nets
 from dnal_dist.architecture import Architecture
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import SGD, Training
 from dnal_dist.steps import architecture_step, weight_step
 
 
@@ -16,7 +18,8 @@ class Setting:
         torch.manual_seed(0)
         self.net, self.images, self.labels = nets.build(name), torch.randn(8, 3, 8, 8), torch.arange(8) % 10
         self.architecture = Architecture(self.net.num_gates)
-        self.weights = torch.optim.SGD(self.net.parameters(), 0.05, 0.9, weight_decay=1e-4)
+        self.trained = Parallel().wrap(self.net, SGD(lr=0.05, momentum=0.9, weight_decay=1e-4), {}, Training())
+        self.net, self.weights = self.trained.module, self.trained.optimizer
         self.alphas = torch.optim.SGD(self.architecture.parameters(), 0.01, 0.9)
         for _ in range(2):
             self.step_weights()
@@ -24,11 +27,11 @@ class Setting:
 
     def step_weights(self, gates: bool = True):
         share = self.architecture.gates(3.0) if gates else None
-        return weight_step(self.net, self.weights, self.images, self.labels, 8, torch.Tensor.backward, share)
+        return weight_step(self.trained, self.images, self.labels, 8, share)
 
     def step_architecture(self, average_=lambda gradient: gradient, penalty_weight: float = 0.01):
         return architecture_step(
-            self.net, self.architecture, self.alphas, self.images, self.labels, 8, 3.0, "sigmoid", penalty_weight, average_
+            self.trained, self.architecture, self.alphas, self.images, self.labels, 8, 3.0, "sigmoid", penalty_weight, average_
         )
 
     def weight_group(self) -> dict:
@@ -112,3 +115,55 @@ def test_outcome_counts():
     outcome = setting.step_weights()
     assert 0 <= int(outcome.correct) <= 8
     assert outcome.penalty is None and not outcome.cross_entropy.requires_grad
+
+
+def test_parts_make_the_step_of_the_whole():
+    """For a network without batch statistics, to rounding; both groups, with and without clipping."""
+    for clip in (None, 0.01):
+        found = []
+        for parts in (1, 2, 4):
+            torch.manual_seed(0)
+            net = nets.build("resnet_digits")
+            for norm in net.modules():
+                if isinstance(norm, nets.GatedBatchNorm):
+                    norm.train = lambda mode=True, norm=norm: norm
+                    norm.training = False
+            net, architecture = net.double(), Architecture(net.num_gates).double()
+            trained = Parallel().wrap(net, SGD(lr=0.05, clip_norm=clip), {}, Training())
+            alphas = torch.optim.SGD(architecture.parameters(), 0.1, 0.9)
+            images, labels = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8)
+            for _ in range(2):
+                weights = weight_step(trained, images, labels, 8, architecture.gates(3.0), parts)
+                more = {"parts": parts, "clip_norm": clip}
+                gates = architecture_step(
+                    trained, architecture, alphas, images, labels, 8, 3.0, "sigmoid", 0.01, lambda g: g, **more
+                )
+            assert weights.correct <= 8 and gates.penalty is not None
+            found.append([architecture.alpha.detach(), *(p.detach() for p in trained.module.parameters())])
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-13)
+
+
+def test_what_trains_is_a_copy_in_training_mode_whatever_the_network_was_last_used_for():
+    net = nets.build("vgg_digits").eval()
+    trained = Parallel().wrap(net, SGD(lr=0.1), {}, Training())
+    assert trained.module is not net and all(module.training for module in trained.module.modules())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    weight_step(trained, torch.randn(8, 3, 8, 8), torch.arange(8), 8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    with trained.gathered() as momentum:
+        assert momentum.keys() == dict(net.named_parameters()).keys()
+        assert not net.training
+        for name, tensor in net.state_dict().items():
+            torch.testing.assert_close(tensor, trained.module.state_dict()[name], rtol=0, atol=0)
+            assert not torch.equal(before[name], tensor), name
+
+
+def test_clipping_bounds_the_norm_of_the_whole_group():
+    torch.manual_seed(0)
+    net = nets.build("vgg_digits")
+    trained = Parallel().wrap(net, SGD(lr=1.0, momentum=0.0, clip_norm=0.1), {}, Training())
+    before = torch.cat([p.detach().flatten() for p in trained.module.parameters()])
+    weight_step(trained, torch.randn(8, 3, 8, 8), torch.arange(8), 8)
+    moved = torch.cat([p.detach().flatten() for p in trained.module.parameters()]) - before
+    assert float(moved.norm()) == pytest.approx(0.1, rel=1e-4)

@@ -1,12 +1,12 @@
 """Gated networks by name."""
 
-from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, resting_statistics
+from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, computing_again, resting_statistics
 from dnal_dist.nets.mobilenet import mobilenetv2_cifar, mobilenetv2_imagenet
 from dnal_dist.nets.resnet import resnet50_imagenet, resnet56_cifar, resnet_digits
 from dnal_dist.nets.supernet import proxyless_supernet, supernet_digits
 from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
 
-__all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build", "resting_statistics"]
+__all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build", "computing_again", "resting_statistics"]
 
 NETWORKS = {
     network.__name__: network

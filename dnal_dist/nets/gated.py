@@ -1,6 +1,7 @@
 """What every gated network is made of: a BatchNorm that takes the gate into its affine, and a flat gate vector split by site."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ class GatedBatchNorm(_BatchNorm):
 
     updates_statistics = True
     """False while the weights rest (see `resting_statistics`): batch statistics still normalise, the running ones stay."""
+    again = False
+    """True while activations are computed a second time (see `computing_again`): what the statistics become then is thrown away."""
+    across: "Callable[..., Tensor] | None" = None
+    """How to normalise in training, if not with the statistics of this process's batch: a function of what F.batch_norm takes."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
@@ -27,26 +32,51 @@ class GatedBatchNorm(_BatchNorm):
         weight, bias = self.weight, self.bias
         if gate is not None:
             weight, bias = weight * gate, bias * gate
+        elif self.running_mean.dtype != weight.dtype:
+            weight, bias = weight.to(self.running_mean.dtype), bias.to(self.running_mean.dtype)
+        running_mean, running_var = self.running_mean, self.running_var
         if self.training and not self.updates_statistics:
-            return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
-        if self.training:
+            running_mean = running_var = None
+        elif self.training and self.again:
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        elif self.training:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps)
+        normalise = self.across if self.training and self.across is not None else F.batch_norm
+        return normalise(x, running_mean, running_var, weight, bias, self.training, self.momentum, self.eps)
 
 
 class resting_statistics:
-    """Context in which no running statistic of `network` moves, while its BatchNorms normalise as before."""
+    """Context in which no running statistic of `networks` moves, while their BatchNorms normalise as before. May be nested."""
 
-    def __init__(self, network: nn.Module):
-        self.norms = [module for module in network.modules() if isinstance(module, GatedBatchNorm)]
+    def __init__(self, *networks: nn.Module):
+        self.norms = [m for network in networks for m in network.modules() if isinstance(m, GatedBatchNorm)]
 
     def __enter__(self) -> None:
+        self.before = [norm.updates_statistics for norm in self.norms]
         for norm in self.norms:
             norm.updates_statistics = False
 
     def __exit__(self, *_) -> None:
-        for norm in self.norms:
-            norm.updates_statistics = True
+        for norm, updates in zip(self.norms, self.before, strict=True):
+            norm.updates_statistics = updates
+
+
+class computing_again:
+    """Context in which the forward pass at hand is repeated as it was when this was made, without moving any statistic. The same
+    tensors must be saved for the backward pass, so nothing may rest that moved."""
+
+    def __init__(self, *networks: nn.Module):
+        self.norms = [m for network in networks for m in network.modules() if isinstance(m, GatedBatchNorm)]
+        self.updated = [norm.updates_statistics for norm in self.norms]
+
+    def __enter__(self) -> None:
+        self.before = [norm.updates_statistics for norm in self.norms]
+        for norm, updates in zip(self.norms, self.updated, strict=True):
+            norm.updates_statistics, norm.again = updates, True
+
+    def __exit__(self, *_) -> None:
+        for norm, updates in zip(self.norms, self.before, strict=True):
+            norm.updates_statistics, norm.again = updates, False
 
 
 class ConvBN(nn.Module):

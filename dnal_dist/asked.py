@@ -1,0 +1,133 @@
+"""What the user's Accelerate config asks for, and what of it cannot be had. Only the environment that the launcher makes of the config
+is looked at; nothing is started."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from accelerate.commands.config.config_args import default_yaml_config_file, load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+from dnal_dist.recipe import InputError
+
+# Blocks with fewer parameters are gathered together by FSDP2: each collective costs more time than they do.
+MIN_PARAMS = 100_000
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Asked(NamedTuple):
+    """What the Accelerate config asks for."""
+
+    backend: str | None
+    """fsdp2, zero1, zero2 or zero3; None: DDP, or no backend where there is one process."""
+    dtype: torch.dtype
+    """Of convolutions and activations: float32, bfloat16 or float16."""
+    accumulation: int
+    """Parts that a process's share of the global batch is taken in; 1 says nothing."""
+    activation_checkpointing: bool
+    settings: dict
+    """See backends.Options."""
+
+
+def asked() -> Asked:
+    """What the Accelerate config asks for, from the environment that the launcher made of it. Raises InputError for what cannot be
+    done, or would be done otherwise than asked."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in PRECISIONS:
+        raise InputError(f"the Accelerate config asks for mixed_precision {precision}; choose one of {', '.join(PRECISIONS)}")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError(
+            "the Accelerate config asks for torch.compile: set dynamo_backend to 'no', and key 'training.compile' to true"
+        )
+    for variable, name in (
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
+    ):
+        if _is_on(variable):
+            raise InputError(f"the Accelerate config asks for {name}; use one of recipes/accelerate/*.yaml")
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    accumulation = int(accumulation) if accumulation.isdigit() else 1
+    backend, settings, checkpointing = None, {}, False
+    if _is_on("ACCELERATE_USE_FSDP"):
+        backend, settings, checkpointing = _fsdp()
+    elif _is_on("ACCELERATE_USE_DEEPSPEED"):
+        backend, settings = _deepspeed()
+    elif "WORLD_SIZE" not in os.environ:
+        _check_launcher()
+    if precision == "fp16" and backend is not None:
+        raise InputError("the Accelerate config asks for mixed_precision fp16, which only goes with DDP here; choose bf16")
+    return Asked(backend, PRECISIONS[precision], max(1, accumulation), checkpointing, settings)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def _fsdp() -> tuple[str, dict, bool]:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "the Accelerate config asks for FSDP in its first version; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml"
+        )
+    if _is_on("FSDP_OFFLOAD_PARAMS"):
+        raise InputError("the Accelerate config asks for fsdp_offload_params; these networks are small: set it to false")
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.transformer_cls_names_to_wrap:
+        raise InputError(
+            "the Accelerate config names fsdp_transformer_layer_cls_to_wrap; networks are divided by block here: leave it out"
+        )
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "")
+    settings = {"reshard_after_forward": bool(plugin.reshard_after_forward), "min_params": plugin.min_num_params or MIN_PARAMS}
+    if policy == "NO_WRAP":
+        settings["min_params"] = float("inf")
+    return "fsdp2", settings, bool(plugin.activation_checkpointing)
+
+
+def _deepspeed() -> tuple[str, dict]:
+    plugin = DeepSpeedPlugin()
+    asked = plugin.deepspeed_config
+    zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
+    if (stage := zero.get("stage")) not in (1, 2, 3):
+        raise InputError(f"the Accelerate config asks for zero_stage {stage}; choose 1, 2 or 3, or recipes/accelerate/ddp.yaml")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.pop(key, None) or {}).get("device", "none") != "none":
+            raise InputError(f"the Accelerate config asks for DeepSpeed's {key}; these networks are small: set its device to none")
+    clipping = asked.get("gradient_clipping", "auto")
+    if clipping not in ("auto", 0, 0.0, None):
+        raise InputError(
+            f"the Accelerate config asks for gradient_clipping {clipping}; leave it out, and set keys "
+            "'phases.*.optimizer.clip_norm' and 'architecture.optimizer.clip_norm'"
+        )
+    if named := [key for key in ("optimizer", "scheduler") if key in asked]:
+        raise InputError(f"the DeepSpeed configuration has its own {' and '.join(named)}; the recipe has that: leave it out")
+    known = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "comms_logger"}
+    configuration = {key: value for key, value in asked.items() if key in known and value != "auto"}
+    # Sizes of batches only matter to its log: a step is one call, whatever it is made of.
+    configuration |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 2**62}
+    configuration |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    return f"zero{stage}", {"deepspeed": configuration}
+
+
+def _check_launcher() -> None:
+    """Raise InputError if this process is alone because Accelerate let go of what its config asks for: with use_cpu it starts one
+    process without a word, whatever else is said there."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return
+    if not _is_on("ACCELERATE_USE_CPU") or "launch" not in words:
+        return
+    path = next(
+        (words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config_file", "--config-file")), default_yaml_config_file
+    )
+    if not Path(path).is_file():
+        return
+    config = load_config_from_file(path)
+    kind, processes = str(getattr(config.distributed_type, "value", config.distributed_type)), config.num_processes or 1
+    if kind in ("FSDP", "DEEPSPEED") or processes > 1:
+        needed = kind if kind in ("FSDP", "DEEPSPEED") else "MULTI_GPU"
+        raise InputError(
+            f"{path} asks for {kind} with {processes} processes, but with use_cpu Accelerate starts a single one without it; set "
+            f"use_cpu: false and distributed_type: {needed}, since whether there is a GPU is found out here"
+        )

@@ -1,0 +1,38 @@
+"""How the tests start real processes under `accelerate launch`, with the configs that ship."""
+
+import os
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+
+def execute(*command, timeout: float = 280, **environment) -> subprocess.CompletedProcess:
+    command = [str(word) for word in command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def launch(backend: str, processes: int, *command, **environment) -> subprocess.CompletedProcess:
+    """Run a script, or -m MODULE, on so many processes; `single` is without any launcher."""
+    start = [sys.executable]
+    if backend != "single":
+        start += ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml"]
+        start += ["--num_processes", processes]
+    return execute(*start, *command, **environment)
+
+
+def succeed(found: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-6000:]
+    return found
+
+
+def trajectories(backend: str, processes: int, cases: list[str], out) -> dict[str, dict[str, torch.Tensor]]:
+    """Of each case, by the name of what is compared."""
+    succeed(launch(backend, processes, "tests/distributed/trajectory_on_ranks.py", out, *cases))
+    found: dict[str, dict[str, torch.Tensor]] = {case: {} for case in cases}
+    for name, tensor in load_file(out).items():
+        case, _, name = name.partition("/")
+        found[case][name] = tensor
+    return found

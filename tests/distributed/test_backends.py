@@ -1,0 +1,86 @@
+"""One trajectory on every backend: pretrain, alternating search, prune, compaction and finetune, in float32."""
+
+import itertools
+
+import pytest
+import torch
+from launching import trajectories
+
+BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+NETWORKS = ["vgg_digits", "resnet_digits", "supernet_digits"]
+RATIOS = ["1:1", "2:1", "0:1"]
+# With fixed statistics a batch may be divided as one likes.
+FIXED = [f"{network}:{ratio}:fixed" for network, ratio in itertools.product(NETWORKS, RATIOS)]
+BATCH = [f"{network}:1:1:batch" for network in NETWORKS]
+EXTRA = ["resnet_digits:1:1:fixed:clip:parts", "resnet_digits:1:1:batch:sync:checkpointing"]
+# The reduction of gradients in float32 sums in another order than one process does.
+TOLERANCE = 1e-6
+
+
+def plain(case: str) -> str:
+    """The case that it must equal: without what only divides the work otherwise."""
+    return ":".join(word for word in case.split(":") if word not in ("parts", "sync", "checkpointing"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Trajectories by (backend, processes), each launched once: all cases in one go."""
+    folder, done = tmp_path_factory.mktemp("trajectories"), {}
+
+    def find(backend: str, processes: int) -> dict:
+        key = backend, processes
+        if key not in done:
+            own = sorted({plain(case) for case in EXTRA}) if backend == "single" else EXTRA
+            cases = [*FIXED, *BATCH, *(case for case in own if case not in BATCH)]
+            done[key] = trajectories(backend, processes, cases, folder / f"{backend}-{processes}.safetensors")
+        return done[key]
+
+    return find
+
+
+def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Losses, and of each phase all weights and all momentum: relative to their norm. One tensor may be off by as much as a tenth
+    of all of its kind allows, since some have no gradient but rounding (a bias before BatchNorm)."""
+    assert ours.keys() <= reference.keys() and len(ours) > 50
+    kinds: dict[str, list[str]] = {}
+    for name in ours:
+        phase, _, rest = name.partition(".")
+        kinds.setdefault(name if rest in ("", "cross_entropy") else f"{phase}.{rest.partition('.')[0]}", []).append(name)
+    assert {"alpha", "00.cross_entropy", "search.momentum", "finetune.weights"} <= kinds.keys()
+    for kind, names in kinds.items():
+        whole = torch.cat([reference[name].double().flatten() for name in names]).norm()
+        for name in names:
+            off = (ours[name].double() - reference[name].double()).norm()
+            allowed = TOLERANCE * (reference[name].double().norm() + 0.1 * whole)
+            assert off <= allowed, f"{name}, of all {kind}: off by {off:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", FIXED + BATCH + EXTRA)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_process_equals_the_plain_one(found, backend, case):
+    compare(found(backend, 1)[case], found("single", 1)[plain(case)])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", FIXED + EXTRA)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes_equal_one_on_the_concatenated_batch(found, backend, case):
+    compare(found(backend, 2)[case], found("single", 1)[plain(case)])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", BATCH)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_two_processes_with_batch_statistics_of_their_own_equal_ddp(found, backend, case):
+    compare(found(backend, 2)[case], found("ddp", 2)[case])
+
+
+def test_in_double_precision_only_the_last_digits_differ(tmp_path):
+    """What float32 leaves open: BatchNorm over all processes, in parts and computed anew, on every network."""
+    cases = [f"{network}:2:1:batch:double" for network in NETWORKS]
+    one = trajectories("single", 1, cases, tmp_path / "one.safetensors")
+    two = trajectories("ddp", 2, [f"{case}:sync:checkpointing" for case in cases], tmp_path / "two.safetensors")
+    for case in cases:
+        for name, tensor in two[f"{case}:sync:checkpointing"].items():
+            torch.testing.assert_close(tensor, one[case][name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,0 +1,126 @@
+"""Run by test_backends on each process: pretrain, alternating search, prune and finetune, 12 steps on this process's part of fixed
+batches, for each case in turn.
+
+[accelerate launch ...] tests/distributed/trajectory_on_ranks.py OUT CASE...
+
+A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
+evaluation, so that a picture's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
+checkpointing and double.
+"""
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dnal_dist import compact, nets, schedule
+from dnal_dist.architecture import Architecture
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import SGD, Training
+from dnal_dist.steps import architecture_step, weight_step
+
+BATCH, DELTA = 12, 3.0
+STEPS = {"pretrain": 3, "search": 6, "finetune": 3}
+
+
+def fix_statistics(module: nn.Module, fixed: bool) -> None:
+    """BatchNorms of all networks to come normalise with their running statistics, in training too."""
+    _BatchNorm.train = (lambda norm, mode=True: nn.Module.train(norm, False)) if fixed else nn.Module.train
+
+
+def local(trained) -> list[torch.Tensor]:
+    """All that this process keeps of the weights and of their optimiser's state."""
+    optimizer = getattr(trained.optimizer, "optimizer", trained.optimizer)
+    found = [getattr(p, "ds_tensor", p) for p in trained.module.parameters()]
+    found += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    found += [p for group in optimizer.param_groups for p in group["params"]]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in found]
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
+    name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
+    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double"}
+    fix_statistics(nn.Module, statistics == "fixed")
+    torch.manual_seed(0)
+    net = nets.build(name)
+    for norm in net.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    dtype = torch.float64 if "double" in extras else torch.float32
+    net.to(dtype)
+    clip = 0.5 if "clip" in extras else None
+    sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
+    training = Training(sync_batchnorm="sync" in extras, activation_checkpointing="checkpointing" in extras)
+    parts = 3 if "parts" in extras and parallel.world_size == 1 else 2 if "parts" in extras else 1
+    architecture = Architecture(net.num_gates).to(dtype)
+    alphas = torch.optim.SGD(architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
+    share = BATCH // parallel.world_size
+    mine = slice(parallel.rank * share, (parallel.rank + 1) * share)
+    found, count, momentum, network = {}, 0, {}, net
+    for phase, steps in STEPS.items():
+        trained = parallel.wrap(network, sgd, momentum, training)
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(count)
+            images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine].to(dtype)
+            labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine]
+            trained.set_rate(0.02 / (1 + count))
+            weights = local(trained)
+            others = [architecture.alpha.detach().clone(), *(s["momentum_buffer"].clone() for s in alphas.state.values())]
+            if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
+                more = {"parts": parts, "clip_norm": clip}
+                outcome = architecture_step(
+                    trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, parallel.average_, **more
+                )
+                assert same(weights, local(trained)), f"{case}: weights moved while they rest"
+                assert all(p.grad is None for p in trained.module.parameters())
+            else:
+                gates = architecture.gates(DELTA) if phase == "search" else None
+                outcome = weight_step(trained, images, labels, share, gates, parts)
+                after = [architecture.alpha.detach(), *(s["momentum_buffer"] for s in alphas.state.values())]
+                assert same(others, after), f"{case}: alpha moved while it rests"
+                assert not same(weights, local(trained))
+            found[f"{count:02d}.cross_entropy"] = parallel.sum_(outcome.cross_entropy.clone())
+            count += 1
+        with trained.gathered() as momentum:
+            # As evaluation leaves it.
+            network.eval()
+            momentum = {name: buffer.clone() for name, buffer in momentum.items()}
+            found |= {f"{phase}.momentum.{name}": buffer for name, buffer in momentum.items()}
+            found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
+            if "sync" in extras or parallel.world_size == 1:
+                found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
+        trained.close()
+        if phase == "search":
+            found["alpha"] = architecture.alpha.detach().clone()
+            # Between two alphas that are well apart, so that the last bit of neither decides.
+            ordered = architecture.alpha.detach().sort().values
+            gaps = ordered.diff()[len(ordered) // 3 : len(ordered) // 2]
+            cut = len(ordered) // 3 + int(gaps.argmax())
+            keep = architecture.alpha.detach() > (ordered[cut] + ordered[cut + 1]) / 2
+            keep, _ = compact.rescue(net, keep, architecture.alpha.detach())
+            parallel.agree("the keep mask", net.by_site(keep))
+            network, momentum = compact.compact(net, keep), {}
+    return found
+
+
+def main(out: str, cases: list[str]) -> None:
+    parallel = Parallel()
+    found = {}
+    for case in cases:
+        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(parallel, case).items()}
+    if parallel.main:
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": parallel.backend})
+    parallel.close()
+    parallel.leave(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
