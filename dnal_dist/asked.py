@@ -1,5 +1,5 @@
-"""What the user's Accelerate config asks for, and what of it cannot be had. Only the environment that the launcher makes of the config
-is looked at; nothing is started."""
+"""What the user's Accelerate config asks for, and what of it cannot be had. Only the environment that the launcher makes of it is
+looked at; nothing is started."""
 
 import os
 from pathlib import Path
@@ -110,7 +110,7 @@ def _deepspeed() -> tuple[str, dict]:
 
 
 def _check_launcher() -> None:
-    """Raise InputError if this process is alone because Accelerate let go of what its config asks for: with use_cpu it starts one
+    """Raise InputError if this process is alone because Accelerate let go of what its config asks for: with --cpu it starts one
     process without a word, whatever else is said there."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
@@ -126,8 +126,7 @@ def _check_launcher() -> None:
     config = load_config_from_file(path)
     kind, processes = str(getattr(config.distributed_type, "value", config.distributed_type)), config.num_processes or 1
     if kind in ("FSDP", "DEEPSPEED") or processes > 1:
-        needed = kind if kind in ("FSDP", "DEEPSPEED") else "MULTI_GPU"
         raise InputError(
-            f"{path} asks for {kind} with {processes} processes, but with use_cpu Accelerate starts a single one without it; set "
-            f"use_cpu: false and distributed_type: {needed}, since whether there is a GPU is found out here"
+            f"{path} asks for {kind} with {processes} processes, but with --cpu Accelerate starts a single one without it; leave --cpu "
+            "out, since whether there is a GPU is found out here"
         )

@@ -63,6 +63,8 @@ class Parallel:
             kind = "nccl" if on_gpu else "gloo"
             torch.distributed.init_process_group(kind, store=store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT)
         fp16 = self.asked.dtype == torch.float16
+        self.precision = str(self.asked.dtype).removeprefix("torch.")
+        """Of convolutions and activations; all else is float32."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
     def wrap(self, network: nn.Module, sgd, momentum: dict[str, Tensor], training) -> Trained:
@@ -95,7 +97,8 @@ class Parallel:
             if share % asked or share // asked > limit:
                 raise InputError(
                     f"the Accelerate config asks for gradient_accumulation_steps {asked}, which does not divide the {share} "
-                    f"pictures of a process into equal parts of at most {limit}; leave it out and set key 'data.per_device_batch_limit'"
+                    f"pictures of a process into equal parts of at most {limit}; leave it out and set key "
+                    "'data.per_device_batch_limit'"
                 )
             return asked
         return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)

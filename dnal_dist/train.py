@@ -108,7 +108,8 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size, pin)
     val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size, pin)
     _refuse_search_without_architecture(settings, train.steps_per_epoch)
-    _try_network(network, data, data.global_batch // world_size)
+    parts = parallel.parts(data)
+    _try_network(network, data, data.global_batch // world_size // parts)
     # Raises if the target is out of reach.
     budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
@@ -166,6 +167,7 @@ def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> N
 
 def _tell(run: phases.Run, resumed: bool) -> None:
     parallel, track, train, image_size = run.parallel, run.track, run.train, run.recipe.data.image_size
+    parts, batch = parallel.parts(run.recipe.data), run.recipe.data.global_batch
     full = cost.both_rules(run.supernet, image_size)
     versions = {"python": platform.python_version()}
     for name in ("dnal-dist", "torch", "torchvision", "accelerate", "webdataset"):
@@ -178,6 +180,8 @@ def _tell(run: phases.Run, resumed: bool) -> None:
         resumed=resumed,
         world_size=parallel.world_size,
         backend=parallel.backend,
+        precision=parallel.precision,
+        accumulation=parts,
         device=_device_name(parallel.device),
         train_samples=train.samples,
         val_samples=run.val.samples,
@@ -191,8 +195,11 @@ def _tell(run: phases.Run, resumed: bool) -> None:
         f"{run.recipe.name}: {run.recipe.model.name}, {full['exact']['macs'] / 1e6:,.2f} M multiply-adds, "
         f"{run.supernet.num_gates} gates; "
         f"{train.samples} training and {run.val.samples} validation pictures, {train.steps_per_epoch} steps of "
-        f"{run.recipe.data.global_batch} an epoch ({train.dropped} pictures left over); "
+        f"{batch} an epoch ({train.dropped} pictures left over); "
         f"{parallel.world_size} process{'es' if parallel.world_size > 1 else ''} on {_device_name(parallel.device)}"
+        + (f", {parallel.backend}" if parallel.world_size > 1 else "")
+        + (f", {parallel.precision}" if parallel.precision != "float32" else "")
+        + (f", {batch // parallel.world_size} pictures each in {parts} parts" if parts > 1 else "")
     )
     if resumed:
         track.say(f"resumed in {run.phase} after {run.step} steps ({run.global_step} in all)")

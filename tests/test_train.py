@@ -166,9 +166,10 @@ def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
 def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
     run = run_here(digits, tmp_path, *FEW)
     phases.pretrain(run, run.train.batches())
-    _, optimizer = phases.weights_of(run, run.recipe.phases.search.optimizer)
-    for (name, _), state in zip(run.supernet.named_parameters(), optimizer.state.values(), strict=True):
-        assert torch.equal(state["momentum_buffer"], run.momentum[name])
+    search = run.parallel.wrap(run.network, run.recipe.phases.search.optimizer, run.momentum, run.recipe.training)
+    with search.gathered() as momentum:
+        assert momentum.keys() == run.momentum.keys() == dict(run.supernet.named_parameters()).keys()
+        assert all(torch.equal(momentum[name], buffer) for name, buffer in run.momentum.items())
 
 
 def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):

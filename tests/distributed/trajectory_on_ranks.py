@@ -8,7 +8,9 @@ evaluation, so that a picture's output does not depend on the rest of its batch)
 checkpointing and double.
 """
 
+import gc
 import sys
+import weakref
 
 import torch
 from safetensors.torch import save_file
@@ -97,7 +99,11 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
             found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
             if "sync" in extras or parallel.world_size == 1:
                 found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
+        held = [weakref.ref(tensor) for tensor in (*trained.module.parameters(), *trained.module.buffers())]
+        held += [weakref.ref(tensor) for state in trained.optimizer.state.values() for tensor in state.values()]
         trained.close()
+        gc.collect()
+        assert not [ref for ref in held if ref() is not None], f"{case}: the wrap of {phase} is still in memory"
         if phase == "search":
             found["alpha"] = architecture.alpha.detach().clone()
             # Between two alphas that are well apart, so that the last bit of neither decides.

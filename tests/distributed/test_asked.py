@@ -1,0 +1,148 @@
+"""What the user's Accelerate config asks for is done, or refused with the remedy."""
+
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+from launching import execute, launch, succeed
+
+from dnal_dist.asked import asked
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import Data, InputError
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+def configured(monkeypatch, tmp_path, change: dict) -> None:
+    for name, value in change.items():
+        if name == "ACCELERATE_DEEPSPEED_CONFIG_FILE":
+            (tmp_path / "ds.json").write_text(value)
+            value = str(tmp_path / "ds.json")
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "backend", "dtype"),
+    [
+        ({}, None, torch.float32),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, None, torch.bfloat16),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, None, torch.float16),
+        (FSDP, "fsdp2", torch.float32),
+        ({**FSDP, "ACCELERATE_MIXED_PRECISION": "bf16"}, "fsdp2", torch.bfloat16),
+        (ZERO, "zero2", torch.float32),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3", torch.float32),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": '{"zero_optimization": {"stage": 1}}'}, "zero1", torch.float32),
+    ],
+)
+def test_what_is_asked_is_understood(monkeypatch, tmp_path, change, backend, dtype):
+    configured(monkeypatch, tmp_path, change)
+    found = asked()
+    assert (found.backend, found.dtype, found.accumulation) == (backend, dtype, 1)
+
+
+def test_settings_of_fsdp2(monkeypatch):
+    for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}.items():
+        monkeypatch.setenv(name, value)
+    assert asked().settings == {"reshard_after_forward": False, "min_params": float("inf")}
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    monkeypatch.setenv("FSDP_MIN_NUM_PARAMS", "5000")
+    assert asked().settings["min_params"] == 5000
+
+
+def test_deepspeed_does_not_clip_unasked(monkeypatch):
+    """Its own default is a norm of 1."""
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    configuration = asked().settings["deepspeed"]
+    assert configuration["zero_optimization"]["stage"] == 2
+    assert not {"gradient_clipping", "optimizer", "scheduler"} & configuration.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, "first version; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "X"}, "leave it out"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage 0; choose 1, 2 or 3"),
+        ({**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer"),
+        ({**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, r"gradient_clipping 1\.0.*'architecture\.optimizer\.clip_norm'"),
+        (
+            {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}'},
+            "its own optimizer",
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "'training.compile'"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8; choose one of no, bf16, fp16"),
+        ({**FSDP, "ACCELERATE_MIXED_PRECISION": "fp16"}, "only goes with DDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(monkeypatch, tmp_path, change, told):
+    configured(monkeypatch, tmp_path, change)
+    with pytest.raises(InputError, match=told):
+        asked()
+
+
+SCRIPT = "from dnal_dist.parallel import Parallel; found = Parallel(); print('backend', found.backend, found.world_size)"
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
+def test_what_accelerate_silently_drops_is_refused(script, backend):
+    """With --cpu it starts a single process, and neither FSDP nor DeepSpeed."""
+    found = execute(*LAUNCHER, "--config_file", f"recipes/accelerate/{backend}.yaml", "--cpu", script)
+    assert found.returncode != 0
+    told = (
+        rf"{backend}\.yaml asks for \w+ with 2 processes, but with --cpu Accelerate starts a single one without it; leave --cpu out"
+    )
+    assert re.search(told, found.stderr), found.stderr[-2000:]
+
+
+def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):
+    with open("recipes/accelerate/fsdp2.yaml") as file:
+        config = {**yaml.safe_load(file), "use_cpu": True, "num_processes": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "backend fsdp2 1" in succeed(execute(*LAUNCHER, "--config_file", tmp_path / "config.yaml", script)).stdout
+
+
+def test_a_users_own_default_config_is_taken(script, tmp_path):
+    """As `accelerate config default` writes it where there is no GPU."""
+    home = {"HF_HOME": str(tmp_path)}
+    code = "from accelerate.utils import write_basic_config; write_basic_config()"
+    succeed(execute(sys.executable, "-c", code, **home))
+    assert (tmp_path / "accelerate/default_config.yaml").exists()
+    assert "backend single 1" in succeed(execute(*LAUNCHER, script, **home)).stdout
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_one_process_too_is_on_the_backend_that_was_asked_for(script, backend):
+    assert f"backend {backend} 1" in succeed(launch(backend, 1, script)).stdout
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "accumulation", "parts"),
+    [(64, None, 1, 1), (64, 64, 1, 1), (64, 10, 1, 8), (60, 16, 1, 4), (64, 40, 2, 2), (7, 3, 1, 7)],
+)
+def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
+    parallel = Parallel()
+    parallel.asked = parallel.asked._replace(accumulation=accumulation)
+    data = Data(train="t", val="v", image_size=8, global_batch=batch, per_device_batch_limit=limit)
+    assert parallel.parts(data) == parts
+
+
+@pytest.mark.parametrize(("limit", "accumulation"), [(None, 3), (8, 2)])
+def test_parts_that_do_not_fit_are_refused(limit, accumulation):
+    parallel = Parallel()
+    parallel.asked = parallel.asked._replace(accumulation=accumulation)
+    data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)
+    with pytest.raises(InputError, match=r"gradient_accumulation_steps \d.*'data\.per_device_batch_limit'"):
+        parallel.parts(data)
