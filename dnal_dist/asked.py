@@ -116,7 +116,7 @@ def _check_launcher() -> None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return
-    if not _is_on("ACCELERATE_USE_CPU") or "launch" not in words:
+    if not _is_on("ACCELERATE_USE_CPU") or not any(word.endswith("launch") for word in words):
         return
     path = next(
         (words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config_file", "--config-file")), default_yaml_config_file
@@ -127,6 +127,6 @@ def _check_launcher() -> None:
     kind, processes = str(getattr(config.distributed_type, "value", config.distributed_type)), config.num_processes or 1
     if kind in ("FSDP", "DEEPSPEED") or processes > 1:
         raise InputError(
-            f"{path} asks for {kind} with {processes} processes, but with --cpu Accelerate starts a single one without it; leave --cpu "
-            "out, since whether there is a GPU is found out here"
+            f"{path} asks for {kind} with {processes} processes, but with --cpu Accelerate starts a single one without it; "
+            "leave --cpu out, since whether there is a GPU is found out here"
         )
