@@ -203,8 +203,12 @@ class Zero(Trained):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        asked = self.options.settings["deepspeed"]
+        # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
+        size = sum(p.numel() for p in self.module.parameters())
+        zero = {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size, **asked["zero_optimization"]}
         # DeepSpeed clips to a norm of 1 where nothing is said.
-        configuration = {**self.options.settings["deepspeed"], "gradient_clipping": self.clip_norm or 0.0}
+        configuration = {**asked, "zero_optimization": zero, "gradient_clipping": self.clip_norm or 0.0}
         configuration |= {"bf16": {"enabled": self.options.dtype == torch.bfloat16}}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=configuration)
         self.stage, self.stepped = self.engine.zero_optimization_stage(), False
