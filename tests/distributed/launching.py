@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 
-def execute(*command, timeout: float = 280, **environment) -> subprocess.CompletedProcess:
+def execute(*command, timeout: float = 900, **environment) -> subprocess.CompletedProcess:
     command = [str(word) for word in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)

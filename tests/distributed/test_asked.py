@@ -12,6 +12,8 @@ from dnal_dist.asked import asked
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Data, InputError
 
+pytestmark = pytest.mark.timeout(1000)
+
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from launching import trajectories
 
+# Each launch takes all cases; a busy machine may need minutes for one.
+pytestmark = pytest.mark.timeout(1000)
+
 BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 NETWORKS = ["vgg_digits", "resnet_digits", "supernet_digits"]
 RATIOS = ["1:1", "2:1", "0:1"]
@@ -31,7 +34,8 @@ def found(tmp_path_factory):
         key = backend, processes
         if key not in done:
             own = sorted({plain(case) for case in EXTRA}) if backend == "single" else EXTRA
-            cases = [*FIXED, *BATCH, *(case for case in own if case not in BATCH)]
+            extra = [] if processes == 1 and backend != "single" else own
+            cases = [*FIXED, *BATCH, *(case for case in extra if case not in BATCH)]
             done[key] = trajectories(backend, processes, cases, folder / f"{backend}-{processes}.safetensors")
         return done[key]
 
@@ -55,21 +59,18 @@ def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -
             assert off <= allowed, f"{name}, of all {kind}: off by {off:.1e}, allowed {allowed:.1e}"
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", FIXED + BATCH + EXTRA)
+@pytest.mark.parametrize("case", FIXED + BATCH)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_process_equals_the_plain_one(found, backend, case):
     compare(found(backend, 1)[case], found("single", 1)[plain(case)])
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", FIXED + EXTRA)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_processes_equal_one_on_the_concatenated_batch(found, backend, case):
     compare(found(backend, 2)[case], found("single", 1)[plain(case)])
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", BATCH)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_two_processes_with_batch_statistics_of_their_own_equal_ddp(found, backend, case):

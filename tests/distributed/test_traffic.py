@@ -8,6 +8,8 @@ from launching import launch, succeed
 
 from dnal_dist import nets, plan
 
+pytestmark = pytest.mark.timeout(1000)
+
 CASES = ["vgg_digits:1", "supernet_digits:1", "vgg_digits:2"]
 
 

@@ -1,6 +1,9 @@
 """Two real processes over gloo: how they talk."""
 
+import pytest
 from launching import launch, succeed
+
+pytestmark = pytest.mark.timeout(1000)
 
 
 def test_what_is_equal_afterwards():
