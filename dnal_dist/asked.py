@@ -10,10 +10,9 @@ import torch
 from accelerate.commands.config.config_args import default_yaml_config_file, load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
+from dnal_dist.backends import MIN_PARAMS
 from dnal_dist.recipe import InputError
 
-# Blocks with fewer parameters are gathered together by FSDP2: each collective costs more time than they do.
-MIN_PARAMS = 100_000
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -26,6 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
 
+# Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
+MIN_PARAMS = 100_000
+
 
 class Options(NamedTuple):
     """What all phases of a run are wrapped with."""
@@ -264,7 +267,22 @@ class Zero(Trained):
 
     def close(self):
         self.engine.destroy()
+        if self.stage == 3:
+            _forget_stage_3()
         super().close()
+
+
+def _forget_stage_3() -> None:
+    """Empty what DeepSpeed keeps for all engines of a process, or they would stay in memory: the modules of the last forward pass, and
+    a cache of a method's results."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 class _WithGradients(torch.autograd.Function):

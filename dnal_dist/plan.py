@@ -1,374 +1,417 @@
-"""What a recipe needs on every backend before a GPU is spent on it: memory for each process, bytes for each step, and the gradient
-accumulation that fits. Nothing of the network is allocated.
+"""What a recipe needs of memory and of the network between processes, for each backend, before anything is started.
 
-python -m dnal_dist.plan recipes/proxyless.yaml --ranks 64 --device-memory 80GB
+python -m dnal_dist.plan recipes/proxyless.yaml --ranks 64 --device-memory 80GB     what a rank keeps, what a step sends, what fits
+python -m dnal_dist.plan recipes/proxyless.yaml --docs docs/distributed.md           write the table of what steps send
+
+Everything is computed on meta tensors, which have a shape and no memory. Backends are configured as in recipes/accelerate.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import copy
 import json
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from itertools import accumulate
-from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets, recipe
-from dnal_dist.backends import segments
+from dnal_dist.backends import MIN_PARAMS, segments
 from dnal_dist.nets import GatedNetwork
-from dnal_dist.recipe import InputError
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
-# The rest is for the allocator's fragments, the libraries' workspaces and the batches that wait.
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+# The rest is for what is not counted: workspaces of kernels, gradients of activations, fragmentation.
 USABLE = 0.9
-# Blocks that FSDP2 gathers by themselves, and parameters that ZeRO-3 shares out, have at least as many numbers.
-FSDP_MIN_PARAMS = ZERO_MIN_PARAMS = 100_000
-# DDP sends a bucket as soon as it holds so many bytes.
-DDP_BUCKETS = (2**20, 25 * 2**20)
+# DistributedDataParallel closes its first bucket at the first of these many bytes, so that sending begins early.
+BUCKETS = (2**20, 25 * 2**20)
+# Parameters up to this many elements stay on every rank under ZeRO-3 (DeepSpeed's stage3_param_persistence_threshold).
+PERSISTENT = 100_000
+UNITS = {f"{prefix}{end}": base**power for end, base in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", 1)}
+MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
+RANKS_IN_DOCS = (2, 8, 64, 1024)
 
 Operations = list[tuple[str, int]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one process, those of the process that has the most."""
+class Memory(NamedTuple):
+    """Bytes that one rank keeps whatever its batch, the most of any rank."""
 
     parameters: int
     gradients: int
-    """After the backward pass."""
+    """Between the backward pass and the optimiser's step."""
     optimizer: int
-    """Momentum, and under ZeRO the float32 weights that it moves."""
+    """Momentum, and ZeRO's copy of the weights in float32."""
+    other: int
+    """Alpha with its gradient and momentum, and BatchNorm's running statistics."""
     working: int
-    """Weights that are gathered for a while, and buckets of gradients."""
-    beside: int
-    """Alpha with its gradient and momentum, and BatchNorm's statistics."""
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.working + self.beside
+    """Gathered parameters, buckets of gradients, what is summed up where a share is taken in parts. Estimated."""
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass of a weight step in the search keeps for the backward pass."""
+    """Bytes that the forward pass of a weight step keeps for its backward pass: `fixed`, and `each` for each picture."""
 
-    picture: int
-    """For each picture of a part."""
-    constant: int
-
-
-def _fsdp_groups(net: nn.Module, min_params: int) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
-    """Parameters of the blocks that are gathered by themselves, in forward order, and those of the root."""
-    blocks = [[p for module in segment for p in module.parameters()] for segment in segments(net)]
-    blocks = [block for block in blocks if sum(p.numel() for p in block) >= min_params]
-    taken = {id(p) for block in blocks for p in block}
-    return blocks, [p for p in net.parameters() if id(p) not in taken]
+    fixed: int
+    each: int
 
 
-def _rows(p: nn.Parameter, ranks: int) -> int:
-    """Numbers of the largest share of a parameter that is divided along its first dimension."""
-    return ceil(p.shape[0] / ranks) * prod(p.shape[1:])
+def _ceil(number: int, ranks: int) -> int:
+    return -(-number // ranks)
 
 
-def _whole(numbers: int, ranks: int) -> int:
-    """Numbers, padded to equal shares."""
-    return ceil(numbers / ranks) * ranks
+def _sizes(net: nn.Module) -> list[int]:
+    return [p.numel() for p in net.parameters()]
+
+
+def _groups(net: nn.Module, ranks: int) -> list[int]:
+    """Elements that a rank keeps of each of FSDP2's groups, the root's first: whole rows, as many as the first rank has."""
+    inner = [{p for module in segment for p in module.parameters()} for segment in segments(net)]
+    inner = [group for group in inner if sum(p.numel() for p in group) >= MIN_PARAMS]
+    root = set(net.parameters()).difference(*inner)
+    return [sum(_ceil(p.shape[0], ranks) * (p.numel() // p.shape[0]) for p in group) for group in (root, *inner)]
+
+
+def _on_meta(net: GatedNetwork, dtype: torch.dtype = torch.float32) -> GatedNetwork:
+    """A copy without memory. In bfloat16 its statistics stay as they are, like on every backend."""
+    known = {id(t): t for t in (*net.parameters(), *net.buffers())}
+    empty = {key: torch.empty_like(t, device="meta") for key, t in known.items()}
+    copied = copy.deepcopy(net, {key: nn.Parameter(t) if isinstance(known[key], nn.Parameter) else t for key, t in empty.items()})
+    copied.to(dtype)
+    for norm in copied.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
+    return copied.train()
+
+
+def _images(net: GatedNetwork, image_size: int, pictures: int) -> Tensor:
+    return torch.empty(pictures, 3, image_size, image_size, device="meta", dtype=next(net.parameters()).dtype)
+
+
+def _loss(net: GatedNetwork, images: Tensor) -> Tensor:
+    """Of a weight step in the search, on the meta device."""
+    labels = torch.empty(len(images), device="meta", dtype=torch.long)
+    return F.cross_entropy(net(images, torch.empty(net.num_gates, device="meta")).float(), labels, reduction="sum")
+
+
+def _buckets(net: GatedNetwork, image_size: int) -> list[int]:
+    """Bytes of DistributedDataParallel's buckets from the second step on: in the order in which gradients are there."""
+    net, arrived = _on_meta(net), []
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: arrived.append(4 * p.numel()))
+    _loss(net, _images(net, image_size, 2)).backward()
+    buckets = [0]
+    for number, size in enumerate(arrived, 1):
+        buckets[-1] += size
+        if buckets[-1] >= BUCKETS[min(len(buckets), len(BUCKETS)) - 1] and number < len(arrived):
+            buckets.append(0)
+    return buckets
 
 
 def traffic(
-    net: GatedNetwork, backend: str, ranks: int, item: int = 4, min_params: int = FSDP_MIN_PARAMS, reshard: bool = True
+    net: GatedNetwork, backend: str, ranks: int, image_size: int, precision: str = "no", parts: int = 1
 ) -> tuple[Operations, Operations]:
-    """What a weight step and an architecture step communicate: (operation, bytes of the tensor that it is about), in order.
+    """What a weight step and an architecture step of the search communicate on pictures of image_size x image_size: (operation,
+    bytes) as parallel.Traffic notes them, in no particular order.
 
-    item: bytes of a number in computing, 2 with bf16. min_params, reshard: FSDP2's settings. Where there is one process, the same
-    operations take place and nothing leaves it, but for DDP, which is left out then.
+    precision: no or bf16. parts: the share of a rank is taken in so many. Without sync_batchnorm and clip_norm, which add to it. A
+    single process sends nothing to another; ZeRO calls its reductions all the same.
     """
-    sizes = [p.numel() for p in net.parameters()]
-    alpha = [("all-reduce", 4 * net.num_gates)] if ranks > 1 else []
+    low, together = PRECISIONS[precision].itemsize, ranks > 1
+    alpha = [("all-reduce", 4 * net.num_gates)] * together
     if backend == "ddp":
-        return ([("all-reduce", 4 * bucket) for bucket in _buckets(sizes)] if ranks > 1 else []), alpha
+        return [("all-reduce", size) for size in _buckets(net, image_size)] if together else [], alpha
     if backend == "fsdp2":
-        blocks, root = _fsdp_groups(net, min_params)
-        groups = [block for block in (root, *blocks) if block]
-        padded = [sum(_rows(p, ranks) * ranks for p in group) for group in groups]
-        again = padded[1 if root else 0 :] if reshard else []
-        gathers = [("all-gather", item * numbers) for numbers in padded + again[::-1]]
-        # Gradients are reduced in float32.
-        return gathers + [("reduce-scatter", 4 * numbers) for numbers in padded[::-1]], gathers + alpha
-    if backend in ("zero1", "zero2"):
-        # Shares begin where collectives are fast: at an even number.
-        padded = _whole(sum(sizes), 2 * ranks)
-        return [("all-reduce", item * sum(sizes)), ("all-reduce", 4), ("all-gather", item * padded)], alpha
-    if backend != "zero3":
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    padded = [_whole(size, ranks) for size in sizes]
-    gathers = [("all-gather", item * numbers) for size, numbers in zip(sizes, padded, strict=True) if size >= ZERO_MIN_PARAMS]
-    kept = [("all-gather", item * numbers) for size, numbers in zip(sizes, padded, strict=True) if size < ZERO_MIN_PARAMS]
-    return [*gathers, ("reduce-scatter", item * sum(padded)), ("all-reduce", 8), *kept], gathers + alpha
+        root, *inner = (ranks * rows for rows in _groups(net, ranks))
+        # The root stays gathered until its backward pass; the others are gathered for it a second time.
+        gathers = [("all-gather", low * size) for size in (root, *inner, *inner) if size] * parts * together
+        return [*gathers, *(("reduce-scatter", 4 * size) for size in (root, *inner) if size and together)], [*gathers, *alpha]
+    if backend == "zero3":
+        small, large = _persistent(net, ranks)
+        gathers = [("all-gather", low * sum(large))] * parts * (together and bool(large))
+        reduced = [("reduce-scatter", low * sum(small + large)), ("all-reduce", 8)]
+        return [*gathers, *reduced, *(("all-gather", low * size) for size in small if together)], [*gathers, *alpha]
+    total = sum(_sizes(net))
+    # In bfloat16 it also asks whether a gradient is infinite: one byte.
+    reduced = [("all-reduce", low * total), ("all-reduce", 4), *[("all-reduce", 1)] * (precision == "bf16")]
+    return [*reduced, *[("all-gather", low * _in_zero(total, ranks) * ranks)] * together], alpha
 
 
-def _buckets(sizes: list[int]) -> Iterator[int]:
-    """Numbers in each of DDP's buckets; gradients come last layer first."""
-    held, limits = 0, list(DDP_BUCKETS)
-    for size in reversed(sizes):
-        held += size
-        if 4 * held >= limits[0]:
-            yield held
-            held, limits = 0, limits[1:] or limits
-    if held:
-        yield held
+def _persistent(net: nn.Module, ranks: int) -> tuple[list[int], list[int]]:
+    """Elements of the parameters that stay gathered under ZeRO-3 and of the others, as gathers have them."""
+    sizes = _sizes(net)
+    padded = [_ceil(size, ranks) * ranks for size in sizes]
+    both = list(zip(sizes, padded, strict=True))
+    return [more for size, more in both if size <= PERSISTENT], [more for size, more in both if size > PERSISTENT]
 
 
-def memory(
-    net: GatedNetwork, backend: str, ranks: int, item: int = 4, min_params: int = FSDP_MIN_PARAMS, reshard: bool = True
-) -> Memory:
-    """Of the gated network without its activations; see `traffic` for the arguments."""
-    sizes = [p.numel() for p in net.parameters()]
-    numbers = sum(sizes)
-    # Alpha, its gradient and its momentum, and BatchNorm's statistics are whole everywhere.
-    beside = 3 * 4 * net.num_gates + sum(b.numel() * b.element_size() for b in net.buffers())
+def _in_zero(total: int, ranks: int) -> int:
+    """Elements of a rank's share under ZeRO-1 and 2, which is even (nccl_start_alignment_factor)."""
+    return 2 * _ceil(total, 2 * ranks)
+
+
+def _touched(net: nn.Module, ranks: int) -> int:
+    """Elements of all parameters that a rank's share under ZeRO-1 and 2 has a part of, the most of any rank: their gradients are
+    kept whole."""
+    share, start, touched = _in_zero(sum(_sizes(net)), ranks), 0, Counter()
+    for size in _sizes(net):
+        for rank in range(start // share, _ceil(start + size, share)):
+            touched[rank] += size
+        start += size
+    return max(touched.values())
+
+
+def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", parts: int = 1) -> Memory:
+    """What one of so many ranks keeps beside pictures and activations."""
+    low, total = PRECISIONS[precision].itemsize, sum(_sizes(net))
+    other = 12 * net.num_gates + sum(b.numel() * b.element_size() for b in net.buffers())
     if backend == "ddp":
-        # Autocast keeps a copy of the weights for a step.
-        return Memory(4 * numbers, 4 * numbers, 4 * numbers, numbers * item if item < 4 else 0, beside)
+        # Autocast keeps its copies of what convolutions and Linear layers take.
+        cast = sum(p.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in m.parameters())
+        return Memory(4 * total, 4 * total, 4 * total, other, low * cast * (precision != "no"))
     if backend == "fsdp2":
-        blocks, root = _fsdp_groups(net, min_params)
-        shares = 4 * sum(_rows(p, ranks) for p in net.parameters())
-        gathered = sorted((sum(_rows(p, ranks) * ranks for p in block) for block in blocks), reverse=True)
-        held = sum(_rows(p, ranks) * ranks for p in root) + sum(gathered[:2] if reshard else gathered)
-        # A block's gradient is there in full until it is reduced.
-        working = item * held + 4 * max([*gathered, sum(p.numel() for p in root)])
-        return Memory(shares, shares, shares, working, beside)
-    share = _whole(numbers, 2 * ranks) // ranks
-    if backend in ("zero1", "zero2"):
-        return Memory(item * numbers, item * _touched(sizes, share), 8 * share, item * numbers, beside)
-    shares = sum(_whole(size, ranks) // ranks for size in sizes)
-    kept = sum(size for size in sizes if size < ZERO_MIN_PARAMS)
-    return Memory(item * (shares + kept), item * shares, 8 * shares, item * (2 * numbers - kept), beside)
+        share = 4 * sum(_groups(net, ranks))
+        root, *inner = (ranks * rows for rows in _groups(net, ranks))
+        largest = max(inner, default=0)
+        # The group at work and the next one, gradients in the same precision, and those that are being sent.
+        working = low * (2 * root + 3 * largest) + 4 * max(root, largest)
+        return Memory(share, share, share, other, working + 4 * total * (parts > 1))
+    # The bucket that gradients are reduced in is as large as the network.
+    working = low * total + 2 * low * total * (parts > 1)
+    if backend == "zero3":
+        small, large = _persistent(net, ranks)
+        share, together = (sum(small) + sum(large)) // ranks, ranks > 1
+        return Memory(low * (share + together * sum(small)), low * share, 8 * share, other, working + low * together * sum(large))
+    share = _in_zero(total, ranks)
+    return Memory(low * share * ranks, low * _touched(net, ranks), 8 * share, other, working)
 
 
-def _touched(sizes: list[int], share: int) -> int:
-    """Numbers of all parameters that a process has any of, where each has `share` in a row: ZeRO keeps their gradients whole."""
-    ends = list(accumulate(sizes))
-    return max(
-        sum(size for size, end in zip(sizes, ends, strict=True) if end > first and end - size < first + share)
-        for first in range(0, ends[-1], share)
-    )
+def activations(net: GatedNetwork, image_size: int, precision: str = "no", checkpointing: bool = False) -> Activations:
+    """What a weight step of the search keeps for its backward pass, without the pictures themselves.
+
+    With activation checkpointing that is what lies between the units of the network, and the unit that keeps the most.
+    """
+    net = _on_meta(net, PRECISIONS[precision])
+    two, four = (_saved(net, image_size, pictures, checkpointing) for pictures in (2, 4))
+    return Activations(two - (four - two), (four - two) // 2)
 
 
-def activations(
-    model: recipe.Network, image_size: int, dtype: torch.dtype = torch.float32, checkpointing: bool = False
-) -> Activations:
-    """Measured on tensors without memory, with two batch sizes."""
-    two, four = (_saved(model, image_size, batch, dtype, checkpointing) for batch in (2, 4))
-    picture = (four - two) // 2
-    return Activations(picture, max(0, two - 2 * picture))
+def _saved(net: GatedNetwork, image_size: int, pictures: int, checkpointing: bool) -> int:
+    images = _images(net, image_size, pictures)
+    # Only a cast of the pictures comes on top of them.
+    others = [images] if images.dtype == torch.float32 else []
+    own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers(), *others)}
+    # Storages by unit; outside of units under None. They are held, so that none takes another's place.
+    found: dict[nn.Module | None, dict[int, torch.UntypedStorage]] = {None: {}}
+    within: list[nn.Module | None] = [None]
 
+    def note(tensor: Tensor, unit: nn.Module | None) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found.setdefault(unit, {})[storage._cdata] = storage
+        return tensor
 
-def _saved(model: recipe.Network, image_size: int, batch: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    with FakeTensorMode():
-        net = nets.build(model.name, model.num_classes, model.width).train()
-        own = {p.untyped_storage()._cdata for p in (*net.parameters(), *net.buffers())}
-        at: list[nn.Module | None] = [None]
-        # By storage: bytes, and the unit in which it was saved first.
-        kept: dict[int, tuple[int, nn.Module | None]] = {}
-        inputs: dict[int, int] = {}
+    def enter(unit: nn.Module, inputs: tuple) -> None:
+        if checkpointing:
+            note(inputs[0], None)
+            within.append(unit)
 
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept.setdefault(storage._cdata, (storage.nbytes(), at[0]))
-            return tensor
+    def leave(*_) -> None:
+        if checkpointing:
+            within.pop()
 
-        def enter(unit, arguments):
-            at[0] = unit
-            storage = arguments[0].untyped_storage()
-            inputs[storage._cdata] = storage.nbytes()
-
-        def leave(*_):
-            at[0] = None
-
+    with contextlib.ExitStack() as stack:
         for unit in net.units():
-            unit.register_forward_pre_hook(enter)
-            unit.register_forward_hook(leave)
-        images, gates = torch.empty(batch, 3, image_size, image_size), torch.empty(net.num_gates)
-        mixed = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
-            logits = net(images, gates)
-            nn.functional.cross_entropy(logits.float(), torch.zeros(batch, dtype=torch.long), reduction="sum")
-    if not checkpointing:
-        return sum(size for size, _ in kept.values())
-    # What lies between the units, their inputs, and one unit's inside at a time.
-    inside = Counter()
-    for size, unit in kept.values():
-        inside[unit] += size
-    outside = {key: size for key, (size, unit) in kept.items() if unit is None} | inputs
-    return sum(outside.values()) + max((size for unit, size in inside.items() if unit is not None), default=0)
+            stack.callback(unit.register_forward_pre_hook(enter).remove)
+            stack.callback(unit.register_forward_hook(leave).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: note(t, within[-1]), lambda t: t))
+        loss = _loss(net, images)
+    outside = found.pop(None)
+    size = {unit: sum(s.nbytes() for key, s in inside.items() if key not in outside) for unit, inside in found.items()}
+    del loss
+    return sum(s.nbytes() for s in outside.values()) + max(size.values(), default=0)
 
 
-class Fit(NamedTuple):
-    """Smallest number of parts in which a process can take its share of the global batch; None: not even picture by picture."""
-
-    parts: int | None
-    total: int
-    """Bytes with that many parts, or with one picture a part."""
-
-
-def fit(needed: Memory, kept: Activations, share: int, limit: int | None, available: int) -> Fit:
-    for parts in range(1, share + 1):
-        if share % parts or share // parts > (limit or share):
-            continue
-        total = needed.total + kept.constant + kept.picture * (share // parts)
-        if total <= USABLE * available:
-            return Fit(parts, total)
-    return Fit(None, needed.total + kept.constant + kept.picture)
-
-
-def size_of(text: str) -> int:
-    """Bytes of 80GB, 24GiB, 500MB. Raises InputError."""
-    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+def bytes_of(text: str) -> int:
+    """80GB, 24GiB or 500MB as bytes. Raises InputError for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
     if not found or not float(found[1]):
-        raise InputError(f"--device-memory: expected an amount such as 80GB, 24GiB or 500MB, found {text!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+        raise recipe.InputError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
-def plan(settings: recipe.Recipe, ranks: int, available: int, dtype: torch.dtype = torch.float32) -> dict:
-    """Everything that the command tells, for JSON. Raises InputError."""
-    data, model = settings.data, settings.model
-    if data.global_batch % ranks:
-        raise InputError(f"key 'data.global_batch': {data.global_batch} is no multiple of {ranks} processes; change it or --ranks")
-    item = 4 if dtype == torch.float32 else 2
+def _built(settings: recipe.Recipe) -> GatedNetwork:
+    model, size = settings.model, settings.data.image_size
+    with torch.device("meta"):
+        net = nets.build(model.name, model.num_classes, model.width)
     try:
-        with torch.device("meta"):
-            net = nets.build(model.name, model.num_classes, model.width)
-        kept = activations(model, data.image_size, dtype, settings.training.activation_checkpointing)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+        _loss(net, _images(net, size, 2))
     except RuntimeError as error:
-        raise InputError(
-            f"key 'data.image_size': the network cannot take {data.image_size} ({str(error).splitlines()[0]})"
-        ) from None
-    share, found = data.global_batch // ranks, {}
-    for backend in BACKENDS:
-        needed = memory(net, backend, ranks, item)
-        weight, architecture = traffic(net, backend, ranks, item)
-        fits = fit(needed, kept, share, data.per_device_batch_limit, available)
-        found[backend] = {
-            "memory": dataclasses.asdict(needed),
-            "total": fits.total,
-            "parts": fits.parts,
-            "weight_step": {"collectives": len(weight), "bytes": sum(size for _, size in weight)},
-            "architecture_step": {"collectives": len(architecture), "bytes": sum(size for _, size in architecture)},
-        }
-    facts = {"network": model.name, "image_size": data.image_size, "ranks": ranks, "precision": str(dtype).removeprefix("torch.")}
-    return {**facts, "share": share, "device_memory": available, "activations": kept._asdict(), "backends": found}
+        reason = str(error).splitlines()[0]
+        raise recipe.InputError(f"key 'data.image_size': {model.name} does not take pictures of {size}x{size} ({reason})") from None
+    return net
 
 
-def table(net: GatedNetwork, name: str, all_ranks: tuple[int, ...] = (2, 8, 64, 1024)) -> str:
-    """Collectives and bytes of each backend and step in Markdown, in float32."""
-    lines = [f"| {name}: backend | step | " + " | ".join(f"{ranks} processes" for ranks in all_ranks) + " |"]
-    lines.append("|---" * (2 + len(all_ranks)) + "|")
+def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, precision: str = "no") -> dict:
+    """By backend, what a rank keeps and what steps send if the share of a rank is taken in the fewest equal parts that fit.
+
+    device_memory: bytes of a device, of which USABLE are counted on; None: only data.per_device_batch_limit asks for parts. Raises
+    InputError if the global batch cannot be divided or the pictures are too small, ValueError for an unknown network.
+    """
+    data, checkpointing = settings.data, settings.training.activation_checkpointing
+    if ranks < 1:
+        raise recipe.InputError(f"--ranks {ranks}: expected at least 1")
+    if data.global_batch % ranks:
+        raise recipe.InputError(
+            f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {ranks} ranks; the nearest that "
+            f"can is {max(1, round(data.global_batch / ranks)) * ranks}"
+        )
+    net = _built(settings)
+    share, size = data.global_batch // ranks, data.image_size
+    usable, limit = math.inf if device_memory is None else USABLE * device_memory, data.per_device_batch_limit or share
+    kept, pictures = activations(net, size, precision, checkpointing), 12 * size**2 * share
+
+    def needed(backend: str, parts: int) -> dict[str, int]:
+        found = memory(net, backend, ranks, precision, parts)._asdict() | {"pictures": pictures}
+        found["activations"] = kept.fixed + kept.each * (share // parts)
+        return found | {"total": sum(found.values())}
+
+    def of(backend: str) -> dict:
+        # With one picture at a time last, which is told of if nothing fits.
+        parts = [p for p in range(1, share + 1) if share % p == 0 and share // p <= limit]
+        best = next((p for p in parts if needed(backend, p)["total"] <= usable), None)
+        shown = best or parts[-1]
+        steps = zip(("weight", "architecture"), traffic(net, backend, ranks, size, precision, shown), strict=True)
+        found = {"fits": best is not None, "parts": shown, "pictures_at_a_time": share // shown, "memory": needed(backend, shown)}
+        return found | {f"{step}_step": _counted(operations) for step, operations in steps}
+
+    facts = {"network": settings.model.name, "image_size": size, "parameters": sum(_sizes(net)), "gates": net.num_gates}
+    facts |= {"precision": precision, "activation_checkpointing": checkpointing, "ranks": ranks, "share": share}
+    return facts | {"device_memory": device_memory, "usable": USABLE, "backends": {backend: of(backend) for backend in BACKENDS}}
+
+
+def _counted(operations: Operations) -> dict:
+    kinds = {kind: [size for name, size in operations if name == kind] for kind in sorted({name for name, _ in operations})}
+    by_kind = {kind: {"collectives": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
+    return {"collectives": len(operations), "bytes": sum(size for _, size in operations), "by_operation": by_kind}
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, precision: str = "no") -> str:
+    """Collectives and bytes of each step as Markdown, a column for each number of ranks. Raises ValueError as `plan` does."""
+    net = _built(settings)
+    found = {(b, n): traffic(net, b, n, settings.data.image_size, precision) for b in BACKENDS for n in ranks}
+    lines = ["| backend | step | " + " | ".join(f"{n} ranks" for n in ranks) + " |", "|---|---|" + "---:|" * len(ranks)]
     for backend in BACKENDS:
         for number, step in enumerate(("weight", "architecture")):
-            cells = []
-            for ranks in all_ranks:
-                operations = traffic(net, backend, ranks)[number]
-                kinds = Counter(kind for kind, _ in operations)
-                total = sum(size for _, size in operations)
-                cells.append(f"{_short(total)}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
-            lines.append(f"| {backend} | {step} | " + " | ".join(cells) + " |")
+            counts = [_counted(found[backend, n][number]) for n in ranks]
+            cells = [f"{c['collectives']}: {_spaced(c['bytes'])}" for c in counts]
+            lines.append(f"| {backend} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _short(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-        size /= 1000
+def write(settings: recipe.Recipe, page: Path) -> None:
+    """Put the table between the marks of a Markdown page. Raises InputError if it has none."""
+    try:
+        before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+    except FileNotFoundError:
+        raise recipe.InputError(f"--docs {page}: no such page") from None
+    except (ValueError, IndexError):
+        raise recipe.InputError(
+            f"--docs {page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each and in this order"
+        ) from None
+    page.write_text(f"{before}{MARKS[0]}\n{table(settings)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def _write(page: Path, text: str) -> None:
-    before, marked, rest = page.read_text().partition(MARKS[0])
-    if not marked or MARKS[1] not in rest:
-        raise InputError(f"{page}: holds no place for the table, between {MARKS[0]} and {MARKS[1]}")
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+def _short(number: float) -> str:
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while number >= 999.5 and unit != "TB":
+        number, unit = number / 1000, next(units)
+    return f"{number:.3g} {unit}"
 
 
 def _tell(found: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "backend",
-        "weights",
-        "gradients",
-        "optimizer",
-        "working",
-        "parts",
-        "with activations",
-        "weight step",
-        "architecture step",
-    ):
-        rows.add_column(name, justify="left" if name == "backend" else "right", no_wrap=True)
-    for backend, one in found["backends"].items():
-        sizes = [_short(one["memory"][key]) for key in ("parameters", "gradients", "optimizer", "working")]
-        steps = [f"{_short(one[key]['bytes'])} in {one[key]['collectives']}" for key in ("weight_step", "architecture_step")]
-        parts = "does not fit" if one["parts"] is None else str(one["parts"])
-        rows.add_row(backend, *sizes, parts, _short(one["total"]), *steps)
     console = Console()
+    # Long lines wrap; cut numbers would be wrong numbers.
     console.width = max(console.width, 120)
-    picture = _short(found["activations"]["picture"])
-    size, picture = found["image_size"], _short(found["activations"]["picture"])
+    columns = ("parameters", "gradients", "optimizer", "other", "working", "pictures", "activations", "total")
+    kept, sent = (Table(box=None, pad_edge=False, header_style="bold") for _ in range(2))
+    for name in ("memory of a rank", *columns, "accumulation"):
+        kept.add_column(name, justify="left" if " " in name else "right", no_wrap=True)
+    for name in ("sent in a step", "weight: collectives", "bytes", "architecture: collectives", "bytes"):
+        sent.add_column(name, justify="left" if " in " in name else "right", no_wrap=True)
+    for backend, one in found["backends"].items():
+        fitting = f"{one['parts']} x {one['pictures_at_a_time']}" if one["fits"] else "does not fit"
+        kept.add_row(backend, *(_short(one["memory"][name]) for name in columns), fitting)
+        steps = [one["weight_step"], one["architecture_step"]]
+        sent.add_row(backend, *(_spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
+    device = f" in devices of {_short(found['device_memory'])}" if found["device_memory"] else ""
+    ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
+    console.print(f"{found['network']}, pictures of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
+    console.print(f"{found['share']} pictures of each step for a rank, mixed precision: {found['precision']}\n", highlight=False)
+    console.print(kept)
+    console.print()
+    console.print(sent)
+    tail = f"\naccumulation: parts x pictures, the fewest parts that take at most {found['usable']:.0%} of the device memory"
+    if not all(one["fits"] for one in found["backends"].values()):
+        tail += "; what does not fit is shown\nwith as few pictures at a time as can be"
     console.print(
-        f"{found['network']}, pictures of {size}x{size}, {found['precision']}; {found['ranks']} processes with {found['share']} "
-        f"pictures a step each; activations of a picture in the search: {picture}",
-        highlight=False,
+        tail if found["device_memory"] else "\naccumulation: parts x pictures; --device-memory says what fits", highlight=False
     )
-    console.print(rows)
-    console.print(
-        f"Parts: the fewest in which a process takes its pictures within {USABLE:.0%} of {_short(found['device_memory'])}. "
-        "Bytes are those of the tensors that are sent, in so many collectives.",
-        highlight=False,
-    )
+    if found["ranks"] == 1:
+        console.print("a single process sends nothing to another; ZeRO calls its reductions all the same", highlight=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dnal_dist.plan",
+        description="Print what a recipe needs on each backend: the memory of a rank, what a weight step and an architecture step "
+        "of the search send, and the smallest gradient accumulation that fits. Nothing is trained, and no network takes memory.",
+        epilog="Bytes are those of the tensor that a collective is about. The backends are configured as in recipes/accelerate. "
+        "Example: python -m dnal_dist.plan recipes/proxyless.yaml data.global_batch=4096 --ranks 64 --device-memory 80GB",
     )
-    parser.add_argument("recipe", help="a YAML file such as recipes/proxyless.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--ranks", type=int, default=1, help="processes, one for each GPU (1)")
-    parser.add_argument("--device-memory", default="80GB", help="of each of them, such as 80GB or 24GiB (80GB)")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed_precision of the Accelerate config (no)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--docs", type=Path, help="only write what each step sends into this page, in Markdown")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file such as recipes/proxyless.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example data.global_batch=4096"
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="processes, one a device (default 1)")
+    parser.add_argument(
+        "--device-memory", metavar="AMOUNT", help=f"of one device: 80GB, 24GiB, 500MB; {USABLE:.0%} of it is counted on"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="mixed precision (default no: float32)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--table", action="store_true", help=f"print what steps send at {RANKS_IN_DOCS} ranks, as Markdown")
+    parser.add_argument(
+        "--docs", type=Path, metavar="PAGE", help=f"write that table into a page, between {MARKS[0]} and {MARKS[1]}"
+    )
     args = parser.parse_intermixed_args()
     try:
         settings = recipe.load(args.recipe, args.overrides)
-        if args.ranks < 1:
-            raise InputError(f"--ranks: expected at least 1, found {args.ranks}")
         if args.docs:
-            with torch.device("meta"):
-                net = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
-            _write(args.docs, table(net, settings.model.name))
-            return
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        found = plan(settings, args.ranks, size_of(args.device_memory), dtype)
+            write(settings, args.docs)
+        elif args.table:
+            print(table(settings, precision=args.precision))
+        else:
+            device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
+            found = plan(settings, args.ranks, device_memory, args.precision)
+            print(json.dumps(found, indent=1)) if args.json else _tell(found)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _tell(found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by test_traffic on each process: what a weight step and an architecture step of some networks send, and what is kept of them.
+"""Run by test_plan on each process: what a weight step and an architecture step of some networks send, and what is kept of them.
 
 accelerate launch ... tests/distributed/traffic_on_ranks.py OUT CASE...
 

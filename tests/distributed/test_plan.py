@@ -1,0 +1,71 @@
+"""What steps send, and what is kept, on two real processes is what dnal_dist.plan says."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from launching import launch, succeed
+
+from dnal_dist import nets, plan
+
+pytestmark = pytest.mark.timeout(1000)
+
+CASES = ["vgg_digits:1", "supernet_digits:1", "vgg_digits:2"]
+RANKS, SIZE = 2, 8
+LAUNCHES = [*((backend, "no") for backend in plan.BACKENDS), *((backend, "bf16") for backend in ("fsdp2", "zero2", "zero3"))]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What was measured, by case, for (backend, precision): each launched once, all cases in one go."""
+    folder, done = tmp_path_factory.mktemp("traffic"), {}
+
+    def find(backend: str, precision: str) -> dict:
+        out = folder / f"{backend}-{precision}.json"
+        if out not in done:
+            script = ["--mixed_precision", precision, "tests/distributed/traffic_on_ranks.py", out, *CASES]
+            succeed(launch(backend, RANKS, *script))
+            done[out] = json.loads(out.read_text())
+        return done[out]
+
+    return find
+
+
+def total(operations) -> int:
+    return sum(size for _, size in operations)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("backend", "precision"), LAUNCHES)
+def test_an_architecture_step_sends_one_all_reduce_of_the_gates_and_what_gathers_the_weights(found, backend, precision, case):
+    net = nets.build(case.partition(":")[0])
+    operations = [tuple(operation) for operation in found(backend, precision)[case]["architecture"]]
+    others = [operation for operation in operations if operation[0] != "all-gather"]
+    assert others == [("all-reduce", 4 * net.num_gates)]
+    if backend in ("ddp", "zero1", "zero2"):
+        assert operations == others
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("backend", "precision"), LAUNCHES)
+def test_steps_send_what_was_planned(found, backend, precision, case):
+    name, _, parts = case.partition(":")
+    planned = plan.traffic(nets.build(name), backend, RANKS, SIZE, precision, int(parts))
+    for step, operations in zip(("weight", "architecture"), planned, strict=True):
+        measured = [tuple(operation) for operation in found(backend, precision)[case][step]]
+        assert {kind for kind, _ in measured} == {kind for kind, _ in operations}
+        if backend in ("ddp", "fsdp2"):
+            assert Counter(measured) == Counter(operations)
+        else:
+            # In which pieces it sends is DeepSpeed's affair.
+            assert math.isclose(total(measured), total(operations), rel_tol=0.1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("backend", "precision"), LAUNCHES)
+def test_a_rank_keeps_what_was_planned(found, backend, precision, case):
+    name, _, parts = case.partition(":")
+    planned = plan.memory(nets.build(name), backend, RANKS, precision, int(parts))
+    for kind, measured in found(backend, precision)[case]["memory"].items():
+        assert math.isclose(measured, getattr(planned, kind), rel_tol=0.1), kind

@@ -1,0 +1,142 @@
+"""What dnal_dist.plan says of a recipe, and how it is told. What it says of steps is measured in tests/distributed/test_plan.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dnal_dist import nets, plan, recipe
+
+RECIPE, DIGITS = "recipes/proxyless.yaml", "recipes/digits.yaml"
+
+
+def tell(monkeypatch, capsys, *words) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
+    try:
+        plan.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_tables(monkeypatch, capsys):
+    code, out, _ = tell(monkeypatch, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
+    assert code == 0 and all(backend in out for backend in plan.BACKENDS) and "1 x 6" in out
+
+
+def test_json_adds_up(monkeypatch, capsys):
+    words = (DIGITS, "--ranks", 2, "--device-memory", "24GiB", "--precision", "bf16", "--json")
+    found = json.loads(tell(monkeypatch, capsys, *words)[1])
+    assert found["device_memory"] == 24 * 2**30 and list(found["backends"]) == list(plan.BACKENDS)
+    for one in found["backends"].values():
+        assert one["memory"].pop("total") == sum(one["memory"].values())
+        assert one["fits"] and one["parts"] * one["pictures_at_a_time"] == found["share"]
+        assert one["architecture_step"]["by_operation"]["all-reduce"] == {"collectives": 1, "bytes": 4 * found["gates"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([RECIPE, "--ranks", "5"], "error: key 'data.global_batch': 384 pictures cannot be divided evenly among 5 ranks"),
+        ([RECIPE, "--ranks", "0"], "error: --ranks 0: expected at least 1"),
+        ([RECIPE, "--device-memory", "80"], "error: --device-memory 80: expected an amount such as 80GB, 24GiB or 500MB"),
+        ([RECIPE, "--device-memory", "0GB"], "error: --device-memory 0GB: expected"),
+        ([RECIPE, "model.name=vgg17"], "error: key 'model.name': no network is called 'vgg17'"),
+        (["recipes/none.yaml"], "error: recipes/none.yaml: no such recipe"),
+        (
+            ["recipes/vgg16_cifar.yaml", "data.image_size=8"],
+            "error: key 'data.image_size': vgg16_cifar does not take pictures of 8x8",
+        ),
+        ([RECIPE, "--docs", "none.md"], "error: --docs none.md: no such page"),
+        ([RECIPE, "--docs", "README.md"], "error: --docs README.md: expected the lines <!-- traffic -->"),
+    ],
+)
+def test_a_fault_is_one_line(monkeypatch, capsys, words, expected):
+    code, out, error = tell(monkeypatch, capsys, *words)
+    assert (code, out, error.count("\n")) == (2, "", 1) and error.startswith(expected)
+
+
+def test_accumulation_grows_as_memory_shrinks():
+    settings = recipe.load(DIGITS, ["data.global_batch=38400"])
+    whole = {backend: one["memory"] for backend, one in plan.plan(settings, 2)["backends"].items()}
+    # Beside the activations there is room for what backends differ in, and for what they keep from one part to the next.
+    beside = max(memory["total"] - memory["activations"] for memory in whole.values()) + 8 * 10**6
+    devices = [int((beside + share * whole["ddp"]["activations"]) / plan.USABLE) for share in (1, 0.4, 0.1)] + [10**6]
+    found = [plan.plan(settings, 2, device)["backends"] for device in devices]
+    for backend in plan.BACKENDS:
+        own = [one[backend] for one in found]
+        assert [one["fits"] for one in own] == [True, True, True, False]
+        parts = [one["parts"] for one in own]
+        assert parts == sorted(set(parts)) and parts[0] == 1 and own[-1]["pictures_at_a_time"] == 1
+        assert all(one["memory"]["total"] <= plan.USABLE * device for one, device in zip(own[:-1], devices[:-1], strict=True))
+
+
+def test_the_limit_of_the_recipe_is_kept():
+    settings = recipe.load(DIGITS, ["data.global_batch=384", "data.per_device_batch_limit=10"])
+    found = plan.plan(settings, 4)["backends"]["ddp"]
+    assert (found["parts"], found["pictures_at_a_time"]) == (12, 8)
+
+
+def test_activations_shrink_with_precision_and_checkpointing():
+    net = nets.build("supernet_digits")
+    full, low, again = (plan.activations(net, 8, *how) for how in ((), ("bf16",), ("no", True)))
+    assert low.each == pytest.approx(full.each / 2, rel=0.1)
+    assert again.each < full.each / 2
+
+
+def test_activations_are_those_of_a_convolution_a_norm_and_a_relu():
+    net = nets.build("vgg_digits")
+    # Of each unit: what the convolution takes, what the norm takes; what ReLU gives is the next one's, or goes to a pool with
+    # its indices, of 8 bytes. Then the averages, and what cross-entropy keeps.
+    found, side, size = 0, 8, 8
+    for stage in net.stages:
+        found += sum(2 * 4 * conv.norm.num_features * side**2 for conv in stage)
+        side //= 2
+        found += (4 + 8) * stage[-1].norm.num_features * side**2
+    assert plan.activations(net, size).each == pytest.approx(found, rel=0.02)
+
+
+def test_nothing_takes_memory():
+    class NothingLarge(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert not any(isinstance(t, torch.Tensor) and not t.is_meta and t.numel() > 1000 for t in tree_leaves(out)), function
+            return out
+
+    with NothingLarge():
+        plan.plan(recipe.load(RECIPE), 64, 10**10)
+
+
+def test_a_single_process_sends_nothing_to_another():
+    net = nets.build("vgg_digits")
+    assert plan.traffic(net, "ddp", 1, 8) == plan.traffic(net, "fsdp2", 1, 8) == ([], [])
+    assert not plan.traffic(net, "zero3", 1, 8)[1]
+
+
+def test_a_planned_network_stays_as_it_is():
+    net = nets.build("vgg_digits").eval()
+    plan.traffic(net, "ddp", 2, 8, "bf16")
+    plan.activations(net, 8, "bf16", True)
+    assert not net.training and all(
+        p.device.type == "cpu" and p.dtype == torch.float32 and p.grad is None for p in net.parameters()
+    )
+
+
+def test_the_page_holds_what_is_planned(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    shipped = Path("docs/distributed.md").read_text(encoding="utf-8")
+    page.write_text(shipped, encoding="utf-8")
+    assert tell(monkeypatch, capsys, RECIPE, "--docs", page)[0] == 0
+    assert page.read_text(encoding="utf-8") == shipped, "run the command of docs/distributed.md again"
+
+
+def test_neither_accelerate_nor_deepspeed_is_loaded():
+    words = "import sys; import dnal_dist.plan; assert not {'accelerate', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", words], check=True)
