@@ -273,8 +273,8 @@ class Zero(Trained):
 
 
 def _forget_stage_3() -> None:
-    """Empty what DeepSpeed keeps for all engines of a process, or they would stay in memory: the modules of the last forward pass, and
-    a cache of a method's results."""
+    """Empty what DeepSpeed keeps for all engines of a process, or they would stay in memory: the modules of the last forward pass,
+    and a cache of a method's results."""
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
