@@ -52,7 +52,10 @@ def asked() -> Asked:
     if _is_on("ACCELERATE_USE_FSDP"):
         backend, settings, checkpointing = _fsdp()
     elif _is_on("ACCELERATE_USE_DEEPSPEED"):
-        backend, settings = _deepspeed()
+        backend, settings, own = _deepspeed()
+        # With a configuration file of DeepSpeed's own, Accelerate leaves these to it.
+        precision = own.precision if precision == "no" else precision
+        accumulation = max(accumulation, own.accumulation)
     elif "WORLD_SIZE" not in os.environ:
         _check_launcher()
     if precision == "fp16" and backend is not None:
@@ -83,7 +86,14 @@ def _fsdp() -> tuple[str, dict, bool]:
     return "fsdp2", settings, bool(plugin.activation_checkpointing)
 
 
-def _deepspeed() -> tuple[str, dict]:
+class Own(NamedTuple):
+    """What a configuration file of DeepSpeed's says of what Accelerate's says otherwise."""
+
+    precision: str
+    accumulation: int
+
+
+def _deepspeed() -> tuple[str, dict, Own]:
     plugin = DeepSpeedPlugin()
     asked = plugin.deepspeed_config
     zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
@@ -100,12 +110,19 @@ def _deepspeed() -> tuple[str, dict]:
         )
     if named := [key for key in ("optimizer", "scheduler") if key in asked]:
         raise InputError(f"the DeepSpeed configuration has its own {' and '.join(named)}; the recipe has that: leave it out")
-    known = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "comms_logger"}
-    configuration = {key: value for key, value in asked.items() if key in known and value != "auto"}
+    passed = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "comms_logger"}
+    read = {"zero_optimization", "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping"}
+    settled = {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}
+    if unknown := [key for key, value in asked.items() if key not in passed | read | settled and value != "auto"]:
+        raise InputError(f"the DeepSpeed configuration says {', '.join(unknown)}, which is not heeded here: leave it out")
+    on = [name for name in ("bf16", "fp16") if (asked.get(name) or {}).get("enabled") is True]
+    accumulation = asked.get("gradient_accumulation_steps")
+    own = Own(on[0] if on else "no", accumulation if isinstance(accumulation, int) else 1)
+    configuration = {key: value for key, value in asked.items() if key in passed and value != "auto"}
     # Sizes of batches only matter to its log: a step is one call, whatever it is made of.
     configuration |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 2**62}
     configuration |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
-    return f"zero{stage}", {"deepspeed": configuration}
+    return f"zero{stage}", {"deepspeed": configuration}, own
 
 
 def _check_launcher() -> None:
@@ -117,15 +134,22 @@ def _check_launcher() -> None:
         return
     if not _is_on("ACCELERATE_USE_CPU") or not any(word.endswith("launch") for word in words):
         return
-    path = next(
-        (words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config_file", "--config-file")), default_yaml_config_file
-    )
-    if not Path(path).is_file():
-        return
-    config = load_config_from_file(path)
-    kind, processes = str(getattr(config.distributed_type, "value", config.distributed_type)), config.num_processes or 1
+    path = _said(words, "config_file", default_yaml_config_file)
+    config = load_config_from_file(path) if Path(path).is_file() else None
+    kind = "DDP" if config is None else str(getattr(config.distributed_type, "value", config.distributed_type))
+    processes = int(_said(words, "num_processes", "0")) or (config and config.num_processes) or 1
     if kind in ("FSDP", "DEEPSPEED") or processes > 1:
+        path = "the command line" if config is None else path
         raise InputError(
             f"{path} asks for {kind} with {processes} processes, but with --cpu Accelerate starts a single one without it; "
             "leave --cpu out, since whether there is a GPU is found out here"
         )
+
+
+def _said(words: list[str], option: str, default: str) -> str:
+    """The value of an option of the launcher's, in any of its spellings."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") == f"__{option}":
+            return value if equals else following
+    return default

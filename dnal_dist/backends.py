@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
 
@@ -205,6 +206,7 @@ class Zero(Trained):
             # An operation for inference that it would compile with g++ for a minute, and that training does not use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
         asked = self.options.settings["deepspeed"]
         # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
@@ -219,6 +221,10 @@ class Zero(Trained):
         for name, buffer in self.module.named_buffers():
             # It rounds them with the weights.
             buffer.data = statistics[name]
+        if self.options.dtype != torch.float32:
+            # So are those that its optimiser moves, which it makes of the rounded ones.
+            for name, p in self.parameters.items():
+                deepspeed.utils.safe_set_full_fp32_param(p, weights[name])
         if momentum:
             self._start_with(momentum)
         return self.engine
@@ -261,7 +267,7 @@ class Zero(Trained):
     def momentum(self):
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not self.stepped:
+        if not self.stepped or not self.settings["momentum"]:
             return {}
         return {name: safe_get_full_optimizer_state(p, "momentum_buffer") for name, p in self.parameters.items()}
 
@@ -316,9 +322,15 @@ def _prepared(network: nn.Module, options: Options) -> nn.Module:
     """The copy, with what the recipe switches on."""
     _replace_norms(network, options.sync_batchnorm and options.world_size > 1)
     if options.activation_checkpointing:
-        _checkpoint(network)
+        # Where recomputing stops as soon as all is there again, ZeRO-3 does not learn that a module's forward pass has ended.
+        _checkpoint(network, stop_early=options.backend != "zero3")
     if options.compile:
-        for segment in segments(network):
+        parts = segments(network)
+        # Segments share their code, and each is compiled with and without gates, with moving and with resting statistics.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(parts))
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * len(parts))
+        for segment in parts:
             for module in segment:
                 module.compile()
     return network
@@ -349,12 +361,16 @@ def _normalise_across(
     eps: float,
 ) -> Tensor:
     """F.batch_norm of x (n, C, ...) in training with the statistics of all processes' batches, which are equally large."""
-    world_size = dist.get_world_size()
+    world_size, dtype = dist.get_world_size(), x.dtype
     if x.device.type == "cuda":
+        if running_mean is None:
+            # Without any, torch's counts are of another type than a low-precision x, and its kernel refuses them.
+            running_mean, running_var = torch.zeros_like(weight, dtype=torch.float32), torch.ones_like(weight, dtype=torch.float32)
         kept = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         x = x if kept else x.contiguous()
         return SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, world_size)
-    # Torch's has kernels for GPUs only.
+    # Torch's has kernels for GPUs only. Statistics are taken in float32 at least.
+    x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     axes, shape = [0, *range(2, x.dim())], (1, -1, *(1,) * (x.dim() - 2))
     mean = differentiable.all_reduce(x.mean(axes)) / world_size
     centred = x - mean.view(shape)
@@ -364,10 +380,10 @@ def _normalise_across(
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(variance.to(running_var.dtype) * (count / max(1, count - 1)), momentum)
-    return centred * (weight * (variance + eps).rsqrt()).view(shape) + bias.view(shape)
+    return (centred * (weight * (variance + eps).rsqrt()).view(shape) + bias.view(shape)).to(dtype)
 
 
-def _checkpoint(network: nn.Module) -> None:
+def _checkpoint(network: nn.Module, stop_early: bool) -> None:
     """Compute the activations within each segment anew in the backward pass. No statistic moves the second time."""
 
     def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:
@@ -375,9 +391,10 @@ def _checkpoint(network: nn.Module) -> None:
 
         def run(*args):
             # Without a gradient to come there is nothing to compute anew.
-            return (
-                checkpoint(forward, *args, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else forward(*args)
-            )
+            if not torch.is_grad_enabled():
+                return forward(*args)
+            with set_checkpoint_early_stop(stop_early):
+                return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
 
         return run
 

@@ -76,6 +76,7 @@ def save(run) -> None:
     small = None if run.small is None else compact.describe(run.small)
     # How many records there are by now tells a resumed run which to keep.
     facts = {"records": run.track.records, "compact": small, "recipe": run.recipe.model_dump(mode="json")}
+    facts |= {"scaler": run.parallel.scaler.state_dict()}
     folder = run.folder / "checkpoints"
     try:
         write(folder, Checkpoint(tensors, position | facts))
@@ -91,6 +92,7 @@ def restore(run, saved: Checkpoint) -> None:
     tensors, state = saved
     if state["compact"] is not None:
         run.small = compact.build(state["compact"]).to(run.parallel.device)
+        run.supernet.cpu()
     part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
     run.network.load_state_dict(part["network."])
     run.momentum = part["momentum."]
@@ -101,6 +103,8 @@ def restore(run, saved: Checkpoint) -> None:
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
     for key in POSITION:
         setattr(run, key, state[key])
+    if state.get("scaler") and run.parallel.scaler.is_enabled():
+        run.parallel.scaler.load_state_dict(state["scaler"])
 
 
 def _digest(path: Path) -> str:

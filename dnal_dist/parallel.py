@@ -35,7 +35,7 @@ class Parallel:
     def __init__(self, tracker: str = "none"):
         """tracker: what Accelerate is to log to, a name it knows or "none"."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        on_gpu = torch.cuda.device_count() >= local
+        on_gpu = torch.cuda.device_count() >= local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         self.asked = asked()
@@ -202,7 +202,7 @@ class Traffic(TorchDispatchMode):
         self.operations: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional"):
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.name():
             name = function.name().partition("::")[2].strip("_")
             self.operations.append((NAMES.get(name, name), max(map(_bytes, args), default=0)))
         return function(*args, **(kwargs or {}))

@@ -135,6 +135,7 @@ def prune(run: Run) -> None:
     image_size, settings = recipe.data.image_size, recipe.architecture
     target = budget.budget(settings, supernet, image_size)
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
+    run.parallel.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.parallel.agree("the keep mask", supernet.by_site(keep))
     run.small = compact.compact(supernet, keep)
     run.momentum = {}

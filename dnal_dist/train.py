@@ -160,8 +160,8 @@ def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> N
                 network(torch.zeros(1, 3, size, size))
         except ValueError as error:
             raise InputError(
-                f"key 'data.global_batch': {data.global_batch} leaves each process one picture a step, too few for BatchNorm "
-                f"({error}); raise it"
+                f"key 'data.global_batch': {data.global_batch} leaves one picture to a process at a time, too few for BatchNorm "
+                f"({error}); raise it, or key 'data.per_device_batch_limit' if that is what divides it"
             ) from None
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 def execute(*command, timeout: float = 900, **environment) -> subprocess.CompletedProcess:
     command = [str(word) for word in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 

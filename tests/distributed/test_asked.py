@@ -45,6 +45,13 @@ def test_what_is_asked_is_understood(monkeypatch, tmp_path, change, backend, dty
     assert (found.backend, found.dtype, found.accumulation) == (backend, dtype, 1)
 
 
+def test_a_configuration_of_deepspeeds_own_is_heeded(monkeypatch, tmp_path):
+    text = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "gradient_accumulation_steps": 4}'
+    configured(monkeypatch, tmp_path, {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": text})
+    found = asked()
+    assert (found.backend, found.dtype, found.accumulation) == ("zero2", torch.bfloat16, 4)
+
+
 def test_settings_of_fsdp2(monkeypatch):
     for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}.items():
         monkeypatch.setenv(name, value)
@@ -76,6 +83,13 @@ def test_deepspeed_does_not_clip_unasked(monkeypatch):
             {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}'},
             "its own optimizer",
         ),
+        (
+            {
+                **ZERO,
+                "ACCELERATE_DEEPSPEED_CONFIG_FILE": '{"zero_optimization": {"stage": 2}, "flops_profiler": {"enabled": true}}',
+            },
+            "says flops_profiler, which is not heeded here",
+        ),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "'training.compile'"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8; choose one of no, bf16, fp16"),
         ({**FSDP, "ACCELERATE_MIXED_PRECISION": "fp16"}, "only goes with DDP"),
@@ -101,10 +115,15 @@ def script(tmp_path):
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
 def test_what_accelerate_silently_drops_is_refused(script, backend):
     """With --cpu it starts a single process, and neither FSDP nor DeepSpeed."""
-    found = execute(*LAUNCHER, "--config_file", f"recipes/accelerate/{backend}.yaml", "--cpu", script)
+    found = execute(*LAUNCHER, f"--config_file=recipes/accelerate/{backend}.yaml", "--cpu", script)
     assert found.returncode != 0
     told = rf"{backend}\.yaml asks for \w+ with 2 processes, but with --cpu Accelerate starts a single one.*leave --cpu out"
     assert re.search(told, found.stderr), found.stderr[-2000:]
+
+
+def test_processes_that_accelerate_does_not_start_are_missed(script, tmp_path):
+    found = execute(*LAUNCHER, "--cpu", "--num_processes", "4", script, HF_HOME=tmp_path)
+    assert found.returncode != 0 and "the command line asks for DDP with 4 processes" in found.stderr, found.stderr[-2000:]
 
 
 def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):

@@ -15,14 +15,19 @@ RATIOS = ["1:1", "2:1", "0:1"]
 # With fixed statistics a batch may be divided as one likes.
 FIXED = [f"{network}:{ratio}:fixed" for network, ratio in itertools.product(NETWORKS, RATIOS)]
 BATCH = [f"{network}:1:1:batch" for network in NETWORKS]
-EXTRA = ["resnet_digits:1:1:fixed:clip:parts", "resnet_digits:1:1:batch:sync:checkpointing"]
+EXTRA = [
+    "resnet_digits:1:1:fixed:clip:parts:shared",
+    "resnet_digits:1:1:batch:sync:checkpointing",
+    "supernet_digits:2:1:fixed:checkpointing:shared",
+    "vgg_digits:1:1:fixed:parts:shared",
+]
 # The reduction of gradients in float32 sums in another order than one process does.
 TOLERANCE = 1e-6
 
 
 def plain(case: str) -> str:
     """The case that it must equal: without what only divides the work otherwise."""
-    return ":".join(word for word in case.split(":") if word not in ("parts", "sync", "checkpointing"))
+    return ":".join(word for word in case.split(":") if word not in ("parts", "sync", "checkpointing", "shared"))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def found(tmp_path_factory):
         if key not in done:
             own = sorted({plain(case) for case in EXTRA}) if backend == "single" else EXTRA
             extra = [] if processes == 1 and backend != "single" else own
-            cases = [*FIXED, *BATCH, *(case for case in extra if case not in BATCH)]
+            cases = list(dict.fromkeys([*FIXED, *BATCH, *extra]))
             done[key] = trajectories(backend, processes, cases, folder / f"{backend}-{processes}.safetensors")
         return done[key]
 

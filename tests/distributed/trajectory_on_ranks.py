@@ -5,7 +5,7 @@ batches, for each case in turn.
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
 evaluation, so that a picture's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
-checkpointing and double.
+checkpointing, double and shared: the smallest parameter and block are shared out and gathered too, where a backend does so.
 """
 
 import gc
@@ -48,8 +48,13 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double"}
+    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double", "shared"}
     fix_statistics(nn.Module, statistics == "fixed")
+    if parallel.backend == "fsdp2":
+        parallel.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
+    if parallel.backend == "zero3":
+        zero = parallel.asked.settings["deepspeed"]["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
     torch.manual_seed(0)
     net = nets.build(name)
     for norm in net.modules():
