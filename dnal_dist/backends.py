@@ -23,7 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
 
@@ -244,6 +244,11 @@ class Zero(Trained):
         self.stepped = True
 
     def forward(self, network, images, gates=None):
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            # Computing activations anew ends as soon as all are there, before the hook that takes a module off this list.
+            del parameter_offload.FWD_MODULE_STACK[1:]
         return super().forward(network, images.to(self.options.dtype) if images.dtype == torch.float32 else images, gates)
 
     def step(self, losses):
@@ -322,8 +327,7 @@ def _prepared(network: nn.Module, options: Options) -> nn.Module:
     """The copy, with what the recipe switches on."""
     _replace_norms(network, options.sync_batchnorm and options.world_size > 1)
     if options.activation_checkpointing:
-        # Where recomputing stops as soon as all is there again, ZeRO-3 does not learn that a module's forward pass has ended.
-        _checkpoint(network, stop_early=options.backend != "zero3")
+        _checkpoint(network)
     if options.compile:
         parts = segments(network)
         # Segments share their code, and each is compiled with and without gates, with moving and with resting statistics.
@@ -383,7 +387,7 @@ def _normalise_across(
     return (centred * (weight * (variance + eps).rsqrt()).view(shape) + bias.view(shape)).to(dtype)
 
 
-def _checkpoint(network: nn.Module, stop_early: bool) -> None:
+def _checkpoint(network: nn.Module) -> None:
     """Compute the activations within each segment anew in the backward pass. No statistic moves the second time."""
 
     def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:
@@ -391,10 +395,9 @@ def _checkpoint(network: nn.Module, stop_early: bool) -> None:
 
         def run(*args):
             # Without a gradient to come there is nothing to compute anew.
-            if not torch.is_grad_enabled():
-                return forward(*args)
-            with set_checkpoint_early_stop(stop_early):
-                return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+            return (
+                checkpoint(forward, *args, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else forward(*args)
+            )
 
         return run
 
