@@ -19,13 +19,14 @@ import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
+from dnal_dist.recipe import InputError
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000
@@ -166,6 +167,8 @@ class FullySharded(Trained):
                 reshard = options.settings["reshard_after_forward"]
                 fully_shard(segment if len(segment) > 1 else segment[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        if not all(isinstance(p, DTensor) for p in self.module.parameters()):
+            raise InputError("FSDP2 was asked for, but it left parameters whole; use another config of recipes/accelerate")
         self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
         for name, buffer in momentum.items():
             p = self.parameters[name]
@@ -217,6 +220,10 @@ class Zero(Trained):
         configuration |= {"bf16": {"enabled": self.options.dtype == torch.bfloat16}}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=configuration)
         self.stage, self.stepped = self.engine.zero_optimization_stage(), False
+        if f"zero{self.stage}" != self.options.backend:
+            raise InputError(
+                f"{self.options.backend} was asked for, but DeepSpeed gives stage {self.stage}; correct its configuration"
+            )
         self.parameters = dict(self.module.named_parameters())
         for name, buffer in self.module.named_buffers():
             # It rounds them with the weights.

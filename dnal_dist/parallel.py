@@ -35,7 +35,8 @@ class Parallel:
     def __init__(self, tracker: str = "none"):
         """tracker: what Accelerate is to log to, a name it knows or "none"."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        on_gpu = torch.cuda.device_count() >= local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        found = torch.cuda.device_count() if os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true" else 0
+        on_gpu = found >= local
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         self.asked = asked()
@@ -51,7 +52,7 @@ class Parallel:
             # More threads than cores would make each collective wait for a process that is not scheduled.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))
-        self.idle_gpus = 0 if on_gpu else torch.cuda.device_count()
+        self.idle_gpus = 0 if on_gpu else found
         """GPUs that are left alone, since they are fewer than the processes of this machine and NCCL takes one for each."""
         self.backend = self.asked.backend or ("ddp" if self.world_size > 1 else "single")
         """single, ddp, fsdp2, zero1, zero2 or zero3."""
