@@ -176,11 +176,7 @@ class FullySharded(Trained):
         return self.module
 
     def forward(self, network, images, gates=None):
-        return super().forward(network, images.to(self.options.dtype) if self._low else images, gates)
-
-    @property
-    def _low(self) -> bool:
-        return self.options.dtype != torch.float32
+        return super().forward(network, images.to(self.options.dtype), gates)
 
     def step(self, losses):
         for number, loss in enumerate(losses):
@@ -256,7 +252,7 @@ class Zero(Trained):
 
             # Computing activations anew ends as soon as all are there, before the hook that takes a module off this list.
             del parameter_offload.FWD_MODULE_STACK[1:]
-        return super().forward(network, images.to(self.options.dtype) if images.dtype == torch.float32 else images, gates)
+        return super().forward(network, images.to(self.options.dtype), gates)
 
     def step(self, losses):
         *first, last = losses

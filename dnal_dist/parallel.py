@@ -89,11 +89,8 @@ class Parallel:
     def parts(self, data) -> int:
         """In how many parts, one after the other, a process takes its share of the global batch. Raises InputError if it cannot be
         divided so. data: that part of the recipe."""
-        share, limit, asked = (
-            data.global_batch // self.world_size,
-            data.per_device_batch_limit or data.global_batch,
-            self.asked.accumulation,
-        )
+        share, asked = data.global_batch // self.world_size, self.asked.accumulation
+        limit = data.per_device_batch_limit or share
         if asked > 1:
             if share % asked or share // asked > limit:
                 raise InputError(
