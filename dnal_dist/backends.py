@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -125,13 +126,16 @@ class Replicated(Trained):
             self.optimizer.state[self.parameters[name]]["momentum_buffer"] = buffer.to(self.options.device).clone()
         if self.options.world_size == 1:
             return self.module
-        # Running statistics are combined at the end of each epoch (see parallel.average_statistics), not sent at every step.
-        return DistributedDataParallel(
-            self.module,
-            device_ids=[self.options.device.index] if self.options.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            # Running statistics are combined at the end of each epoch (see parallel.average_statistics), not sent at every step.
+            return DistributedDataParallel(
+                self.module,
+                device_ids=[self.options.device.index] if self.options.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def forward(self, network, images, gates=None):
         mixed = self.options.dtype != torch.float32
