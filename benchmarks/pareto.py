@@ -76,7 +76,8 @@ class Memory:
         size = self.data.global_batch
         if not self.training:
             for first in range(0, self.samples, size):
-                yield Batch(self.images[first : first + size], self.labels[first : first + size], [], [])
+                labels = self.labels[first : first + size]
+                yield Batch(self.images[first : first + size], labels, torch.zeros(len(labels), dtype=torch.bool), [], [])
             return
         epoch, batch = divmod(start, self.per_epoch)
         while True:
@@ -86,12 +87,11 @@ class Memory:
             epoch, batch = epoch + 1, 0
 
     def _changed(self, chosen: Tensor, epoch: int, first: int) -> Batch:
-        images = self.images[chosen]
+        flips = torch.zeros(len(chosen), dtype=torch.bool)
         if self.data.augmentation.flip:
             generator = torch.Generator().manual_seed((self.seed * 1000 + epoch) * self.samples + first)
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return Batch(images, self.labels[chosen], [], [])
+            flips = torch.rand(len(chosen), generator=generator) < 0.5
+        return Batch(self.images[chosen], self.labels[chosen], flips, [], [])
 
 
 class Pretrained(NamedTuple):
