@@ -2,8 +2,8 @@
 
 python benchmarks/stream.py --markdown
 
-JPEGs that compress as photographs do are made in a temporary folder, 500x375 pixels and with a shorter side of 256, as shards and as
-an ImageFolder. All contenders then take turns, round after round, in one process on one core without loader processes. Times are
+JPEGs that compress as photographs do are made in a temporary folder, 500x375 pixels and with a shorter side of 256, as shards and
+as an ImageFolder. All contenders then take turns, round after round, in one process on one core without loader processes. Times are
 processor time, which other work on the machine changes least; a ratio is the median over the rounds of the ratios within a round.
 """
 
@@ -200,7 +200,7 @@ def main() -> None:
     for (case, speeds), kilobytes in zip(found.items(), bytes_each, strict=True):
         overhead = ratio(speeds[ALONE], speeds[OURS]) - 1
         print(
-            f"{case}: {kilobytes:.0f} kB of shard a picture; the stream takes {overhead:.1%} longer than decoding and augmenting alone"
+            f"{case}: {kilobytes:.0f} kB of shard a picture; the stream takes {overhead:.1%} longer than decode and augment alone"
         )
 
 

@@ -1,8 +1,8 @@
 """Batches onto the device: copied, mirrored and normalised there, on a GPU beside the step that trains.
 
-No batch is taken from the stream before it is asked for, so closing a feed loses none and the position in the stream is the number of
-batches that were given. That costs no overlap on a GPU: a training loop asks for the next batch when it has queued a step, not when
-the step is done, and the copy goes from page-locked memory over a CUDA stream of its own.
+No batch is taken from the stream before it is asked for, so closing a feed loses none and the position in the stream is the number
+of batches that were given. That costs no overlap on a GPU: a training loop asks for the next batch when it has queued a step, not
+when the step is done, and the copy goes from page-locked memory over a CUDA stream of its own.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Fed(NamedTuple):
 
 
 def feed(batches: Generator[Batch], data, device: torch.device) -> Generator[Fed]:
-    """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`, whatever they raise passes through."""
+    """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     with contextlib.closing(batches):
         while True:

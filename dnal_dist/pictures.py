@@ -1,12 +1,14 @@
 """From an encoded picture to a place in a batch: header, geometry, decode, crop and resize; uint8 throughout.
 
-What is needed of a picture is settled from its header alone, before a pixel is decoded: a picture of too many pixels is refused then,
-and a JPEG that will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through simplejpeg; what
-it refuses (CMYK, PNG, small faults) goes through Pillow. Mirroring is only decided here: `normalise` does it on the device.
+What is needed of a picture is settled from its header alone, before a pixel is decoded: a picture of too many pixels is refused
+then, and a JPEG that will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through
+simplejpeg; what it refuses (CMYK, PNG, small faults) goes through Pillow. Mirroring is only decided here: `normalise` does it on
+the device.
 """
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -164,7 +166,10 @@ def read_header(encoded: bytes) -> Header:
 
 
 def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> np.ndarray:
-    """The picture, whose header may have been read already: uint8 (height, width, 3), height and width divided by `reduction` and rounded up, or a little more. Raises PictureError."""
+    """uint8 (height, width, 3), height and width divided by `reduction` and rounded up. `header`: if it has been read already.
+
+    Raises PictureError for what is no picture, an animation, or cut short.
+    """
     header = header or read_header(encoded)
     if header.plain:
         # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
@@ -226,8 +231,8 @@ def _random_part(height: int, width: int, scale: tuple[float, float], rng: np.ra
     """top, left, height, width of a random part: area in `scale`, aspect 3/4 to 4/3; the middle if ten tries do not fit."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        h, w = round(np.sqrt(area / aspect)), round(np.sqrt(area * aspect))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(0, height - h, endpoint=True)), int(rng.integers(0, width - w, endpoint=True)), h, w
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
@@ -236,7 +241,8 @@ def _random_part(height: int, width: int, scale: tuple[float, float], rng: np.ra
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear with antialiasing, uint8 (h, w, 3) -> uint8 (height, width, 3), three times as fast as Pillow."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
+    # `view`, since NumPy's new axis has a stride of 0, by which torch does not see that the memory is channels_last.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).view(1, *pixels.shape).permute(0, 3, 1, 2)
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
