@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 FORMATS = ("JPEG", "PNG", "GIF")
+SMALLEST_REDUCED = 64
 
 
 class PictureError(ValueError):
@@ -66,10 +67,11 @@ class Transform:
         """
         header = read_header(encoded)
         geometry = self.plan(header, epoch, index)
-        pixels = decode(encoded, header, self._reduction(header, geometry))
+        reduction = self._reduction(header, geometry)
+        pixels = decode(encoded, header, reduction)
         if out is None:
             out = np.empty((self.size, self.size, 3), np.uint8)
-        _shift(self._cut(pixels, header, geometry), *geometry.shift, out)
+        _shift(self._cut(pixels, header, geometry, reduction), *geometry.shift, out)
         return out, geometry.flip
 
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
@@ -92,24 +94,25 @@ class Transform:
         return Geometry(whole, part, shift, bool(self.train and augmentation.flip and rng.random() < 0.5))
 
     def _reduction(self, header: Header, geometry: Geometry) -> int:
-        """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives. 1 where bits count."""
-        if self.kind == "none" or not header.plain:
+        """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives. 1 where bits count, and for
+        the smallest pictures, of which simplejpeg could mean another scale by the same number of pixels."""
+        if self.kind == "none" or not header.plain or min(header[:2]) < SMALLEST_REDUCED:
             return 1
         own, whole = (header.height, header.width), geometry.whole
         (height, width), (least_height, least_width) = (own, whole) if whole != own else (geometry.part[2:], (self.size,) * 2)
         return next(f for f in (8, 4, 2, 1) if f == 1 or (height >= f * least_height and width >= f * least_width))
 
-    def _cut(self, pixels: np.ndarray, header: Header, geometry: Geometry) -> np.ndarray:
-        """uint8 (height, width, 3), of reduced size maybe -> uint8 (image_size, image_size, 3)."""
-        size, own, (top, left, height, width) = self.size, (header.height, header.width), geometry.part
-        resize = _resize_as_pillow if self.kind == "none" else _resize
+    def _cut(self, pixels: np.ndarray, header: Header, geometry: Geometry, reduction: int) -> np.ndarray:
+        """uint8 (height, width, 3), at a scale of 1 / reduction -> uint8 (image_size, image_size, 3)."""
+        size, own, (top, left, height, width) = self.size, header[:2], geometry.part
         if geometry.whole != own:
-            pixels = resize(pixels, *geometry.whole)
-        elif pixels.shape[:2] != own:
-            # The part's edges lie between the reduced pixels.
-            down, across = pixels.shape[0] / own[0], pixels.shape[1] / own[1]
-            box = (left * across, top * down, (left + width) * across, (top + height) * down)
-            return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box))
+            exact = self.kind == "none" or reduction > 1
+            box = (0, 0, own[1] / reduction, own[0] / reduction)
+            pixels = _resize_as_pillow(pixels, *geometry.whole, box) if exact else _resize(pixels, *geometry.whole)
+        elif reduction > 1:
+            # Edges may lie within a reduced pixel, which torch cannot say.
+            box = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
+            return _resize_as_pillow(pixels, size, size, box)
         pixels = pixels[top : top + height, left : left + width]
         return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
 
@@ -183,7 +186,7 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
             # Grey of 16 bits: the upper byte is what one of 8 bits would hold.
             upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return np.repeat(upper[:, :, None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 @contextlib.contextmanager
@@ -246,8 +249,9 @@ def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _resize_as_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+def _resize_as_pillow(pixels: np.ndarray, height: int, width: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """The same, bit for bit as torchvision does it with Pillow's pictures. box: the part to take, left, upper, right, lower."""
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
 def _shift(square: np.ndarray, down: int, right: int, out: np.ndarray) -> None:
