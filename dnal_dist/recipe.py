@@ -96,6 +96,8 @@ class Data(Section):
     shuffled when the shards were made."""
     workers: int = Field(2, ge=0)
     """Loader processes for each training process; 0 loads in the training process itself."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Height times width beyond which a picture is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Share of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
 
