@@ -15,7 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
+import fsspec.asyn
 
 from dnal_dist.recipe import InputError
 
@@ -46,6 +46,9 @@ _CUT |= {"TimeoutError", "FSTimeoutError", "_CutShort"}
 _TRANSIENT = _CUT | {"ClientConnectionError", "HTTPClientError", "ConnectionError"}
 
 _systems: dict[tuple[int, str], Any] = {}
+
+# The thread of fsspec's event loop does not come along through a fork, and not all of its releases know.
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
 class RemoteError(OSError):
@@ -151,6 +154,11 @@ def _make_system(scheme: str) -> Any:
     elif scheme == "s3":
         own = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "retries": {"total_max_attempts": 1}}
         options["config_kwargs"] = own
+    if scheme == "gs":
+        # The class of that name in newer releases of gcsfs asks for the kind of a bucket by gRPC, which does not survive a fork.
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem(skip_instance_cache=True)
     system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     # Tries of its own would multiply with ours.
     system.retries = 1

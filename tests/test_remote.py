@@ -1,6 +1,7 @@
 """Remote files from a real HTTP server with faults and from moto's S3 server, both on the loopback."""
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import traceback
 
+import fsspec.config
 import pytest
 from servers import FileServer
 
@@ -292,6 +294,25 @@ def test_s3_connections_that_drop(server, tmp_path, monkeypatch):
     server.cut_after, server.cuts, server.short = 30_000, 3, 0
     assert copied(tmp_path, "s3://shards/a.tar", len(BODY)) == BODY
     assert sum(remote.retries.values()) == 3
+
+
+# gs
+
+
+def test_gs_lists_and_reads_from_a_stand_in(server, monkeypatch):
+    """Google's own server is never asked: the paths here are those of its JSON interface."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e '.[gs]'")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+    item = {"name": "set/a.tar", "bucket": "shards", "size": str(len(BODY))}
+    listing = json.dumps({"items": [item]}).encode()
+    server.files = {"storage/v1/b/shards/o": listing, "download/storage/v1/b/shards/o/set%2Fa.tar": BODY}
+    assert remote.glob("gs://shards/set/*.tar") == ["gs://shards/set/a.tar"]
+    server.statuses = [503]
+    assert remote.read("gs://shards/set/a.tar", 3, 2000) == BODY[3:2000]
+    with pytest.raises(RemoteError, match=r"gs://shards/none\.tar: .*404"):
+        remote.read("gs://shards/none.tar", 0, 10)
 
 
 # Secrets
