@@ -30,7 +30,7 @@ class Cache:
 
     Any number of processes may use one folder. A copy that is being made counts in full and is never removed; a copy that someone
     has open may be, and stays readable to them, so its space comes free when they close it. Instances hold no open files and no
-    threads: they may be pickled and used on both sides of a fork.
+    threads: they may be sent to other processes and used on both sides of a fork.
     """
 
     def __init__(self, folder: Path, limit_bytes: int):

@@ -46,6 +46,7 @@ _CUT |= {"TimeoutError", "FSTimeoutError", "_CutShort"}
 _TRANSIENT = _CUT | {"ClientConnectionError", "HTTPClientError", "ConnectionError"}
 
 _systems: dict[tuple[int, str], Any] = {}
+_ranged: set[str] = set()
 
 # The thread of fsspec's event loop does not come along through a fork, and not all of its releases know.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -176,25 +177,31 @@ def _wait_for(system: Any, work: Awaitable) -> Any:
 
 
 async def _fill(system: Any, url: str, size: int, path: Path) -> None:
-    failed = None
+    host, failed, pieces = url[: url.index("/", url.index("://") + 3)], None, deque(range(0, size, PIECE))
     with path.open("r+b") as file:
-        # The first answer tells whether the server knows ranges: one that does not sends the whole file.
-        first = min(PIECE, size)
-        body = (await _part(system, url, 0, first))[1]
-        file.write(body)
-        pieces = deque(range(first, size if len(body) == first else 0, PIECE))
 
         async def take() -> None:
-            while pieces:
-                begin = pieces.popleft()
-                begin, body = await _part(system, url, begin, min(begin + PIECE, size))
-                file.seek(begin)
-                file.write(body)
+            begin = pieces.popleft()
+            end = min(begin + PIECE, size)
+            begin_of_body, body = await _part(system, url, begin, end)
+            file.seek(begin_of_body)
+            file.write(body)
+            if len(body) > end - begin:
+                pieces.clear()
+            elif end - begin < size:
+                _ranged.add(host)
 
+        async def take_all() -> None:
+            while pieces:
+                await take()
+
+        # A server that knows no ranges sends the whole file each time: its first answer tells.
+        if pieces and host not in _ranged:
+            await take()
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(IN_FLIGHT, len(pieces))):
-                    group.create_task(take())
+                    group.create_task(take_all())
         except ExceptionGroup as faults:
             failed = faults.exceptions[0]
     if failed:

@@ -32,6 +32,7 @@ def quick_and_direct(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(remote, "_systems", {})
+    monkeypatch.setattr(remote, "_ranged", set())
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
 
 

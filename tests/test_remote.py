@@ -29,6 +29,7 @@ def quick_and_fresh(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(remote, "_systems", {})
+    monkeypatch.setattr(remote, "_ranged", set())
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
     remote.retries.clear()
 
@@ -152,6 +153,14 @@ def test_a_server_without_ranges_sends_the_whole_once(server, tmp_path, monkeypa
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
     assert len(server.requests) == 1
     assert remote.read(f"{server.url}/a.tar", 5, 10) == BODY[5:10]
+
+
+def test_a_server_that_forgets_its_ranges_is_still_read_right(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PIECE", 1 << 16)
+    server.files["b.tar"] = BODY[::-1]
+    assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
+    server.ranges = False
+    assert copied(tmp_path, f"{server.url}/b.tar", len(BODY)) == BODY[::-1]
 
 
 @pytest.mark.parametrize("status", [503, 500, 502, 429, 408])
