@@ -1,6 +1,7 @@
 """The rules of the house, held over the import graph."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path("dnal_dist")
@@ -65,7 +66,10 @@ def test_only_train_assembles():
 
 
 def test_nothing_unpickles_or_runs_data():
-    for path in [*ROOMS, *Path("data_tools").glob("*.py")]:
-        text = path.read_text()
-        for word in ("pickle", "torch.load(", "eval(", "exec(", "os.system", "shell=True"):
-            assert word not in text.replace("unpickle", "").replace(".eval(", ""), f"{path}: {word}"
+    """Names of files that would be unpickled may stand in the source, to be refused; what reads them may not."""
+    reads = r"\bimport\s+(_?pickle|cPickle|marshal|shelve|dill|cloudpickle)\b|\bfrom\s+_?pickle\b|\bpickle\."
+    reads += r"|torch\.load\(|allow_pickle\s*=\s*True"
+    runs = r"(?<![.\w])eval\(|(?<![.\w])exec\(|os\.system|os\.popen|shell\s*=\s*True"
+    for path in [*ROOMS, *Path("data_tools").rglob("*.py")]:
+        found = re.search(f"{reads}|{runs}", path.read_text())
+        assert found is None, f"{path}: {found[0]}"
