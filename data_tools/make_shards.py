@@ -84,11 +84,11 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         ("val", 5_000, "validation pictures"),
         ("size", 500, "longer side of a typical picture, in pixels"),
     ):
-        drawn.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{text} (%(default)s)")
+        drawn.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (%(default)s)")
     drawn.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     for one in (fashion, cifar, large, own, drawn):
-        one.add_argument("--shard-samples", type=_count, default=5000, metavar="N", help="most samples of a shard (%(default)s)")
-        one.add_argument("--workers", type=_count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+        one.add_argument("--shard-samples", type=count, default=5000, metavar="N", help="most samples of a shard (%(default)s)")
+        one.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
     options = vars(parser.parse_args())
     return options.pop("make"), options
 
@@ -96,7 +96,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
 def _picture_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training pictures' order (%(default)s)")
     parser.add_argument(
-        "--resize", type=_count, metavar="N", help="reduce larger pictures to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
+        "--resize", type=count, metavar="N", help="reduce larger pictures to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
     )
     parser.add_argument("--quality", type=_quality, default=90, metavar="Q", help="of a JPEG that was resized (%(default)s)")
     parser.add_argument(
@@ -109,7 +109,7 @@ def _picture_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)

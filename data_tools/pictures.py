@@ -19,6 +19,7 @@ from data_tools.writing import Sample
 EXTENSIONS = ("png", "jpg", "jpeg")
 MAX_BAD = 0.01
 HEAD = 16 << 10
+END_OF_JPEG = b"\xff\xd9"
 CHUNK = 2000
 # libjpeg and libpng tell what went wrong by these; a struct.error or SyntaxError is Pillow's parser in a damaged header.
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
@@ -67,35 +68,41 @@ def extension_of(head: bytes) -> str | None:
 
 
 def fault(picture: Picture, decode: bool) -> str | None:
-    """Why training could not use this picture, or None. Without `decode` its head is read and its end looked at; it is decoded only
-    if it does not end as a whole file does, which some whole ones do not either."""
+    """Why training could not use this picture, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
+    only if it does not end as a whole file does, which some whole ones do not either. A PNG is always decoded."""
     if not picture.size:
         return "it is empty"
     head = picture.read(0, HEAD)
     if extension_of(head) is None:
         return f"it is neither JPEG nor PNG (it begins with {head[:4].hex(' ')})"
-    ends = picture.read(max(0, picture.size - 12)).endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))
-    if decode or not ends:
-        return _decoding_fault(picture.read())
+    # torchvision 0.29 ends the whole process, by a segmentation fault, over a PNG whose compressed data is damaged.
+    if decode or extension_of(head) == "png" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
+        return decoding_fault(picture.read())[0]
     try:
-        with Image.open(io.BytesIO(head), formats=("JPEG", "PNG")):
+        with Image.open(io.BytesIO(head), formats=("JPEG",)):
             return None
     except UNREADABLE:
         # Long comments and colour profiles come before what says the picture's size.
-        return _decoding_fault(picture.read())
+        return decoding_fault(picture.read())[0]
 
 
-def _decoding_fault(encoded: bytes) -> str | None:
+def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
+    """Why a picture cannot be decoded, or None, and its width and height if it tells them."""
+    size = None
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            size = image.size
             # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
             image.draft(None, (1, 1))
             image.load()
+            if image.format == "PNG":
+                with Image.open(io.BytesIO(encoded)) as again:  # its checksums, which loading does not look at
+                    again.verify()
     except UnidentifiedImageError:
-        return "its header cannot be read"
+        return "its header cannot be read", None
     except UNREADABLE as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return None
+        return (str(error).splitlines() or [type(error).__name__])[0], size
+    return None, size
 
 
 class Check(NamedTuple):
