@@ -102,9 +102,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m data_tools.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="names of the classes, one a line; else their numbers are taken"
-    )
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else their numbers)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the index goes, if not beside the shards as index.json")
     parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Reads whole shards, as training would: what samples there are, and what is wrong with them."""
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -50,7 +51,7 @@ class Surveyor(NamedTuple):
             file.seek(0)
             _pass(file, offsets[0], digest)
             faults, good, sizes = [], [], []
-            for row, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            for row, (begin, end) in enumerate(pairwise(offsets)):
                 self._sample(file, row, begin, end, digest, (faults, good, sizes))
                 tick(end - begin)
             _pass(file, size - offsets[-1], digest)

@@ -6,15 +6,15 @@
   python -m data_tools.verify '/data/own/train-*.tar' --json
 
 Every sample is read as training reads it. Reported are shards that are missing or not what index.json says, samples that training
-would skip, labels outside the classes, keys that a split has twice, and pictures that are, byte for byte, in two splits or under two
-labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check could not run.
+would skip, labels outside the classes, keys that a split has twice, and pictures that are, byte for byte, in two splits or under
+two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check could not run.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,39 +82,7 @@ def main() -> None:
     sys.exit(1 if found else 0)
 
 
-def _print(summary: dict[str, Any], found: list[Finding], listed: int) -> None:
-    console = Console(soft_wrap=True)
-    table = Table()
-    for name in (
-        "split",
-        "shards",
-        "samples",
-        "size",
-        "classes",
-        "samples of a class",
-        "width",
-        "height",
-        "faulty",
-        "same picture",
-    ):
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for split, row in summary.items():
-        spreads = (_shown(row[name]) for name in ("per_class", "width", "height"))
-        table.add_row(
-            escape(split), f"{row['shards']:,}", f"{row['samples']:,}", _size(row["bytes"]), f"{row['classes']:,}", *spreads,
-            f"{row['faulty']:,}", f"{row['same_picture']:,}",
-        )  # fmt: skip
-    console.print(table)
-    for kind, number in Counter(one.kind for one in found).items():
-        of_kind = [one for one in found if one.kind == kind]
-        for one in of_kind[:listed]:
-            console.print(f"{one.kind}: {one.where}: {one.what}", markup=False, highlight=False)
-        if number > listed:
-            console.print(f"{kind}: and {number - listed:,} more", markup=False, highlight=False)
-    console.print("nothing was found" if not found else f"{len(found):,} findings", highlight=False)
-
-
-def _shown(spread: tuple[int, float, int] | None) -> str:
+def _spread(spread: tuple[int, float, int] | None) -> str:
     return f"{spread[0]:,} / {spread[1]:,.0f} / {spread[2]:,}" if spread else "-"
 
 
@@ -124,6 +92,40 @@ def _size(count: int) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "shards": _number,
+    "samples": _number,
+    "bytes": _size,
+    "classes": _number,
+    "per_class": _spread,
+    "width": _spread,
+    "height": _spread,
+    "faulty": _number,
+    "same_picture": _number,
+}
+
+
+def _print(summary: dict[str, Any], found: list[Finding], listed: int) -> None:
+    console, table = Console(soft_wrap=True), Table("")
+    for split in summary:
+        table.add_column(escape(split), justify="right")
+    for name, shown in SHOWN.items():
+        if any(row[name] is not None for row in summary.values()):
+            table.add_row(name.replace("_", " "), *(shown(row[name]) for row in summary.values()))
+    console.print(table)
+    for kind, number in Counter(one.kind for one in found).items():
+        of_kind = [one for one in found if one.kind == kind]
+        for one in of_kind[:listed]:
+            console.print(f"{one.kind}: {one.where}: {one.what}", markup=False, highlight=False)
+        if number > listed:
+            console.print(f"{kind}: and {number - listed:,} more", markup=False, highlight=False)
+    console.print("nothing was found" if not found else f"{len(found):,} findings", highlight=False)
 
 
 def _arguments() -> argparse.Namespace:
