@@ -35,7 +35,8 @@ from torch import Tensor
 from dnal_dist import budget, compact, cost, phases, recipe, report, train
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
-from dnal_dist.stream import Batch, Pictures, Shards, order
+from dnal_dist.shards import Shards
+from dnal_dist.stream import Batch, Pictures, order
 
 NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
@@ -76,7 +77,7 @@ class Memory:
         size = self.data.global_batch
         if not self.training:
             for first in range(0, self.samples, size):
-                yield Batch(self.images[first : first + size], self.labels[first : first + size], [], [])
+                yield Batch(self.images[first : first + size], self.labels[first : first + size], [], [], (0, 0))
             return
         epoch, batch = divmod(start, self.per_epoch)
         while True:
@@ -91,7 +92,7 @@ class Memory:
             generator = torch.Generator().manual_seed((self.seed * 1000 + epoch) * self.samples + first)
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return Batch(images, self.labels[chosen], [], [])
+        return Batch(images, self.labels[chosen], [], [], (0, 0))
 
 
 class Pretrained(NamedTuple):

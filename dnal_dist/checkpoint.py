@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dnal_dist import compact
+from dnal_dist.receipts import Receipt
 from dnal_dist.recipe import InputError
 
 # What tells where a run stands, beside its tensors.
@@ -76,7 +77,7 @@ def save(run) -> None:
     small = None if run.small is None else compact.describe(run.small)
     # How many records there are by now tells a resumed run which to keep.
     facts = {"records": run.track.records, "compact": small, "recipe": run.recipe.model_dump(mode="json")}
-    facts |= {"scaler": run.parallel.scaler.state_dict()}
+    facts |= {"scaler": run.parallel.scaler.state_dict(), "receipt": run.receipt.packed()}
     folder = run.folder / "checkpoints"
     try:
         write(folder, Checkpoint(tensors, position | facts))
@@ -103,6 +104,9 @@ def restore(run, saved: Checkpoint) -> None:
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
     for key in POSITION:
         setattr(run, key, state[key])
+    if run.parallel.main and state.get("receipt"):
+        # The other processes begin with nothing taken, however many there are now.
+        run.receipt = Receipt.unpacked(state["receipt"])
     if state.get("scaler") and run.parallel.scaler.is_enabled():
         run.parallel.scaler.load_state_dict(state["scaler"])
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import InputError
 from dnal_dist.stream import Stream, normalise
 
 
@@ -27,7 +28,7 @@ def evaluate(network: nn.Module, stream: Stream, data, parallel: Parallel, gates
     # correct, in the top five, summed cross-entropy, samples
     sums, bad = torch.zeros(4, dtype=torch.float64, device=parallel.device), []
     for batch in stream.batches():
-        bad += batch.bad
+        bad += map(str, batch.bad)
         if not len(batch.labels):
             continue
         images = normalise(batch.images.to(parallel.device, non_blocking=True), data.mean, data.std)
@@ -37,5 +38,8 @@ def evaluate(network: nn.Module, stream: Stream, data, parallel: Parallel, gates
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([top[:, 0].sum(), top.sum(), cross_entropy, top.new_tensor(len(labels), dtype=torch.long)])
     correct, top5, cross_entropy, samples = parallel.sum_(sums).tolist()
+    bad = parallel.gather(bad)
+    if samples + len(bad) != stream.samples:
+        raise InputError(f"evaluated {samples:.0f} samples and skipped {len(bad)} of {stream.samples}: a process saw other shards")
     samples = max(samples, 1)
-    return Evaluation(correct / samples, top5 / samples, cross_entropy / samples, int(samples), parallel.gather(bad))
+    return Evaluation(correct / samples, top5 / samples, cross_entropy / samples, int(samples), bad)

@@ -15,7 +15,7 @@ from dnal_dist.stream import Stream, normalise
 
 
 def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
-    """Name skipped pictures of `stream` when they are met first; raise InputError beyond the recipe's share."""
+    """Name skipped samples of `stream` when they are met first; raise InputError beyond the recipe's share."""
     if not skipped:
         return
     new = [picture for picture in skipped if picture not in run.skipped] or skipped
@@ -23,11 +23,11 @@ def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
     limit = run.recipe.data.max_bad_fraction
     if len(skipped) > limit * stream.samples:
         raise InputError(
-            f"{named}: {len(skipped)} of {stream.samples} pictures of {key} cannot be decoded, more than "
+            f"{named}: {len(skipped)} of {stream.samples} samples of {key} cannot be used, more than "
             f"data.max_bad_fraction={limit:g} allows; mend the shards or raise it"
         )
     if not run.skipped.issuperset(skipped):
-        run.track.warn(f"skipped {len(skipped)} of {stream.samples} pictures of {key}: {named}")
+        run.track.warn(f"skipped {len(skipped)} of {stream.samples} samples of {key}: {named}")
     run.skipped.update(skipped)
 
 
@@ -66,7 +66,8 @@ class Meter:
         asked = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - asked
-        self.skipped.update(batch.bad)
+        self.skipped.update(map(str, batch.bad))
+        run.receipt.take(batch.tally, len(batch.labels), batch.bad)
         self.sums[5] += len(batch.bad)
         self.sums[2] += len(batch.labels)
         device, data = run.parallel.device, run.recipe.data

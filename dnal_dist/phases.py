@@ -18,6 +18,7 @@ from dnal_dist.evaluate import evaluate
 from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
+from dnal_dist.receipts import Receipt
 from dnal_dist.recipe import InputError, Recipe
 from dnal_dist.steps import Outcome, architecture_step, weight_step
 from dnal_dist.stream import Stream, normalise
@@ -53,7 +54,9 @@ class Run:
     momentum: dict[str, Tensor] = field(default_factory=dict)
     """Of the weights, by name, to start the next optimiser with."""
     skipped: set[str] = field(default_factory=set)
-    """Pictures that did not decode and have been named."""
+    """Samples that could not be used and have been named."""
+    receipt: Receipt = field(default_factory=Receipt)
+    """Of the pass over the training set that is under way."""
     small: nn.Module | None = None
     """The compact network, once there is one."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -205,6 +208,8 @@ def choose_by_budget(run: Run, target: budget.Budget) -> Tensor:
 def finetune(run: Run, batches) -> None:
     """The compact network, on its own."""
     optimise(run, batches)
+    if run.global_step % run.train.steps_per_epoch:
+        write_receipt(run)
     if run.parallel.main:
         facts = {"name": run.recipe.model.name, "image_size": run.recipe.data.image_size}
         data = {"mean": run.recipe.data.mean, "std": run.recipe.data.std}
@@ -244,6 +249,8 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
         meter.add(outcome)
         run.step += 1
         run.global_step += 1
+        if run.global_step % per_epoch == 0:
+            write_receipt(run)
         epoch = run.step / per_epoch
         ends_epoch = run.step % per_epoch == 0 or run.step == total
         if run.step % recipe.tracking.log_every == 0 or ends_epoch:
@@ -258,7 +265,7 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
                 run.seconds[run.phase] = before + time.monotonic() - begun
                 if run.step < total:
                     track.progress(run.step, result)
-                    checkpoint.save(run)
+                    save(run)
     trained.close()
     track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
     track.record("phase", phase=run.phase, seconds=round(run.seconds[run.phase], 3))
@@ -348,7 +355,25 @@ def record_gates(run: Run, delta: float) -> None:
     )
 
 
+def write_receipt(run: Run) -> None:
+    """Record what was consumed of the epoch that ends here, or of its part that the run came to."""
+    settle(run)
+    run.track.global_step = run.global_step
+    run.track.record("receipt", **run.receipt.packed())
+    run.receipt = Receipt()
+
+
+def settle(run: Run) -> None:
+    run.receipt.settle(run.parallel.gather, run.parallel.main, run.global_step, run.train.steps_per_epoch)
+
+
+def save(run: Run) -> None:
+    """A checkpoint of where `run` stands."""
+    settle(run)
+    checkpoint.save(run)
+
+
 def _enter(run: Run, phase: str) -> None:
     """Begin `phase`, from a checkpoint on."""
     run.phase, run.step = phase, 0
-    checkpoint.save(run)
+    save(run)

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+MOST_CLASSES = 1_000_000
+
 
 class InputError(ValueError):
     """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
@@ -38,7 +40,7 @@ class Section(BaseModel):
 class Network(Section):
     name: str
     """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
-    num_classes: int | None = Field(None, ge=2, le=1_000_000)
+    num_classes: int | None = Field(None, ge=2, le=MOST_CLASSES)
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
@@ -88,10 +90,14 @@ class Data(Section):
     per_device_batch_limit: int | None = Field(None, ge=1)
     """Pictures that a device has memory for. A process whose share of the global batch is larger takes it in the fewest equal parts
     that fit, one after the other, and synchronises once."""
+    shuffle_shards: int | None = Field(None, ge=1)
+    """About how many training shards are in use at any time. By default all: a uniform shuffle over the whole set, which reads it
+    all over. A number (such as 32) lets shards come and go, for sets that do not fit into a cache; their samples should have been
+    shuffled when the shards were made."""
     workers: int = Field(2, ge=0)
     """Loader processes for each training process; 0 loads in the training process itself."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
-    """Share of a set's pictures that may fail to decode; they are skipped, counted and named. Beyond it the run stops."""
+    """Share of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
 
     @model_validator(mode="after")
     def _crop_fits(self):

@@ -84,11 +84,12 @@ class Shards:
             fault.shard, fault.offset = str(self.paths[shard]), begin
             raise
 
-    def name(self, index: int) -> str:
-        """SHARD/KEY of a sample, of which only the first header is read if that is enough."""
+    def name(self, index: int, key: str | None = None) -> str:
+        """SHARD/KEY of a sample. A key that is not known is read; of the sample only the first header, if that is enough."""
         shard, begin, end = self._place(index)
-        file = self._open(shard)
-        key = _key_of(os.pread(file, BLOCK, begin)) or _key_of(os.pread(file, end - begin, begin))
+        if key is None:
+            file = self._open(shard)
+            key = _key_of(os.pread(file, BLOCK, begin)) or _key_of(os.pread(file, end - begin, begin))
         return f"{self.paths[shard].name}/{key}"
 
     def where(self, index: int) -> tuple[str, int]:

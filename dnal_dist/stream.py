@@ -1,21 +1,16 @@
 """Shards in, batches out, in one global order that ranks and workers only divide.
 
 The order of samples is a function of seed and epoch. Batch b of an epoch is a slice of that order, and a rank's part of it a slice
-of the slice, so any number of ranks and workers sees the same batches and a run can go on from any of them. A loader worker opens a
-shard, reads its headers once, and from then on reads each picture by its offset. Only pictures and class numbers are read; nothing
-that a shard holds is ever executed or unpickled.
+of the slice, so any number of ranks and workers sees the same batches and a run can go on from any of them.
+
+python -m dnal_dist.stream --audit RUN      proves from a run's receipts that each epoch had every sample once
 """
 
-import glob
-import json
-import os
+import argparse
 import re
-import shlex
 import signal
-import tarfile
-from collections import OrderedDict
+import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,201 +21,54 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
-from webdataset.shardlists import expand_urls
 
+from dnal_dist import receipts
 from dnal_dist.recipe import InputError
-
-PICTURES = ("png", "jpg", "jpeg")
-OPEN_SHARDS = 64
-
-
-class Sample(NamedTuple):
-    key: str
-    offset: int
-    size: int
-    label: int
+from dnal_dist.shards import Fault, Shards
 
 
 class Batch(NamedTuple):
-    """images uint8 (n, 3, H, W), labels int64 (n,), the samples' keys, and what was skipped and why ("shard: sample: reason")."""
+    """images uint8 (n, 3, H, W), labels int64 (n,), the samples' keys, what had to be skipped, and the tally for the receipt."""
 
     images: Tensor
     labels: Tensor
     keys: list[str]
-    bad: list[str]
+    bad: list[Fault]
+    tally: tuple[int, int]
 
 
-class Shards:
-    """The shards of one split: `paths`, and how many samples each holds, from index.json beside them or else by reading headers."""
+class Place(NamedTuple):
+    """A sample's place in a run: `position` is that in the epoch's order, `index` the sample's number in the shards."""
 
-    def __init__(self, patterns: str, key: str, num_classes: int):
-        self.key, self.num_classes = key, num_classes
-        names, self.paths = _expand(patterns, key)
-        indices = {folder: _read_index(folder) for folder in {path.parent for path in self.paths}}
-        _refuse_gaps(indices, names, self.paths)
-        self.counts = [self._check(path, indices[path.parent].get(path.name)) for path in self.paths]
-        self.samples = sum(self.counts)
-        if not self.samples:
-            raise InputError(f"key '{key}': {patterns!r} matches shards that hold no sample; make them anew")
-        self._ends = np.cumsum(self.counts)
-        self._headers: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def _check(self, path: Path, entry: dict | None) -> int:
-        try:
-            if not path.is_file():
-                raise InputError(f"{path}: not a file; correct key '{self.key}'")
-            size = path.stat().st_size
-            if entry is None or not entry["samples"]:
-                return len(scan(path, self.num_classes))
-            if size != entry["bytes"]:
-                raise InputError(f"{path}: holds {size} bytes, index.json says {entry['bytes']}; make or copy the shard anew")
-            with path.open("rb"):
-                return entry["samples"]
-        except OSError as error:
-            raise InputError(f"{path}: shard cannot be read ({error.strerror}); check the file and key '{self.key}'") from None
-
-    def __getitem__(self, index: int) -> tuple[Path, Sample, bytes]:
-        """Shard, sample and encoded picture of the sample with this number, 0 <= index < samples."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        headers = self._headers_of(shard)
-        row = index - (self._ends[shard] - self.counts[shard])
-        sample = Sample(headers["key"][row].decode(), *(int(headers[name][row]) for name in ("offset", "size", "label")))
-        return self.paths[shard], sample, os.pread(self._open(shard), sample.size, sample.offset)
-
-    def _headers_of(self, shard: int) -> np.ndarray:
-        """One row for each sample: read once, and small enough to be kept for millions of them."""
-        if shard not in self._headers:
-            path = self.paths[shard]
-            samples = scan(path, self.num_classes)
-            if len(samples) != self.counts[shard]:
-                raise InputError(f"{path}: holds {len(samples)} samples, index.json says {self.counts[shard]}; make the index anew")
-            rows = [(sample.key.encode(), *sample[1:]) for sample in samples]
-            longest = max(len(row[0]) for row in rows)
-            self._headers[shard] = np.array(rows, [("key", f"S{longest}"), ("offset", "i8"), ("size", "i8"), ("label", "i4")])
-        return self._headers[shard]
-
-    def _open(self, shard: int) -> int:
-        """A file descriptor of the shard; the OPEN_SHARDS used last stay open."""
-        if shard not in self._files:
-            if len(self._files) == OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-
-def _expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
-    """The paths and path patterns that `patterns` stands for once its braces are expanded, and the files they match."""
-    names, paths = [], []
-    for pattern in _words(patterns, key):
-        if pattern.startswith("pipe:") or "://" in pattern:
-            raise InputError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
-        try:
-            expanded = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:
-            raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
-        found = {one: sorted(glob.glob(one)) for one in expanded}
-        # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
-        missing = [one for one in expanded if not found[one] and not glob.has_magic(one)]
-        if missing or not any(found.values()):
-            raise InputError(
-                f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
-                f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
-                f"or correct the pattern (a path with blanks wants quotes of its own)"
-            )
-        names += expanded
-        paths += [Path(path) for one in expanded for path in found[one]]
-    if not paths:
-        raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
-    return names, paths
-
-
-def _words(patterns: str, key: str) -> list[str]:
-    try:
-        return shlex.split(patterns)
-    except ValueError as error:
-        raise InputError(f"key '{key}': {patterns!r} cannot be divided into patterns ({error}); mend its quotes") from None
-
-
-def _refuse_gaps(indices: dict[Path, dict[str, dict]], names: list[str], paths: list[Path]) -> None:
-    """Raise InputError if an index tells of a shard that `names` asks for and that is not there."""
-    for folder, index in indices.items():
-        for path in (folder / file for file in index):
-            if path not in paths and any(fnmatch(str(path), str(Path(name))) for name in names):
-                raise InputError(f"{path}: no such shard, but index.json tells of it; copy it here or make the index anew")
-
-
-def _read_index(folder: Path) -> dict[str, dict]:
-    try:
-        entries = json.loads((folder / "index.json").read_text())["shards"]
-        index = {entry["file"]: {"samples": int(entry["samples"]), "bytes": int(entry["bytes"])} for entry in entries}
-        if any(entry["samples"] < 0 for entry in index.values()):
-            raise ValueError("a negative number of samples")
-        return index
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
-
-
-def scan(path: Path, num_classes: int | None = None) -> list[Sample]:
-    """The samples of the webdataset shard at `path`, from its headers and class members; pictures are not read.
-
-    Raises InputError for a file that is no tar or is cut short, a sample without picture or class or with two of either, and a
-    label outside [0, num_classes).
-    """
-    try:
-        found = _members(path)
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds, where a header means harm
-        raise InputError(f"{path}: not a readable tar shard ({error}); make or copy it anew") from None
-    samples = []
-    for key, parts in found.items():
-        # Messages show the key, and it may hold what moves a terminal's cursor.
-        key = key if key.isprintable() else repr(key)[1:-1]
-        if len(parts["picture"]) != 1 or len(parts["label"]) != 1:
-            raise InputError(
-                f"{path}: sample {key}: expected one picture ({', '.join(PICTURES)}) and one class (cls), found "
-                f"{len(parts['picture'])} and {len(parts['label'])}; make the shard anew"
-            )
-        text = parts["label"][0].decode("ascii", "replace").strip()
-        if not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
-            bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
-            raise InputError(f"{path}: sample {key}: label {text!r} is out of range, expected a whole number{bound}")
-        samples.append(Sample(key, *parts["picture"][0], int(text)))
-    return samples
-
-
-def _members(path: Path) -> dict[str, dict[str, list]]:
-    """Of each key in the tar at `path`: where its pictures lie, as (offset, size), and its labels."""
-    found: dict[str, dict[str, list]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if member.size < 0:
-                raise tarfile.TarError("a member of negative size")
-            if not member.isfile() or member.issparse():
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {"picture": [], "label": []})
-            if extension.lower() in PICTURES:
-                parts["picture"].append((member.offset_data, member.size))
-            elif extension == "cls":
-                parts["label"].append(tar.extractfile(member).read(20))
-        # tarfile takes a damaged header, or the file's end, for the end of the archive. The true one is a block of zeros.
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.TarError("cut short or damaged behind its last whole member")
-    return found
+    epoch: int
+    position: int
+    index: int
 
 
 def order(samples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the sample numbers 0 ... samples - 1 in an epoch: a uniform shuffle, a function of its arguments alone."""
+    return np.argsort(_bits(samples, seed, epoch), kind="stable")
+
+
+def order_with_locality(counts: np.ndarray, seed: int, epoch: int, together: int) -> np.ndarray:
+    """The order of all samples of shards that hold `counts` each: shards come in a shuffled order, and each sample somewhere within
+    the stretch that its shard and those around it make up, `together` shards in all. About as many are in use at any time.
+
+    As good as a uniform shuffle where the samples were shuffled before they were put into shards.
+    """
+    bits = _bits(len(counts) + int(counts.sum()), seed, epoch)
+    turn = np.argsort(bits[: len(counts)], kind="stable")
+    ends = np.empty(len(counts))
+    ends[turn] = np.cumsum(counts[turn])
+    middle, half = ends - counts / 2, together * counts.mean() / 2
+    low, high = np.maximum(middle - half, 0), np.minimum(middle + half, counts.sum())
+    low, high = np.repeat(low, counts), np.repeat(high, counts)
+    return np.argsort(low + (high - low) * (bits[len(counts) :] / 2.0**64), kind="stable")
+
+
+def _bits(number: int, seed: int, epoch: int) -> np.ndarray:
     # NumPy promises that raw bits stay the same from version to version; it does not promise that for `permutation`.
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(samples)
-    return np.argsort(bits, kind="stable")
+    return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(number)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype=torch.float32) -> Tensor:
@@ -230,34 +78,41 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
 
 
 class Pictures(Dataset):
-    """Decoded pictures by (epoch, sample number). A list of them gives a Batch, or the InputError that stops the run, as a value:
-    an exception would arrive from a loader process as a page of traceback."""
+    """Decoded pictures by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
+    exception would arrive from a loader process as a page of traceback."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool):
         self.shards, self.data, self.seed, self.train = shards, data, seed, train
 
-    def __getitems__(self, wanted: list[tuple[int, int]]) -> Batch | InputError:
-        images, labels, keys, bad = [], [], [], []
-        try:
-            for epoch, index in wanted:
-                path, sample, encoded = self.shards[index]
-                try:
-                    images.append(self.transform(_decode(encoded), epoch, index))
-                except (RuntimeError, ValueError) as error:
-                    bad.append(f"{path}: sample {sample.key}: {_reason(error)}")
-                    continue
-                labels.append(sample.label)
-                keys.append(sample.key)
-        except InputError as error:
-            return error
-        except OSError as error:
-            return InputError(f"{error.filename or path}: shard cannot be read any more ({error.strerror}); check the file")
+    def __getitems__(self, wanted: list[Place]) -> Batch | InputError:
+        images, labels, keys, names, positions, bad = [], [], [], [], [], []
+        for epoch, position, index in wanted:
+            try:
+                sample = self.shards[index]
+                images.append(self._picture(sample, epoch, index))
+            except Fault as fault:
+                bad.append(fault)
+                continue
+            except OSError as error:
+                return InputError(
+                    f"{error.filename or self.shards.where(index)[0]}: shard cannot be read any more ({error.strerror})"
+                )
+            labels.append(sample.label)
+            keys.append(sample.key)
+            names.append(self.shards.name(index, sample.key))
+            positions.append(position)
         if self.train and not images:
             # BatchNorm's statistics of no picture at all would be no numbers.
-            return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be decoded; mend the shards")
+            return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be used; mend the shards")
         size = self.data.image_size
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad, receipts.tally(names, positions))
+
+    def _picture(self, sample, epoch: int, index: int) -> Tensor:
+        try:
+            return self.transform(_decode(sample.picture), epoch, index)
+        except (RuntimeError, ValueError) as error:
+            raise Fault(_reason(error), sample.key, *self.shards.where(index)) from None
 
     def transform(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """uint8 (3, h, w) -> uint8 (3, image_size, image_size). Random changes depend on seed, epoch and sample alone."""
@@ -313,27 +168,36 @@ def _random_part(image: Tensor, scale: tuple[float, float], rng: np.random.Gener
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-class _Slices(Sampler):
+class Slices(Sampler):
     """Which samples each batch of one rank holds. Training: without end, from batch `start` of the run on. Else: one pass."""
 
-    def __init__(self, samples: int, global_batch: int, rank: int, world_size: int, seed: int, train: bool):
-        self.samples, self.global_batch, self.seed, self.train = samples, global_batch, seed, train
-        self.rank, self.world_size, self.local = rank, world_size, global_batch // world_size
-        self.start = 0
+    def __init__(self, counts: np.ndarray, data, seed: int, train: bool, rank: int, world_size: int):
+        self.counts, self.samples, self.seed, self.train = counts, int(counts.sum()), seed, train
+        self.global_batch, self.together = data.global_batch, data.shuffle_shards
+        self.local, self.rank, self.start = data.global_batch // world_size, rank, 0
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         if not self.train:
-            mine = range(self.rank, self.samples, self.world_size)
-            yield from ([(0, i) for i in mine[b : b + self.local]] for b in range(0, len(mine), self.local))
+            yield from self._pass(0, np.arange(self.samples), range(0, self.samples, self.global_batch))
             return
-        per_epoch = self.samples // self.global_batch
-        epoch, batch = divmod(self.start, per_epoch)
+        end = self.samples - self.samples % self.global_batch
+        epoch, batch = divmod(self.start, self.samples // self.global_batch)
         while True:
-            shuffled = order(self.samples, self.seed, epoch)
-            for first in range(batch * self.global_batch, per_epoch * self.global_batch, self.global_batch):
-                mine = shuffled[first + self.rank * self.local :][: self.local]
-                yield [(epoch, int(i)) for i in mine]
+            yield from self._pass(epoch, self.order(epoch), range(batch * self.global_batch, end, self.global_batch))
             epoch, batch = epoch + 1, 0
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The sample numbers in the order of an epoch of training."""
+        if self.together is None or self.together >= len(self.counts):
+            return order(self.samples, self.seed, epoch)
+        return order_with_locality(self.counts, self.seed, epoch, self.together)
+
+    def _pass(self, epoch: int, indices: np.ndarray, batches: range) -> Iterator[list[Place]]:
+        for first in batches:
+            mine = range(first + self.rank * self.local, min(first + (self.rank + 1) * self.local, self.samples))
+            if mine:
+                chosen = indices[mine.start : mine.stop].tolist()
+                yield [Place(epoch, position, index) for position, index in zip(mine, chosen, strict=True)]
 
 
 class Stream:
@@ -357,7 +221,7 @@ class Stream:
                 f"key 'data.global_batch': a step takes {data.global_batch} pictures, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
-        self._slices = _Slices(self.samples, data.global_batch, rank, world_size, seed, train)
+        self._slices = Slices(shards.counts, data, seed, train, rank, world_size)
         self._loader = DataLoader(
             Pictures(shards, data, seed, train),
             batch_sampler=self._slices,
@@ -384,3 +248,20 @@ def _begin_loader(_worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches all processes of a terminal; what becomes of a loader is for the process that it loads for to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dnal_dist.stream", description="What a run's stream of samples was.")
+    parser.add_argument("--audit", metavar="RUN", type=Path, required=True, help="check a run folder's receipts against its shards")
+    # What it needs is not needed to train.
+    from dnal_dist.audit import audit
+
+    try:
+        sys.exit(audit(parser.parse_args().audit))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,8 @@ from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
-from dnal_dist.stream import Shards, Stream
+from dnal_dist.shards import Shards
+from dnal_dist.stream import Stream
 from dnal_dist.track import Track
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
@@ -121,7 +122,7 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
             *faults,
             f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes",
         ]
-    for fault in faults:
+    for fault in (*faults, *train.shards.warnings, *val.shards.warnings):
         track.warn(fault)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)

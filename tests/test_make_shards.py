@@ -3,10 +3,10 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import random
 import struct
-import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +17,16 @@ from PIL import Image
 from sources import archived
 
 from data_tools import make_shards
-from dnal_dist import stream
+from dnal_dist import shards, stream
 from dnal_dist.recipe import Data
+from dnal_dist.shards import Sample, Shards, boundaries, parse
+
+
+def scan(path) -> list[Sample]:
+    content = path.read_bytes()
+    offsets, faults = boundaries(io.BytesIO(content))
+    assert not faults
+    return [parse(content[begin:end]) for begin, end in itertools.pairwise(offsets)]
 
 
 def digests(folder) -> dict[str, str]:
@@ -40,12 +48,12 @@ def test_the_index_tells_what_the_shards_hold(digits):
     assert [entry["file"] for entry in index["shards"]] == sorted(path.name for path in digits.glob("*.tar"))
     for entry in index["shards"]:
         path = digits / entry["file"]
-        assert (entry["samples"], entry["bytes"]) == (len(stream.scan(path, 10)), path.stat().st_size)
+        assert (entry["samples"], entry["bytes"]) == (len(scan(path)), path.stat().st_size)
     assert index["classes"] == list("0123456789")
 
 
 def test_the_splits_share_no_sample_and_every_class_is_in_both(digits):
-    split = {name: [s for path in sorted(digits.glob(f"{name}-*.tar")) for s in stream.scan(path)] for name in ("train", "val")}
+    split = {name: [s for path in sorted(digits.glob(f"{name}-*.tar")) for s in scan(path)] for name in ("train", "val")}
     keys = {name: {sample.key for sample in samples} for name, samples in split.items()}
     assert not keys["train"] & keys["val"]
     assert len(keys["train"] | keys["val"]) == 1797
@@ -81,7 +89,7 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
 
 
 def test_makers_and_stream_agree_on_pictures():
-    assert make_shards.PICTURES == stream.PICTURES
+    assert make_shards.PICTURES == shards.PICTURES
 
 
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
@@ -114,7 +122,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 def streamed(folder, split: str, size: int, classes: int = 10) -> dict[str, tuple[torch.Tensor, int]]:
     """Picture and label of every key of `split`, as a run's validation gets them."""
     data = Data(train="-", val="-", image_size=size, global_batch=4, workers=0)
-    shards = stream.Shards(f"{folder}/{split}-*.tar", f"data.{split}", classes)
+    shards = Shards(f"{folder}/{split}-*.tar", f"data.{split}", classes)
     found = {}
     for batch in stream.Stream(shards, data, 0, False).batches():
         assert not batch.bad
@@ -277,11 +285,7 @@ def members(folder, split: str) -> list[tuple[str, bytes, int]]:
     """Extension, bytes and label of every sample, in the order of the shards."""
     found = []
     for path in sorted(folder.glob(f"{split}-*.tar")):
-        content = path.read_bytes()
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            extensions = [name.rpartition(".")[2] for name in tar.getnames() if not name.endswith(".cls")]
-        samples = stream.scan(path)
-        found += [(e, content[s.offset : s.offset + s.size], s.label) for e, s in zip(extensions, samples, strict=True)]
+        found += [(sample.extension, sample.picture, sample.label) for sample in scan(path)]
     return found
 
 

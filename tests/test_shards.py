@@ -66,7 +66,6 @@ def test_samples_are_webdatasets(tmp_path):
         ("__meta__.json__", b"{}"),
         *pair("n01/a"),
         ("n01/a.json", b"{}"),
-        ("n01/.x.jpg", b"-"),
     ]
     members += [("n01/b.JPG", b"B"), ("n01/b.cls", b"0"), ("c.1.txt", b"?"), ("c.png", b"C"), ("c.cls", b"9")]
     (tmp_path / "a.tar").write_bytes(tar_of(*members))
