@@ -32,7 +32,7 @@ def find(patterns: list[str]) -> list[Path]:
 
 def survey(paths: list[Path], workers: int, decode: bool = False) -> list[Survey]:
     """Every shard, read as training reads it. Raises OSError or ValueError."""
-    return list(in_order(Surveyor(decode), paths, workers, "bytes read", sum(path.stat().st_size for path in paths)))
+    return in_order(Surveyor(decode), paths, workers, "bytes read", sum(path.stat().st_size for path in paths))
 
 
 def make(paths: list[Path], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:

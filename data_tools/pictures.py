@@ -144,6 +144,8 @@ def without_faults(
                 f"{len(bad)} of {len(splits[name])} pictures for {name} cannot be used, more than "
                 f"{max_bad:.1%}: {first}; mend the source, or allow more by --max-bad"
             )
+    if empty := next((name for name, bad in faults.items() if len(bad) == len(splits[name])), None):
+        raise ValueError(f"all of {empty}'s pictures cannot be used ({faults[empty][0]['reason']}); mend the source")
     bad = {one["picture"] for found in faults.values() for one in found}
     good = {name: [p for p in pictures if not bad or str(p) not in bad] for name, pictures in splits.items()}
     return good, [{"split": name, **one} for name, found in faults.items() for one in found]

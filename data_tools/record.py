@@ -18,7 +18,7 @@ class Record:
     making is not complete, so that the same command goes on where it was stopped.
 
     Raises ValueError if `folder` holds a finished set, shards of unknown origin or a making by other options, unless `overwrite`,
-    which removes them. Nothing is written before the first result.
+    which removes them. Nothing is written before `begin` or `once`.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], overwrite: bool = False):
@@ -73,15 +73,19 @@ class Record:
             if OURS.fullmatch(path.name) or LEFT.fullmatch(path.name):
                 path.unlink()
 
+    def begin(self) -> None:
+        """From now on whatever `folder` holds is known to be of this making."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            self._append({"options": self.options})
+
     def _append(self, entry: dict) -> None:
         with self.path.open("a") as file:
-            if not file.tell():
-                file.write(json.dumps({"options": self.options}) + "\n")
             file.write(json.dumps(entry) + "\n")
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work()` returns, of JSON's kinds; not done again if an earlier run of the same command has done it."""
         if name not in self._known:
+            self.begin()
             self._known[name] = work()
             self._append({name: self._known[name]})
         return self._known[name]

@@ -1,4 +1,4 @@
-"""Many tasks on several processes, their results in order, and how far they are."""
+"""Many tasks on several processes, and how far they are."""
 
 import multiprocessing
 import os
@@ -6,9 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
@@ -32,8 +31,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int) -> Iterator[Any]:
-    """Yields `function(task, tick)` of every task, in the order of `tasks`, while up to `workers` processes work on them.
+def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int) -> list[Any]:
+    """What `function` returns for each task, in the order of `tasks`; see `as_finished`."""
+    return [result for _, result in sorted(as_finished(function, tasks, workers, title, total), key=lambda found: found[0])]
+
+
+def as_finished(
+    function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int
+) -> Iterator[tuple[int, Any]]:
+    """Yields a task's number and `function(task, tick)` as soon as it is finished, while up to `workers` processes work.
 
     `function` and what a task holds are copied to the processes, so a function must be of a module. With one worker, or one task,
     all happens in this process. What a task raises is raised here; then, and after Ctrl-C, the other tasks end early by Stopped,
@@ -51,29 +57,27 @@ def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, ti
             done += more
             bar.show(done)
 
-        for task in tasks:
-            yield function(task, tick)
+        for number, task in enumerate(tasks):
+            yield number, function(task, tick)
 
 
-def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") -> Iterator[Any]:
+def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") -> Iterator[tuple[int, Any]]:
     # Forking a process that has threads may hang, and that of a program that uses these functions may have them.
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, _begin, (counter, stop))
-    coming, waiting = iter(tasks), deque()
+    coming, running = enumerate(tasks), {}
     try:
         while True:
             # Few at a time: what a task holds is copied when it is handed over, and may be large.
-            while len(waiting) < 2 * workers and (task := next(coming, None)) is not None:
-                waiting.append(pool.submit(_call, function, task))
-            if not waiting:
+            while len(running) < 2 * workers and (found := next(coming, None)) is not None:
+                running[pool.submit(_call, function, found[1])] = found[0]
+            if not running:
                 return
-            while not waiting[0].done():
-                wait([waiting[0]], timeout=0.2)
-                bar.show(counter.value)
-                if failed := next((future for future in waiting if future.done() and future.exception()), None):
-                    failed.result()
-            yield waiting.popleft().result()
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.show(counter.value)
+            for future in finished:
+                yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise ValueError(f"{bar.title}: a worker process was killed, most likely for want of memory; lower --workers") from None
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.record import Record
-from data_tools.workers import Tick, in_order
+from data_tools.workers import Tick, as_finished
 
 INDEX_VERSION = 1
 
@@ -51,13 +51,14 @@ def write(
     folder = record.folder
     shards = [shard for name, split in splits.items() for shard in _layout(folder, name, split, record)]
     counts = {name: len(split.references) for name, split in splits.items()}
-    entries = []
-    for entry in in_order(make, shards, workers, "shards", sum(counts.values())):
+    entries: dict[int, dict] = {}
+    record.begin()
+    for number, entry in as_finished(make, shards, workers, "shards", sum(counts.values())):
         record.add(entry)
-        entries.append(entry)
+        entries[number] = entry
     if skipped:
         (folder / "skipped.json").write_text(json.dumps({"skipped": list(skipped)}, indent=1) + "\n")
-    write_index(folder / "index.json", entries, classes)
+    write_index(folder / "index.json", [entries[number] for number in range(len(shards))], classes)
     record.finish()
     return counts
 
