@@ -94,14 +94,15 @@ def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
 
 
 def same_pictures(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
-    """Groups of (split, survey, sample) that hold the same picture, byte for byte."""
+    """Groups of (split, survey, sample) that hold the same picture, byte for byte, in the order of the shards."""
     places = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
     digests = np.frombuffer(b"".join(good.digest for *_, good in places), dtype=[("a", "<u8"), ("b", "<u8")])
     order = np.argsort(digests, order=("a", "b"), kind="stable")
     ordered = digests[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.array([], int)
     ends = np.r_[starts[1:], len(ordered)]
-    return [[places[i] for i in order[a:b].tolist()] for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
+    groups = [order[a:b].tolist() for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
+    return [[places[i] for i in group] for group in sorted(groups)]
 
 
 def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:

@@ -36,14 +36,15 @@ def survey(paths: list[Path], workers: int, decode: bool = False) -> list[Survey
 
 
 def make(paths: list[Path], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:
-    """Write the index of these shards beside them, or to `output`; what an index there says of other shards stays.
+    """Write the index of these shards beside them, what an index there says of other shards
+    staying, or to `output`.
 
     Raises ValueError or OSError.
     """
     folders = {path.parent: [] for path in paths}
     if output and len(folders) > 1:
         raise ValueError(f"--output: one index for the shards of {len(folders)} folders; index each of them by itself")
-    known = {folder: _known(folder) for folder in folders}
+    known = {folder: ([], []) if output else _known(folder) for folder in folders}
     found = survey(paths, workers)
     if empty := next((one for one in found if not one.entry["samples"]), None):
         reason = empty.damage[0][1] if empty.damage else "it holds no sample"

@@ -78,9 +78,9 @@ class Surveyor(NamedTuple):
             return faults.append((fault.key or f"at byte {begin}", fault.reason))
         good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.picture, digest_size=16).digest(), row))
         if self.decode:
-            reason, size = decoding_fault(sample.picture)
-            if reason or not sample.picture:
-                faults.append((sample.key, reason or "it is empty"))
+            reason, size = decoding_fault(sample.picture) if sample.picture else ("it is empty", None)
+            if reason:
+                faults.append((sample.key, reason))
             elif size:
                 sizes.append(size)
 
