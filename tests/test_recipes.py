@@ -9,7 +9,7 @@ import pytest
 import sources
 import torch
 
-from data_tools import make_shards
+from data_tools import cifar10, fashion_mnist, make_shards
 from dnal_dist import checkpoint, compact, nets, published, recipe, report, results
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
@@ -40,8 +40,8 @@ def shards(tmp_path_factory, digits):
     sources.cifar10(root / "cifar-10-batches-bin")
     sources.imagenet(root / "pictures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_shards, "FASHION_MNIST", sources.FASHION_MNIST)
-        patch.setattr(make_shards, "CIFAR10_RECORDS", sources.CIFAR10_RECORDS)
+        patch.setattr(fashion_mnist, "FILES", sources.FASHION_MNIST)
+        patch.setattr(cifar10, "RECORDS", sources.CIFAR10_RECORDS)
         make_shards.fashion_mnist(folders["data/fashion_mnist"], root / "idx")
         make_shards.cifar10(sources.archived(root / "cifar-10-batches-bin"), folders["data/cifar10"])
         make_shards.image_folder(root / "pictures", folders["data/imagenet"])

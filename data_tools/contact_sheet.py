@@ -1,0 +1,59 @@
+"""A picture of pictures, by which eyes can check labels."""
+
+import io
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data_tools.pictures import UNREADABLE
+from data_tools.survey import Good, Survey
+from dnal_dist.shards import parse
+
+COLUMNS, ROWS = 8, 8
+TILE, CAPTION = 160, 20
+
+
+def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path, seed: int = 0) -> None:
+    """Write a PNG of 8 x 8 samples, drawn by `seed`, with their labels below. Raises ValueError if there is no sample."""
+    places = [(one, good) for one in surveys for good in one.good]
+    if not places:
+        raise ValueError("no sample to put on a contact sheet")
+    chosen = random.Random(seed).sample(places, min(COLUMNS * ROWS, len(places)))
+    rows = -(-len(chosen) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + CAPTION)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, (one, good) in enumerate(chosen):
+        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
+        tile = _tile(one, good)
+        sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        name = classes[good.label] if good.label < len(classes) else ""
+        draw.text((left + 4, top + TILE + 3), _fitting(f"{good.label} {name}", font), "black", font=font)
+    sheet.save(path, "PNG")
+
+
+def _tile(one: Survey, good: Good) -> Image.Image:
+    begin, end = one.entry["offsets"][good.row : good.row + 2]
+    with one.path.open("rb") as file:
+        file.seek(begin)
+        sample = parse(file.read(end - begin))
+    inner = TILE - 8
+    try:
+        with Image.open(io.BytesIO(sample.picture), formats=("JPEG", "PNG")) as image:
+            image = image.convert("RGB")
+    except UNREADABLE:
+        # The label stays, so that what cannot be decoded can be seen too.
+        return Image.new("RGB", (inner, inner), "red")
+    scale = inner / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    # Digits of 8 pixels are enlarged, and are clearer as squares.
+    return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
+    # Class names are any text; the built-in font has Latin letters only.
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    while len(text) > 1 and font.getlength(text) > TILE - 8:
+        text = text[:-1]
+    return text

@@ -1,0 +1,134 @@
+"""What is wrong with a set of shards, and what there is to know of it, from surveys of all of them."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.survey import Survey
+
+
+class Finding(NamedTuple):
+    kind: str
+    where: str
+    what: str
+
+
+def split_of(path: Path) -> str:
+    """The name of the split that a shard is of: train for train-000012.tar."""
+    return re.sub(r"[-_.]?\d*$", "", path.name.removesuffix(".tar")) or path.parent.name
+
+
+def by_split(surveys: Sequence[Survey]) -> dict[str, list[Survey]]:
+    found = defaultdict(list)
+    for one in surveys:
+        found[split_of(one.path)].append(one)
+    return dict(found)
+
+
+def of_shards(surveys: Sequence[Survey], index: dict[Path, dict | None], missing: Sequence[Path]) -> Iterator[Finding]:
+    """Shards that are missing, not as `index` says (None: there is no index), or damaged; samples that training would skip."""
+    for path in missing:
+        yield Finding("index", str(path), "no such shard, but index.json tells of it; copy it here or make the index anew")
+    for one in surveys:
+        known = index[one.path]
+        if known is None:
+            yield Finding("index", str(one.path), "no index tells of it; python -m data_tools.index makes one")
+        else:
+            for name in ("bytes", "sha256", "samples", "offsets"):
+                if known[name] is not None and known[name] != one.entry[name]:
+                    yield Finding("digest", str(one.path), _difference(name, known, one.entry))
+                    break
+        for byte, reason in one.damage:
+            yield Finding("damage", f"{one.path}: byte {byte}", reason)
+        for key, reason in one.faults:
+            yield Finding("sample", f"{one.path}: {key}", reason)
+
+
+def _difference(name: str, known: dict, entry: dict) -> str:
+    if name == "offsets":
+        return "its samples begin elsewhere than index.json says; make the index anew"
+    unit = {"bytes": "bytes", "samples": "samples", "sha256": "as SHA-256"}[name]
+    return f"has {entry[name]} {unit}, index.json says {known[name]}; copy or make it anew"
+
+
+def of_labels(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> Iterator[Finding]:
+    """Labels that are none of the classes, and classes without a training sample."""
+    if classes is None:
+        return
+    for surveys in splits.values():
+        for one in surveys:
+            for good in one.good:
+                if good.label >= len(classes):
+                    yield Finding("label", f"{one.path}: {good.key}", f"label {good.label} is outside the {len(classes)} classes")
+    for number in np.flatnonzero(_per_class(splits.get("train", []), len(classes)) == 0).tolist() if "train" in splits else ():
+        yield Finding("class", f"class {number} ({classes[number]})", "has no training sample")
+
+
+def _per_class(surveys: Sequence[Survey], classes: int) -> np.ndarray:
+    labels = np.array([good.label for one in surveys for good in one.good if good.label < classes], dtype=np.int64)
+    return np.bincount(labels, minlength=classes)
+
+
+def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
+    """Keys that a split has twice; the same picture, byte for byte, in two splits or with two labels. The same picture twice in a
+    split with one label is counted by `summary` only: many a good set has some."""
+    for surveys in splits.values():
+        first: dict[str, Path] = {}
+        for one in surveys:
+            for good in one.good:
+                if good.key in first:
+                    yield Finding("key", f"{one.path}: {good.key}", f"the same key as in {first[good.key]}")
+                first.setdefault(good.key, one.path)
+    for group in same_pictures(splits):
+        (split, one, good), *others = group
+        for other_split, other, duplicate in others:
+            where, what = f"{other.path}: {duplicate.key}", f"the same picture as {one.path}: {good.key}"
+            if other_split != split:
+                yield Finding("leak", where, f"{what}, in another split")
+            elif duplicate.label != good.label:
+                yield Finding("label", where, f"{what}, of label {good.label} there and {duplicate.label} here")
+
+
+def same_pictures(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
+    """Groups of (split, survey, sample) that hold the same picture, byte for byte, in the order of the shards."""
+    places = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
+    digests = np.frombuffer(b"".join(good.digest for *_, good in places), dtype=[("a", "<u8"), ("b", "<u8")])
+    order = np.argsort(digests, order=("a", "b"), kind="stable")
+    ordered = digests[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.array([], int)
+    ends = np.r_[starts[1:], len(ordered)]
+    groups = [order[a:b].tolist() for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
+    return [[places[i] for i in group] for group in sorted(groups)]
+
+
+def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Of each split: shards, samples, bytes, how many of its samples are faulty or are the same picture as another of it, samples
+    of a class as (least, median, most), and, of what was decoded, width and height likewise."""
+    repeated = defaultdict(int)
+    for group in same_pictures(splits):
+        for split in {place[0] for place in group}:
+            repeated[split] += sum(place[0] == split for place in group) - 1
+    found = {}
+    for split, surveys in splits.items():
+        count = len(classes) if classes is not None else 1 + max((g.label for one in surveys for g in one.good), default=-1)
+        sizes = np.array([size for one in surveys for size in one.sizes])
+        found[split] = {
+            "shards": len(surveys),
+            "samples": sum(one.entry["samples"] for one in surveys),
+            "bytes": sum(one.entry["bytes"] for one in surveys),
+            "faulty": sum(len(one.faults) for one in surveys),
+            "same_picture": repeated[split],
+            "classes": count,
+            "per_class": _spread(_per_class(surveys, count)),
+            "width": _spread(sizes[:, 0]) if len(sizes) else None,
+            "height": _spread(sizes[:, 1]) if len(sizes) else None,
+        }
+    return found
+
+
+def _spread(values: np.ndarray) -> tuple[int, float, int] | None:
+    return (int(values.min()), float(np.median(values)), int(values.max())) if len(values) else None

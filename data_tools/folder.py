@@ -1,0 +1,67 @@
+"""Your own pictures, in a folder for each class."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.pictures import EXTENSIONS, MAX_BAD, Draw, Picture, files_in, listing, without_faults
+from data_tools.record import Record, digest
+from data_tools.writing import Split, shards_for, write
+
+
+def image_folder(source: Path, folder: Path, **options: Any) -> dict[str, int]:
+    """Pictures in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg), byte for byte as they are. Classes are
+    numbered by name. Training pictures are shuffled by --seed, so that a shard holds all classes. Returns the number of samples of
+    each split; `options` are those of `write_pictures`."""
+    classes = class_names(source / "train")
+    if unknown := [name for name in class_names(source / "val") if name not in set(classes)]:
+        raise ValueError(f"{source / 'val' / unknown[0]}: no such class among the {len(classes)} of {source / 'train'}; rename it")
+    found = {
+        split: [picture for label, name in enumerate(classes) for picture in files_in(source / split / name, label)]
+        for split in ("train", "val")
+    }
+    if empty := set(range(len(classes))) - {picture.label for picture in found["train"]}:
+        raise ValueError(f"{source / 'train' / classes[min(empty)]}: no picture ({', '.join(EXTENSIONS)}); add some or remove it")
+    if not found["val"]:
+        raise ValueError(f"{source / 'val'}: no picture ({', '.join(EXTENSIONS)}); add some")
+    return write_pictures("folder", found, classes, folder, **options)
+
+
+def write_pictures(
+    kind: str,
+    found: dict[str, list[Picture]],
+    classes: Sequence[str],
+    folder: Path,
+    shard_samples: int = 5000,
+    seed: int = 0,
+    resize: int | None = None,
+    quality: int = 90,
+    check: bool = False,
+    max_bad: float = MAX_BAD,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Check pictures, leave out and list those that training cannot use, shuffle those of training and write the shards.
+
+    resize: the shorter side, in pixels, that larger pictures are reduced to, as JPEG of `quality`; check: decode every picture,
+    as `resize` does anyway; max_bad: the share of a split that may be left out.
+    """
+    options = {"kind": kind, "shard_samples": shard_samples, "seed": seed, "resize": resize, "quality": quality, "check": check}
+    record = Record(folder, {**options, "source": digest(listing(found))}, overwrite)
+    # Decoded before the shards are laid out, since their counts could not be equal if a picture were found bad while it is written.
+    good, skipped = without_faults(found, record, workers, check or resize is not None, max_bad)
+    random.Random(seed).shuffle(good["train"])
+    draw = Draw(resize, quality)
+    splits = {name: Split(pictures, draw, shards_for(len(pictures), shard_samples)) for name, pictures in good.items()}
+    return write(record, splits, classes, workers, skipped)
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, in order, which are its classes."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; pictures are expected in SOURCE/train/CLASS and SOURCE/val/CLASS")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder}: holds no folders, expected one for each class; pictures belong into them")
+    return names

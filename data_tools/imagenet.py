@@ -1,0 +1,161 @@
+"""ImageNet-1K (ILSVRC2012) from the files as they are handed out, or unpacked."""
+
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.folder import write_pictures
+from data_tools.imagenet_truth import WNID, Truth, find_truth
+from data_tools.pictures import Picture, files_in
+from data_tools.workers import Tick, in_order
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+EXPECTED = f"expected {TRAIN} and {VAL} with ILSVRC2012_devkit_t12.tar.gz, or train/nXXXXXXXX/*.JPEG and val/"
+
+
+def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> dict[str, int]:
+    """ImageNet-1K: SOURCE holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (in place of a
+    tar what it unpacks to, train/nXXXXXXXX/ and val/, will do; in place of the devkit a ground truth by other names, see
+    docs/data.md). Nothing is unpacked to disk. A class's number is its place among the sorted WordNet ids, as everywhere. Training
+    pictures are shuffled by --seed. Returns the number of samples of each split; `options` are those of `folder.write_pictures`."""
+    train = _train(source, workers)
+    wnids = sorted(train)
+    label = {wnid: number for number, wnid in enumerate(wnids)}
+    truth = find_truth(source)
+    found = {
+        "train": [picture._replace(label=label[wnid]) for wnid in wnids for picture in train[wnid]],
+        "val": _val(source, label, truth),
+    }
+    for split, pictures in found.items():
+        if not pictures:
+            raise ValueError(f"{source}: no picture for {split}; {EXPECTED}")
+    return write_pictures("imagenet", found, _class_names(wnids, truth), folder, workers=workers, **options)
+
+
+def _class_names(wnids: list[str], truth: Truth) -> list[str]:
+    """What the devkit calls each class, or else its WordNet id. Two cranes, for one, are told apart by their ids."""
+    names = [truth.words.get(wnid, wnid) for wnid in wnids]
+    return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True)]
+
+
+def _train(source: Path, workers: int) -> dict[str, list[Picture]]:
+    """The pictures of each WordNet id, without their labels yet."""
+    if (source / TRAIN).is_file():
+        return _train_tar(source / TRAIN, workers)
+    if not (source / "train").is_dir():
+        raise ValueError(f"{source}: holds neither {TRAIN} nor train/; {EXPECTED}")
+    folders = sorted(path for path in (source / "train").iterdir() if path.is_dir() and not path.name.startswith("."))
+    if wrong := [path for path in folders if not WNID.fullmatch(path.name)]:
+        raise ValueError(f"{wrong[0]}: not a WordNet id such as n01440764; for classes of your own take the kind 'folder'")
+    found = {path.name: files_in(path, -1) for path in folders}
+    if empty := [path for path in folders if not found[path.name]]:
+        raise ValueError(f"{empty[0]}: no picture; unpack its archive again")
+    return found
+
+
+class Inner(NamedTuple):
+    """One class's tar inside the outer one."""
+
+    path: Path
+    offset: int
+    size: int
+    wnid: str
+
+
+def _train_tar(path: Path, workers: int) -> dict[str, list[Picture]]:
+    inner = []
+    for member in _members(path, 0, path.stat().st_size):
+        wnid = Path(member.name).name.removesuffix(".tar")
+        if not WNID.fullmatch(wnid):
+            raise ValueError(f"{path}: holds {member.name!r}, expected one tar for each class, nXXXXXXXX.tar; take the original")
+        inner.append(Inner(path, member.offset_data, member.size, wnid))
+    if repeated := {one.wnid for one in inner if sum(other.wnid == one.wnid for other in inner) > 1}:
+        raise ValueError(f"{path}: holds {min(repeated)}.tar twice; take the original")
+    lists = in_order(list_inner, inner, workers, "train: listing", len(inner))
+    return {one.wnid: pictures for one, pictures in zip(inner, lists, strict=True)}
+
+
+def list_inner(inner: Inner, tick: Tick) -> list[Picture]:
+    """The pictures of one class, by their places in the outer tar."""
+    try:
+        members = _members(inner.path, inner.offset, inner.size)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {inner.wnid}.tar)") from None
+    tick(1)
+    if not members:
+        raise ValueError(f"{inner.path}: {inner.wnid}.tar holds no picture; take the original")
+    pictures = (Picture(str(inner.path), inner.offset + m.offset_data, m.size, Path(m.name).name, -1) for m in members)
+    return sorted(pictures, key=lambda picture: picture.name)
+
+
+class _Part:
+    """A part of a file, as a file for tarfile, which reads only headers here."""
+
+    def __init__(self, file, offset: int, size: int):
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> int:
+        self.position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        self.file.seek(self.offset + self.position)
+        found = self.file.read(max(0, min(size, self.size - self.position)))
+        self.position += len(found)
+        return found
+
+
+def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
+    """The files in the uncompressed tar that is this part of the file at `path`; raises ValueError if it is no whole one."""
+    try:
+        # Unbuffered: between two headers lies a picture, of which nothing should be read.
+        with path.open("rb", buffering=0) as file:
+            part = _Part(file, offset, size)
+            with tarfile.open(fileobj=part, mode="r:") as tar:
+                members = tar.getmembers()
+                # tarfile takes a damaged header, or the file's end, for the end of the archive. The true one is a block of zeros.
+                part.seek(tar.offset)
+                if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.TarError("cut short or damaged behind its last whole member")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # of many kinds, where a header means harm
+        raise ValueError(f"{path}: not a whole tar archive ({error}); download it anew") from None
+    if any(member.size < 0 for member in members):
+        raise ValueError(f"{path}: not a whole tar archive (a member of negative size); download it anew")
+    return [member for member in members if member.isreg() and not Path(member.name).name.startswith(".")]
+
+
+def _val(source: Path, label: dict[str, int], truth: Truth) -> list[Picture]:
+    """The validation pictures in the order of their names, with their labels."""
+    if (source / VAL).is_file():
+        path = source / VAL
+        members = _members(path, 0, path.stat().st_size)
+        return _labelled(source, [Picture(str(path), m.offset_data, m.size, Path(m.name).name, -1) for m in members], label, truth)
+    if not (source / "val").is_dir():
+        raise ValueError(f"{source}: holds neither {VAL} nor val/; {EXPECTED}")
+    folders = sorted(path for path in (source / "val").iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        return _labelled(source, files_in(source / "val", -1), label, truth)
+    if unknown := [path for path in folders if path.name not in label]:
+        raise ValueError(f"{unknown[0]}: no such class among the {len(label)} for training; rename or remove it")
+    return [picture for path in folders for picture in files_in(path, label[path.name])]
+
+
+def _labelled(source: Path, pictures: list[Picture], label: dict[str, int], truth: Truth) -> list[Picture]:
+    if not truth.val:
+        raise ValueError(
+            f"{source}: validation pictures without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or what "
+            f"docs/data.md names in its place)"
+        )
+    found = []
+    for picture in sorted(pictures, key=lambda picture: picture.name):
+        wnid = truth.val.get(Path(picture.name).stem)
+        if wnid not in label:
+            why = f"its class {wnid} is not among those for training" if wnid else "the ground truth does not tell its class"
+            raise ValueError(f"{picture}: {why}; take validation pictures, training pictures and ground truth of one set")
+        found.append(picture._replace(label=label[wnid]))
+    return found

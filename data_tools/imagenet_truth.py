@@ -1,0 +1,130 @@
+"""What class each validation picture of ImageNet has, and what the classes are called."""
+
+import csv
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+WNID = re.compile(r"n\d{8}")
+DEVKIT = "ILSVRC2012_devkit_t12"
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+"""In the devkit: line k is the ILSVRC2012 id, 1 to 1000, of picture k. A list of WordNet ids in its place is understood too."""
+SYNSETS = ("meta.mat", "map_clsloc.txt")
+"""Tell which WordNet id an ILSVRC2012 id stands for; the second has lines of WordNet id, ILSVRC2012 id and name."""
+KAGGLE = "LOC_val_solution.csv"
+"""Kaggle's: lines of picture and "WordNet id and box" after a header."""
+MOST_BYTES = 64 << 20
+
+Read = Callable[[str], bytes | None]
+"""The content of the file of this name, or None if there is none."""
+
+
+class Truth(NamedTuple):
+    val: dict[str, str]
+    """The WordNet id of each validation picture, by its file's name without extension."""
+    words: dict[str, str]
+    """What a WordNet id means; empty if no file told."""
+
+
+def find_truth(source: Path) -> Truth:
+    """From the devkit (archive or folder) in `source`, or from files of the names above. Raises ValueError for damaged ones."""
+    read, where = _reader(source)
+    content, words, wnids = read(GROUND_TRUTH), {}, {}
+    for name in SYNSETS:
+        if found := read(name):
+            wnids, words = (_meta if name == "meta.mat" else _map)(found, f"{where}: {name}")
+            break
+    if content is None:
+        solution = read(KAGGLE)
+        return Truth(_kaggle(solution, f"{where}: {KAGGLE}") if solution else {}, words)
+    return Truth(_ground_truth(content, wnids, f"{where}: {GROUND_TRUTH}"), words)
+
+
+def _reader(source: Path) -> tuple[Read, Path]:
+    archive = source / f"{DEVKIT}.tar.gz"
+    if archive.is_file():
+        try:
+            with tarfile.open(archive) as tar:
+                wanted = {GROUND_TRUTH, *SYNSETS}
+                members = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
+                # Its checksum, which tells damage within a file, lies behind all of it.
+                while tar.fileobj.read(1 << 20):
+                    pass
+                content = {name: tar.extractfile(members[name]).read(MOST_BYTES) for name in wanted if name in members}
+        except Exception as error:  # of many kinds, where a header means harm
+            raise ValueError(f"{archive}: not a whole tar archive ({error}); download it anew") from None
+        return content.get, archive
+    folders = [source, source / DEVKIT / "data", source / "data", source / DEVKIT]
+
+    def read(name: str) -> bytes | None:
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        return path.read_bytes() if path else None
+
+    return read, source
+
+
+def _meta(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str]]:
+    """WordNet id by ILSVRC2012 id, and what each means, from the devkit's MATLAB file. Reading one runs nothing."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(f"{where}: a MATLAB file wants SciPy, which comes with pip install 'dnal-dist[demo]'") from None
+    try:
+        rows = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
+        found = [
+            (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
+            for row in rows.reshape(-1)
+            # Groups of classes are rows too, with numbers above those of the classes.
+            if int(row["num_children"]) == 0
+        ]
+    except Exception as error:  # of many kinds, where the file is damaged
+        raise ValueError(f"{where}: not the devkit's table of classes ({error}); download it anew") from None
+    return _unique(found, where)
+
+
+def _map(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str]]:
+    found = []
+    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+        wnid, identity, name = (*line.split(maxsplit=2), "", "")[:3]
+        if not WNID.fullmatch(wnid) or not identity.isdecimal():
+            raise ValueError(f"{where}: line {number}: expected WordNet id, ILSVRC2012 id and name, found {line[:60]!r}")
+        found.append((int(identity), wnid, name.replace("_", " ") or wnid))
+    return _unique(found, where)
+
+
+def _unique(found: list[tuple[int, str, str]], where: str) -> tuple[dict[int, str], dict[str, str]]:
+    if not found or len({identity for identity, *_ in found}) != len(found) or len({wnid for _, wnid, _ in found}) != len(found):
+        raise ValueError(f"{where}: names no class, or one twice; download it anew")
+    if wrong := [wnid for _, wnid, _ in found if not WNID.fullmatch(wnid)]:
+        raise ValueError(f"{where}: {wrong[0]!r} is no WordNet id; download it anew")
+    return {identity: wnid for identity, wnid, _ in found}, {wnid: name for _, wnid, name in found}
+
+
+def _ground_truth(content: bytes, wnids: dict[int, str], where: str) -> dict[str, str]:
+    found = {}
+    for number, line in enumerate(content.decode(errors="replace").split(), 1):
+        if WNID.fullmatch(line):
+            wnid = line
+        elif not wnids:
+            raise ValueError(f"{where}: ids of classes, but neither meta.mat nor map_clsloc.txt tells which they are; add one")
+        elif not line.isdecimal() or int(line) not in wnids:
+            raise ValueError(f"{where}: line {number}: {line[:60]!r} is none of the {len(wnids)} classes; download it anew")
+        else:
+            wnid = wnids[int(line)]
+        found[f"ILSVRC2012_val_{number:08d}"] = wnid
+    return found
+
+
+def _kaggle(content: bytes, where: str) -> dict[str, str]:
+    found = {}
+    for number, row in enumerate(csv.reader(io.StringIO(content.decode(errors="replace"))), 1):
+        if number == 1 or not row:
+            continue
+        wnid = row[1].partition(" ")[0] if len(row) > 1 else ""
+        if not WNID.fullmatch(wnid):
+            raise ValueError(f"{where}: line {number}: expected a picture and its WordNet id, found {','.join(row)[:60]!r}")
+        found[row[0]] = wnid
+    return found

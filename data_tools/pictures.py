@@ -1,0 +1,221 @@
+"""Pictures in files and tars: found by their place, checked, and made smaller."""
+
+import io
+import os
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data_tools.record import Record
+from data_tools.workers import Tick, in_order
+from data_tools.writing import Sample
+
+# What dnal_dist reads.
+EXTENSIONS = ("png", "jpg", "jpeg")
+MAX_BAD = 0.01
+HEAD = 16 << 10
+END_OF_JPEG = b"\xff\xd9"
+CHUNK = 2000
+# libjpeg and libpng tell what went wrong by these; a struct.error or SyntaxError is Pillow's parser in a damaged header.
+UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
+
+
+class Picture(NamedTuple):
+    """An encoded picture: `size` bytes from `offset` of the file at `path`, which may be a tar."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+    """Its file's name, for messages and keys."""
+    label: int
+
+    def read(self, start: int = 0, most: int | None = None) -> bytes:
+        """Up to `most` bytes from byte `start` of the picture on. Raises ValueError if the file has become shorter."""
+        wanted = min(self.size - start, self.size if most is None else most)
+        with open(self.path, "rb", buffering=0) as file:
+            found = os.pread(file.fileno(), wanted, self.offset + start)
+        if len(found) != wanted:
+            raise ValueError(f"{self}: has changed while it was read; make the shards again once it is complete")
+        return found
+
+    def __str__(self) -> str:
+        return self.path if self.path.endswith(self.name) else f"{self.path}: {self.name}"
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 (height, width) or (height, width, 3) as PNG, which loses nothing."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def pixel_sample(number: int, reference: tuple[np.ndarray, int]) -> Sample:
+    pixels, label = reference
+    return f"{number:06d}", png(pixels), "png", label
+
+
+def extension_of(head: bytes) -> str | None:
+    """What a picture is by its first bytes, whatever its name says."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    return "png" if head.startswith(b"\x89PNG\r\n\x1a\n") else None
+
+
+def fault(picture: Picture, decode: bool) -> str | None:
+    """Why training could not use this picture, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
+    only if it does not end as a whole file does, which some whole ones do not either. A PNG is always decoded."""
+    if not picture.size:
+        return "it is empty"
+    head = picture.read(0, HEAD)
+    if extension_of(head) is None:
+        return f"it is neither JPEG nor PNG (it begins with {head[:4].hex(' ')})"
+    # torchvision 0.29 ends the whole process, by a segmentation fault, over a PNG whose compressed data is damaged.
+    if decode or extension_of(head) == "png" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
+        return decoding_fault(picture.read())[0]
+    try:
+        with Image.open(io.BytesIO(head), formats=("JPEG",)):
+            return None
+    except UNREADABLE:
+        # Long comments and colour profiles come before what says the picture's size.
+        return decoding_fault(picture.read())[0]
+
+
+def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
+    """Why a picture cannot be decoded, or None, and its width and height if it tells them."""
+    size = None
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            size = image.size
+            # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
+            image.draft(None, (1, 1))
+            image.load()
+            if image.format == "PNG":
+                with Image.open(io.BytesIO(encoded)) as again:  # its checksums, which loading does not look at
+                    again.verify()
+    except UnidentifiedImageError:
+        return "its header cannot be read", None
+    except UNREADABLE as error:
+        return (str(error).splitlines() or [type(error).__name__])[0], size
+    return None, size
+
+
+class Check(NamedTuple):
+    """Finds the faults of some pictures, in a worker."""
+
+    decode: bool
+
+    def __call__(self, pictures: Sequence[Picture], tick: Tick) -> list[dict]:
+        found = []
+        for picture in pictures:
+            if reason := fault(picture, self.decode):
+                found.append({"picture": str(picture), "reason": reason})
+            tick(1)
+        return found
+
+
+def without_faults(
+    splits: dict[str, list[Picture]], record: Record, workers: int, decode: bool, max_bad: float = MAX_BAD
+) -> tuple[dict[str, list[Picture]], list[dict]]:
+    """The pictures that training can use, and of the others which they are and why, as {"picture", "reason"}.
+
+    Raises ValueError if more than `max_bad` of a split are of no use: then the source itself is suspect.
+    """
+    total = sum(map(len, splits.values()))
+
+    def check_all() -> dict[str, list[dict]]:
+        found = {}
+        for name, pictures in splits.items():
+            chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)]
+            parts = in_order(Check(decode), chunks, workers, f"{name}: checking", len(pictures))
+            found[name] = [one for part in parts for one in part]
+        return found
+
+    faults = record.once("faults", check_all) if total else {}
+    for name, bad in faults.items():
+        if len(bad) > max_bad * len(splits[name]):
+            first = "; ".join(f"{one['picture']}: {one['reason']}" for one in bad[:3])
+            raise ValueError(
+                f"{len(bad)} of {len(splits[name])} pictures for {name} cannot be used, more than "
+                f"{max_bad:.1%}: {first}; mend the source, or allow more by --max-bad"
+            )
+    if empty := next((name for name, bad in faults.items() if len(bad) == len(splits[name])), None):
+        raise ValueError(f"all of {empty}'s pictures cannot be used ({faults[empty][0]['reason']}); mend the source")
+    bad = {one["picture"] for found in faults.values() for one in found}
+    good = {name: [p for p in pictures if not bad or str(p) not in bad] for name, pictures in splits.items()}
+    return good, [{"split": name, **one} for name, found in faults.items() for one in found]
+
+
+class Draw(NamedTuple):
+    """Makes a sample of a picture: its bytes as they are, or, if its shorter side exceeds `shorter` pixels, a smaller JPEG."""
+
+    shorter: int | None = None
+    quality: int = 90
+
+    def __call__(self, number: int, picture: Picture) -> Sample:
+        encoded, (stem, extension) = picture.read(), os.path.splitext(picture.name)
+        # A key ends at its first dot; two files may share a name; and a name may be of any bytes.
+        key = f"{number:08d}-{re.sub('[^A-Za-z0-9_-]', '_', stem)[:80]}"
+        true = extension_of(encoded)
+        extension = extension[1:].lower()
+        if true != {"jpeg": "jpg"}.get(extension, extension):
+            extension = true
+        if self.shorter:
+            try:
+                smaller = resized(encoded, self.shorter, self.quality)
+            except UNREADABLE as error:
+                raise ValueError(f"{picture}: cannot be decoded ({error}); mend or remove it") from None
+            if smaller is not None:
+                return key, smaller, "jpg", picture.label
+        return key, encoded, extension, picture.label
+
+
+def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
+    """A JPEG (RGB, 4:2:0) of the picture whose shorter side is `shorter` pixels, or None if it is no larger than that already.
+
+    As in ImageNet's own use an orientation in EXIF is not followed, and EXIF and colour profile, which training does not look at,
+    are left out. Raises one of UNREADABLE for what is no picture.
+    """
+    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+        width, height = image.size
+        if min(width, height) <= shorter:
+            return None
+        scale = shorter / min(width, height)
+        size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
+        # A JPEG of many times the size is decoded at a half, a quarter or an eighth, but at no less than twice what is wanted.
+        image.draft(None, (2 * size[0], 2 * size[1]))
+        image.load()
+        smaller = _rgb(image).resize(size, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    smaller.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
+    return out.getvalue()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # A grey PNG of 16 bits: the upper byte is what one of 8 bits would hold, as in training.
+        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def files_in(folder: Path, label: int) -> list[Picture]:
+    """The pictures in `folder` and its own folders, by name; what is hidden is left out: ._NAME.jpg, of a Mac, is no picture."""
+    found = []
+    for parent, inner, names in os.walk(folder):
+        inner[:] = (name for name in inner if not name.startswith("."))
+        for name in names:
+            path = Path(parent) / name
+            # A pipe or a device by a picture's name would be read for ever.
+            if path.suffix[1:].lower() in EXTENSIONS and not name.startswith(".") and path.is_file():
+                found.append((path, path.stat().st_size))
+    return [Picture(str(path), 0, size, path.name, label) for path, size in sorted(found)]
+
+
+def listing(splits: dict[str, list[Picture]]) -> list[str]:
+    """A line for each picture, from which a digest of the source can be made."""
+    return [f"{name} {p.path} {p.offset} {p.size} {p.name} {p.label}" for name, pictures in splits.items() for p in pictures]

@@ -1,0 +1,92 @@
+"""Reads whole shards, as training would: what samples there are, and what is wrong with them."""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from data_tools.pictures import decoding_fault
+from data_tools.workers import Tick
+from dnal_dist.shards import Fault, boundaries, parse
+
+# More than any picture takes: such a sample is a shard whose headers are damaged, or means harm.
+MOST_BYTES = 1 << 28
+PIECE = 1 << 22
+
+
+class Good(NamedTuple):
+    """A sample that parses."""
+
+    key: str
+    label: int
+    digest: bytes
+    """Of its picture."""
+    row: int
+    """Its number in the shard."""
+
+
+class Survey(NamedTuple):
+    path: Path
+    entry: dict
+    """What the index should say of the shard."""
+    damage: list[tuple[int, str]]
+    """(byte, reason) of what is wrong between samples."""
+    faults: list[tuple[str, str]]
+    """(key or place, reason) of samples that training would skip."""
+    good: list[Good]
+    sizes: list[tuple[int, int]]
+    """Width and height of what was decoded."""
+
+
+class Surveyor(NamedTuple):
+    """Surveys shards, in a worker. decode: every picture is decoded too."""
+
+    decode: bool = False
+
+    def __call__(self, path: Path, tick: Tick) -> Survey:
+        """Raises OSError if the shard cannot be read."""
+        with path.open("rb") as file:
+            offsets, damage = boundaries(file)
+            size, digest = path.stat().st_size, hashlib.sha256()
+            file.seek(0)
+            _pass(file, offsets[0], digest)
+            faults, good, sizes = [], [], []
+            for row, (begin, end) in enumerate(pairwise(offsets)):
+                self._sample(file, row, begin, end, digest, (faults, good, sizes))
+                tick(end - begin)
+            _pass(file, size - offsets[-1], digest)
+        entry = {
+            "file": path.name,
+            "samples": len(offsets) - 1,
+            "bytes": size,
+            "sha256": digest.hexdigest(),
+            # A shard that was cut short: what is left of its last member may end anywhere.
+            "offsets": [min(offset, size) for offset in offsets],
+        }
+        return Survey(path, entry, damage, faults, good, sizes)
+
+    def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: tuple[list, list, list]) -> None:
+        faults, good, sizes = found
+        if end - begin > MOST_BYTES:
+            faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any picture"))
+            return _pass(file, end - begin, digest)
+        chunk = file.read(end - begin)
+        digest.update(chunk)
+        try:
+            sample = parse(chunk)
+        except Fault as fault:
+            return faults.append((fault.key or f"at byte {begin}", fault.reason))
+        good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.picture, digest_size=16).digest(), row))
+        if self.decode:
+            reason, size = decoding_fault(sample.picture) if sample.picture else ("it is empty", None)
+            if reason:
+                faults.append((sample.key, reason))
+            elif size:
+                sizes.append(size)
+
+
+def _pass(file: BinaryIO, count: int, digest) -> None:
+    """Read `count` bytes for the digest alone."""
+    while count > 0 and (piece := file.read(min(count, PIECE))):
+        digest.update(piece)
+        count -= len(piece)

@@ -1,0 +1,143 @@
+"""Many tasks on several processes, and how far they are."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 30
+
+Tick = Callable[[int], None]
+"""Takes how many things, mostly pictures, were finished since the last call."""
+
+
+class Stopped(Exception):
+    """In a worker: the main process wants it to leave its task as it is."""
+
+
+def cores() -> int:
+    """How many cores this process may use, which under a batch system is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int) -> list[Any]:
+    """What `function` returns for each task, in the order of `tasks`; see `as_finished`."""
+    return [result for _, result in sorted(as_finished(function, tasks, workers, title, total), key=lambda found: found[0])]
+
+
+def as_finished(
+    function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int
+) -> Iterator[tuple[int, Any]]:
+    """Yields a task's number and `function(task, tick)` as soon as it is finished, while up to `workers` processes work.
+
+    `function` and what a task holds are copied to the processes, so a function must be of a module. With one worker, or one task,
+    all happens in this process. What a task raises is raised here; then, and after Ctrl-C, the other tasks end early by Stopped,
+    which their next tick raises. `title` and `total`, what all ticks come to, are for the progress bar.
+    """
+    workers = min(workers, len(tasks))
+    with _Bar(title, total) as bar:
+        if workers > 1:
+            yield from _on_processes(function, tasks, workers, bar)
+            return
+        done = 0
+
+        def tick(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.show(done)
+
+        for number, task in enumerate(tasks):
+            yield number, function(task, tick)
+
+
+def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") -> Iterator[tuple[int, Any]]:
+    # Forking a process that has threads may hang, and that of a program that uses these functions may have them.
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, context, _begin, (counter, stop))
+    coming, running = enumerate(tasks), {}
+    try:
+        while True:
+            # Few at a time: what a task holds is copied when it is handed over, and may be large.
+            while len(running) < 2 * workers and (found := next(coming, None)) is not None:
+                running[pool.submit(_call, function, found[1])] = found[0]
+            if not running:
+                return
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.show(counter.value)
+            for future in finished:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise ValueError(f"{bar.title}: a worker process was killed, most likely for want of memory; lower --workers") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(counter, stop) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
+    # Ctrl-C reaches all processes of a terminal; the main process tells its workers by `stop`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A main process that was killed tells nobody; its workers would wait for it for ever."""
+    wait_for_any([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _call(function: Callable, task: Any) -> Any:
+    return function(task, _tick)
+
+
+def _tick(more: int) -> None:
+    with _counter.get_lock():
+        _counter.value += more
+    if _stop.is_set():
+        raise Stopped
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="progress.data.speed")
+
+
+class _Bar:
+    """A bar on a terminal; elsewhere, as in the log of a batch job, a line every half a minute."""
+
+    def __init__(self, title: str, total: int):
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task(title, total=total)
+        self.title, self.total, self.lines = title, total, not console.is_terminal
+        self.begun = self.said = time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def show(self, done: int) -> None:
+        self.progress.update(self.task, completed=done)
+        now = time.monotonic()
+        if self.lines and done and now - self.said > SECONDS_BETWEEN_LINES:
+            self.said, rate = now, done / (now - self.begun)
+            left = (self.total - done) / rate / 60
+            print(f"{self.title}: {done:,} of {self.total:,}, {rate:,.0f}/s, {left:,.1f} minutes left", file=sys.stderr)

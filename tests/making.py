@@ -1,0 +1,74 @@
+"""What the tests of data_tools share: its commands, and what shards hold."""
+
+import hashlib
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_tools import make_shards
+from dnal_dist import stream
+from dnal_dist.recipe import Data
+from dnal_dist.shards import Sample, Shards, boundaries, parse
+
+
+def new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def scan(path) -> list[Sample]:
+    content = path.read_bytes()
+    offsets, faults = boundaries(io.BytesIO(content))
+    assert not faults
+    return [parse(content[begin:end]) for begin, end in itertools.pairwise(offsets)]
+
+
+def digests(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """Exit code and what was said of `python -m data_tools.make_shards` with these arguments."""
+    monkeypatch.setattr("sys.argv", ["make_shards", *map(str, arguments)])
+    try:
+        make_shards.main()
+    except SystemExit as ended:
+        said = capsys.readouterr()
+        return ended.code, said.out + said.err
+    return 0, capsys.readouterr().out
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    """The one line that the command is refused with."""
+    code, said = command(monkeypatch, capsys, *arguments)
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def streamed(folder, split: str, size: int, classes: int = 10) -> dict[str, tuple[torch.Tensor, int]]:
+    """Picture and label of every key of `split`, as a run's validation gets them."""
+    data = Data(train="-", val="-", image_size=size, global_batch=4, workers=0)
+    shards = Shards(f"{folder}/{split}-*.tar", f"data.{split}", classes)
+    found = {}
+    for batch in stream.Stream(shards, data, 0, False).batches():
+        assert not batch.bad
+        found |= {key: (image, int(label)) for key, image, label in zip(batch.keys, batch.images, batch.labels, strict=True)}
+    return found
+
+
+def assert_streams(folder, split: str, pictures: np.ndarray, labels: np.ndarray) -> None:
+    """The shards hold exactly these pictures (N, height, width, 3) with these labels, in this order of keys."""
+    found = [value for _, value in sorted(streamed(folder, split, pictures.shape[1]).items())]
+    assert [label for _, label in found] == labels.tolist()
+    assert torch.equal(torch.stack([image for image, _ in found]), torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()))
+
+
+def members(folder, split: str) -> list[tuple[str, bytes, int]]:
+    """Extension, bytes and label of every sample, in the order of the shards."""
+    found = []
+    for path in sorted(folder.glob(f"{split}-*.tar")):
+        found += [(sample.extension, sample.picture, sample.label) for sample in scan(path)]
+    return found

@@ -1,0 +1,260 @@
+"""index.json of shards made elsewhere is what make_shards would have written; verify finds what is wrong, and nothing else."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools import index, make_shards, verify
+from data_tools.pictures import png
+from dnal_dist.shards import Shards
+
+
+def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments."""
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    code = 0
+    try:
+        module.main()
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def picture(number: int, extension: str = "png") -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (6 + number % 3, 8, 3), np.uint8)
+    if extension == "png":
+        return png(pixels)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def tar(path: Path, *members: tuple[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample(key: str, number: int, label: object) -> list[tuple[str, bytes]]:
+    return [(f"{key}.cls", str(label).encode()), (f"{key}.jpg", picture(number, "jpg"))]
+
+
+@pytest.fixture
+def own(tmp_path, digits):
+    """Shards of the digits that a test may change."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for path in digits.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_index_of_our_shards_is_the_one_they_came_with(own, monkeypatch, capsys, workers):
+    before = (own / "index.json").read_bytes()
+    (own / "index.json").unlink()
+    (own.parent / "names.txt").write_text("\n".join("0123456789") + "\n\n")
+    arguments = (own, "--classes", own.parent / "names.txt", "--workers", workers)
+    assert ended(index, monkeypatch, capsys, *arguments) == (0, "6 shards, 1797 samples\n", "")
+    assert (own / "index.json").read_bytes() == before
+
+
+def test_patterns_and_output(own, monkeypatch, capsys):
+    out = own.parent / "elsewhere.json"
+    code, said, _ = ended(index, monkeypatch, capsys, f"{own}/train-{{000001..000002}}.tar", f"{own}/val-*", "--output", out)
+    assert (code, said) == (0, "4 shards, 1076 samples\n")
+    files = [entry["file"] for entry in json.loads(out.read_text())["shards"]]
+    assert files == ["train-000001.tar", "train-000002.tar", "val-000000.tar", "val-000001.tar"]
+    tar(own.parent / "other" / "a.tar", *sample("a", 1, 0))
+    code, _, said = ended(index, monkeypatch, capsys, own, own.parent / "other", "--output", out)
+    assert code == 2 and "--output: one index for the shards of 2 folders" in said
+
+
+def test_an_index_keeps_what_it_says_of_other_shards(own, monkeypatch, capsys):
+    before = json.loads((own / "index.json").read_text())
+    (own / "val-000001.tar").unlink()
+    assert ended(index, monkeypatch, capsys, f"{own}/train-*.tar")[0] == 0
+    after = json.loads((own / "index.json").read_text())
+    assert after == before | {"shards": before["shards"][:5]}
+
+
+def test_faulty_samples_are_named_and_stay_in_the_index(tmp_path, monkeypatch, capsys):
+    members = [*sample("a", 1, 2), ("b.jpg", picture(2)), *sample("c", 3, "x"), *sample("d", 4, 0), ("e.jpg", b""), ("e.pyd", b"1")]
+    path = tar(tmp_path / "foreign" / "part-0.tar", *members)
+    code, said, wrong = ended(index, monkeypatch, capsys, path.parent)
+    assert (code, said) == (0, "1 shards, 5 samples; 3 of them will be skipped\n")
+    assert [line.partition(": ")[2].partition(":")[0] for line in wrong.splitlines()] == ["sample b", "sample c", "sample e"]
+    found = json.loads((path.parent / "index.json").read_text())
+    assert found["shards"][0]["samples"] == 5 and found["classes"] == ["0", "1", "2"]
+    assert Shards(str(path), "data.train", 3).samples == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, bytes(10240)])
+def test_what_is_no_shard_gets_no_index(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    code, _, said = ended(index, monkeypatch, capsys, path)
+    assert code == 2 and f"{path}: not a shard (" in said and said.count("\n") == 1
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_index_says_what_it_cannot_find(tmp_path, monkeypatch, capsys):
+    for arguments in ([tmp_path], [tmp_path / "none-*.tar"], [tmp_path, "--classes", tmp_path / "names.txt"]):
+        code, _, said = ended(index, monkeypatch, capsys, *arguments)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(tmp_path) in said
+
+
+def findings(monkeypatch, capsys, *arguments) -> list[tuple[str, str, str]]:
+    """Kind, shard (and what in it) and words of each finding; the exit code must tell of them."""
+    code, out, err = ended(verify, monkeypatch, capsys, *arguments, "--json")
+    found = json.loads(out)["findings"]
+    assert code == bool(found) and not err
+    return [(one["kind"], one["where"].rpartition("/")[2], one["what"]) for one in found]
+
+
+def test_nothing_is_found_in_whole_shards(own, monkeypatch, capsys):
+    assert findings(monkeypatch, capsys, own, "--decode") == []
+    assert findings(monkeypatch, capsys, f"{own}/val-*.tar", "--workers", 1) == []
+    code, out, _ = ended(verify, monkeypatch, capsys, own, "--decode")
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in out.splitlines() if "│" in line
+    }
+    assert code == 0 and out.endswith("nothing was found\n")
+    assert rows["samples"] == ["1,442", "355"] and rows["shards"] == ["4", "2"] and rows["faulty"] == ["0", "0"]
+    assert rows["per class"] == ["140 / 144 / 147", "34 / 36 / 36"] and rows["width"] == ["8 / 8 / 8"] * 2
+
+
+def test_the_summary_counts_as_numpy_does(own, monkeypatch, capsys):
+    code, out, _ = ended(verify, monkeypatch, capsys, own, "--json")
+    labels = [label for path in own.glob("train-*") for label in _labels(path)]
+    counts = np.bincount(labels)
+    row = json.loads(out)["splits"]["train"]
+    assert row["per_class"] == [counts.min(), np.median(counts), counts.max()] and row["width"] is None
+    assert row["bytes"] == sum(path.stat().st_size for path in own.glob("train-*")) and code == 0
+
+
+def _labels(path: Path) -> list[int]:
+    with tarfile.open(path) as shard:
+        return [int(shard.extractfile(member).read()) for member in shard if member.name.endswith(".cls")]
+
+
+def test_a_shard_that_is_not_as_the_index_says_is_found(own, monkeypatch, capsys):
+    path = own / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    # In the padding behind a picture, where no sample is harmed by it.
+    content[content.index(b"IEND") + 40] ^= 1
+    path.write_bytes(content)
+    (kind, where, what), *others = findings(monkeypatch, capsys, own)
+    assert (kind, where) == ("digest", path.name) and "as SHA-256, index.json says" in what and not others
+    (own / "val-000000.tar").unlink()
+    path.write_bytes(content[:-10240])
+    found = findings(monkeypatch, capsys, own)
+    assert ("index", "val-000000.tar") in [(kind, where) for kind, where, _ in found]
+    assert any(kind == "digest" and "bytes, index.json says" in what for kind, _, what in found)
+    tar(own / "train-000009.tar", *sample("new", 1, 3))
+    assert ("index", "train-000009.tar", "no index tells of it; python -m data_tools.index makes one") in findings(
+        monkeypatch, capsys, own
+    )
+
+
+def test_damage_and_faulty_samples_are_found(own, monkeypatch, capsys):
+    path = own / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    begin = json.loads((own / "index.json").read_text())["shards"][1]["offsets"][3]
+    content[begin : begin + 2048] = b"\xaa" * 2048
+    path.write_bytes(content)
+    kinds = {kind for kind, where, _ in findings(monkeypatch, capsys, own) if where.startswith(path.name)}
+    assert kinds == {"digest", "damage", "sample"}
+
+
+def made(folder: Path, classes: int = 3, **shards: list[tuple[str, bytes]]) -> Path:
+    folder.mkdir()
+    for name, members in shards.items():
+        tar(folder / f"{name}-000000.tar", *members)
+    index.make(sorted(folder.glob("*.tar")), [f"name {i}" for i in range(classes)], None, 1)
+    return folder
+
+
+def test_labels_and_classes_are_checked(tmp_path, monkeypatch, capsys):
+    folder = made(tmp_path / "own", train=[*sample("a", 1, 0), *sample("b", 2, 3), *sample("c", 3, 1)], val=sample("v", 4, 1))
+    assert findings(monkeypatch, capsys, folder) == [
+        ("label", "train-000000.tar: b", "label 3 is outside the 3 classes"),
+        ("class", "class 2 (name 2)", "has no training sample"),
+    ]
+
+
+def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
+    train = [*sample("a", 1, 0), *sample("b", 1, 0), *sample("c", 1, 1), *sample("d", 2, 2), *sample("a", 3, 1)]
+    folder = made(tmp_path / "own", train=train, val=[*sample("d", 4, 0), *sample("w", 2, 2)])
+    found = findings(monkeypatch, capsys, folder)
+    assert [(kind, where) for kind, where, _ in found] == [
+        ("key", "train-000000.tar: a"),
+        ("label", "train-000000.tar: c"),
+        ("leak", "val-000000.tar: w"),
+    ]
+    assert "the same picture as" in found[1][2] and "of label 0 there and 1 here" in found[1][2]
+    assert "train-000000.tar: d, in another split" in found[2][2]
+    _, out, _ = ended(verify, monkeypatch, capsys, folder, "--json")
+    assert {name: row["same_picture"] for name, row in json.loads(out)["splits"].items()} == {"train": 2, "val": 0}
+
+
+def test_only_decode_finds_what_does_not_decode(tmp_path, monkeypatch, capsys):
+    cut, damaged = picture(1, "jpg")[:-60], bytearray(picture(2))
+    damaged[60] ^= 0xFF
+    members = [("a.cls", b"0"), ("a.jpg", cut), ("b.cls", b"0"), ("b.png", bytes(damaged)), ("c.cls", b"0"), ("c.jpg", b"")]
+    folder = made(tmp_path / "own", 1, train=[*members, *sample("d", 5, 0)])
+    assert findings(monkeypatch, capsys, folder) == []
+    found = findings(monkeypatch, capsys, folder, "--decode")
+    assert [(kind, where) for kind, where, _ in found] == [("sample", f"train-000000.tar: {key}") for key in "abc"]
+    assert "truncated" in found[0][2] and found[2][2] == "it is empty"
+
+
+def test_of_many_findings_some_are_printed_and_all_are_counted(tmp_path, monkeypatch, capsys):
+    folder = made(tmp_path / "own", 1, train=[part for i in range(30) for part in sample(f"{i:02d}", i, 0 if i < 10 else 1)])
+    code, out, _ = ended(verify, monkeypatch, capsys, folder, "--list", "3")
+    assert code == 1 and out.count("is outside the 1 classes") == 3
+    assert "label: and 17 more" in out and out.endswith("20 findings\n")
+
+
+def test_verify_that_cannot_run_says_why(tmp_path, own, monkeypatch, capsys):
+    (own / "index.json").write_text("{")
+    for pattern, said in ((tmp_path / "none", "none"), (own, "index.json: not an index of shards")):
+        code, _, wrong = ended(verify, monkeypatch, capsys, pattern)
+        assert code == 2 and wrong.startswith("error: ") and said in wrong and wrong.count("\n") == 1
+
+
+def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shards"
+    out.mkdir()
+    make_shards.synthetic(out, classes=3, train=70, val=3, size=40)
+    sheets = {}
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        path = tmp_path / f"{name}.png"
+        code, _, _ = ended(verify, monkeypatch, capsys, out, "--contact-sheet", path, "--seed", seed)
+        assert code == 0
+        with Image.open(path) as sheet:
+            sheets[name] = np.asarray(sheet)
+    assert sheets["a"].shape == (8 * 180, 8 * 160, 3)
+    assert (sheets["a"] == sheets["again"]).all() and (sheets["a"] != sheets["b"]).any()
+    tiles = sheets["a"].reshape(8, 180, 8, 160, 3).transpose(0, 2, 1, 3, 4).reshape(64, 180, 160, 3)
+    for tile in tiles:
+        # A picture in many colours, and below it a caption in black on white.
+        assert len(np.unique(tile[:160].reshape(-1, 3), axis=0)) > 200 and tile[160:].min() < 80 and tile[160, 0].min() == 255
+
+
+def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, capsys):
+    folder = made(tmp_path / "own", 1, train=[("a.cls", b"0"), ("a.jpg", b"no picture")])
+    code, _, _ = ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")
+    assert code == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 160, 180) and sheet.getpixel((80, 80)) == (255, 0, 0)
