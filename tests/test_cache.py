@@ -118,6 +118,13 @@ def test_a_wrong_digest_is_fetched_once_more(server, tmp_path):
     assert cache.get(url, size, sha256).read_bytes() == SHARDS["0.tar"]
 
 
+def test_a_copy_of_another_length_is_not_taken(server, tmp_path):
+    cache = Cache(tmp_path, 10**6)
+    os.truncate(cache.get(*shard(server, 0)), SIZE - 1)
+    assert cache.has(*shard(server, 0)) is None
+    assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+
+
 def test_damage_on_the_way_is_mended(server, tmp_path):
     cache = Cache(tmp_path, 10**6)
     bodies = [SHARDS["1.tar"], SHARDS["0.tar"]]
@@ -387,6 +394,26 @@ while len(list(Path(folder).glob("*.part"))) < 2:
     server.stalls = 0
     cache = Cache(tmp_path, 10**9)
     assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+
+
+def test_a_forked_process_looks_ahead_with_threads_of_its_own(server, tmp_path):
+    program = """
+ahead = Ahead(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
+ahead.at(0)
+while not cache.has(*shards[0]):
+    time.sleep(0.01)
+child = os.fork()
+if not child:
+    ahead.at(3)
+    while not cache.has(*shards[3]):
+        time.sleep(0.01)
+    os._exit(0)
+os.waitpid(child, 0)
+print(cache.has(*shards[1]))
+"""
+    process = start(server, tmp_path, program)
+    assert ended_well(process).strip() == "None"
+    assert server.sent == {"0.tar": SIZE, "3.tar": SIZE}
 
 
 class Reading:
