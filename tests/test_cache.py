@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        # Each is a group of its own, with the processes it forked.
+        with suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+
+
 def start(server: FileServer, folder: Path, program: str, **more) -> subprocess.Popen:
     """A process that runs `program` with `cache` and `shards`; more: names that it sees too."""
     given = {"shards": [shard(server, number) for number in range(len(SHARDS))], "folder": str(folder), "limit": 10**9, **more}
@@ -72,7 +85,9 @@ def digest(descriptor):
     with open(descriptor, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 """
-    return subprocess.Popen([sys.executable, "-c", head + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    STARTED.append(subprocess.Popen([sys.executable, "-c", head + program], text=True, start_new_session=True, **pipes))
+    return STARTED[-1]
 
 
 def ended_well(process: subprocess.Popen) -> str:
