@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from webdataset.shardlists import expand_urls
 
-from dnal_dist.pictures import PictureError, Stack, Transform
+from dnal_dist import nvjpeg
+from dnal_dist.nvjpeg import Encoded
+from dnal_dist.pictures import PictureError, Stack, Transform, read_header, render
 from dnal_dist.recipe import InputError
 
 PICTURES = ("png", "jpg", "jpeg")
@@ -40,13 +42,14 @@ class Sample(NamedTuple):
 
 class Batch(NamedTuple):
     """images uint8 (n, 3, H, W), labels int64 (n,), which images are to be mirrored (bool (n,)), the samples' keys, and what was
-    skipped and why ("shard: sample: reason")."""
+    skipped and why ("shard: sample: reason"). encoded: JPEGs that the device is to decode; `images` are then only the others."""
 
     images: Tensor
     labels: Tensor
     flips: Tensor
     keys: list[str]
     bad: list[str]
+    encoded: Encoded | None = None
 
 
 class Shards:
@@ -228,20 +231,26 @@ class Pictures(Dataset):
 
     def __init__(self, shards: Shards, data, seed: int, train: bool):
         self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
+        self.on_device = train and data.decode == "cuda"
 
     def __getitems__(self, wanted: list[tuple[int, int]]) -> Batch | InputError:
-        stack, labels, flips, keys, bad = Stack(len(wanted), self.size), [], [], [], []
+        stack, waiting, labels, flips, keys, bad = Stack(len(wanted), self.size), nvjpeg.Waiting(), [], [], [], []
         try:
             for epoch, index in wanted:
                 path, sample, encoded = self.shards[index]
                 try:
-                    _, flip = self.transform(encoded, epoch, index, stack.next)
+                    header = read_header(encoded)
+                    geometry = self.transform.plan(header, epoch, index)
+                    if self.on_device and nvjpeg.takes(header, encoded):
+                        waiting.add(encoded, len(labels), geometry, f"{path}: sample {sample.key}")
+                    else:
+                        render(encoded, header, geometry, stack.next)
+                        stack.keep()
                 except PictureError as error:
                     bad.append(f"{path}: sample {sample.key}: {error}")
                     continue
-                stack.keep()
                 labels.append(sample.label)
-                flips.append(flip)
+                flips.append(geometry.flip)
                 keys.append(sample.key)
         except InputError as error:
             return error
@@ -250,7 +259,8 @@ class Pictures(Dataset):
         if self.train and not labels:
             # BatchNorm's statistics of no picture at all would be no numbers.
             return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be decoded; mend the shards")
-        return Batch(stack.images, torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool), keys, bad)
+        labels, flips = torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool)
+        return Batch(stack.images, labels, flips, keys, bad, waiting.encoded() if self.on_device else None)
 
 
 class _Slices(Sampler):
