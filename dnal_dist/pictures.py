@@ -33,7 +33,12 @@ class Header(NamedTuple):
     height: int
     width: int
     colours: str
-    """YCbCr, Gray or RGB of a JPEG that simplejpeg reads; empty for what Pillow decodes."""
+    """YCbCr, Gray, RGB, CMYK or YCCK of a JPEG; empty for what is none."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether simplejpeg decodes it; Pillow decodes the rest."""
+        return self.colours in ("YCbCr", "Gray", "RGB")
 
 
 class Geometry(NamedTuple):
@@ -108,7 +113,7 @@ def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
     It is 1 where bits count, and for the smallest pictures, of which simplejpeg could mean another scale by the same size.
     """
     own, whole = geometry.own, geometry.whole
-    if geometry.exact or not header.colours or min(own) < SMALLEST_REDUCED:
+    if geometry.exact or not header.plain or min(own) < SMALLEST_REDUCED:
         return 1
     (height, width), least = (own, whole) if whole != own else (geometry.part[2:], (size, size))
     return next(f for f in (8, 4, 2, 1) if f == 1 or (height >= f * least[0] and width >= f * least[1]))
@@ -175,8 +180,7 @@ def read_header(encoded: bytes) -> Header:
     if encoded[:2] == b"\xff\xd8":
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "Gray", "RGB"):
-                return Header(height, width, colours)
+            return Header(height, width, colours)
     with _opened(encoded) as image:
         return Header(image.height, image.width, "")
 
@@ -188,10 +192,16 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
     """
     header = header or read_header(encoded)
     if header.colours:
-        # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
-        with contextlib.suppress(ValueError):
-            least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
-            return simplejpeg.decode_jpeg(encoded, "RGB", **least if reduction > 1 else {})
+        least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
+        try:
+            # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
+            pixels = simplejpeg.decode_jpeg(encoded, "RGB" if header.plain else "CMYK", **least if reduction > 1 else {})
+            if header.plain:
+                return pixels
+        except ValueError as error:
+            if "premature end of data" in str(error):
+                # With an end behind it, half a picture is a whole one to Pillow, and the other half is grey.
+                raise PictureError("it is truncated, though it has an end") from None
     with _opened(encoded) as image:
         if (image.height, image.width) != header[:2]:
             raise PictureError("its headers contradict each other")

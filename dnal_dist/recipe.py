@@ -91,8 +91,8 @@ class Data(Section):
     workers: int = Field(2, ge=0)
     """Loader processes for each training process; 0 loads in the training process itself."""
     decode: Literal["cpu", "cuda"] = "cpu"
-    """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation, and everything but
-    plain JPEGs, is decoded by the loader processes in either case."""
+    """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation and whatever is
+    no plain JPEG is decoded by the loader processes in either case."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Height times width beyond which a picture is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)

@@ -301,8 +301,16 @@ def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(options):
         except PictureError:
             continue
         assert np.array_equal(found, picture), length
-    with pytest.raises(PictureError):
-        pictures.decode(whole[: len(whole) // 2])
+    for end in (b"", b"\xff\xd9"):
+        with pytest.raises(PictureError, match="truncated"):
+            pictures.decode(whole[: len(whole) // 2] + end)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_harmless_faults_of_a_jpeg_are_passed_over(mode):
+    whole = encode(scene(40, 50), mode=mode)
+    for faulty in (whole + b"more", whole[:-2] + b"\x12\x34" + whole[-2:]):
+        assert np.array_equal(pictures.decode(faulty), pictures.decode(whole))
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P")])
