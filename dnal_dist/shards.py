@@ -48,6 +48,19 @@ class Fault(Exception):
         return f"{self.shard}: sample {self.key or '?'} at byte {self.offset}: {self.reason}"
 
 
+class Origin(NamedTuple):
+    """Where a sample of a batch is from: its name and position for the receipt; key, shard and byte for messages."""
+
+    name: str
+    position: int
+    key: str
+    shard: str
+    offset: int
+
+    def fault(self, reason: str) -> Fault:
+        return Fault(reason, self.key, self.shard, self.offset)
+
+
 class Url(str):
     """Where a remote shard or its folder is, with what of Path's is used here."""
 
@@ -149,6 +162,10 @@ class Shards:
         """Path of the shard that a sample is in, and the byte at which it begins there."""
         shard, begin, _ = self._place(index)
         return str(self.paths[shard]), begin
+
+    def origin(self, index: int, key: str, position: int) -> Origin:
+        """Of the sample with this number and key, at `position` of an epoch's order."""
+        return Origin(self.name(index, key), position, key, *self.where(index))
 
     def _place(self, index: int) -> tuple[int, int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
