@@ -77,7 +77,8 @@ class Memory:
         size = self.data.global_batch
         if not self.training:
             for first in range(0, self.samples, size):
-                yield Batch(self.images[first : first + size], self.labels[first : first + size], [], [], (0, 0))
+                labels = self.labels[first : first + size]
+                yield Batch(self.images[first : first + size], labels, torch.zeros(len(labels), dtype=torch.bool), [], [], (0, 0))
             return
         epoch, batch = divmod(start, self.per_epoch)
         while True:
@@ -87,12 +88,11 @@ class Memory:
             epoch, batch = epoch + 1, 0
 
     def _changed(self, chosen: Tensor, epoch: int, first: int) -> Batch:
-        images = self.images[chosen]
+        flips = torch.zeros(len(chosen), dtype=torch.bool)
         if self.data.augmentation.flip:
             generator = torch.Generator().manual_seed((self.seed * 1000 + epoch) * self.samples + first)
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return Batch(images, self.labels[chosen], [], [], (0, 0))
+            flips = torch.rand(len(chosen), generator=generator) < 0.5
+        return Batch(self.images[chosen], self.labels[chosen], flips, [], [], (0, 0))
 
 
 class Pretrained(NamedTuple):

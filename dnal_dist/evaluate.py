@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist.feed import feed
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
-from dnal_dist.stream import Stream, normalise
+from dnal_dist.stream import Stream
 
 
 class Evaluation(NamedTuple):
@@ -27,12 +28,10 @@ def evaluate(network: nn.Module, stream: Stream, data, parallel: Parallel, gates
     network.eval()
     # correct, in the top five, summed cross-entropy, samples
     sums, bad = torch.zeros(4, dtype=torch.float64, device=parallel.device), []
-    for batch in stream.batches():
+    for images, labels, batch, _ in feed(stream.batches(), data, parallel.device):
         bad += map(str, batch.bad)
-        if not len(batch.labels):
+        if not len(labels):
             continue
-        images = normalise(batch.images.to(parallel.device, non_blocking=True), data.mean, data.std)
-        labels = batch.labels.to(parallel.device, non_blocking=True)
         logits = network(images) if gates is None else network(images, gates)
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum")

@@ -76,7 +76,7 @@ def _prepare(folder: Path, settings: recipe.Recipe, resume: bool, overwrite: boo
 def _same_recipe(folder: Path, old: dict, settings: recipe.Recipe) -> None:
     new = settings.model_dump(mode="json")
     changed = [key for key in _flat(old) | _flat(new) if _flat(old).get(key) != _flat(new).get(key)]
-    changed = [key for key in changed if key != "output" and not key.startswith(("tracking.", "data.workers"))]
+    changed = [key for key in changed if key != "output" and not key.startswith(("tracking.", "data.workers", "data.cache"))]
     if changed:
         told = ", ".join(f"{key}: {_flat(old).get(key)} -> {_flat(new).get(key)}" for key in changed)
         raise InputError(f"{folder}: the recipe has changed since the run began ({told}); undo that, or use --overwrite")

@@ -11,7 +11,7 @@ from dnal_dist import cost, schedule
 from dnal_dist.parallel import Traffic
 from dnal_dist.recipe import InputError
 from dnal_dist.steps import Outcome
-from dnal_dist.stream import Stream, normalise
+from dnal_dist.stream import Stream
 
 
 def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
@@ -61,18 +61,14 @@ class Meter:
         self.since, self.waited, self.paused = time.monotonic(), 0.0, 0.0
 
     def next(self, batches) -> tuple[Tensor, Tensor]:
-        """The next batch, on the device and normalised."""
-        run = self.run
-        asked = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - asked
+        """Images and labels of the next batch of a feed."""
+        images, labels, batch, waited = next(batches)
+        self.waited += waited
         self.skipped.update(map(str, batch.bad))
-        run.receipt.take(batch.tally, len(batch.labels), batch.bad)
+        self.run.receipt.take(batch.tally, len(labels), batch.bad)
         self.sums[5] += len(batch.bad)
-        self.sums[2] += len(batch.labels)
-        device, data = run.parallel.device, run.recipe.data
-        images = normalise(batch.images.to(device, non_blocking=True), data.mean, data.std)
-        return images, batch.labels.to(device, non_blocking=True)
+        self.sums[2] += len(labels)
+        return images, labels
 
     @contextlib.contextmanager
     def listen(self):

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from dnal_dist import budget, checkpoint, compact, cost, schedule
 from dnal_dist.architecture import Architecture
 from dnal_dist.backends import Trained
 from dnal_dist.evaluate import evaluate
+from dnal_dist.feed import Fed, feed
 from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.receipts import Receipt
 from dnal_dist.recipe import InputError, Recipe
 from dnal_dist.steps import Outcome, architecture_step, weight_step
-from dnal_dist.stream import Stream, normalise
+from dnal_dist.stream import Stream
 from dnal_dist.track import Track
 
 # Architecture steps between two looks at the expected cost by the collapse guard.
@@ -76,7 +77,7 @@ class Run:
 
 def go(run: Run) -> None:
     """From where `run` stands to its end."""
-    batches = run.train.batches(run.global_step)
+    batches = fed(run)
     try:
         if run.phase == "pretrain":
             pretrain(run, batches)
@@ -86,11 +87,16 @@ def go(run: Run) -> None:
             # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
             batches.close()
             prune(run)
-            batches = run.train.batches(run.global_step)
+            batches = fed(run)
         if run.phase == "finetune":
             finetune(run, batches)
     finally:
         batches.close()
+
+
+def fed(run: Run) -> Generator[Fed]:
+    """The training batches from where `run` stands on, on its device."""
+    return feed(run.train.batches(run.global_step), run.recipe.data, run.parallel.device)
 
 
 def pretrain(run: Run, batches) -> None:
@@ -168,11 +174,10 @@ def recalibrate(run: Run, number: int) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    data, batches = run.recipe.data, run.train.batches(run.global_step)
     run.small.train()
-    with contextlib.closing(batches):
+    with contextlib.closing(fed(run)) as batches:
         for _ in range(number):
-            run.small(normalise(next(batches).images.to(run.parallel.device, non_blocking=True), data.mean, data.std))
+            run.small(next(batches).images)
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
 

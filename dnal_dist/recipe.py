@@ -69,7 +69,7 @@ class Augmentation(Section):
 class Data(Section):
     train: str
     """Training shards: a path with * ? [] and {000..007} patterns; several, separated by blanks; a path with
-    blanks wants quotes."""
+    blanks wants quotes. Also https://, s3:// and gs://."""
     val: str
     """Validation shards, likewise."""
     image_size: int = Field(ge=1)
@@ -96,6 +96,12 @@ class Data(Section):
     shuffled when the shards were made."""
     workers: int = Field(2, ge=0)
     """Loader processes for each training process; 0 loads in the training process itself."""
+    cache: str = Field("~/.cache/dnal_dist/shards", min_length=1)
+    """Folder of this machine for copies of remote shards; its processes share it."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Height times width beyond which a picture is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Share of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
 

@@ -220,7 +220,8 @@ def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
     file.seek(0)
     try:
         # ignore_zeros: damage, and the blocks of zeros at the end, are stepped over block by block.
-        for member in tarfile.TarFile(fileobj=file, ignore_zeros=True):
+        tar = tarfile.TarFile(fileobj=file, ignore_zeros=True)
+        for member in tar:
             if member.size < 0 or member.offset < end:
                 raise tarfile.TarError("a member of impossible size")
             damaged = member.offset > end and not _is_zeros(file, end, member.offset)
@@ -232,7 +233,8 @@ def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
             if key is not None and key != last:
                 offsets.append(member.offset)
                 last = key
-            end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+            # Not from its size: that of a sparse member is what it would unpack to.
+            end = tar.offset
     except Exception as error:  # of many kinds, where a header means harm
         faults.append((end, " ".join(str(error).split()) or type(error).__name__))
     if not faults and not _is_zeros(file, end, end + BLOCK):
@@ -341,11 +343,12 @@ def _plain(header: bytes) -> tuple[str, bytes, int] | None:
 def _by_tarfile(chunk: bytes, at: int) -> Iterator[tuple[str, bytes, int, int]]:
     end = at
     try:
-        for member in tarfile.TarFile(fileobj=io.BytesIO(chunk[at:])):
+        tar = tarfile.TarFile(fileobj=io.BytesIO(chunk[at:]))
+        for member in tar:
             if member.size < 0:
                 raise tarfile.TarError("a member of negative size")
             yield member.name, member.type, at + member.offset_data, member.size
-            end = at + member.offset_data + -(-member.size // BLOCK) * BLOCK
+            end = at + tar.offset
     except Exception as error:  # of many kinds, where a header means harm
         raise Fault(f"its tar header is damaged ({' '.join(str(error).split())})") from None
     if end < len(chunk) and chunk[end : end + BLOCK].count(0) != len(chunk[end : end + BLOCK]):

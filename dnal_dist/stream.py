@@ -7,7 +7,6 @@ python -m dnal_dist.stream --audit RUN      proves from a run's receipts that ea
 """
 
 import argparse
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,22 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image
 
 from dnal_dist import receipts
+from dnal_dist.pictures import PictureError, Stack, Transform
 from dnal_dist.recipe import InputError
-from dnal_dist.shards import Fault, Shards
+from dnal_dist.shards import Fault, Sample, Shards
 
 
 class Batch(NamedTuple):
-    """images uint8 (n, 3, H, W), labels int64 (n,), the samples' keys, what had to be skipped, and the tally for the receipt."""
+    """images uint8 (n, 3, H, W), labels int64 (n,), which images are to be mirrored (bool (n,)), the samples' keys, what had to be
+    skipped, and the tally for the receipt."""
 
     images: Tensor
     labels: Tensor
+    flips: Tensor
     keys: list[str]
     bad: list[Fault]
     tally: tuple[int, int]
@@ -71,101 +70,44 @@ def _bits(number: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(number)
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype=torch.float32) -> Tensor:
-    """uint8 (N, 3, H, W) -> (images / 255 - mean) / std, on the images' own device."""
-    mean, std = (255 * torch.tensor(v, dtype=dtype, device=images.device).view(3, 1, 1) for v in (mean, std))
-    return images.to(dtype).sub_(mean).div_(std)
-
-
 class Pictures(Dataset):
     """Decoded pictures by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
     exception would arrive from a loader process as a page of traceback."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool):
-        self.shards, self.data, self.seed, self.train = shards, data, seed, train
+        self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
 
     def __getitems__(self, wanted: list[Place]) -> Batch | InputError:
-        images, labels, keys, names, positions, bad = [], [], [], [], [], []
+        stack, labels, flips, keys, names, positions, bad = Stack(len(wanted), self.size), [], [], [], [], [], []
         for epoch, position, index in wanted:
             try:
                 sample = self.shards[index]
-                images.append(self._picture(sample, epoch, index))
+                flip = self._picture(sample, epoch, index, stack)
             except Fault as fault:
                 bad.append(fault)
                 continue
             except OSError as error:
-                return InputError(
-                    f"{error.filename or self.shards.where(index)[0]}: shard cannot be read any more ({error.strerror})"
-                )
+                shard = error.filename or self.shards.where(index)[0]
+                return InputError(f"{shard}: shard cannot be read any more ({error.strerror}); check the file")
             labels.append(sample.label)
+            flips.append(flip)
             keys.append(sample.key)
             names.append(self.shards.name(index, sample.key))
             positions.append(position)
-        if self.train and not images:
+        if self.train and not labels:
             # BatchNorm's statistics of no picture at all would be no numbers.
             return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be used; mend the shards")
-        size = self.data.image_size
-        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.long), keys, bad, receipts.tally(names, positions))
+        label, flip = torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool)
+        return Batch(stack.images, label, flip, keys, bad, receipts.tally(names, positions))
 
-    def _picture(self, sample, epoch: int, index: int) -> Tensor:
+    def _picture(self, sample: Sample, epoch: int, index: int, stack: Stack) -> bool:
+        """Put the picture onto `stack`; whether it is to be mirrored."""
         try:
-            return self.transform(_decode(sample.picture), epoch, index)
-        except (RuntimeError, ValueError) as error:
-            raise Fault(_reason(error), sample.key, *self.shards.where(index)) from None
-
-    def transform(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """uint8 (3, h, w) -> uint8 (3, image_size, image_size). Random changes depend on seed, epoch and sample alone."""
-        size, augmentation = self.data.image_size, self.data.augmentation
-        if not self.train or augmentation.kind == "none":
-            image = _resize_and_centre(image, size, self.data.resize or size)
-        if not self.train:
-            return image
-        rng = np.random.default_rng((self.seed, epoch, index))
-        if augmentation.kind == "pad_crop":
-            image = F.pad(_resize_and_centre(image, size, size), [augmentation.padding] * 4)
-            top, left = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
-            image = image[:, top : top + size, left : left + size]
-        elif augmentation.kind == "resized_crop":
-            if augmentation.resize:
-                image = TF.resize(image, [augmentation.resize], antialias=True)
-            image = TF.resized_crop(image, *_random_part(image, augmentation.scale, rng), [size, size], antialias=True)
-        return image.flip(-1) if augmentation.flip and rng.random() < 0.5 else image
-
-
-def _decode(encoded: bytes) -> Tensor:
-    """uint8 (3, height, width). Raises ValueError or RuntimeError for what is no picture."""
-    if not encoded:
-        raise ValueError("it is empty")
-    image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    if image.ndim != 3:
-        raise ValueError("it is animated")
-    # A PNG of 16 bits: its upper byte is what one of 8 bits would hold.
-    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the place in torchvision's source."""
-    return re.sub(r"^.*\.cpp:\d+, ", "", (str(error).splitlines() or [type(error).__name__])[0])
-
-
-def _resize_and_centre(image: Tensor, size: int, shorter: int) -> Tensor:
-    if min(image.shape[1:]) != shorter:
-        image = TF.resize(image, [shorter], antialias=True)
-    return image if tuple(image.shape[1:]) == (size, size) else TF.center_crop(image, [size, size])
-
-
-def _random_part(image: Tensor, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """top, left, height, width of a random part: area in `scale`, aspect 3/4 to 4/3; the middle if ten tries do not fit."""
-    _, height, width = image.shape
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        h, w = round(np.sqrt(area / aspect)), round(np.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(0, height - h, endpoint=True)), int(rng.integers(0, width - w, endpoint=True)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
+            _, flip = self.transform(sample.picture, epoch, index, stack.next)
+        except PictureError as error:
+            raise Fault(str(error), sample.key, *self.shards.where(index)) from None
+        stack.keep()
+        return flip
 
 
 class Slices(Sampler):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from faulty import FEW, samples, write_tar
 
 from data_tools import make_shards
 
@@ -102,5 +103,24 @@ def train_here():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
         return Ended(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with shards of 16 samples each, train-0.tar and val-0.tar, without an index."""
+    write_tar(tmp_path / "train-0.tar", samples())
+    write_tar(tmp_path / "val-0.tar", samples())
+    return tmp_path
+
+
+@pytest.fixture
+def train(train_here, folder):
+    """The command, on the shards in `folder`, into the run folder `folder`/run."""
+
+    def run(*changes: str, recipe: str | Path = "recipes/digits.yaml"):
+        shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")
+        return train_here(recipe, *shards, *FEW, *changes)
 
     return run

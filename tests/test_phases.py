@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dnal_dist import compact, cost, phases, recipe, report, train
 from dnal_dist.parallel import Parallel
-from dnal_dist.stream import normalise
+from dnal_dist.pictures import normalise
 
 FEW = ["phases.pretrain.steps=3", "phases.search.steps=6", "phases.finetune.steps=3", "tracking.tracker=none"]
 
@@ -30,7 +30,7 @@ def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp
     phases.recalibrate(run, 3)
     source = run.train.batches(5)
     data = run.recipe.data
-    batches = [normalise(next(source).images, data.mean, data.std) for _ in range(3)]
+    batches = [normalise(b.images, data.mean, data.std, b.flips) for b in (next(source) for _ in range(3))]
     run.small.train()
     for i, norm in enumerate(run.small):
         if isinstance(norm, torch.nn.BatchNorm2d):

@@ -193,7 +193,8 @@ def test_another_recipe_is_refused(train_here, short, digits, change, key):
 
 def test_what_has_no_say_in_the_result_may_change(train_here, short, digits):
     moved = short.rename(short.parent / "moved")
-    assert train_here(*arguments(digits, moved, *SHORT, "data.workers=1", "tracking.log_every=3"), "--resume").code == 0
+    others = ("data.workers=1", "data.cache_gb=5", "tracking.log_every=3")
+    assert train_here(*arguments(digits, moved, *SHORT, *others), "--resume").code == 0
 
 
 DAMAGE = {

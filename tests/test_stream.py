@@ -36,6 +36,7 @@ def test_the_global_batches_are_the_same_for_any_ranks_and_workers(digits, world
         assert [key for rank in ranks for key in rank.keys] == whole.keys
         assert torch.equal(torch.cat([rank.images for rank in ranks]), whole.images)
         assert torch.equal(torch.cat([rank.labels for rank in ranks]), whole.labels)
+        assert torch.equal(torch.cat([rank.flips for rank in ranks]), whole.flips)
 
 
 def test_an_epoch_holds_every_sample_once_but_for_the_last_partial_batch(digits):
@@ -61,7 +62,7 @@ def test_a_stream_goes_on_from_any_iteration(digits, start):
     augmented = data_settings(digits, augmentation=Augmentation(kind="pad_crop", padding=2, flip=True))
     whole = take(opened(augmented).batches(), start + 3)[start:]
     for one, other in zip(take(opened(augmented).batches(start), 3), whole, strict=True):
-        assert one.keys == other.keys and torch.equal(one.images, other.images)
+        assert one.keys == other.keys and torch.equal(one.images, other.images) and torch.equal(one.flips, other.flips)
 
 
 def test_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
@@ -109,36 +110,6 @@ def test_random_changes_do_not_depend_on_the_batch(digits):
     alone = pictures.__getitems__([Place(3, 0, 77)]).images[0]
     assert torch.equal(pictures.__getitems__([Place(3, 8, 5), Place(3, 9, 77)]).images[1], alone)
     assert any(not torch.equal(pictures.__getitems__([Place(epoch, 0, 77)]).images[0], alone) for epoch in range(4, 9))
-
-
-@pytest.mark.parametrize("kind", ["none", "pad_crop", "resized_crop"])
-@pytest.mark.parametrize("height, width", [(300, 40), (40, 300), (24, 24), (7, 5)])
-def test_pictures_of_any_shape_become_square(kind, height, width, digits):
-    data = data_settings(digits, image_size=24, augmentation=Augmentation(kind=kind, flip=True))
-    for train in (True, False):
-        pictures = stream.Pictures(Shards(data.train, "data.train", 10), data, 0, train)
-        image = pictures.transform(torch.zeros(3, height, width, dtype=torch.uint8), 0, 0)
-        assert (tuple(image.shape), image.dtype) == ((3, 24, 24), torch.uint8)
-
-
-def test_a_random_part_may_be_taken_of_the_resized_picture(digits):
-    """A picture that is one pixel in eight, resized away: only the part of a resized picture has lost its stripes."""
-    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::8] = 255
-    spreads = []
-    for resize in (None, 8):
-        augmentation = Augmentation(kind="resized_crop", scale=(0.2, 0.3), resize=resize)
-        data = data_settings(digits, image_size=32, augmentation=augmentation)
-        pictures = stream.Pictures(Shards(data.train, "data.train", 10), data, 0, True)
-        spreads.append(float(pictures.transform(stripes, 0, 0).float().std()))
-    assert spreads[1] < 0.2 * spreads[0]
-
-
-def test_normalise_is_the_usual_one():
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    expected = (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(stream.normalise(images, mean, std), expected)
 
 
 def test_few_files_stay_open_however_many_shards_there_are(digits, monkeypatch):

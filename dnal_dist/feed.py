@@ -1,0 +1,61 @@
+"""Batches onto the device: copied, mirrored and normalised there, on a GPU beside the step that trains.
+
+No batch is taken from the stream before it is asked for, so closing a feed loses none and the position in the stream is the number
+of batches that were given. That costs no overlap on a GPU: a training loop asks for the next batch when it has queued a step, not
+when the step is done, and the copy goes from page-locked memory over a CUDA stream of its own.
+"""
+
+import contextlib
+import time
+from collections.abc import Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnal_dist.pictures import normalise
+from dnal_dist.stream import Batch
+
+
+class Fed(NamedTuple):
+    """A batch on the device."""
+
+    images: Tensor
+    """float32 (n, 3, H, W), normalised and mirrored."""
+    labels: Tensor
+    """int64 (n,)."""
+    batch: Batch
+    """What it came from, in the memory of the host."""
+    waited: float
+    """Seconds until the stream had it."""
+
+
+def feed(batches: Generator[Batch], data, device: torch.device) -> Generator[Fed]:
+    """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with contextlib.closing(batches):
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            waited = time.monotonic() - asked
+            images, labels = _moved(batch, data, device) if side is None else _moved_beside(batch, data, device, side)
+            yield Fed(images, labels, batch, waited)
+
+
+def _moved(batch: Batch, data, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels, flips = (part.to(device, non_blocking=True) for part in (batch.images, batch.labels, batch.flips))
+    return normalise(images, data.mean, data.std, flips), labels
+
+
+def _moved_beside(batch: Batch, data, device: torch.device, side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+    """As `_moved`, on the CUDA stream `side`; what the caller's own stream does from here on comes after it."""
+    own = torch.cuda.current_stream(device)
+    with torch.cuda.stream(side):
+        moved = _moved(batch, data, device)
+    own.wait_stream(side)
+    for tensor in moved:
+        # Made on one stream and used on another: its memory must not be given away before the other is done with it.
+        tensor.record_stream(own)
+    return moved

@@ -1,0 +1,422 @@
+"""The folder of copies: several processes at once, killed ones, its bound, digests; and reading ahead into it."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from servers import FileServer
+
+from dnal_dist import remote
+from dnal_dist.ahead import Ahead, Need
+from dnal_dist.cache import Cache
+from dnal_dist.remote import RemoteError
+
+SIZE = 100_000
+SHARDS = {f"{number}.tar": random.Random(number).randbytes(SIZE) for number in range(6)}
+
+
+@pytest.fixture(autouse=True)
+def quick_and_direct(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(remote, "_systems", {})
+    monkeypatch.setattr(remote, "_ranged", set())
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+
+
+@pytest.fixture
+def server():
+    with FileServer() as server:
+        server.files = dict(SHARDS)
+        yield server
+
+
+def shard(server: FileServer, number: int) -> tuple[str, int, str]:
+    body = SHARDS[f"{number}.tar"]
+    return f"{server.url}/{number}.tar", len(body), hashlib.sha256(body).hexdigest()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir() if path.is_file())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """The test's own limit ends a wait in vain."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def start(server: FileServer, folder: Path, program: str, **more) -> subprocess.Popen:
+    """A process that runs `program` with `cache` and `shards`; more: names that it sees too."""
+    given = {"shards": [shard(server, number) for number in range(len(SHARDS))], "folder": str(folder), "limit": 10**9, **more}
+    head = f"""
+import hashlib, json, os, random, sys, time
+from pathlib import Path
+from dnal_dist.ahead import Ahead, Need
+from dnal_dist.cache import Cache
+globals().update(json.loads({json.dumps(given)!r}))
+cache = Cache(Path(folder), limit)
+def digest(descriptor):
+    with open(descriptor, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+"""
+    return subprocess.Popen([sys.executable, "-c", head + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended_well(process: subprocess.Popen) -> str:
+    out, err = process.communicate()
+    assert process.returncode == 0 and not err, err
+    return out
+
+
+# One copy
+
+
+def test_a_copy_is_made_once_and_found_again(server, tmp_path):
+    cache = Cache(tmp_path / "copies", 10**6)
+    url, size, sha256 = shard(server, 0)
+    assert cache.has(url, size, sha256) is None
+    path = cache.get(url, size, sha256)
+    assert path.read_bytes() == SHARDS["0.tar"]
+    assert cache.get(url, size, sha256.upper()) == path == cache.has(url, size, sha256)
+    assert len(server.requests) == 1 and files(cache.folder) == [".tar"]
+
+
+def test_names_in_the_folder_are_of_its_own_making(server, tmp_path):
+    cache = Cache(tmp_path / "copies", 10**6)
+    _, size, sha256 = shard(server, 0)
+    server.files |= {"../../0.tar": SHARDS["0.tar"], "x/0.tar": SHARDS["0.tar"]}
+    paths = {cache.get(f"{server.url}/{name}", size, sha256) for name in ("0.tar", "x/0.tar")}
+    other = hashlib.sha256(SHARDS["1.tar"]).hexdigest()
+    server.files["0.tar"] = SHARDS["1.tar"]
+    paths.add(cache.get(f"{server.url}/0.tar", size, other))
+    assert len(paths) == 3 and {path.parent for path in paths} == {cache.folder}
+    assert cache._path("../../etc/passwd", "../..").parent == cache.folder
+
+
+def test_a_wrong_digest_is_fetched_once_more(server, tmp_path):
+    cache = Cache(tmp_path, 10**6)
+    url, size, sha256 = shard(server, 0)
+    server.files["0.tar"] = SHARDS["1.tar"]
+    found = hashlib.sha256(SHARDS["1.tar"]).hexdigest()
+    with pytest.raises(RemoteError, match=rf"/0\.tar: its digest is {found}, expected {sha256}"):
+        cache.get(url, size, sha256)
+    assert len(server.requests) == 2 and files(tmp_path) == []
+    server.files["0.tar"] = SHARDS["0.tar"]
+    assert cache.get(url, size, sha256).read_bytes() == SHARDS["0.tar"]
+
+
+def test_damage_on_the_way_is_mended(server, tmp_path):
+    cache = Cache(tmp_path, 10**6)
+    bodies = [SHARDS["1.tar"], SHARDS["0.tar"]]
+
+    class Changing(dict):
+        def __getitem__(self, name):
+            return bodies.pop(0)
+
+    server.files = Changing(server.files)
+    assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+
+
+def test_a_shard_that_is_not_there_leaves_nothing(server, tmp_path):
+    cache = Cache(tmp_path, 10**6)
+    with pytest.raises(RemoteError, match="404"):
+        cache.get(f"{server.url}/none.tar", SIZE, "0" * 64)
+    with pytest.raises(RemoteError, match="404"):
+        cache.try_get(f"{server.url}/none.tar", SIZE, "0" * 64)
+    assert files(tmp_path) == []
+
+
+def test_faults_on_the_way_cost_no_whole_shard(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PIECE", 16_384)
+    server.cut_after, server.cuts, server.statuses = 10_000, 4, [503, 503]
+    assert Cache(tmp_path, 10**6).get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+    assert server.sent["0.tar"] <= SIZE + 4 * 10_000
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    with pytest.raises(RemoteError, match=r"0\.tar: .*data\.cache_gb"):
+        Cache(tmp_path, SIZE - 1).get(*shard(server, 0))
+    assert not server.requests
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RemoteError, match=r"^key 'data\.cache': .*file/copies: .*name another folder$"):
+        Cache(tmp_path / "file" / "copies", 10**6)
+
+
+# Room
+
+
+def test_the_least_recently_used_go_first(server, tmp_path):
+    cache = Cache(tmp_path, 3 * SIZE)
+    (tmp_path / "notes.tar").write_bytes(bytes(5 * SIZE))
+    for number in range(3):
+        path = cache.get(*shard(server, number))
+        os.utime(path, (number, number))
+    assert cache.has(*shard(server, 0))
+    cache.get(*shard(server, 3))
+    assert [bool(cache.has(*shard(server, number))) for number in range(4)] == [True, False, True, True]
+    assert (tmp_path / "notes.tar").exists()
+
+
+def test_who_has_a_removed_copy_open_goes_on_reading(server, tmp_path):
+    cache = Cache(tmp_path, SIZE)
+    descriptor = cache.open(*shard(server, 0))
+    cache.get(*shard(server, 1))
+    assert cache.has(*shard(server, 0)) is None
+    assert os.pread(descriptor, SIZE, 0) == SHARDS["0.tar"]
+    os.close(descriptor)
+
+
+def test_open_fetches_anew_what_was_removed_in_between(server, tmp_path, monkeypatch):
+    cache = Cache(tmp_path, 10**6)
+    get, times = cache.get, []
+
+    def get_and_lose(*one):
+        path = get(*one)
+        times.append(path)
+        if len(times) == 1:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(cache, "get", get_and_lose)
+    descriptor = cache.open(*shard(server, 0))
+    assert os.pread(descriptor, SIZE, 0) == SHARDS["0.tar"]
+    os.close(descriptor)
+
+
+def test_what_is_being_downloaded_is_not_removed_for_another(server, tmp_path):
+    cache = Cache(tmp_path, SIZE)
+    server.stalls = 1
+    slow = threading.Thread(target=cache.get, args=shard(server, 0))
+    slow.start()
+    until(lambda: len(server.requests) == 1)
+    assert cache.try_get(*shard(server, 1)) is False
+    assert cache.try_get(*shard(server, 0)) is False
+    waiting = threading.Thread(target=cache.get, args=shard(server, 1))
+    waiting.start()
+    server.released.set()
+    slow.join()
+    waiting.join()
+    assert cache.has(*shard(server, 1)) and cache.has(*shard(server, 0)) is None
+
+
+def full_disk(monkeypatch, folder: Path, bytes_: int) -> None:
+    def allocate(descriptor: int, offset: int, size: int) -> None:
+        if size + sum(path.stat().st_size for path in folder.glob("*.tar")) > bytes_:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate, raising=False)
+
+
+def test_on_a_full_disk_older_copies_go(server, tmp_path, monkeypatch):
+    cache = Cache(tmp_path, 10**9)
+    full_disk(monkeypatch, tmp_path, 2 * SIZE)
+    for number in range(4):
+        os.utime(cache.get(*shard(server, number)), (number, number))
+    assert [bool(cache.has(*shard(server, number))) for number in range(4)] == [False, False, True, True]
+
+
+def test_a_full_disk_without_older_copies_is_named(server, tmp_path, monkeypatch):
+    full_disk(monkeypatch, tmp_path, SIZE - 1)
+    with pytest.raises(RemoteError, match=r"key 'data\.cache': .*the disk is full.*'data\.cache_gb'"):
+        Cache(tmp_path, 10**9).get(*shard(server, 0))
+    assert files(tmp_path) == []
+
+
+# Several processes
+
+
+def test_processes_that_ask_at_once_download_each_shard_once(server, tmp_path):
+    server.latency, server.trickle = 0.05, 0.005
+    program = """
+print([digest(cache.open(*shards[n])) for n in random.Random(seed).sample(range(6), 6)] != [] and
+      all(digest(cache.open(*one)) == one[2] for one in shards))
+"""
+    processes = [start(server, tmp_path, program, seed=seed) for seed in range(4)]
+    assert [ended_well(process).strip() for process in processes] == ["True"] * 4
+    assert server.sent == dict.fromkeys(SHARDS, SIZE)
+    assert files(tmp_path) == [".tar"] * 6
+
+
+def test_the_bound_holds_while_processes_contend(server, tmp_path):
+    server.trickle = 0.001
+    limit = 2 * SIZE + SIZE // 2
+    program = """
+for n in random.Random(seed).choices(range(6), k=12):
+    assert digest(cache.open(*shards[n])) == shards[n][2]
+"""
+    processes = [start(server, tmp_path, program, seed=seed, limit=limit) for seed in range(4)]
+    cache, most = Cache(tmp_path, limit), 0
+    while any(process.poll() is None for process in processes):
+        # Under the lock that all changes but removals take, so that a change of name is not counted twice.
+        with cache._lock("room"):
+            sizes = []
+            for path in tmp_path.iterdir():
+                if path.is_file() and path.exists():
+                    try:
+                        sizes.append(path.stat().st_size)
+                    except FileNotFoundError:
+                        continue
+        most = max(most, sum(sizes))
+        time.sleep(0.005)
+    for process in processes:
+        ended_well(process)
+    assert SIZE < most <= limit
+    assert set(files(tmp_path)) == {".tar"}
+
+
+def test_a_killed_download_blocks_no_one_and_is_not_taken_for_whole(server, tmp_path):
+    server.trickle = 0.2
+    killed = start(server, tmp_path, "cache.get(*shards[0])")
+    until(lambda: server.sent["0.tar"] > SIZE // 4)
+    waiting = start(server, tmp_path, "print(digest(cache.open(*shards[0])) == shards[0][2])")
+    assert files(tmp_path) == [".part"] and next(tmp_path.glob("*.part")).stat().st_size == SIZE
+    server.trickle = 0
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert ended_well(waiting).strip() == "True"
+    assert files(tmp_path) == [".tar"]
+
+
+def test_what_a_killed_process_left_makes_room(server, tmp_path):
+    server.trickle = 0.2
+    killed = start(server, tmp_path, "cache.get(*shards[0])")
+    until(lambda: server.sent["0.tar"] > 0)
+    killed.kill()
+    killed.communicate()
+    assert files(tmp_path) == [".part"]
+    server.trickle = 0
+    Cache(tmp_path, SIZE).get(*shard(server, 1))
+    assert files(tmp_path) == [".tar"]
+
+
+# Reading ahead
+
+
+def plan_of(server: FileServer, positions: list[int]) -> Callable:
+    return lambda begin: (Need(at, *shard(server, n)) for n, at in enumerate(positions) if at >= begin)
+
+
+def test_it_fetches_what_comes_next_within_its_limit(server, tmp_path):
+    cache = Cache(tmp_path, 10**9)
+    ahead = Ahead(cache, plan_of(server, [0, 1, 1, 2, 5, 7]), 3 * SIZE)
+    held = lambda *numbers: all(cache.has(*shard(server, n)) for n in numbers)  # noqa: E731
+    ahead.at(0)
+    until(lambda: held(0, 1, 2))
+    ahead.at(1)
+    until(lambda: held(3))
+    assert {path for path, _ in server.requests} == {"0.tar", "1.tar", "2.tar", "3.tar"}
+    ahead.at(3)
+    until(lambda: held(4, 5))
+    ahead.close()
+    assert server.sent == dict.fromkeys(SHARDS, SIZE)
+
+
+def test_one_shard_beyond_the_limit_is_still_fetched_and_passed_ones_are_not(server, tmp_path):
+    cache = Cache(tmp_path, 10**9)
+    ahead = Ahead(cache, lambda begin: (Need(n, *shard(server, n)) for n in range(6)), 1)
+    ahead.at(4)
+    until(lambda: bool(cache.has(*shard(server, 4))))
+    ahead.at(5)
+    until(lambda: bool(cache.has(*shard(server, 5))))
+    ahead.close()
+    assert server.sent == {"4.tar": SIZE, "5.tar": SIZE}
+
+
+def test_going_back_begins_anew(server, tmp_path):
+    cache = Cache(tmp_path, 10**9)
+    ahead = Ahead(cache, plan_of(server, [0, 1, 2, 3, 4, 5]), SIZE)
+    ahead.at(5)
+    until(lambda: bool(cache.has(*shard(server, 5))))
+    ahead.at(2)
+    until(lambda: bool(cache.has(*shard(server, 2))))
+    ahead.close()
+
+
+def test_a_fault_stops_neither_the_thread_nor_who_asks(server, tmp_path):
+    cache = Cache(tmp_path, 10**9)
+    missing = Need(0, f"{server.url}/none.tar", SIZE, "0" * 64)
+    ahead = Ahead(cache, lambda begin: iter([missing, missing, Need(1, *shard(server, 1))]), 10**9, downloads=1)
+    ahead.at(0)
+    until(lambda: bool(cache.has(*shard(server, 1))))
+    ahead.close()
+    with pytest.raises(RemoteError, match="404"):
+        cache.get(*missing[1:])
+
+
+def test_what_another_process_downloads_is_left_to_it(server, tmp_path):
+    server.stalls = 1
+    other = start(server, tmp_path, "cache.get(*shards[0])")
+    until(lambda: len(server.requests) == 1)
+    cache = Cache(tmp_path, 10**9)
+    ahead = Ahead(cache, plan_of(server, [0, 1]), 10**9, downloads=1)
+    ahead.at(0)
+    until(lambda: bool(cache.has(*shard(server, 1))))
+    assert cache.has(*shard(server, 0)) is None
+    server.released.set()
+    ended_well(other)
+    ahead.close()
+    assert server.sent == {"0.tar": SIZE, "1.tar": SIZE}
+
+
+def test_a_process_ends_although_its_downloads_hang(server, tmp_path):
+    server.stalls = 100
+    program = """
+ahead = Ahead(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards)), 10**9)
+ahead.at(0)
+while len(list(Path(folder).glob("*.part"))) < 2:
+    time.sleep(0.01)
+"""
+    ended_well(start(server, tmp_path, program))
+    server.stalls = 0
+    cache = Cache(tmp_path, 10**9)
+    assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+
+
+class Reading:
+    """A data set whose item is the digest of a shard, read through the cache while it looks ahead."""
+
+    def __init__(self, server: FileServer, folder: Path):
+        self.shards = [shard(server, number) for number in range(len(SHARDS))]
+        self.cache = Cache(folder, 10**9)
+        self.ahead = Ahead(self.cache, lambda begin: (Need(n, *one) for n, one in enumerate(self.shards) if n >= begin), 10**9)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> tuple[int, str]:
+        self.ahead.at(number)
+        with open(self.cache.open(*self.shards[number]), "rb") as file:
+            return os.getpid(), hashlib.sha256(file.read()).hexdigest()
+
+
+def test_forked_loader_processes_read_and_look_ahead(server, tmp_path):
+    from torch.utils.data import DataLoader
+
+    data = Reading(server, tmp_path)
+    # The training process has connections, threads and an event loop of its own before it forks.
+    assert data[0][1] == data.shards[0][2]
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", persistent_workers=True)
+    for _ in range(2):
+        found = list(loader)
+        assert [digest for _, digest in found] == [sha256 for *_, sha256 in data.shards]
+        assert len({pid for pid, _ in found} | {os.getpid()}) == 3
+    del loader
+    data.ahead.close()
+    assert server.sent == dict.fromkeys(SHARDS, SIZE)

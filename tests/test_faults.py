@@ -1,0 +1,303 @@
+"""Faults of shards and of what they hold: skipped, counted and named up to the recipe's share, then an error of one line."""
+
+import io
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from faulty import corrupt, png, records, refused, samples, truncate, write_index, write_tar
+from PIL import Image
+
+# --- shards
+
+
+ANY = "data.max_bad_fraction=1"
+
+
+@pytest.mark.parametrize("content", [b"no tar at all " * 1000, b"", b"x"], ids=["no tar", "no bytes", "one byte"])
+def test_a_file_that_is_no_shard(train, folder, content):
+    (folder / "train-0.tar").write_bytes(content)
+    refused(train(ANY), r".*/train-0\.tar: not a readable tar shard \(.+\); make or copy it anew")
+
+
+CUTS = {"in a picture": ("09.png", 520), "in a header": ("09.png", 100), "between samples": ("09.png", 0)}
+CUTS["between picture and class"] = ("09.cls", 0)
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_of_a_shard_that_is_cut_short_the_rest_is_used_and_the_loss_is_told(train, folder, cut, indexed):
+    if indexed:
+        write_index(folder, "train-0.tar", "val-0.tar")
+    truncate(folder / "train-0.tar", *CUTS[cut])
+    ended = train(ANY)
+    assert ended.code == 0, ended.err
+    warnings = [r["message"] for r in records(folder, "warning")]
+    told = r"its last 7 samples are lost: copy it anew" if indexed else r"at byte \d+: .*; (9|10) samples were found: copy or make"
+    assert any(re.match(rf".*/train-0\.tar: .*{told}", message) for message in warnings), warnings
+    receipts = records(folder, "receipt")
+    if indexed:
+        # Each epoch asks for all 16, and the seven that are gone are skipped.
+        assert all(len(one["skipped"]) + one["samples"] == 8 * one["batches"] for one in receipts)
+        assert max(len(one["skipped"]) for one in receipts) in range(1, 8)
+        refused(train("--overwrite"), r".*of 16 samples of data\.train cannot be used, more than ")
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
+def test_a_damaged_header_costs_its_sample_alone(train, folder, indexed):
+    if indexed:
+        write_index(folder, "train-0.tar", "val-0.tar")
+    corrupt(folder / "train-0.tar", "09.png")
+    ended = train("data.max_bad_fraction=0.2", "data.global_batch=4")
+    assert ended.code == 0, ended.err
+    skipped = {tuple(one[:2]) for receipt in records(folder, "receipt") for one in receipt["skipped"]}
+    # Without an index its class, which is whole, is taken for a sample of its own.
+    assert len(skipped) <= (1 if indexed else 2) and skipped
+
+
+def test_a_shard_that_has_grown_is_another(train, folder):
+    write_index(folder, "train-0.tar", "val-0.tar")
+    with (folder / "train-0.tar").open("ab") as file:
+        file.write(bytes(512))
+    refused(train(), r".*/train-0\.tar: holds \d+ bytes, index\.json says \d+; make or copy the shard anew")
+
+
+def test_a_shard_without_a_sample(train, folder):
+    write_tar(folder / "val-0.tar", {})
+    refused(train(), r"key 'data\.val': .* hold no sample")
+
+
+def test_a_shard_that_may_not_be_read(train, folder):
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    (folder / "train-0.tar").chmod(0)
+    refused(train(), r".*/train-0\.tar: shard cannot be read \(Permission denied\); check the file and key 'data\.train'")
+    write_index(folder, "train-0.tar", "val-0.tar")
+    refused(train(), r".*/train-0\.tar: shard cannot be read \(Permission denied\); check the file and key 'data\.train'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "[" * 100_000,
+        '{"shards": 1}',
+        '{"shards": [{"file": "train-0.tar"}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 1, "samples": "x"}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 1, "samples": -1}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [0]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [5, 3]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [0, 99]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [-9, 3]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [0.5, "a"]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [0, 1e99]}]}',
+        '{"shards": [{"file": "train-0.tar", "bytes": 9, "samples": 1, "offsets": [[0], [1, 2]]}]}',
+    ],
+    ids=lambda text: text[-30:] or "empty",
+)
+def test_a_broken_index(train, folder, text):
+    (folder / "index.json").write_text(text)
+    refused(train(), r".*/index\.json: not an index of shards \(.*\); remove it or make it anew")
+
+
+@pytest.mark.parametrize("count", [15, 17, 8])
+def test_an_index_with_a_wrong_count(train, folder, count):
+    write_index(folder, "train-0.tar", "val-0.tar", count=count)
+    refused(train(), r".*/train-0\.tar: holds 16 samples, index\.json says \d+; make the index anew")
+
+
+def test_an_index_that_tells_of_a_shard_that_is_not_there(train, folder):
+    shutil.copy(folder / "train-0.tar", folder / "train-1.tar")
+    write_index(folder, "train-0.tar", "train-1.tar", "val-0.tar")
+    (folder / "train-1.tar").unlink()
+    refused(train(), r".*/train-1\.tar: no such shard, but index\.json tells of it")
+    # A recipe that does not ask for it does not miss it.
+    assert train(f"data.train={folder}/train-0.tar").code == 0
+
+
+# --- samples
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (
+            {"_05_cls": b"10"},
+            r"sample 05 at byte \d+: label '10' is out of range, expected a whole number from 0 to 9 \(model\.num_classes is 10\)",
+        ),
+        ({"_05_cls": b"-1"}, r"sample 05 at byte \d+: label '-1' is out of range"),
+        ({"_05_cls": b"seven"}, r"sample 05 at byte \d+: label 'seven' is out of range, expected a whole number"),
+        ({"_05_cls": b"1.5"}, r"sample 05 at byte \d+: label '1\.5' is out of range, expected a whole number"),
+        ({"_05_cls": b"\xb2\n\x1b[31m"}, r"sample 05 at byte \d+: label .* is out of range"),
+        ({"_05_cls": b""}, r"sample 05 at byte \d+: label '' is out of range"),
+        ({"_05_cls": None}, r"sample 05 at byte \d+: expected one picture \(png, jpg, jpeg\) and one class \(cls\), found 1 and 0"),
+        ({"_05_png": None}, r"sample 05 at byte \d+: expected one picture .* found 0 and 1"),
+        ({"_05_jpg": png()}, r"sample 05 at byte \d+: expected one picture .* found 2 and 1"),
+        ({"_notes_txt": b"hello"}, r"sample notes at byte \d+: expected one picture .* found 0 and 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value)[:20],
+)
+def test_a_sample_that_is_none(train, folder, change, told, indexed):
+    write_tar(folder / "train-0.tar", samples(**change))
+    if indexed:
+        write_index(folder, "train-0.tar", "val-0.tar")
+    # Two batches of eight are an epoch.
+    refused(train(), rf".*/train-0\.tar: {told}.*; .* samples of data\.train cannot be used|.*/train-0\.tar: {told}")
+    ended = train("data.max_bad_fraction=0.1", "--overwrite", "data.global_batch=4")
+    assert ended.code == 0, ended.err
+    assert any(re.search(told, r["message"]) for r in records(folder, "warning"))
+
+
+NO_PICTURES = {"cut": png()[:40], "words": b"words", "empty": b""}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_picture_that_does_not_decode_is_skipped_and_named(train, folder, split):
+    write_tar(folder / f"{split}-0.tar", samples(_03_png=png()[:40]))
+    ended = train("data.max_bad_fraction=0.1")
+    assert ended.code == 0, ended.err
+    (warning,) = [r["message"] for r in records(folder, "warning") if "skipped" in r["message"]]
+    assert re.match(rf"skipped 1 of 16 samples of data\.{split}: .*/{split}-0\.tar: sample 03 at byte \d+: \w.*", warning)
+    assert f"warning: {warning}" in ended.out
+    bad = sum(r["bad_samples"] for r in records(folder, "train"))
+    # 6 iterations of 8 pictures are 3 epochs; validation sees the picture at each look.
+    assert bad == (3 if split == "train" else 0)
+    assert {r["samples"] for r in records(folder, "eval")} == {16 if split == "train" else 15}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_too_many_pictures_that_do_not_decode(train, folder, split, workers):
+    changes = {f"_{i:02}_png": picture for i, picture in enumerate(NO_PICTURES.values(), 3)}
+    write_tar(folder / f"{split}-0.tar", samples(**changes))
+    told = rf".*/{split}-0\.tar: sample 0\d at byte \d+: .*[123] of 16 samples of data\.{split} cannot be used, more than "
+    refused(train("data.max_bad_fraction=0.1", f"data.workers={workers}"), told + r"data\.max_bad_fraction=0\.1 allows")
+
+
+def test_bad_pictures_at_an_epochs_end_are_not_forgotten(train, folder):
+    """The records do not come at the epochs' ends, and what was skipped in between still counts."""
+    write_tar(folder / "train-0.tar", samples(_03_png=b"", _07_png=b""))
+    ended = train("data.max_bad_fraction=0.2", "tracking.log_every=5", "phases.pretrain.steps=5", "data.global_batch=4")
+    assert ended.code == 0, ended.err
+    (warning,) = [r["message"] for r in records(folder, "warning") if "skipped" in r["message"]]
+    assert (
+        "skipped 2 of 16" in warning
+        and warning.count(": it is empty") == 2
+        and "sample 03 at" in warning
+        and "sample 07 at" in warning
+    )
+
+
+def test_no_picture_of_a_batch_decodes(train, folder):
+    write_tar(folder / "train-0.tar", samples(**{f"_{i:02}_png": b"" for i in range(16)}))
+    told = r".*/train-0\.tar: sample \d\d at byte \d+: it is empty: no picture of a batch of 8 can be used; mend the shards"
+    refused(train(ANY), told)
+
+
+def test_pictures_of_other_kinds_are_pictures(train, folder):
+    """16 bits, a palette, transparency, black and white: all of them decode, and none comes out as a foreign type."""
+    kinds = {f"_{i:02}_png": png(1, mode=mode) for i, mode in enumerate(("I;16", "P", "RGBA", "LA", "1", "RGB"))}
+    write_tar(folder / "train-0.tar", samples(**kinds))
+    ended = train("data.max_bad_fraction=0")
+    assert ended.code == 0, ended.err
+
+
+def test_an_animation_is_no_picture(train, folder):
+    encoded = io.BytesIO()
+    frames = [Image.new("L", (8, 8), grey) for grey in (0, 200)]
+    frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:])
+    write_tar(folder / "train-0.tar", samples(_03_png=encoded.getvalue()))
+    refused(train("data.max_bad_fraction=0"), r".*/train-0\.tar: sample 03 at byte \d+: it is animated")
+
+
+# --- shards that mean harm
+
+
+class Harm:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_shard_is_unpickled(train, folder):
+    import pickle
+
+    harm = pickle.dumps(Harm(folder / "executed"))
+    kinds = ("pyd", "pickle", "pkl", "pth", "pt", "dill", "meta.pyd")
+    for number, kind in enumerate(kinds):
+        write_tar(folder / f"train-{number}.tar", samples(**{f"_03_{kind}": harm}, _04_json=b"{", _05_txt=harm))
+    ended = train(ANY)
+    assert ended.code == 0, ended.err
+    assert not (folder / "executed").exists()
+    (receipt, *_) = records(folder, "receipt")
+    assert {one[2] for one in receipt["skipped"]} == {"03"}
+    assert {one[3] for one in receipt["skipped"]} <= {
+        f"it has a .{k}, which is refused: reading it could run any program" for k in kinds
+    }
+    refused(train("--overwrite"), r".*sample 03 at byte \d+: it has a \.[\w.]+, which is refused")
+
+
+def link(name: str, target: Path | str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, str(target)
+    return member
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_members_that_are_no_files_are_refused(train, folder, kind):
+    (folder / "secret.png").write_bytes(png())
+    write_tar(folder / "train-0.tar", samples(), link("17.png", folder / "secret.png", kind))
+    ended = train(ANY, "data.global_batch=17")
+    assert ended.code == 0, ended.err
+    assert [one[2:] for one in records(folder, "receipt")[0]["skipped"]] == [
+        ["17", "it has a link or another special file, which is refused"]
+    ]
+
+
+def test_names_that_climb_out_are_refused_and_write_nothing(train, folder):
+    outside = {"../../escaped.png": png(), "../../escaped.cls": b"1", "/escaped.png": png(), "/escaped.cls": b"2"}
+    write_tar(folder / "train-0.tar", samples() | outside)
+    before = {path for path in folder.parent.iterdir()}
+    ended = train(ANY, "data.global_batch=18")
+    assert ended.code == 0, ended.err
+    assert {path for path in folder.parent.iterdir()} == before and not Path("/escaped.png").exists()
+    assert {one[3] for one in records(folder, "receipt")[0]["skipped"]} == {"its name leads out of the shard, which is refused"}
+
+
+def test_names_cannot_write_to_the_terminal(train, folder):
+    write_tar(folder / "train-0.tar", samples() | {"\x1b[2Jevil\n\udcff.cls": b"1"})
+    ended = train("data.global_batch=17")
+    refused(ended, r".*/train-0\.tar: sample \\x1b\[2Jevil\\n\\udcff at byte \d+: expected one picture")
+    assert "\x1b" not in ended.err
+
+
+def test_sizes_that_are_lies(train, folder):
+    sparse = tarfile.TarInfo("17.png")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    # Its real size, 12 octal digits from byte 483 on: 8 GiB.
+    header[483:495] = b"77777777777\0"
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    path = folder / "train-0.tar"
+    path.write_bytes(bytes(header) + path.read_bytes())
+    ended = train(ANY, "data.global_batch=17")
+    assert ended.code == 0, ended.err
+    assert "special file" in records(folder, "receipt")[0]["skipped"][0][3]
+    # A negative size would make a reader go back and forth for ever.
+    negative = tarfile.TarInfo("99.png")
+    header = bytearray(negative.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xfc\x00"
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    path.write_bytes(bytes(header) + path.read_bytes())
+    refused(train("--overwrite"), r".*/train-0\.tar: (not a readable tar shard \(|sample .*damaged)")

@@ -1,0 +1,150 @@
+"""The one global order: the same for any ranks and workers, shuffled well, resumable anywhere."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from faulty import png, write_tar
+
+from dnal_dist import shards as shards_room
+from dnal_dist import stream
+from dnal_dist.recipe import Data
+from dnal_dist.shards import Shards
+from dnal_dist.stream import Pictures, Slices, Stream
+
+
+def settings(digits, **changes) -> Data:
+    data = {"train": f"{digits}/train-*.tar", "val": f"{digits}/val-*.tar", "image_size": 8, "global_batch": 48, "workers": 0}
+    return Data(**data | changes)
+
+
+def keys(data: Data, start: int, count: int, world_size: int = 1, train: bool = True) -> list[list[str]]:
+    """Keys of the global batches `start` ... `start + count` - 1, put together from all ranks."""
+    found = Shards(data.train if train else data.val, "data.train", 10)
+    parts = []
+    for rank in range(world_size):
+        batches = Stream(found, data, 0, train, rank, world_size).batches(start)
+        parts.append([next(batches).keys for _ in range(count)])
+        batches.close()
+    return [list(itertools.chain(*step)) for step in zip(*parts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference(digits) -> dict[int | None, list[list[str]]]:
+    """Two epochs and a bit on one rank without workers, by shuffle_shards."""
+    return {together: keys(settings(digits, shuffle_shards=together), 0, 64) for together in (None, 2)}
+
+
+@pytest.mark.parametrize("together", [None, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_global_batches_are_the_same_sets_in_the_same_sequence(digits, reference, world_size, workers, together):
+    """Across the end of an epoch."""
+    data = settings(digits, workers=workers, shuffle_shards=together)
+    assert keys(data, 27, 6, world_size) == reference[together][27:33]
+
+
+@pytest.mark.parametrize("together", [None, 2, 3])
+def test_an_epoch_has_every_sample_once(digits, together):
+    data = settings(digits, global_batch=1, shuffle_shards=together)
+    found = Shards(data.train, "data.train", 10)
+    orders = [Slices(found.counts, data, seed, True, 0, 1).order(epoch) for seed in range(3) for epoch in range(3)]
+    assert all(np.array_equal(np.sort(order), np.arange(1442)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 9
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_drops_nothing_and_repeats_nothing(digits, world_size, workers):
+    data = settings(digits, workers=workers)
+    found = Shards(data.val, "data.val", 10)
+    streams = [Stream(found, data, 0, False, rank, world_size) for rank in range(world_size)]
+    for _ in range(2):
+        seen = [key for one in streams for batch in one.batches() for key in batch.keys]
+        assert len(seen) == len(set(seen)) == 355
+
+
+def test_one_shard_on_eight_ranks(tmp_path):
+    members = {f"{i:02}.{kind}": content for i in range(35) for kind, content in (("png", png(i)), ("cls", b"1"))}
+    write_tar(tmp_path / "only.tar", members)
+    data = settings(tmp_path, train=f"{tmp_path}/only.tar", global_batch=16)
+    one, eight = keys(data, 0, 5), keys(data, 0, 5, 8)
+    assert one == eight and len({key for batch in one[:2] for key in batch}) == 32
+
+
+def test_resuming_at_every_batch_twice_in_a_row_with_other_numbers_of_ranks(digits, reference, monkeypatch):
+    """4 ranks stop, 2 go on and stop, 8 go on to the epoch's end and beyond; nothing is decoded twice and no header is read."""
+    decoded, scans = [], []
+    picture = Pictures._picture
+    monkeypatch.setattr(
+        Pictures, "_picture", lambda self, sample, *place: decoded.append(sample.key) or picture(self, sample, *place)
+    )
+    monkeypatch.setattr(shards_room, "boundaries", lambda *_: scans.append(1))
+    data = settings(digits)
+    for first in range(31):
+        second = min(first + 1 + first % 7, 31)
+        seen = keys(data, 0, first, 4) + keys(data, first, second - first, 2) + keys(data, second, 32 - second, 8)
+        assert seen == reference[None][:32], first
+        assert sorted(decoded) == sorted(key for batch in seen for key in batch)
+        decoded.clear()
+    assert not scans
+
+
+def test_shards_with_an_index_are_opened_when_a_sample_is_wanted(digits, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Shards, "_open", lambda self, shard, original=Shards._open: opened.append(shard) or original(self, shard))
+    data = settings(digits, global_batch=1)
+    assert len(keys(data, 700, 3)) == 3
+    assert len(opened) == 3
+
+
+def chi_square(batches: list[np.ndarray], classes: int) -> float:
+    """Standard score of the chi-square statistic of the classes in all batches against equal shares; 0 +- 1 for uniform draws."""
+    counts = np.array([np.bincount(batch, minlength=classes) for batch in batches])
+    expected = counts.sum(axis=1, keepdims=True) / classes
+    freedom = len(batches) * (classes - 1)
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
+
+
+def drawn(counts: np.ndarray, labels: np.ndarray, together: int | None, epoch: int, batch: int = 100) -> list[np.ndarray]:
+    data = Data(train="-", val="-", image_size=8, global_batch=batch, shuffle_shards=together)
+    order = Slices(counts, data, 0, True, 0, 1).order(epoch)
+    return [labels[order[first : first + batch]] for first in range(0, len(order) - batch + 1, batch)]
+
+
+SHARDS, EACH, CLASSES = 100, 500, 20
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_shards_sorted_by_class_give_batches_like_a_uniform_shuffle(epoch):
+    """100 shards of 500 samples, each of one class: all batches of 100 of an epoch, against a multinomial of equal shares."""
+    labels = np.repeat(np.arange(SHARDS) % CLASSES, EACH)
+    # Samples are drawn without replacement, which takes a 500th off the variance.
+    assert abs(chi_square(drawn(np.full(SHARDS, EACH), labels, None, epoch), CLASSES)) < 4
+    # The test can see: with few shards at a time these batches are far from uniform.
+    assert chi_square(drawn(np.full(SHARDS, EACH), labels, 8, epoch), CLASSES) > 100
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_shards_made_shuffled_give_such_batches_with_few_shards_in_use(epoch):
+    """The source was sorted by class, but shuffled once when the shards were made, as data_tools.make_shards does."""
+    labels = np.random.default_rng(5).permutation(np.repeat(np.arange(CLASSES), SHARDS * EACH // CLASSES))
+    assert abs(chi_square(drawn(np.full(SHARDS, EACH), labels, 8, epoch), CLASSES)) < 4
+
+
+@pytest.mark.parametrize("together", [1, 4, 16])
+def test_about_so_many_shards_are_in_use_at_a_time(together):
+    counts = np.random.default_rng(0).integers(80, 120, SHARDS)
+    shard = np.repeat(np.arange(SHARDS), counts)[stream.order_with_locality(counts, 0, 3, together)]
+    first = np.array([np.flatnonzero(shard == s)[0] for s in range(SHARDS)])
+    last = np.array([np.flatnonzero(shard == s)[-1] for s in range(SHARDS)])
+    in_use = [int(((first <= t) & (last >= t)).sum()) for t in range(len(shard))]
+    assert max(in_use) <= together * 1.3 + 3
+    assert np.mean(in_use) > together * 0.7
+
+
+def test_orders_are_fixed_for_good():
+    """A run that is resumed by a later release must go on in the same order."""
+    assert stream.order(8, 0, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
+    assert stream.order_with_locality(np.array([3, 2, 3]), 0, 0, 2).tolist() == [0, 2, 4, 5, 6, 1, 3, 7]

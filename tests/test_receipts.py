@@ -1,0 +1,144 @@
+"""Receipts of epochs: equal on any topology and across stops; an audit that sees whatever is not right."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faulty import write_index
+
+from dnal_dist.audit import audit
+from dnal_dist.receipts import Receipt, tally
+from dnal_dist.recipe import InputError
+
+SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
+SHORT += ("tracking.tracker=none", "data.global_batch=48")
+
+
+def receipts(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in one.items() if k != "time"} for one in found if one["kind"] == "receipt"]
+
+
+@pytest.fixture
+def proven(capsys, monkeypatch):
+    """The audit's exit code and what it prints."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(folder: Path) -> tuple[int, str]:
+        capsys.readouterr()
+        return audit(folder), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(digits, tmp_path_factory) -> tuple[str, ...]:
+    """The digits with two samples of train-000002 that cannot be used, as overrides of a recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    for path in digits.glob("*.tar"):
+        shutil.copy(path, folder)
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    write_index(folder, *names)
+    with (folder / "train-000002.tar").open("r+b") as file:
+        for offset in json.loads((folder / "index.json").read_text())["shards"][2]["offsets"][10:12]:
+            file.seek(offset + 512)
+            file.write(b"no PNG any more")
+    return f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", "data.max_bad_fraction=0.01"
+
+
+@pytest.fixture(scope="module")
+def run(data, train_here, tmp_path_factory) -> Path:
+    """A run of 105 iterations: three epochs of 30 and half of one."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    ended = train_here("recipes/digits.yaml", *data, *SHORT, f"output={folder}")
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def test_each_epoch_has_a_receipt(run):
+    found = receipts(run)
+    assert [(one["epoch"], one["batches"]) for one in found] == [(0, 30), (1, 30), (2, 30), (3, 15)]
+    for one in found[:3]:
+        # 1 442 samples, of which an epoch leaves two over.
+        assert one["samples"] + len(one["skipped"]) == 1440 and len(one["skipped"]) in (1, 2)
+        assert all(shard == "train-000002.tar" and reason for shard, _, _, reason in one["skipped"])
+    assert len({one["ordered"] for one in found}) == 4
+
+
+def test_two_processes_and_other_workers_give_the_same_receipts(run, data, train_command, tmp_path):
+    ended = train_command("recipes/digits.yaml", *data, *SHORT, f"output={tmp_path}/run", "data.workers=1", processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert receipts(tmp_path / "run") == receipts(run)
+
+
+def test_a_run_that_was_stopped_and_resumed_gives_the_same_receipts(run, data, train_command, tmp_path, proven):
+    """Stopped in the search, in the middle of an epoch that the pretrain began; resumed on two processes from what was saved."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    position = json.loads((checkpoints[0] / "state.json").read_text())["global_step"]
+    assert position % 30, "the checkpoint is to be in the middle of an epoch"
+    shutil.rmtree(checkpoints[1])
+    ended = train_command("recipes/digits.yaml", *data, *SHORT, f"output={folder}", "--resume", processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert receipts(folder) == receipts(run)
+    assert proven(folder)[0] == 0
+
+
+def test_the_audit_proves_each_sample_once(run):
+    command = [sys.executable, "-m", "dnal_dist.stream", "--audit", str(run)]
+    proof = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=120)
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    assert proof.stdout.count("each sample once, in its turn") == 4
+    assert "105 batches of 48, 2 samples left over in each epoch; no sample twice, none missing" in proof.stdout
+    assert "2 samples were skipped" in proof.stdout and "train-000002.tar" in proof.stdout
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (lambda r: [r[0], r[2], r[3]], "expected the receipt of epoch 1"),
+        (lambda r: [r[0], r[0], *r[2:]], "expected the receipt of epoch 1"),
+        (lambda r: [r[0], r[1] | {"digest": r[2]["digest"]}, *r[2:]], "other samples than the epoch's"),
+        (lambda r: [r[0] | {"ordered": r[1]["ordered"]}, *r[1:]], "in another order"),
+        (lambda r: [r[0] | {"samples": r[0]["samples"] - 1}, *r[1:]], "samples and"),
+        (lambda r: [r[0] | {"skipped": r[0]["skipped"][1:]}, *r[1:]], "samples and"),
+        (lambda r: [r[0] | {"skipped": [["train-000000.tar", 7, "x", "y"], *r[0]["skipped"]]}, *r[1:]], "do not hold"),
+        (lambda r: [r[0] | {"batches": 29}, *r[1:]], "29 batches, expected 30"),
+    ],
+)
+def test_the_audit_sees_what_is_wrong(run, tmp_path, proven, fault, told):
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    others = [one for one in records if one["kind"] != "receipt"]
+    changed = others + fault([one for one in records if one["kind"] == "receipt"])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in changed))
+    code, said = proven(tmp_path)
+    assert code == 1 and told in said
+
+
+def test_the_audit_of_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"recipe\.yaml: no such recipe"):
+        audit(tmp_path)
+
+
+def test_digests_add_up_over_processes_and_positions_matter():
+    names, places = [f"s.tar/{i}" for i in range(10)], list(range(10))
+    whole, part = Receipt(), [Receipt(), Receipt(), Receipt()]
+    whole.take(tally(names, places), 10, [])
+    for i, one in enumerate(part):
+        one.take(tally(names[i::3], places[i::3]), len(names[i::3]), [])
+    packed = [one.packed() for one in part]
+    part[0].settle(lambda _: packed, True, 10, 10)
+    whole.settle(lambda own: own, True, 10, 10)
+    assert part[0] == whole
+    plain, ordered = tally(names, places)
+    swapped = tally([names[1], names[0], *names[2:]], places)
+    twice = tally([names[0], names[0], *names[2:]], places)
+    assert swapped[0] == plain and swapped[1] != ordered
+    assert twice[0] != plain
