@@ -14,7 +14,8 @@ from making import command, digests, members, new, refused, scan, streamed
 from PIL import Image
 
 from data_tools import make_shards
-from data_tools.pictures import resized
+from data_tools.pictures import decoding_fault, resized
+from dnal_dist.pictures import PictureError, decode
 
 
 @pytest.fixture
@@ -188,6 +189,46 @@ def test_what_was_checked_is_not_checked_again_by_a_command_that_goes_on(damaged
     make_shards.image_folder(damaged.folder, new(tmp_path / "at_once"))
     assert digests(tmp_path / "shards") == digests(tmp_path / "at_once")
     assert skipped(tmp_path / "shards") == {"001.jpg": "it is empty"}
+
+
+def spoiled(number: int) -> bytes:
+    """A picture that is cut short, or has a bit, a byte or forty bytes changed."""
+    rng, out = np.random.default_rng(number), io.BytesIO()
+    kinds = ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progressive": True}), ("PNG", "RGB", {})
+    kind, mode, options = kinds[number % 4]
+    Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).convert(mode).save(out, kind, **options)
+    content = bytearray(out.getvalue())
+    at = int(rng.integers(1, len(content) - 40))
+    if number // 4 % 4 == 0:
+        return bytes(content[:at])
+    if number // 4 % 4 == 3:
+        content[at : at + 40] = bytes(40)
+    else:
+        at = at if number // 4 % 4 == 1 else at % 300
+        content[at] ^= int(rng.integers(1, 256))
+    return bytes(content)
+
+
+def test_what_is_left_out_is_what_training_skips():
+    """And a PNG with a wrong checksum, which Pillow decodes for training and other decoders do not."""
+    verdicts = []
+    for number in range(400):
+        content = spoiled(number)
+        try:
+            decode(content)
+        except PictureError:
+            verdicts.append(False)
+        else:
+            verdicts.append(True)
+        reason = decoding_fault(content)[0]
+        assert (reason is None) == verdicts[-1] or (verdicts[-1] and content.startswith(b"\x89PNG")), f"{number}: {reason}"
+    assert 50 < sum(verdicts) < 350
+
+
+def test_an_animation_is_left_out():
+    frames, out = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], io.BytesIO()
+    frames[0].save(out, "PNG", save_all=True, append_images=frames[1:])
+    assert decoding_fault(out.getvalue())[0] == "it is animated"
 
 
 SMOOTH = np.add.outer(np.arange(90), np.arange(120))[..., None].repeat(3, 2).astype(np.uint8)

@@ -104,7 +104,7 @@ def test_a_label_of_twenty_digits_takes_no_memory(tmp_path, monkeypatch, capsys)
     code, said, wrong = ended(index, monkeypatch, capsys, path)
     assert code == 0 and "1 of them will be skipped" in said and "sample a: label 10000000000000000000 is larger than" in wrong
     assert json.loads((tmp_path / "own" / "index.json").read_text())["classes"] == ["0", "1"]
-    assert [kind for kind, *_ in findings(monkeypatch, capsys, path)] == ["sample", "class"]
+    assert [kind for kind, *_ in findings(monkeypatch, capsys, path)] == ["sample"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, bytes(10240)])
