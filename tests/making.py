@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
