@@ -19,7 +19,7 @@ from data_tools.make_shards import count
 from data_tools.survey import Survey, Surveyor
 from data_tools.workers import cores, in_order
 from data_tools.writing import write_index
-from dnal_dist.shards import expand, read_index
+from dnal_dist.shards import Url, expand, read_index
 
 LISTED = 10
 
@@ -27,7 +27,10 @@ LISTED = 10
 def find(patterns: list[str]) -> list[Path]:
     """The shards that folders and patterns stand for, in order and once each. Raises ValueError if one matches nothing."""
     wanted = [str(Path(one) / "*.tar") if Path(one).is_dir() else one for one in patterns]
-    return list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
+    paths = list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
+    if isinstance(paths[0], Url) or isinstance(paths[-1], Url):
+        raise ValueError(f"{paths[0]}: only local shards are read here; index a copy, then put its index.json beside the shards")
+    return paths
 
 
 def survey(paths: list[Path], workers: int, decode: bool = False) -> list[Survey]:

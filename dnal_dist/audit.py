@@ -25,8 +25,8 @@ def audit(run: Path) -> int:
     if not receipts:
         raise InputError(f"{run / 'metrics.jsonl'}: no receipt yet; the first is written at the end of the first epoch")
     console, data = Console(), settings.data
-    shards = Shards(data.train, "data.train", recipe.MOST_CLASSES)
-    slices = Slices(shards.counts, data, settings.seed, True, 0, 1)
+    shards = Shards(data.train, "data.train", None, data.cache, data.cache_gb)
+    slices = Slices(shards, data, settings.seed, True)
     bar = {"console": Console(stderr=True), "transient": True, "disable": not console.is_terminal}
     names = [shards.name(index) for index in track(range(shards.samples), "reading keys", **bar)]
     numbers = {(Path(shard).name, offset): index for index in range(shards.samples) for shard, offset in [shards.where(index)]}

@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-MOST_CLASSES = 1_000_000
-
 
 class InputError(ValueError):
     """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
@@ -40,7 +38,7 @@ class Section(BaseModel):
 class Network(Section):
     name: str
     """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
-    num_classes: int | None = Field(None, ge=2, le=MOST_CLASSES)
+    num_classes: int | None = Field(None, ge=2, le=1_000_000)
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""

@@ -136,6 +136,7 @@ def _system(url: str) -> Any:
     """The fsspec file system of this process: its event loop and its connections do not outlive a fork."""
     if fault := _refusal(url):
         raise RemoteError(fault)
+    assert "://" in url, "a local path"
     scheme = url.partition("://")[0].replace("https", "http")
     key = os.getpid(), scheme
     if key not in _systems:

@@ -6,6 +6,7 @@ begins, so a sample is read with one request and nothing is read before it. Noth
 or written to disk under a name that it chose.
 """
 
+import functools
 import glob
 import io
 import json
@@ -13,7 +14,7 @@ import os
 import shlex
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,6 +22,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from dnal_dist import remote
+from dnal_dist.ahead import Ahead, Need
+from dnal_dist.cache import Cache
 from dnal_dist.recipe import InputError
 
 PICTURES = ("png", "jpg", "jpeg")
@@ -44,6 +48,18 @@ class Fault(Exception):
         return f"{self.shard}: sample {self.key or '?'} at byte {self.offset}: {self.reason}"
 
 
+class Url(str):
+    """Where a remote shard or its folder is, with what of Path's is used here."""
+
+    @property
+    def name(self) -> str:
+        return self.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Url":
+        return Url(self.rpartition("/")[0])
+
+
 class Sample(NamedTuple):
     key: str
     picture: bytes
@@ -52,25 +68,62 @@ class Sample(NamedTuple):
 
 
 class Shards:
-    """The shards of one split, in the order of `patterns`; the samples of all of them are numbered through.
+    """The shards of one split, in the order of `patterns`; the samples of all of them are numbered through. Remote ones are read
+    from copies in the folder `cache`, which holds at most `cache_gb` GB.
 
     Raises InputError if there are none, or if they are not what index.json says of them.
     """
 
-    def __init__(self, patterns: str, key: str, num_classes: int):
+    def __init__(self, patterns: str, key: str, num_classes: int | None, cache: str = "", cache_gb: float = 100.0):
         self.key, self.num_classes = key, num_classes
         names, self.paths = expand(patterns, key)
-        indices = {folder: read_index(folder) for folder in {path.parent for path in self.paths}}
+        indices = {folder: read_index(folder) for folder in dict.fromkeys(path.parent for path in self.paths)}
         _refuse_gaps(indices, names, self.paths)
         self.warnings: list[str] = []
         """What is wrong with the shards, but does not keep their samples from being used."""
-        self.offsets = [self._offsets(path, indices[path.parent].get(path.name)) for path in self.paths]
+        self.entries = [indices[path.parent].get(path.name) for path in self.paths]
+        self.offsets = [self._offsets(*one) for one in zip(self.paths, self.entries, strict=True)]
         self.counts = np.array([len(offsets) - 1 for offsets in self.offsets])
         self.samples = int(self.counts.sum())
         if not self.samples:
             raise InputError(f"key '{key}': {patterns!r} matches shards that hold no sample; make them anew")
         self._ends = np.cumsum(self.counts)
         self._files: OrderedDict[int, int] = OrderedDict()
+        self.remote_bytes = sum(
+            entry["bytes"] for path, entry in zip(self.paths, self.entries, strict=True) if isinstance(path, Url)
+        )
+        self.cache = Cache(Path(cache), int(cache_gb * 1e9)) if self.remote_bytes else None
+
+    def ahead(self, first_uses: Callable[[int], Iterator[tuple[int, int]]], together: int | None, downloads: int) -> Ahead | None:
+        """What fetches remote shards before they are needed; None if there are none.
+
+        first_uses: from a batch on, (batch, shard) of the shards in the order of their first uses. together: how many shards are in
+        use at a time. Raises InputError if these do not fit into the cache.
+        """
+        if self.cache is None:
+            return None
+        limit, together = self.cache.limit_bytes, min(together or len(self.paths), len(self.paths))
+        if (wanted := self.remote_bytes * together // len(self.paths)) > limit:
+            raise InputError(
+                f"key 'data.cache_gb': {limit / 1e9:.3g} GB, but {together} shards of '{self.key}' are in use at a time, "
+                f"{wanted / 1e9:.3g} GB; raise it, or lower key 'data.shuffle_shards'"
+            )
+
+        def plan(batch: int) -> Iterator[Need]:
+            for position, shard in first_uses(batch):
+                if isinstance(self.paths[shard], Url):
+                    yield Need(position, *self._remote(shard))
+
+        # Of a set that does not fit as a whole, what is coming must not drive out what is in use.
+        return Ahead(self.cache, plan, limit if self.remote_bytes <= limit else max((limit - wanted) // 2, 1), downloads)
+
+    def _remote(self, shard: int) -> tuple[str, int, str]:
+        """URL, bytes and SHA-256."""
+        return str(self.paths[shard]), self.entries[shard]["bytes"], self.entries[shard]["sha256"]
+
+    def shard_of(self, indices: np.ndarray) -> np.ndarray:
+        """The number of the shard that each of these samples is in."""
+        return np.searchsorted(self._ends, indices, side="right")
 
     def __getitem__(self, index: int) -> Sample:
         """The sample with this number, 0 <= index < samples. Raises Fault if it cannot be used, OSError if its shard cannot."""
@@ -108,12 +161,20 @@ class Shards:
         if shard not in self._files:
             if len(self._files) == OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            is_remote = isinstance(self.paths[shard], Url)
+            self._files[shard] = self.cache.open(*self._remote(shard)) if is_remote else os.open(self.paths[shard], os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _offsets(self, path: Path, entry: dict | None) -> np.ndarray:
+    def _offsets(self, path: Path | Url, entry: dict | None) -> np.ndarray:
         """Where each sample of a shard begins, and where the last one ends."""
+        if isinstance(path, Url):
+            if entry is None or entry["offsets"] is None or not entry["sha256"]:
+                raise InputError(
+                    f"{path.parent}/index.json: tells no offsets or digest of {path.name}, which a remote shard needs; "
+                    f"make the index of a local copy with `python -m data_tools.index`, and put it beside the shards"
+                )
+            return np.array(entry["offsets"], dtype=np.int64)
         try:
             if not path.is_file():
                 raise InputError(f"{path}: not a file; correct key '{self.key}'")
@@ -143,20 +204,19 @@ class Shards:
         return np.array(offsets, dtype=np.int64)
 
 
-def expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
+def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
     """The paths and path patterns that `patterns` stands for once its braces are expanded, and the files they match.
 
     Raises InputError, naming the recipe's `key`, for a pattern that matches nothing or would run a program.
     """
     names, paths = [], []
     for pattern in _words(patterns, key):
-        if pattern.startswith("pipe:") or "://" in pattern:
-            raise InputError(f"key '{key}': {pattern!r} is not a local path; shards are read from local files only")
+        is_remote = remote.check(pattern, key)
         try:
             expanded = list(braceexpand(pattern))
         except UnbalancedBracesError as error:
             raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
-        found = {one: sorted(glob.glob(one)) for one in expanded}
+        found = {one: _matches(one, is_remote, key) for one in expanded}
         # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
         missing = [one for one in expanded if not found[one] and not glob.has_magic(one)]
         if missing or not any(found.values()):
@@ -166,10 +226,25 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path]]:
                 f"or correct the pattern (a path with blanks wants quotes of its own)"
             )
         names += expanded
-        paths += [Path(path) for one in expanded for path in found[one]]
+        paths += [path for one in expanded for path in found[one]]
     if not paths:
         raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
     return names, paths
+
+
+def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
+    """The files, sorted. A remote shard that is named in full is taken to be there: its index tells, or reading it."""
+    if not is_remote:
+        return [Path(path) for path in sorted(glob.glob(pattern))]
+    if not glob.has_magic(pattern):
+        return [Url(pattern)]
+    folder = Url(pattern).parent
+    if index := read_index(folder):
+        return [Url(f"{folder}/{file}") for file in sorted(index) if fnmatch(f"{folder}/{file}", pattern)]
+    try:
+        return [Url(url) for url in remote.glob(pattern)]
+    except (OSError, ValueError) as error:
+        raise InputError(f"key '{key}': {error}") from None
 
 
 def _words(patterns: str, key: str) -> list[str]:
@@ -179,24 +254,36 @@ def _words(patterns: str, key: str) -> list[str]:
         raise InputError(f"key '{key}': {patterns!r} cannot be divided into patterns ({error}); mend its quotes") from None
 
 
-def _refuse_gaps(indices: dict[Path, dict[str, dict]], names: list[str], paths: list[Path]) -> None:
+def _refuse_gaps(indices: dict[Path | Url, dict[str, dict]], names: list[str], paths: list[Path | Url]) -> None:
     """Raise InputError if an index tells of a shard that `names` asks for and that is not there."""
     there = set(paths)
     for folder, index in indices.items():
+        if isinstance(folder, Url):
+            continue
         for path in (folder / file for file in index):
             if path not in there and any(fnmatch(str(path), str(Path(name))) for name in names):
                 raise InputError(f"{path}: no such shard, but index.json tells of it; copy it here or make the index anew")
 
 
-def read_index(folder: Path) -> dict[str, dict]:
+def read_index(folder: Path | Url) -> dict[str, dict]:
     """What folder/index.json says of each shard, by its name; {} if there is none. Raises InputError if it is damaged."""
+    is_remote = isinstance(folder, Url)
+    where = f"{folder}/index.json"
     try:
-        entries = json.loads((folder / "index.json").read_text())["shards"]
-        return {entry["file"]: _entry(entry) for entry in entries}
+        content = json.loads(_remote_index(where) if is_remote else Path(where).read_text())
+        return {entry["file"]: _entry(entry) for entry in content["shards"]}
     except FileNotFoundError:
         return {}
+    except remote.RemoteError as error:
+        raise InputError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{folder / 'index.json'}: not an index of shards ({error!r}); remove it or make it anew") from None
+        raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it anew") from None
+
+
+@functools.lru_cache(8)
+def _remote_index(url: str) -> bytes:
+    """It is asked for by each pattern and each split; of a running process it does not change."""
+    return remote.read(url)
 
 
 def _entry(entry: dict) -> dict:

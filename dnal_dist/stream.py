@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dnal_dist import receipts
+from dnal_dist.ahead import Ahead
 from dnal_dist.pictures import PictureError, Stack, Transform
 from dnal_dist.recipe import InputError
+from dnal_dist.remote import RemoteError
 from dnal_dist.shards import Fault, Sample, Shards
 
 
@@ -37,8 +39,10 @@ class Batch(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A sample's place in a run: `position` is that in the epoch's order, `index` the sample's number in the shards."""
+    """A sample's place in a run: `batch` counts from the run's start, `position` is the place in the epoch's order, `index` the
+    sample's number in the shards."""
 
+    batch: int
     epoch: int
     position: int
     index: int
@@ -74,12 +78,15 @@ class Pictures(Dataset):
     """Decoded pictures by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
     exception would arrive from a loader process as a page of traceback."""
 
-    def __init__(self, shards: Shards, data, seed: int, train: bool):
+    def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Ahead | None = None):
         self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
+        self.ahead = ahead
 
     def __getitems__(self, wanted: list[Place]) -> Batch | InputError:
         stack, labels, flips, keys, names, positions, bad = Stack(len(wanted), self.size), [], [], [], [], [], []
-        for epoch, position, index in wanted:
+        if self.ahead is not None:
+            self.ahead.at(wanted[0].batch)
+        for _, epoch, position, index in wanted:
             try:
                 sample = self.shards[index]
                 flip = self._picture(sample, epoch, index, stack)
@@ -87,8 +94,7 @@ class Pictures(Dataset):
                 bad.append(fault)
                 continue
             except OSError as error:
-                shard = error.filename or self.shards.where(index)[0]
-                return InputError(f"{shard}: shard cannot be read any more ({error.strerror}); check the file")
+                return InputError(_unreadable(error, self.shards.where(index)[0]))
             labels.append(sample.label)
             flips.append(flip)
             keys.append(sample.key)
@@ -110,22 +116,47 @@ class Pictures(Dataset):
         return flip
 
 
+def _unreadable(error: OSError, shard: str) -> str:
+    if isinstance(error, RemoteError):
+        return str(error)
+    return f"{error.filename or shard}: shard cannot be read any more ({error.strerror}); check the file"
+
+
 class Slices(Sampler):
     """Which samples each batch of one rank holds. Training: without end, from batch `start` of the run on. Else: one pass."""
 
-    def __init__(self, counts: np.ndarray, data, seed: int, train: bool, rank: int, world_size: int):
-        self.counts, self.samples, self.seed, self.train = counts, int(counts.sum()), seed, train
+    def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
+        self.counts, self.samples, self.shard_of, self.seed, self.train = (
+            shards.counts,
+            shards.samples,
+            shards.shard_of,
+            seed,
+            train,
+        )
         self.global_batch, self.together = data.global_batch, data.shuffle_shards
         self.local, self.rank, self.start = data.global_batch // world_size, rank, 0
+        self.per_epoch = self.samples // self.global_batch
 
     def __iter__(self) -> Iterator[list[Place]]:
         if not self.train:
-            yield from self._pass(0, np.arange(self.samples), range(0, self.samples, self.global_batch))
+            yield from self._pass(0, np.arange(self.samples), range(-(-self.samples // self.global_batch)))
             return
-        end = self.samples - self.samples % self.global_batch
-        epoch, batch = divmod(self.start, self.samples // self.global_batch)
+        epoch, batch = divmod(self.start, self.per_epoch)
         while True:
-            yield from self._pass(epoch, self.order(epoch), range(batch * self.global_batch, end, self.global_batch))
+            yield from self._pass(epoch, self.order(epoch), range(batch, self.per_epoch))
+            epoch, batch = epoch + 1, 0
+
+    def first_uses(self, start: int) -> Iterator[tuple[int, int]]:
+        """From batch `start` of the run on, (batch, shard) for every shard of an epoch in the order of their first uses in it; of a
+        validation, of one pass."""
+        epoch, batch = divmod(start, self.per_epoch) if self.train else (0, 0)
+        while True:
+            order = self.order(epoch) if self.train else np.arange(self.samples)
+            shards, first = np.unique(self.shard_of(order[batch * self.global_batch :]), return_index=True)
+            for place in np.argsort(first):
+                yield epoch * self.per_epoch + batch + int(first[place]) // self.global_batch, int(shards[place])
+            if not self.train:
+                return
             epoch, batch = epoch + 1, 0
 
     def order(self, epoch: int) -> np.ndarray:
@@ -135,11 +166,13 @@ class Slices(Sampler):
         return order_with_locality(self.counts, self.seed, epoch, self.together)
 
     def _pass(self, epoch: int, indices: np.ndarray, batches: range) -> Iterator[list[Place]]:
-        for first in batches:
+        for batch in batches:
+            first = batch * self.global_batch
             mine = range(first + self.rank * self.local, min(first + (self.rank + 1) * self.local, self.samples))
             if mine:
                 chosen = indices[mine.start : mine.stop].tolist()
-                yield [Place(epoch, position, index) for position, index in zip(mine, chosen, strict=True)]
+                number = epoch * self.per_epoch + batch
+                yield [Place(number, epoch, position, index) for position, index in zip(mine, chosen, strict=True)]
 
 
 class Stream:
@@ -163,9 +196,11 @@ class Stream:
                 f"key 'data.global_batch': a step takes {data.global_batch} pictures, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
-        self._slices = Slices(shards.counts, data, seed, train, rank, world_size)
+        self._slices = Slices(shards, data, seed, train, rank, world_size)
+        together = data.shuffle_shards if train else 1
+        self._ahead = shards.ahead(self._slices.first_uses, together, downloads=max(1, 4 // max(1, data.workers)))
         self._loader = DataLoader(
-            Pictures(shards, data, seed, train),
+            Pictures(shards, data, seed, train, self._ahead),
             batch_sampler=self._slices,
             num_workers=data.workers,
             collate_fn=_as_it_is,

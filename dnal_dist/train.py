@@ -106,8 +106,9 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     classes = settings.model.num_classes or network.num_classes
     rank, world_size = parallel.rank, parallel.world_size
     pin = parallel.device.type == "cuda"
-    train = Stream(Shards(data.train, "data.train", classes), data, settings.seed, True, rank, world_size, pin)
-    val = Stream(Shards(data.val, "data.val", classes), data, settings.seed, False, rank, world_size, pin)
+    cache = (data.cache, data.cache_gb)
+    train = Stream(Shards(data.train, "data.train", classes, *cache), data, settings.seed, True, rank, world_size, pin)
+    val = Stream(Shards(data.val, "data.val", classes, *cache), data, settings.seed, False, rank, world_size, pin)
     _refuse_search_without_architecture(settings, train.steps_per_epoch)
     parts = parallel.parts(data)
     _try_network(network, data, data.global_batch // world_size // parts)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        # Each is a group of its own, with the processes it forked.
+        with suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+
+
 def start(server: FileServer, folder: Path, program: str, **more) -> subprocess.Popen:
     """A process that runs `program` with `cache` and `shards`; more: names that it sees too."""
     given = {"shards": [shard(server, number) for number in range(len(SHARDS))], "folder": str(folder), "limit": 10**9, **more}
@@ -72,7 +85,9 @@ def digest(descriptor):
     with open(descriptor, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 """
-    return subprocess.Popen([sys.executable, "-c", head + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    STARTED.append(subprocess.Popen([sys.executable, "-c", head + program], text=True, start_new_session=True, **pipes))
+    return STARTED[-1]
 
 
 def ended_well(process: subprocess.Popen) -> str:
@@ -116,6 +131,13 @@ def test_a_wrong_digest_is_fetched_once_more(server, tmp_path):
     assert len(server.requests) == 2 and files(tmp_path) == []
     server.files["0.tar"] = SHARDS["0.tar"]
     assert cache.get(url, size, sha256).read_bytes() == SHARDS["0.tar"]
+
+
+def test_a_copy_of_another_length_is_not_taken(server, tmp_path):
+    cache = Cache(tmp_path, 10**6)
+    os.truncate(cache.get(*shard(server, 0)), SIZE - 1)
+    assert cache.has(*shard(server, 0)) is None
+    assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
 
 
 def test_damage_on_the_way_is_mended(server, tmp_path):
@@ -387,6 +409,26 @@ while len(list(Path(folder).glob("*.part"))) < 2:
     server.stalls = 0
     cache = Cache(tmp_path, 10**9)
     assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
+
+
+def test_a_forked_process_looks_ahead_with_threads_of_its_own(server, tmp_path):
+    program = """
+ahead = Ahead(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
+ahead.at(0)
+while not cache.has(*shards[0]):
+    time.sleep(0.01)
+child = os.fork()
+if not child:
+    ahead.at(3)
+    while not cache.has(*shards[3]):
+        time.sleep(0.01)
+    os._exit(0)
+os.waitpid(child, 0)
+print(cache.has(*shards[1]))
+"""
+    process = start(server, tmp_path, program)
+    assert ended_well(process).strip() == "None"
+    assert server.sent == {"0.tar": SIZE, "3.tar": SIZE}
 
 
 class Reading:

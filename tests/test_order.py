@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_global_batches_are_the_same_sets_in_the_same_sequence(digits, reference
 def test_an_epoch_has_every_sample_once(digits, together):
     data = settings(digits, global_batch=1, shuffle_shards=together)
     found = Shards(data.train, "data.train", 10)
-    orders = [Slices(found.counts, data, seed, True, 0, 1).order(epoch) for seed in range(3) for epoch in range(3)]
+    orders = [Slices(found, data, seed, True).order(epoch) for seed in range(3) for epoch in range(3)]
     assert all(np.array_equal(np.sort(order), np.arange(1442)) for order in orders)
     assert len({order.tobytes() for order in orders}) == 9
 
@@ -109,7 +110,8 @@ def chi_square(batches: list[np.ndarray], classes: int) -> float:
 
 def drawn(counts: np.ndarray, labels: np.ndarray, together: int | None, epoch: int, batch: int = 100) -> list[np.ndarray]:
     data = Data(train="-", val="-", image_size=8, global_batch=batch, shuffle_shards=together)
-    order = Slices(counts, data, 0, True, 0, 1).order(epoch)
+    held = SimpleNamespace(counts=counts, samples=int(counts.sum()), shard_of=None)
+    order = Slices(held, data, 0, True).order(epoch)
     return [labels[order[first : first + batch]] for first in range(0, len(order) - batch + 1, batch)]
 
 

@@ -211,7 +211,7 @@ def test_a_stalled_answer_is_given_up_and_asked_for_anew(server, monkeypatch):
     monkeypatch.setattr(remote, "READ_TIMEOUT", 0.3)
     server.stalls = 2
     assert remote.read(f"{server.url}/a.tar", 0, 1000) == BODY[:1000]
-    assert sum(remote.retries.values()) == 2
+    assert sum(remote.retries.values()) >= 2
 
 
 def test_a_slow_answer_is_waited_for(server, monkeypatch):
