@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(DIGITS): data_tools/make_shards.py | $(VENV)/.installed
-	$(BIN)/python -m data_tools.make_shards digits data/digits
+$(DIGITS): data_tools/digits.py data_tools/writing.py | $(VENV)/.installed
+	$(BIN)/python -m data_tools.make_shards digits data/digits --overwrite
 
 demo: setup $(DIGITS)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml --overwrite

@@ -120,7 +120,11 @@ def _ground_truth(content: bytes, wnids: dict[int, str], where: str) -> dict[str
 
 def _kaggle(content: bytes, where: str) -> dict[str, str]:
     found = {}
-    for number, row in enumerate(csv.reader(io.StringIO(content.decode(errors="replace"))), 1):
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode(errors="replace"))))
+    except csv.Error as error:
+        raise ValueError(f"{where}: not a table ({error}); download it anew") from None
+    for number, row in enumerate(rows, 1):
         if number == 1 or not row:
             continue
         wnid = row[1].partition(" ")[0] if len(row) > 1 else ""

@@ -39,8 +39,7 @@ def survey(paths: list[Path], workers: int, decode: bool = False) -> list[Survey
 
 
 def make(paths: list[Path], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:
-    """Write the index of these shards beside them, what an index there says of other shards
-    staying, or to `output`.
+    """Write the index of these shards to `output`, or beside them; what an index there says of other shards then stays.
 
     Raises ValueError or OSError.
     """

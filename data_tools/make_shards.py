@@ -4,7 +4,7 @@
   python -m data_tools.make_shards fashion_mnist data/fashion_mnist                from Debian's package dataset-fashion-mnist
   python -m data_tools.make_shards cifar10 cifar-10-python.tar.gz data/cifar10     or cifar-10-binary.tar.gz, either as it is
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the tars as they are handed out
-  python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   smaller ones, which decode about twice as fast
+  python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   the large ones reduced
   python -m data_tools.make_shards folder pictures data/own                        pictures/train/CLASS/*, pictures/val/CLASS/*
   python -m data_tools.make_shards synthetic data/synthetic --classes 100          drawn pictures of ImageNet's sizes
 

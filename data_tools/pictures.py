@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,10 @@ END_OF_JPEG = b"\xff\xd9"
 CHUNK = 2000
 # libjpeg and libpng tell what went wrong by these; a struct.error or SyntaxError is Pillow's parser in a damaged header.
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
+
+
+# Of large pictures Pillow warns on standard error, amid a progress bar; beyond twice as many pixels it refuses them.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Picture(NamedTuple):
@@ -75,7 +80,7 @@ def fault(picture: Picture, decode: bool) -> str | None:
     head = picture.read(0, HEAD)
     if extension_of(head) is None:
         return f"it is neither JPEG nor PNG (it begins with {head[:4].hex(' ')})"
-    # torchvision 0.29 ends the whole process, by a segmentation fault, over a PNG whose compressed data is damaged.
+    # A PNG does not show at its ends that it is damaged within, and some decoders (torchvision 0.29) then end the whole process.
     if decode or extension_of(head) == "png" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
         return decoding_fault(picture.read())[0]
     try:
@@ -92,6 +97,8 @@ def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
             size = image.size
+            if image.format == "PNG" and getattr(image, "is_animated", False):
+                return "it is animated", size
             # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
             image.draft(None, (1, 1))
             image.load()

@@ -38,7 +38,7 @@ class Record:
         lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
             found = [json.loads(line) for line in lines]
-            options = found[0]["options"] if found else self.options
+            options = dict(found[0]["options"]) if found else self.options
             for entry in found[1:]:
                 if "file" in entry:
                     self.shards[entry["file"]] = entry

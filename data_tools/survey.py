@@ -11,6 +11,7 @@ from dnal_dist.shards import Fault, boundaries, parse
 
 # More than any picture takes: such a sample is a shard whose headers are damaged, or means harm.
 MOST_BYTES = 1 << 28
+MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
 
 
@@ -76,6 +77,8 @@ class Surveyor(NamedTuple):
             sample = parse(chunk)
         except Fault as fault:
             return faults.append((fault.key or f"at byte {begin}", fault.reason))
+        if sample.label >= MOST_CLASSES:
+            return faults.append((sample.key, f"label {sample.label} is larger than any network's"))
         good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.picture, digest_size=16).digest(), row))
         if self.decode:
             reason, size = decoding_fault(sample.picture) if sample.picture else ("it is empty", None)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,13 @@ def members(folder, split: str) -> list[tuple[str, bytes, int]]:
     for path in sorted(folder.glob(f"{split}-*.tar")):
         found += [(sample.extension, sample.picture, sample.label) for sample in scan(path)]
     return found
+
+
+def skipped(folder) -> dict[str, str]:
+    """The reason why each picture was left out, by its file's name."""
+    found = json.loads((folder / "skipped.json").read_text())["skipped"]
+    return {entry["picture"].rpartition(": ")[2].rpartition("/")[2]: entry["reason"] for entry in found}
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]

@@ -73,3 +73,8 @@ def test_nothing_unpickles_or_runs_data():
     for path in [*ROOMS, *Path("data_tools").rglob("*.py")]:
         found = re.search(f"{reads}|{runs}", path.read_text())
         assert found is None, f"{path}: {found[0]}"
+
+
+def test_instructions_of_pickled_files_are_looked_at_in_one_place():
+    """By the reader of CIFAR-10's batches, which follows a few of them itself and refuses the others."""
+    assert [path.name for path in Path("data_tools").rglob("*.py") if "pickletools" in path.read_text()] == ["cifar10_batches.py"]

@@ -99,6 +99,14 @@ def test_faulty_samples_are_named_and_stay_in_the_index(tmp_path, monkeypatch, c
     assert Shards(str(path), "data.train", 3).samples == 5
 
 
+def test_a_label_of_twenty_digits_takes_no_memory(tmp_path, monkeypatch, capsys):
+    path = tar(tmp_path / "own" / "a.tar", *sample("a", 1, 10**19), *sample("b", 2, 1))
+    code, said, wrong = ended(index, monkeypatch, capsys, path)
+    assert code == 0 and "1 of them will be skipped" in said and "sample a: label 10000000000000000000 is larger than" in wrong
+    assert json.loads((tmp_path / "own" / "index.json").read_text())["classes"] == ["0", "1"]
+    assert [kind for kind, *_ in findings(monkeypatch, capsys, path)] == ["sample"]
+
+
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, bytes(10240)])
 def test_what_is_no_shard_gets_no_index(tmp_path, monkeypatch, capsys, content):
     path = tmp_path / "a.tar"
