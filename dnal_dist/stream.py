@@ -24,7 +24,8 @@ from dnal_dist.nvjpeg import Encoded
 from dnal_dist.pictures import Geometry, PictureError, Stack, Transform, read_header, render
 from dnal_dist.recipe import InputError
 from dnal_dist.remote import RemoteError
-from dnal_dist.shards import Fault, Origin, Shards
+from dnal_dist.samples import Fault
+from dnal_dist.shards import Origin, Shards
 
 
 class Batch(NamedTuple):

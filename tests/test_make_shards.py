@@ -19,8 +19,8 @@ from making import command, digests, new, scan
 from data_tools import make_shards, pictures, writing
 from data_tools.record import Record
 from data_tools.writing import Split
-from dnal_dist import shards
-from dnal_dist.shards import boundaries
+from dnal_dist import samples
+from dnal_dist.samples import boundaries
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -244,7 +244,7 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
 
 
 def test_makers_and_stream_agree_on_pictures():
-    assert pictures.EXTENSIONS == shards.PICTURES
+    assert pictures.EXTENSIONS == samples.PICTURES
 
 
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
