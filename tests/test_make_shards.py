@@ -19,8 +19,7 @@ from making import command, digests, new, scan
 from data_tools import make_shards, pictures, writing
 from data_tools.record import Record
 from data_tools.writing import Split
-from dnal_dist import samples
-from dnal_dist.samples import boundaries
+from dnal_dist.samples import PICTURES, boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -78,7 +77,7 @@ def test_the_index_tells_where_each_sample_begins(tmp_path):
         assert entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert len(entry["offsets"]) == entry["samples"] + 1 and entry["offsets"][0] == 0
         for begin, end in itertools.pairwise(entry["offsets"]):
-            sample = shards.parse(content[begin:end], 3)
+            sample = parse(content[begin:end], 3)
             assert (sample.key, sample.label) == (f"{number[split]:03d}", number[split] % 3)
             assert sample.picture == f"picture of {split[0]}{number[split]}".encode()
             number[split] += 1
@@ -244,7 +243,7 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
 
 
 def test_makers_and_stream_agree_on_pictures():
-    assert pictures.EXTENSIONS == samples.PICTURES
+    assert pictures.EXTENSIONS == PICTURES
 
 
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
