@@ -83,7 +83,7 @@ def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
     run = train.assemble(settings, Parallel(), overwrite=True)
     net, image_size, per_epoch = run.supernet, settings.data.image_size, run.train.steps_per_epoch
     total = sum(getattr(settings.phases, name).iterations(per_epoch) for name in ("pretrain", "search", "finetune"))
-    batches = run.train.batches()
+    batches = phases.fed(run)
     if method == "random":
         phases.pretrain(run, batches)
         keep = removed_at_random(net, image_size, most, settings.seed)

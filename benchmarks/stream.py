@@ -46,7 +46,7 @@ def photograph(rng: np.random.Generator) -> Image.Image:
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     shape = (3, *frequency.shape)
-    spectrum = (rng.normal(size=shape) + 1j * rng.normal(size=shape)) * frequency**-1.4
+    spectrum = (rng.normal(size=shape) + 1j * rng.normal(size=shape)) * frequency**-1.5
     brightness, *colours = np.fft.irfft2(spectrum, (height, width))
     channels = np.stack([brightness, *(brightness + 0.4 * colour for colour in colours)], axis=-1)
     return Image.fromarray(np.clip(channels / channels.std() * 55 + 120, 0, 255).astype(np.uint8))

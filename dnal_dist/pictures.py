@@ -165,12 +165,13 @@ def normalise(images: Tensor, mean, std, flips: Tensor | None = None, dtype: tor
 
     In channels_last memory on a GPU, where convolutions want it, and contiguous on a CPU.
     """
+    # While it is a quarter of its size.
+    images = images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
     if flips is not None:
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-    layout = torch.channels_last if images.is_cuda else torch.contiguous_format
     mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     # In float32 whatever the result's type: 255 times a mean is no number of bfloat16.
-    return images.to(torch.float32, memory_format=layout).sub_(mean).div_(std).to(dtype)
+    return images.to(torch.float32).sub_(mean).div_(std).to(dtype)
 
 
 def read_header(encoded: bytes) -> Header:

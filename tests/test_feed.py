@@ -59,6 +59,8 @@ def test_batches_come_in_order_normalised_and_mirrored(device):
         expected = v2.Normalize(data.mean, data.std)(batch.images.float() / 255)
         expected[batch.flips] = expected[batch.flips].flip(-1)
         assert fed.images.device.type == fed.labels.device.type == device.type
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        assert fed.images.is_contiguous(memory_format=layout)
         torch.testing.assert_close(fed.images.cpu(), expected)
         assert torch.equal(fed.labels.cpu(), batch.labels)
 

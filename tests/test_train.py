@@ -153,7 +153,7 @@ def run_here(digits, output, *changes: str):
 def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
     """weight_steps: 0 is the authors' own way: nothing of the network moves while the architecture does."""
     run = run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=0")
-    batches = run.train.batches()
+    batches = phases.fed(run)
     phases.pretrain(run, batches)
     before = {name: tensor.clone() for name, tensor in run.supernet.state_dict().items()}
     momentum = {name: tensor.clone() for name, tensor in run.momentum.items()}
@@ -165,7 +165,7 @@ def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
 
 def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
     run = run_here(digits, tmp_path, *FEW)
-    phases.pretrain(run, run.train.batches())
+    phases.pretrain(run, phases.fed(run))
     search = run.parallel.wrap(run.network, run.recipe.phases.search.optimizer, run.momentum, run.recipe.training)
     with search.gathered() as momentum:
         assert momentum.keys() == run.momentum.keys() == dict(run.supernet.named_parameters()).keys()
