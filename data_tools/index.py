@@ -3,7 +3,7 @@
   python -m data_tools.index /data/own                                       all shards (*.tar) of a folder
   python -m data_tools.index '/data/own/train-{000000..000146}.tar'          some of them
   python -m data_tools.index /data/own --classes names.txt --workers 16      with the names of the classes, one a line
-  python -m data_tools.index 's3://BUCKET/own/*.tar' --output index.json     to be copied beside them
+  python -m data_tools.index 's3://BUCKET/own/{000..146}.tar' --output index.json     named in full; to be copied beside them
 
 The index tells how many samples each shard holds, where each of them begins, and the shard's SHA-256; without one a training has to
 read all headers at its start, and cannot tell a damaged copy from a whole one. Every sample is read as training reads it. Those it
