@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.pictures import UNREADABLE
 from data_tools.survey import Good, Survey, chunk
-from dnal_dist.shards import parse
+from dnal_dist.samples import parse
 
 COLUMNS, ROWS = 8, 8
 TILE, CAPTION = 160, 20

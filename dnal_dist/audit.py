@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +14,11 @@ from dnal_dist.receipts import tally
 from dnal_dist.recipe import InputError
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Slices
+
+
+class Taken(NamedTuple):
+    name: str
+    position: int
 
 
 def audit(run: Path) -> int:
@@ -76,7 +82,7 @@ def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], numbers: 
     taken = [(index, position) for position, index in enumerate(wanted.tolist()) if index not in left_out]
     if len(left_out) != len(skipped) or len(taken) != receipt["samples"] or len(taken) + len(skipped) != len(wanted):
         return f"{receipt['samples']} samples and {len(skipped)} skipped, expected {len(wanted)} in all"
-    digest, ordered = (f"{one:032x}" for one in tally((names[index] for index, _ in taken), (position for _, position in taken)))
+    digest, ordered = (f"{one:032x}" for one in tally(Taken(names[index], position) for index, position in taken))
     if digest != receipt["digest"]:
         return "other samples than the epoch's, or not each of them once"
     return "" if ordered == receipt["ordered"] else "the samples of the epoch, but in another order"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dnal_dist import nvjpeg
 from dnal_dist.pictures import normalise
 from dnal_dist.stream import Batch
 
@@ -25,7 +26,7 @@ class Fed(NamedTuple):
     labels: Tensor
     """int64 (n,)."""
     batch: Batch
-    """What it came from, in the memory of the host."""
+    """What it came from."""
     waited: float
     """Seconds until the stream had it."""
 
@@ -40,22 +41,24 @@ def feed(batches: Generator[Batch], data, device: torch.device) -> Generator[Fed
             if batch is None:
                 return
             waited = time.monotonic() - asked
-            images, labels = _moved(batch, data, device) if side is None else _moved_beside(batch, data, device, side)
+            images, labels, batch = _moved(batch, data, device) if side is None else _moved_beside(batch, data, device, side)
             yield Fed(images, labels, batch, waited)
 
 
-def _moved(batch: Batch, data, device: torch.device) -> tuple[Tensor, Tensor]:
+def _moved(batch: Batch, data, device: torch.device) -> tuple[Tensor, Tensor, Batch]:
+    if batch.encoded is not None:
+        batch = nvjpeg.finish(batch, data.image_size, device)
     images, labels, flips = (part.to(device, non_blocking=True) for part in (batch.images, batch.labels, batch.flips))
-    return normalise(images, data.mean, data.std, flips), labels
+    return normalise(images, data.mean, data.std, flips), labels, batch
 
 
-def _moved_beside(batch: Batch, data, device: torch.device, side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+def _moved_beside(batch: Batch, data, device: torch.device, side: torch.cuda.Stream) -> tuple[Tensor, Tensor, Batch]:
     """As `_moved`, on the CUDA stream `side`; what the caller's own stream does from here on comes after it."""
     own = torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
-        moved = _moved(batch, data, device)
+        images, labels, batch = _moved(batch, data, device)
     own.wait_stream(side)
-    for tensor in moved:
+    for tensor in (images, labels):
         # Made on one stream and used on another: its memory must not be given away before the other is done with it.
         tensor.record_stream(own)
-    return moved
+    return images, labels, batch

@@ -32,21 +32,30 @@ class PictureError(ValueError):
 class Header(NamedTuple):
     height: int
     width: int
-    plain: bool
-    """A grey, YCbCr or RGB JPEG as far as its header tells; Pillow decodes everything else."""
+    colours: str
+    """YCbCr, Gray, RGB, CMYK or YCCK of a JPEG; empty for what is none."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether simplejpeg decodes it; Pillow decodes the rest."""
+        return self.colours in ("YCbCr", "Gray", "RGB")
 
 
 class Geometry(NamedTuple):
     """What becomes of one picture: resized to `whole`, cut to `part`, that resized to a square of the image size, then shifted."""
 
+    own: tuple[int, int]
+    """The picture's height and width."""
     whole: tuple[int, int]
-    """Height and width; those of the picture itself if it stays as it is."""
+    """The same if it is not resized as a whole."""
     part: tuple[int, int, int, int]
     """Top, left, height and width, within `whole`."""
     shift: tuple[int, int] = (0, 0)
     """Rows and columns by which the square moves up and left; black comes in."""
     flip: bool = False
     """To be mirrored left and right, on the device."""
+    exact: bool = False
+    """Every bit as Pillow and torchvision make it: at full scale, resized by Pillow."""
 
 
 class Transform:
@@ -67,11 +76,9 @@ class Transform:
         """
         header = read_header(encoded)
         geometry = self.plan(header, epoch, index)
-        reduction = self._reduction(header, geometry)
-        pixels = decode(encoded, header, reduction)
         if out is None:
             out = np.empty((self.size, self.size, 3), np.uint8)
-        _shift(self._cut(pixels, header, geometry, reduction), *geometry.shift, out)
+        render(encoded, header, geometry, out)
         return out, geometry.flip
 
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
@@ -86,35 +93,46 @@ class Transform:
             _check_pixels(whole, data.max_pixels, f"resized from {own[1]} x {own[0]} to ")
         part = _centre(whole, size)
         if self.kind == "pad_crop":
-            shift = tuple(
-                int(place) - augmentation.padding for place in rng.integers(0, 2 * augmentation.padding, 2, endpoint=True)
-            )
+            places = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
+            shift = (int(places[0]) - augmentation.padding, int(places[1]) - augmentation.padding)
         elif self.kind == "resized_crop":
             part = _random_part(*whole, augmentation.scale, rng)
-        return Geometry(whole, part, shift, bool(self.train and augmentation.flip and rng.random() < 0.5))
+        flip = bool(self.train and augmentation.flip and rng.random() < 0.5)
+        return Geometry(own, whole, part, shift, flip, exact=self.kind == "none")
 
-    def _reduction(self, header: Header, geometry: Geometry) -> int:
-        """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives. 1 where bits count, and for
-        the smallest pictures, of which simplejpeg could mean another scale by the same number of pixels."""
-        if self.kind == "none" or not header.plain or min(header[:2]) < SMALLEST_REDUCED:
-            return 1
-        own, whole = (header.height, header.width), geometry.whole
-        (height, width), (least_height, least_width) = (own, whole) if whole != own else (geometry.part[2:], (self.size,) * 2)
-        return next(f for f in (8, 4, 2, 1) if f == 1 or (height >= f * least_height and width >= f * least_width))
 
-    def _cut(self, pixels: np.ndarray, header: Header, geometry: Geometry, reduction: int) -> np.ndarray:
-        """uint8 (height, width, 3), at a scale of 1 / reduction -> uint8 (image_size, image_size, 3)."""
-        size, own, (top, left, height, width) = self.size, header[:2], geometry.part
-        if geometry.whole != own:
-            exact = self.kind == "none" or reduction > 1
-            box = (0, 0, own[1] / reduction, own[0] / reduction)
-            pixels = _resize_as_pillow(pixels, *geometry.whole, box) if exact else _resize(pixels, *geometry.whole)
-        elif reduction > 1:
-            # Edges may lie within a reduced pixel, which torch cannot say.
-            box = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
-            return _resize_as_pillow(pixels, size, size, box)
-        pixels = pixels[top : top + height, left : left + width]
-        return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
+def render(encoded: bytes, header: Header, geometry: Geometry, out: np.ndarray) -> None:
+    """Decode as much of a picture as `geometry` needs and write it to `out`, uint8 (size, size, 3). Raises PictureError."""
+    reduction = reduction_of(header, geometry, len(out))
+    _shift(_cut(decode(encoded, header, reduction), geometry, reduction, len(out)), *geometry.shift, out)
+
+
+def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
+    """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives.
+
+    It is 1 where bits count, and for the smallest pictures, of which simplejpeg could mean another scale by the same size.
+    """
+    own, whole = geometry.own, geometry.whole
+    if geometry.exact or not header.plain or min(own) < SMALLEST_REDUCED:
+        return 1
+    (height, width), least = (own, whole) if whole != own else (geometry.part[2:], (size, size))
+    return next(f for f in (8, 4, 2, 1) if f == 1 or (height >= f * least[0] and width >= f * least[1]))
+
+
+def _cut(pixels: np.ndarray, geometry: Geometry, reduction: int, size: int) -> np.ndarray:
+    """uint8 (height, width, 3), at a scale of 1 / reduction -> uint8 (size, size, 3)."""
+    own, (top, left, height, width) = geometry.own, geometry.part
+    if geometry.whole != own:
+        if geometry.exact or reduction > 1:
+            pixels = _resize_as_pillow(pixels, *geometry.whole, (0, 0, own[1] / reduction, own[0] / reduction))
+        else:
+            pixels = _resize(pixels, *geometry.whole)
+    elif reduction > 1:
+        # Edges may lie within a reduced pixel, which torch cannot say.
+        box = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
+        return _resize_as_pillow(pixels, size, size, box)
+    pixels = pixels[top : top + height, left : left + width]
+    return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
 
 
 class Stack:
@@ -162,10 +180,9 @@ def read_header(encoded: bytes) -> Header:
     if encoded[:2] == b"\xff\xd8":
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "Gray", "RGB"):
-                return Header(height, width, True)
+            return Header(height, width, colours)
     with _opened(encoded) as image:
-        return Header(image.height, image.width, False)
+        return Header(image.height, image.width, "")
 
 
 def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> np.ndarray:
@@ -174,11 +191,17 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
     Raises PictureError for what is no picture, an animation, or cut short.
     """
     header = header or read_header(encoded)
-    if header.plain:
-        # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
-        with contextlib.suppress(ValueError):
-            least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
-            return simplejpeg.decode_jpeg(encoded, "RGB", **least if reduction > 1 else {})
+    if header.colours:
+        least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
+        try:
+            # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
+            pixels = simplejpeg.decode_jpeg(encoded, "RGB" if header.plain else "CMYK", **least if reduction > 1 else {})
+            if header.plain:
+                return pixels
+        except ValueError as error:
+            if "premature end of data" in str(error):
+                # With an end behind it, half a picture is a whole one to Pillow, and the other half is grey.
+                raise PictureError("it is truncated, though it has an end") from None
     with _opened(encoded) as image:
         if (image.height, image.width) != header[:2]:
             raise PictureError("its headers contradict each other")

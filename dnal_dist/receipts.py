@@ -9,21 +9,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
-from dnal_dist.shards import Fault
+from dnal_dist.samples import Fault
 
 WIDTH = 16
 MODULUS = 1 << 8 * WIDTH
 
 
-def tally(names: Iterable[str], positions: Iterable[int]) -> tuple[int, int]:
+class Named(Protocol):
+    """A sample: its name, and its position in its epoch's order."""
+
+    name: str
+    position: int
+
+
+def tally(samples: Iterable[Named]) -> tuple[int, int]:
     """Sums of the samples' hashes, and of their hashes together with their positions: what `Receipt` adds up."""
     plain = ordered = 0
-    for name, position in zip(names, positions, strict=True):
-        encoded = name.encode("utf-8", "surrogateescape")
+    for sample in samples:
+        encoded, position = sample.name.encode("utf-8", "surrogateescape"), sample.position.to_bytes(8)
         plain += int.from_bytes(blake2b(encoded, digest_size=WIDTH).digest())
-        ordered += int.from_bytes(blake2b(encoded, digest_size=WIDTH, salt=position.to_bytes(8)).digest())
+        ordered += int.from_bytes(blake2b(encoded, digest_size=WIDTH, salt=position).digest())
     return plain % MODULUS, ordered % MODULUS
+
+
+def without(whole: tuple[int, int], samples: Iterable[Named]) -> tuple[int, int]:
+    """The tally `whole` less that of `samples`, which are part of it."""
+    part = tally(samples)
+    return (whole[0] - part[0]) % MODULUS, (whole[1] - part[1]) % MODULUS
 
 
 @dataclass

@@ -98,6 +98,9 @@ class Data(Section):
     """Folder of this machine for copies of remote shards; its processes share it."""
     cache_gb: float = Field(100.0, gt=0)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
+    decode: Literal["cpu", "cuda"] = "cpu"
+    """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation and whatever is
+    no plain JPEG is decoded by the loader processes in either case."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Height times width beyond which a picture is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)

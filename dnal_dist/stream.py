@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dnal_dist import receipts
+from dnal_dist import nvjpeg, receipts
 from dnal_dist.ahead import Ahead
-from dnal_dist.pictures import PictureError, Stack, Transform
+from dnal_dist.nvjpeg import Encoded
+from dnal_dist.pictures import Geometry, PictureError, Stack, Transform, read_header, render
 from dnal_dist.recipe import InputError
 from dnal_dist.remote import RemoteError
-from dnal_dist.shards import Fault, Sample, Shards
+from dnal_dist.samples import Fault
+from dnal_dist.shards import Origin, Shards
 
 
 class Batch(NamedTuple):
     """images uint8 (n, 3, H, W), labels int64 (n,), which images are to be mirrored (bool (n,)), the samples' keys, what had to be
-    skipped, and the tally for the receipt."""
+    skipped, and the tally for the receipt. encoded: JPEGs that the device is to decode; `images` are then only the others."""
 
     images: Tensor
     labels: Tensor
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     keys: list[str]
     bad: list[Fault]
     tally: tuple[int, int]
+    encoded: Encoded | None = None
 
 
 class Place(NamedTuple):
@@ -80,40 +83,45 @@ class Pictures(Dataset):
 
     def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Ahead | None = None):
         self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
-        self.ahead = ahead
+        self.ahead, self.on_device = ahead, train and data.decode == "cuda"
 
     def __getitems__(self, wanted: list[Place]) -> Batch | InputError:
-        stack, labels, flips, keys, names, positions, bad = Stack(len(wanted), self.size), [], [], [], [], [], []
+        stack, waiting, labels, flips, origins, bad = Stack(len(wanted), self.size), nvjpeg.Waiting(), [], [], [], []
         if self.ahead is not None:
             self.ahead.at(wanted[0].batch)
-        for _, epoch, position, index in wanted:
+        for place in wanted:
             try:
-                sample = self.shards[index]
-                flip = self._picture(sample, epoch, index, stack)
+                sample = self.shards[place.index]
+                origin = self.shards.origin(place.index, sample.key, place.position)
+                geometry = self._picture(sample.picture, place, origin, stack, waiting, len(labels))
             except Fault as fault:
                 bad.append(fault)
                 continue
             except OSError as error:
-                return InputError(_unreadable(error, self.shards.where(index)[0]))
+                return InputError(_unreadable(error, self.shards.where(place.index)[0]))
             labels.append(sample.label)
-            flips.append(flip)
-            keys.append(sample.key)
-            names.append(self.shards.name(index, sample.key))
-            positions.append(position)
+            flips.append(geometry.flip)
+            origins.append(origin)
         if self.train and not labels:
             # BatchNorm's statistics of no picture at all would be no numbers.
             return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be used; mend the shards")
         label, flip = torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool)
-        return Batch(stack.images, label, flip, keys, bad, receipts.tally(names, positions))
+        keys, tally = [origin.key for origin in origins], receipts.tally(origins)
+        return Batch(stack.images, label, flip, keys, bad, tally, waiting.encoded() if self.on_device else None)
 
-    def _picture(self, sample: Sample, epoch: int, index: int, stack: Stack) -> bool:
-        """Put the picture onto `stack`; whether it is to be mirrored."""
+    def _picture(self, encoded: bytes, place: Place, origin: Origin, stack: Stack, waiting: nvjpeg.Waiting, row: int) -> Geometry:
+        """Decode a picture onto `stack`, or leave it for the device to put it into the batch's `row`."""
         try:
-            _, flip = self.transform(sample.picture, epoch, index, stack.next)
+            header = read_header(encoded)
+            geometry = self.transform.plan(header, place.epoch, place.index)
+            if self.on_device and nvjpeg.takes(header, encoded):
+                waiting.add(encoded, row, geometry, origin)
+            else:
+                render(encoded, header, geometry, stack.next)
+                stack.keep()
         except PictureError as error:
-            raise Fault(str(error), sample.key, *self.shards.where(index)) from None
-        stack.keep()
-        return flip
+            raise origin.fault(str(error)) from None
+        return geometry
 
 
 def _unreadable(error: OSError, shard: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, checkpoint, cost, nets, phases, recipe, report
+from dnal_dist import budget, checkpoint, cost, nets, nvjpeg, phases, recipe, report
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
@@ -106,6 +106,8 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     classes = settings.model.num_classes or network.num_classes
     rank, world_size = parallel.rank, parallel.world_size
     pin = parallel.device.type == "cuda"
+    if data.decode == "cuda":
+        nvjpeg.require(parallel.device)
     cache = (data.cache, data.cache_gb)
     train = Stream(Shards(data.train, "data.train", classes, *cache), data, settings.seed, True, rank, world_size, pin)
     val = Stream(Shards(data.val, "data.val", classes, *cache), data, settings.seed, False, rank, world_size, pin)

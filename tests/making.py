@@ -12,7 +12,8 @@ import torch
 from data_tools import make_shards
 from dnal_dist import stream
 from dnal_dist.recipe import Data
-from dnal_dist.shards import Sample, Shards, boundaries, parse
+from dnal_dist.samples import Sample, boundaries, parse
+from dnal_dist.shards import Shards
 
 
 def new(folder: Path) -> Path:

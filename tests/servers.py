@@ -1,12 +1,14 @@
-"""An HTTP server with ranges and with faults that a test switches on."""
+"""An HTTP server with ranges and with faults that a test switches on, and moto's S3 server."""
 
 import re
 import socket
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 
 class FileServer:
@@ -110,3 +112,20 @@ class FileServer:
             with self._lock:
                 self.sent[path] += len(part)
             handler.wfile.write(part)
+
+
+@contextmanager
+def s3_server(monkeypatch, secret: str = "secret"):
+    """A boto3 client of an S3 server on the loopback, to which the environment leads. Skips the test where moto is missing."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[dev]'")
+    moto = pytest.importorskip("moto.server", reason="moto's server is not installed: pip install -e '.[dev]'")
+    boto3 = pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
+    yield boto3.client("s3")
+    running.stop()

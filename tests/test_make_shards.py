@@ -19,8 +19,8 @@ from making import command, digests, new, scan
 from data_tools import make_shards, pictures, writing
 from data_tools.record import Record
 from data_tools.writing import Split
-from dnal_dist import shards
-from dnal_dist.shards import boundaries
+from dnal_dist import samples
+from dnal_dist.samples import boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -42,8 +42,8 @@ def test_the_splits_share_no_sample_and_every_class_is_in_both(digits):
     keys = {name: {sample.key for sample in samples} for name, samples in split.items()}
     assert not keys["train"] & keys["val"]
     assert len(keys["train"] | keys["val"]) == 1797
-    for samples in split.values():
-        assert {sample.label for sample in samples} == set(range(10))
+    for found in split.values():
+        assert {sample.label for sample in found} == set(range(10))
 
 
 def splits(count: int = 10, shards: int = 3, draw=draw) -> dict[str, Split]:
@@ -78,7 +78,7 @@ def test_the_index_tells_where_each_sample_begins(tmp_path):
         assert entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert len(entry["offsets"]) == entry["samples"] + 1 and entry["offsets"][0] == 0
         for begin, end in itertools.pairwise(entry["offsets"]):
-            sample = shards.parse(content[begin:end], 3)
+            sample = parse(content[begin:end], 3)
             assert (sample.key, sample.label) == (f"{number[split]:03d}", number[split] % 3)
             assert sample.picture == f"picture of {split[0]}{number[split]}".encode()
             number[split] += 1
@@ -244,7 +244,7 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
 
 
 def test_makers_and_stream_agree_on_pictures():
-    assert pictures.EXTENSIONS == shards.PICTURES
+    assert pictures.EXTENSIONS == samples.PICTURES
 
 
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):

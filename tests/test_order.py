@@ -78,9 +78,12 @@ def test_resuming_at_every_batch_twice_in_a_row_with_other_numbers_of_ranks(digi
     """4 ranks stop, 2 go on and stop, 8 go on to the epoch's end and beyond; nothing is decoded twice and no header is read."""
     decoded, scans = [], []
     picture = Pictures._picture
-    monkeypatch.setattr(
-        Pictures, "_picture", lambda self, sample, *place: decoded.append(sample.key) or picture(self, sample, *place)
-    )
+
+    def counting(self, encoded, place, origin, *more):
+        decoded.append(origin.key)
+        return picture(self, encoded, place, origin, *more)
+
+    monkeypatch.setattr(Pictures, "_picture", counting)
     monkeypatch.setattr(shards_room, "boundaries", lambda *_: scans.append(1))
     data = settings(digits)
     for first in range(31):

@@ -48,10 +48,6 @@ def distance(ones, others) -> float:
     return float(np.abs(np.asarray(ones).astype(int) - np.asarray(others).astype(int)).mean())
 
 
-def full_scale(monkeypatch) -> None:
-    monkeypatch.setattr(Transform, "_reduction", lambda *_: 1)
-
-
 # --- validation
 
 SHAPES = [(375, 500), (500, 375), (256, 341), (333, 257), (100, 700), (31, 37), (256, 256)]
@@ -116,7 +112,7 @@ AUGMENTATIONS = [
 @pytest.mark.parametrize("height, width", [(150, 200), (200, 150), (97, 64), (40, 300), (64, 64)])
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
 def test_training_pictures_are_those_of_the_augmentation_at_full_resolution(kind, augmentation, height, width, monkeypatch):
-    full_scale(monkeypatch)
+    monkeypatch.setattr(pictures, "reduction_of", lambda *_: 1)
     data, encoded = settings(kind, 64, augmentation=augmentation), encode(scene(height, width))
     pixels = np.array(stock(encoded))
     for index in range(12):
@@ -129,10 +125,10 @@ def test_training_pictures_are_those_of_the_augmentation_at_full_resolution(kind
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
 def test_reduced_scale_is_close_to_full_resolution(kind, augmentation):
     data, encoded = settings(kind, 32, augmentation=augmentation), encode(scene(403, 601))
-    transform, header, reductions = Transform(data, 0, True), pictures.Header(403, 601, True), []
+    transform, header, reductions = Transform(data, 0, True), pictures.Header(403, 601, "YCbCr"), []
     pixels = np.array(stock(encoded))
     for index in range(30):
-        reductions.append(transform._reduction(header, transform.plan(header, 0, index)))
+        reductions.append(pictures.reduction_of(header, transform.plan(header, 0, index), 32))
         assert distance(transform(encoded, 0, index)[0], reference(pixels, data, 0, 0, index)[0]) < 3
     assert max(reductions) > 1
 
@@ -141,9 +137,9 @@ def test_reduced_scale_is_close_to_full_resolution(kind, augmentation):
 def test_reduced_scale_never_leaves_fewer_pixels_than_are_wanted(kind, augmentation):
     transform = Transform(settings(kind, 32, augmentation=augmentation), 0, True)
     for index in range(200):
-        header = pictures.Header(*np.random.default_rng(index).integers(20, 900, 2).tolist(), True)
+        header = pictures.Header(*np.random.default_rng(index).integers(20, 900, 2).tolist(), "YCbCr")
         geometry = transform.plan(header, 0, index)
-        factor = transform._reduction(header, geometry)
+        factor = pictures.reduction_of(header, geometry, 32)
         if geometry.whole == header[:2]:
             left, wanted = [side / factor for side in geometry.part[2:]], (32, 32)
         else:
@@ -155,8 +151,8 @@ def test_reduced_scale_never_leaves_fewer_pixels_than_are_wanted(kind, augmentat
 def test_validation_and_training_without_augmentation_decode_at_full_scale():
     for train in (True, False):
         transform = Transform(settings("none", 32), 0, train)
-        header = pictures.Header(2000, 3000, True)
-        assert transform._reduction(header, transform.plan(header, 0, 0)) == 1
+        header = pictures.Header(2000, 3000, "YCbCr")
+        assert pictures.reduction_of(header, transform.plan(header, 0, 0), 32) == 1
 
 
 def test_random_changes_depend_on_seed_epoch_and_index_alone():
@@ -305,8 +301,16 @@ def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(options):
         except PictureError:
             continue
         assert np.array_equal(found, picture), length
-    with pytest.raises(PictureError):
-        pictures.decode(whole[: len(whole) // 2])
+    for end in (b"", b"\xff\xd9"):
+        with pytest.raises(PictureError, match="truncated"):
+            pictures.decode(whole[: len(whole) // 2] + end)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_harmless_faults_of_a_jpeg_are_passed_over(mode):
+    whole = encode(scene(40, 50), mode=mode)
+    for faulty in (whole + b"more", whole[:-2] + b"\x12\x34" + whole[-2:]):
+        assert np.array_equal(pictures.decode(faulty), pictures.decode(whole))
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P")])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from faulty import write_index
 
-from dnal_dist.audit import audit
-from dnal_dist.receipts import Receipt, tally
+from dnal_dist.audit import Taken, audit
+from dnal_dist.receipts import Receipt, tally, without
 from dnal_dist.recipe import InputError
 
 SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
@@ -130,15 +130,16 @@ def test_the_audit_of_no_run(tmp_path):
 def test_digests_add_up_over_processes_and_positions_matter():
     names, places = [f"s.tar/{i}" for i in range(10)], list(range(10))
     whole, part = Receipt(), [Receipt(), Receipt(), Receipt()]
-    whole.take(tally(names, places), 10, [])
+    whole.take(tally(map(Taken, names, places)), 10, [])
     for i, one in enumerate(part):
-        one.take(tally(names[i::3], places[i::3]), len(names[i::3]), [])
+        one.take(tally(map(Taken, names[i::3], places[i::3])), len(names[i::3]), [])
     packed = [one.packed() for one in part]
     part[0].settle(lambda _: packed, True, 10, 10)
     whole.settle(lambda own: own, True, 10, 10)
     assert part[0] == whole
-    plain, ordered = tally(names, places)
-    swapped = tally([names[1], names[0], *names[2:]], places)
-    twice = tally([names[0], names[0], *names[2:]], places)
+    plain, ordered = tally(map(Taken, names, places))
+    swapped = tally(map(Taken, [names[1], names[0], *names[2:]], places))
+    twice = tally(map(Taken, [names[0], names[0], *names[2:]], places))
     assert swapped[0] == plain and swapped[1] != ordered
     assert twice[0] != plain
+    assert without((plain, ordered), [Taken(names[3], 3)]) == tally(map(Taken, names[:3] + names[4:], places[:3] + places[4:]))

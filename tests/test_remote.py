@@ -11,7 +11,7 @@ import traceback
 
 import fsspec.config
 import pytest
-from servers import FileServer
+from servers import FileServer, s3_server
 
 from dnal_dist import remote
 from dnal_dist.recipe import InputError
@@ -45,22 +45,12 @@ def server():
 def s3(monkeypatch):
     """The url of an S3 endpoint and its client, with shards in a bucket."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[dev]'")
-    moto = pytest.importorskip("moto.server", reason="moto's server is not installed: pip install -e '.[dev]'")
-    boto3 = pytest.importorskip("boto3")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shards")
-    for number in range(3):
-        client.put_object(Bucket="shards", Key=f"set/train-{number:06d}.tar", Body=BODY[number:])
-    client.put_object(Bucket="shards", Key="set/index.json", Body=b"{}")
-    yield client
-    running.stop()
+    with s3_server(monkeypatch, SECRET) as client:
+        client.create_bucket(Bucket="shards")
+        for number in range(3):
+            client.put_object(Bucket="shards", Key=f"set/train-{number:06d}.tar", Body=BODY[number:])
+        client.put_object(Bucket="shards", Key="set/index.json", Body=b"{}")
+        yield client
 
 
 def copied(tmp_path, url: str, size: int) -> bytes:

@@ -8,7 +8,8 @@ import tarfile
 import pytest
 import webdataset
 
-from dnal_dist.shards import Fault, Sample, Shards, boundaries, parse
+from dnal_dist.samples import Fault, Sample, boundaries, parse
+from dnal_dist.shards import Shards
 
 
 def tar_of(*members, form: int = tarfile.PAX_FORMAT) -> bytes:
