@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.pictures import UNREADABLE
-from data_tools.survey import Good, Survey
+from data_tools.survey import Good, Survey, chunk
 from dnal_dist.samples import parse
 
 COLUMNS, ROWS = 8, 8
@@ -34,10 +34,7 @@ def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path,
 
 
 def _tile(one: Survey, good: Good) -> Image.Image:
-    begin, end = one.entry["offsets"][good.row : good.row + 2]
-    with one.path.open("rb") as file:
-        file.seek(begin)
-        sample = parse(file.read(end - begin))
+    sample = parse(chunk(one.path, *one.entry["offsets"][good.row : good.row + 2]))
     inner = TILE - 8
     try:
         with Image.open(io.BytesIO(sample.picture), formats=("JPEG", "PNG")) as image:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.survey import Survey
+from dnal_dist.shards import Url
 
 
 class Finding(NamedTuple):
@@ -17,7 +18,7 @@ class Finding(NamedTuple):
     what: str
 
 
-def split_of(path: Path) -> str:
+def split_of(path: Path | Url) -> str:
     """The name of the split that a shard is of: train for train-000012.tar."""
     return re.sub(r"[-_.]?\d*$", "", path.name.removesuffix(".tar")) or path.parent.name
 
@@ -29,10 +30,10 @@ def by_split(surveys: Sequence[Survey]) -> dict[str, list[Survey]]:
     return dict(found)
 
 
-def of_shards(surveys: Sequence[Survey], index: dict[Path, dict | None], missing: Sequence[Path]) -> Iterator[Finding]:
+def of_shards(surveys: Sequence[Survey], index: dict[Path | Url, dict | None], missing: Sequence[str]) -> Iterator[Finding]:
     """Shards that are missing, not as `index` says (None: there is no index), or damaged; samples that training would skip."""
     for path in missing:
-        yield Finding("index", str(path), "no such shard, but index.json tells of it; copy it here or make the index anew")
+        yield Finding("index", path, "no such shard, but index.json tells of it; copy it here or make the index anew")
     for one in surveys:
         known = index[one.path]
         if known is None:
@@ -77,7 +78,7 @@ def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
     """Keys that a split has twice; the same picture, byte for byte, in two splits or with two labels. The same picture twice in a
     split with one label is counted by `summary` only: many a good set has some."""
     for surveys in splits.values():
-        first: dict[str, Path] = {}
+        first: dict[str, Path | Url] = {}
         for one in surveys:
             for good in one.good:
                 if good.key in first:

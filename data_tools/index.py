@@ -3,6 +3,7 @@
   python -m data_tools.index /data/own                                       all shards (*.tar) of a folder
   python -m data_tools.index '/data/own/train-{000000..000146}.tar'          some of them
   python -m data_tools.index /data/own --classes names.txt --workers 16      with the names of the classes, one a line
+  python -m data_tools.index 's3://BUCKET/own/{000..146}.tar' --output index.json     named in full; to be copied beside them
 
 The index tells how many samples each shard holds, where each of them begins, and the shard's SHA-256; without one a training has to
 read all headers at its start, and cannot tell a damaged copy from a whole one. Every sample is read as training reads it. Those it
@@ -10,6 +11,7 @@ would skip are counted and named here, and stay in the index: they are skipped a
 """
 
 import argparse
+import glob
 import json
 import shlex
 import sys
@@ -24,21 +26,26 @@ from dnal_dist.shards import Url, expand, read_index
 LISTED = 10
 
 
-def find(patterns: list[str]) -> list[Path]:
+def folder_of(one: str) -> Path | Url | None:
+    """The folder that is meant by `one`, if it is not a shard or a pattern of shards."""
+    if "://" in one:
+        return None if one.endswith(".tar") or glob.has_magic(one) else Url(one.rstrip("/"))
+    return Path(one) if Path(one).is_dir() else None
+
+
+def find(patterns: list[str]) -> list[Path | Url]:
     """The shards that folders and patterns stand for, in order and once each. Raises ValueError if one matches nothing."""
-    wanted = [str(Path(one) / "*.tar") if Path(one).is_dir() else one for one in patterns]
-    paths = list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
-    if isinstance(paths[0], Url) or isinstance(paths[-1], Url):
-        raise ValueError(f"{paths[0]}: only local shards are read here; index a copy, then put its index.json beside the shards")
-    return paths
+    wanted = [f"{folder_of(one)}/*.tar" if folder_of(one) else one for one in patterns]
+    return list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
 
 
-def survey(paths: list[Path], workers: int, decode: bool = False) -> list[Survey]:
+def survey(paths: list[Path | Url], workers: int, decode: bool = False) -> list[Survey]:
     """Every shard, read as training reads it. Raises OSError or ValueError."""
-    return in_order(Surveyor(decode), paths, workers, "bytes read", sum(path.stat().st_size for path in paths))
+    total = None if any(isinstance(path, Url) for path in paths) else sum(path.stat().st_size for path in paths)
+    return in_order(Surveyor(decode), paths, workers, "bytes read", total)
 
 
-def make(paths: list[Path], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:
+def make(paths: list[Path | Url], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:
     """Write the index of these shards to `output`, or beside them; what an index there says of other shards then stays.
 
     Raises ValueError or OSError.
@@ -46,6 +53,8 @@ def make(paths: list[Path], classes: list[str] | None, output: Path | None, work
     folders = {path.parent: [] for path in paths}
     if output and len(folders) > 1:
         raise ValueError(f"--output: one index for the shards of {len(folders)} folders; index each of them by itself")
+    if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):
+        raise ValueError(f"{away}: no index can be written there; write it with --output index.json and copy it beside the shards")
     known = {folder: ([], []) if output else _known(folder) for folder in folders}
     found = survey(paths, workers)
     if empty := next((one for one in found if not one.entry["samples"]), None):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_tools.record import Record
@@ -94,6 +95,8 @@ def fault(picture: Picture, decode: bool) -> str | None:
 def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
     """Why a picture cannot be decoded, or None, and its width and height if it tells them."""
     size = None
+    if ends_early(encoded):
+        return "it is truncated, though it has an end", None
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
             size = image.size
@@ -110,6 +113,19 @@ def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
     except UNREADABLE as error:
         return (str(error).splitlines() or [type(error).__name__])[0], size
     return None, size
+
+
+def ends_early(encoded: bytes) -> bool:
+    """Whether a JPEG's data ends before its picture does: with an end behind it, it is whole to Pillow, the missing part grey."""
+    if extension_of(encoded) != "jpg":
+        return False
+    try:
+        colours = simplejpeg.decode_jpeg_header(encoded)[2]
+        # An eighth of the size: all of the data is read for it too.
+        simplejpeg.decode_jpeg(encoded, "CMYK" if colours in ("CMYK", "YCCK") else "RGB", min_height=1, min_width=1)
+    except ValueError as error:
+        return "premature end of data" in str(error)
+    return False
 
 
 class Check(NamedTuple):

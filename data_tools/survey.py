@@ -1,18 +1,42 @@
 """Reads whole shards, as training would: what samples there are, and what is wrong with them."""
 
+import contextlib
 import hashlib
+import io
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_tools.pictures import decoding_fault
 from data_tools.workers import Tick
+from dnal_dist import remote
 from dnal_dist.samples import Fault, boundaries, parse
+from dnal_dist.shards import Url
 
 # More than any picture takes: such a sample is a shard whose headers are damaged, or means harm.
 MOST_BYTES = 1 << 28
 MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
+
+
+@contextlib.contextmanager
+def opened(path: Path | Url) -> Iterator[BinaryIO]:
+    """A shard to read; a remote one is in memory as a whole, since its headers lie all over it. Raises OSError."""
+    if isinstance(path, Url):
+        yield io.BytesIO(remote.read(str(path)))
+        return
+    with path.open("rb") as file:
+        yield file
+
+
+def chunk(path: Path | Url, begin: int, end: int) -> bytes:
+    """Some bytes of a shard. Raises OSError."""
+    if isinstance(path, Url):
+        return remote.read(str(path), begin, end)
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
 
 
 class Good(NamedTuple):
@@ -27,7 +51,7 @@ class Good(NamedTuple):
 
 
 class Survey(NamedTuple):
-    path: Path
+    path: Path | Url
     entry: dict
     """What the index should say of the shard."""
     damage: list[tuple[int, str]]
@@ -44,11 +68,11 @@ class Surveyor(NamedTuple):
 
     decode: bool = False
 
-    def __call__(self, path: Path, tick: Tick) -> Survey:
+    def __call__(self, path: Path | Url, tick: Tick) -> Survey:
         """Raises OSError if the shard cannot be read."""
-        with path.open("rb") as file:
+        with opened(path) as file:
             offsets, damage = boundaries(file)
-            size, digest = path.stat().st_size, hashlib.sha256()
+            size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
             file.seek(0)
             _pass(file, offsets[0], digest)
             faults, good, sizes = [], [], []
@@ -71,10 +95,10 @@ class Surveyor(NamedTuple):
         if end - begin > MOST_BYTES:
             faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any picture"))
             return _pass(file, end - begin, digest)
-        chunk = file.read(end - begin)
-        digest.update(chunk)
+        content = file.read(end - begin)
+        digest.update(content)
         try:
-            sample = parse(chunk)
+            sample = parse(content)
         except Fault as fault:
             return faults.append((fault.key or f"at byte {begin}", fault.reason))
         if sample.label >= MOST_CLASSES:

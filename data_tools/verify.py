@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from rich.table import Table
 from data_tools import findings
 from data_tools.contact_sheet import contact_sheet
 from data_tools.findings import Finding
-from data_tools.index import find, survey
+from data_tools.index import find, folder_of, survey
 from data_tools.make_shards import count
 from data_tools.workers import cores
-from dnal_dist.shards import read_index
+from dnal_dist import remote
+from dnal_dist.shards import Url, read_index
 
 LISTED = 10
 
@@ -39,11 +40,12 @@ def check(patterns: list[str], workers: int = 1, decode: bool = False) -> tuple[
     folders = dict.fromkeys(path.parent for path in paths)
     indices = {folder: read_index(folder) for folder in folders}
     # A folder as a whole must hold all that its index tells of; of a pattern nobody can say.
-    whole = {Path(one) for one in patterns if Path(one).is_dir()}
-    there = set(paths)
-    missing = [folder / name for folder in folders if folder in whole for name in indices[folder] if folder / name not in there]
+    whole = {folder_of(one) for one in patterns}
+    there = {str(path) for path in paths}
+    listed = [f"{folder}/{name}" for folder in folders if folder in whole for name in indices[folder]]
+    missing = [path for path in listed if path not in there]
     surveys = survey(paths, workers, decode)
-    classes, splits = _classes(folders), findings.by_split(surveys)
+    classes, splits = _classes(folder for folder in folders if indices[folder]), findings.by_split(surveys)
     known = {path: indices[path.parent].get(path.name) for path in paths}
     found = [
         *findings.of_shards(surveys, known, missing),
@@ -53,13 +55,13 @@ def check(patterns: list[str], workers: int = 1, decode: bool = False) -> tuple[
     return findings.summary(splits, classes), found, surveys, classes or []
 
 
-def _classes(folders: Sequence[Path]) -> list[str] | None:
-    """The names of the classes, from the first index that has them."""
+def _classes(folders: Iterable[Path | Url]) -> list[str] | None:
+    """The names of the classes, from the first of the folders' indices that has them."""
     for folder in folders:
-        if (folder / "index.json").is_file():
-            names = json.loads((folder / "index.json").read_text()).get("classes")
-            if isinstance(names, list) and names:
-                return [str(name) for name in names]
+        content = remote.read(f"{folder}/index.json") if isinstance(folder, Url) else (folder / "index.json").read_bytes()
+        names = json.loads(content).get("classes")
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
     return None
 
 

@@ -31,19 +31,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int) -> list[Any]:
+def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int | None) -> list[Any]:
     """What `function` returns for each task, in the order of `tasks`; see `as_finished`."""
     return [result for _, result in sorted(as_finished(function, tasks, workers, title, total), key=lambda found: found[0])]
 
 
 def as_finished(
-    function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int
+    function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int | None
 ) -> Iterator[tuple[int, Any]]:
     """Yields a task's number and `function(task, tick)` as soon as it is finished, while up to `workers` processes work.
 
     `function` and what a task holds are copied to the processes, so a function must be of a module. With one worker, or one task,
     all happens in this process. What a task raises is raised here; then, and after Ctrl-C, the other tasks end early by Stopped,
-    which their next tick raises. `title` and `total`, what all ticks come to, are for the progress bar.
+    which their next tick raises. `title` and `total`, what all ticks come to if that is known, are for the progress bar.
     """
     workers = min(workers, len(tasks))
     with _Bar(title, total) as bar:
@@ -119,7 +119,7 @@ class _Rate(ProgressColumn):
 class _Bar:
     """A bar on a terminal; elsewhere, as in the log of a batch job, a line every half a minute."""
 
-    def __init__(self, title: str, total: int):
+    def __init__(self, title: str, total: int | None):
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -139,5 +139,5 @@ class _Bar:
         now = time.monotonic()
         if self.lines and done and now - self.said > SECONDS_BETWEEN_LINES:
             self.said, rate = now, done / (now - self.begun)
-            left = (self.total - done) / rate / 60
-            print(f"{self.title}: {done:,} of {self.total:,}, {rate:,.0f}/s, {left:,.1f} minutes left", file=sys.stderr)
+            left = f" of {self.total:,}, {(self.total - done) / rate / 60:,.1f} minutes left" if self.total else ""
+            print(f"{self.title}: {done:,}{left}, {rate:,.0f}/s", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from servers import FileServer
 
 from data_tools import index, make_shards, verify
 from data_tools.pictures import png
@@ -15,7 +16,9 @@ from dnal_dist.shards import Shards
 
 
 def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments."""
+    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments, by one worker if they do not
+    tell: processes start more slowly than these shards are read."""
+    arguments = (*arguments, *(() if "--workers" in arguments else ("--workers", 1)))
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     code = 0
     try:
@@ -132,7 +135,7 @@ def findings(monkeypatch, capsys, *arguments) -> list[tuple[str, str, str]]:
 
 def test_nothing_is_found_in_whole_shards(own, monkeypatch, capsys):
     assert findings(monkeypatch, capsys, own, "--decode") == []
-    assert findings(monkeypatch, capsys, f"{own}/val-*.tar", "--workers", 1) == []
+    assert findings(monkeypatch, capsys, f"{own}/val-*.tar", "--workers", 2) == []
     code, out, _ = ended(verify, monkeypatch, capsys, own, "--decode")
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in out.splitlines() if "│" in line
@@ -266,3 +269,34 @@ def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, cap
     assert code == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 160, 180) and sheet.getpixel((80, 80)) == (255, 0, 0)
+
+
+@pytest.fixture
+def served(digits, monkeypatch):
+    """The digits' shards and their index on an HTTP server."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    with FileServer() as server:
+        server.files = {f"digits/{path.name}": path.read_bytes() for path in digits.iterdir()}
+        yield server
+
+
+def test_remote_shards_are_verified_as_local_ones(served, digits, monkeypatch, capsys, tmp_path):
+    url, sheet = f"{served.url}/digits", tmp_path / "sheet.png"
+    arguments = (url, "--decode", "--json")
+    code, out, _ = ended(verify, monkeypatch, capsys, *arguments, "--contact-sheet", sheet)
+    assert code == 0 and json.loads(out) == json.loads(ended(verify, monkeypatch, capsys, digits, "--decode", "--json")[1])
+    ended(verify, monkeypatch, capsys, digits, "--contact-sheet", tmp_path / "local.png")
+    assert sheet.read_bytes() == (tmp_path / "local.png").read_bytes()
+    content = served.files["digits/train-000001.tar"]
+    served.files["digits/train-000001.tar"] = content[:600] + b"\1" + content[601:]
+    assert [(kind, where) for kind, where, _ in findings(monkeypatch, capsys, *arguments[:-1])] == [("digest", "train-000001.tar")]
+
+
+def test_the_index_of_remote_shards_goes_to_a_file(served, digits, monkeypatch, capsys, tmp_path):
+    pattern, names = f"{served.url}/digits/{{train-{{000000..000003}},val-{{000000..000001}}}}.tar", tmp_path / "names.txt"
+    names.write_text("\n".join("0123456789"))
+    code, _, said = ended(index, monkeypatch, capsys, pattern)
+    assert code == 2 and "no index can be written there; write it with --output" in said
+    arguments = (pattern, "--classes", names, "--output", tmp_path / "index.json", "--workers", 2)
+    assert ended(index, monkeypatch, capsys, *arguments)[:2] == (0, "6 shards, 1797 samples\n")
+    assert (tmp_path / "index.json").read_bytes() == (digits / "index.json").read_bytes()

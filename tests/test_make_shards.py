@@ -41,8 +41,8 @@ def test_the_splits_share_no_sample_and_every_class_is_in_both(digits):
     keys = {name: {sample.key for sample in samples} for name, samples in split.items()}
     assert not keys["train"] & keys["val"]
     assert len(keys["train"] | keys["val"]) == 1797
-    for samples in split.values():
-        assert {sample.label for sample in samples} == set(range(10))
+    for found in split.values():
+        assert {sample.label for sample in found} == set(range(10))
 
 
 def splits(count: int = 10, shards: int = 3, draw=draw) -> dict[str, Split]:
