@@ -206,7 +206,8 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
     drawn = ["synthetic", "--classes", "5", "--train", "3000", "--val", "50", "--size", "100", "--shard-samples", "200"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn]
     process = subprocess.Popen([*command, folder, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(folder.glob("*.tar")):
+    record = folder / "making.jsonl"
+    while not (record.exists() and '"file"' in record.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
