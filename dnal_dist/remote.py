@@ -100,13 +100,18 @@ def _refusal(url: str) -> str | None:
     return None
 
 
+def can_list(url: str) -> bool:
+    """Whether `glob` can list files there: not on the web."""
+    return url.partition("://")[0] in EXTRAS
+
+
 def glob(url: str) -> list[str]:
     """The URLs that match the pattern `url`, sorted; [url] itself if it is no pattern and exists.
 
     Raises ValueError for http and https, which cannot list files, and RemoteError if the listing cannot be had.
     """
     scheme = url.partition("://")[0]
-    if scheme not in EXTRAS:
+    if not can_list(url):
         raise ValueError(f"{scheme}:// cannot list files; name them all, with braces such as {{000..007}}")
     system = _system(url)
     system.invalidate_cache()

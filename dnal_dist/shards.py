@@ -228,11 +228,14 @@ def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
     if not glob.has_magic(pattern):
         return [Url(pattern)]
     folder = Url(pattern).parent
-    if index := read_index(folder):
-        return [Url(f"{folder}/{file}") for file in sorted(index) if fnmatch(f"{folder}/{file}", pattern)]
+    try:
+        return [Url(f"{folder}/{file}") for file in sorted(read_index(folder)) if fnmatch(f"{folder}/{file}", pattern)]
+    except InputError:
+        if not remote.can_list(pattern):
+            raise
     try:
         return [Url(url) for url in remote.glob(pattern)]
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"key '{key}': {error}") from None
 
 

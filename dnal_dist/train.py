@@ -174,7 +174,7 @@ def _tell(run: phases.Run, resumed: bool) -> None:
     parts, batch = parallel.parts(run.recipe.data), run.recipe.data.global_batch
     full = cost.both_rules(run.supernet, image_size)
     versions = {"python": platform.python_version()}
-    for name in ("dnal-dist", "torch", "torchvision", "accelerate", "webdataset"):
+    for name in ("dnal-dist", "torch", "torchvision", "accelerate", "simplejpeg"):
         with contextlib.suppress(PackageNotFoundError):  # a checkout on PYTHONPATH is not an installed package
             versions[name] = version(name)
     track.global_step = run.global_step
