@@ -64,7 +64,8 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["data.train=''"], r"key 'data\.train': expected the path of shards"),
         (["data.train='x-{0..3.tar'"], r"key 'data\.train': 'x-\{0\.\.3\.tar' is not a pattern"),
         (["data.train=x-${NOWHERE}.tar"], r"key 'data\.train': no shard matches 'x-"),
-        (["data.train=https://example.org/x.tar"], r"key 'data\.train': .* is not a local path"),
+        (["data.train=ftp://example.org/x.tar"], r"key 'data\.train': shards are read from local paths, .*, not from 'ftp'"),
+        (["data.train=https://me:secret@example.org/x.tar"], r"key 'data\.train': a https:// URL with a user or password in it"),
         (["data.train=/"], r"/: not a file; correct key 'data\.train'"),
     ],
 )
@@ -75,8 +76,11 @@ def test_a_key_that_is_wrong(train, folder, changes, told):
 
 def test_a_pipe_is_refused_and_not_run(train, folder):
     command = f"touch${{IFS}}{folder}/executed"
-    refused(train(f"data.train='pipe:{command}'"), r"key 'data\.train': 'pipe:.* is not a local path")
-    refused(train(f"data.train='{folder}/train-0.tar pipe:{command}'"), r"key 'data\.train': 'pipe:.* is not a local path")
+    refused(train(f"data.train='pipe:{command}'"), r"key 'data\.train': shards are read from local paths, .*, not from this kind")
+    refused(
+        train(f"data.train='{folder}/train-0.tar pipe:{command}'"),
+        r"key 'data\.train': shards are read from local paths, .*, not from this kind",
+    )
     refused(train(f"data.train='{folder}/train-0.tar::pipe:{command}'"), r"key 'data\.train': ")
     assert not (folder / "executed").exists()
 
