@@ -78,3 +78,13 @@ def test_nothing_unpickles_or_runs_data():
 def test_instructions_of_pickled_files_are_looked_at_in_one_place():
     """By the reader of CIFAR-10's batches, which follows a few of them itself and refuses the others."""
     assert [path.name for path in Path("data_tools").rglob("*.py") if "pickletools" in path.read_text()] == ["cifar10_batches.py"]
+
+
+def test_shards_are_read_without_torch():
+    """data_tools start many processes, each of which would load it."""
+    reachable, new = set(), {"dnal_dist.shards"}
+    while new:
+        reachable |= new
+        new = {m for name in new for m in IMPORTS[name] if m in IMPORTS} - reachable - {"dnal_dist"}
+    assert reachable >= {"dnal_dist.samples", "dnal_dist.remote", "dnal_dist.cache", "dnal_dist.ahead"}
+    assert not reachable & importers("torch", "torchvision")

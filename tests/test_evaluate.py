@@ -1,0 +1,65 @@
+"""Evaluation is over exactly the validation set, and says so if it is not."""
+
+import pytest
+import torch
+from torch import nn
+
+from dnal_dist.evaluate import evaluate
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import Data, InputError
+from dnal_dist.shards import Shards
+from dnal_dist.stream import Stream
+
+
+class Sums:
+    """In place of Parallel: `others` is what the other processes have summed up."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, others=0.0):
+        self.others, self.own = others, None
+
+    def sum_(self, sums):
+        self.own = sums.clone()
+        return sums + self.others
+
+    def gather(self, items):
+        return items
+
+
+@pytest.fixture
+def data(digits) -> Data:
+    return Data(train="-", val=f"{digits}/val-*.tar", image_size=8, global_batch=48, workers=0)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+
+def stream(data: Data, rank: int = 0, world_size: int = 1) -> Stream:
+    return Stream(Shards(data.val, "data.val", 10), data, 0, False, rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_any_number_of_processes_comes_to_the_same(data, network, world_size):
+    whole = evaluate(network, stream(data), data, Parallel())
+    assert whole.samples == 355
+    parts = []
+    for rank in range(world_size):
+        sums = Sums()
+        with pytest.raises(InputError, match="a process saw other shards"):
+            evaluate(network, stream(data, rank, world_size), data, sums)
+        parts.append(sums.own)
+    together = evaluate(network, stream(data, 0, world_size), data, Sums(sum(parts[1:])))
+    assert (together.accuracy, together.top5, together.samples) == (whole.accuracy, whole.top5, whole.samples)
+    assert together.cross_entropy == pytest.approx(whole.cross_entropy, rel=1e-6)
+
+
+def test_a_sample_that_is_missing_or_twice_is_an_error(data, network):
+    for wrong in (354, 356):
+        one = stream(data)
+        one.samples = wrong
+        with pytest.raises(InputError, match=rf"evaluated 355 samples and skipped 0 of {wrong}"):
+            evaluate(network, one, data, Sums())
