@@ -205,6 +205,9 @@ def _tell(run: phases.Run, resumed: bool) -> None:
         + (f", {parallel.precision}" if parallel.precision != "float32" else "")
         + (f", {batch // parallel.world_size} pictures each in {parts} parts" if parts > 1 else "")
     )
+    for shards in (train.shards, run.val.shards):
+        if shards.cache is not None:
+            track.say(f"{shards.key}: {shards.remote_bytes / 1e9:,.3g} GB elsewhere, read through copies in {shards.cache.folder}")
     if resumed:
         track.say(f"resumed in {run.phase} after {run.step} steps ({run.global_step} in all)")
 

@@ -140,6 +140,7 @@ def test_a_run_of_two_processes_from_a_bucket(digits, tmp_path, monkeypatch, tra
             ended = train_command("recipes/digits.yaml", *given, *few, processes=2)
             assert ended.returncode == 0, ended.stderr
             assert secret not in ended.stdout + ended.stderr
+            assert ("GB elsewhere, read through copies in" in ended.stdout) == (folder == "far")
     assert receipts(tmp_path / "far") == receipts(tmp_path / "near")
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 6
     kept = [path.read_bytes() for path in (tmp_path / "far").rglob("*") if path.is_file()]
