@@ -134,13 +134,8 @@ class Slices(Sampler):
     """Which samples each batch of one rank holds. Training: without end, from batch `start` of the run on. Else: one pass."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
-        self.counts, self.samples, self.shard_of, self.seed, self.train = (
-            shards.counts,
-            shards.samples,
-            shards.shard_of,
-            seed,
-            train,
-        )
+        self.counts, self.samples, self.shard_of = shards.counts, shards.samples, shards.shard_of
+        self.seed, self.train = seed, train
         self.global_batch, self.together = data.global_batch, data.shuffle_shards
         self.local, self.rank, self.start = data.global_batch // world_size, rank, 0
         self.per_epoch = self.samples // self.global_batch
