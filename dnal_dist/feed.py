@@ -17,6 +17,9 @@ from dnal_dist import nvjpeg
 from dnal_dist.pictures import normalise
 from dnal_dist.stream import Batch
 
+# Labels that torch's cross-entropy leaves out.
+IGNORED = -100
+
 
 class Fed(NamedTuple):
     """A batch on the device."""
@@ -24,15 +27,19 @@ class Fed(NamedTuple):
     images: Tensor
     """float32 (n, 3, H, W), normalised and mirrored."""
     labels: Tensor
-    """int64 (n,)."""
+    """int64 (n,); -100 for a picture that only fills."""
     batch: Batch
     """What it came from."""
     waited: float
     """Seconds until the stream had it."""
 
 
-def feed(batches: Generator[Batch], data, device: torch.device) -> Generator[Fed]:
-    """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes."""
+def feed(batches: Generator[Batch], data, device: torch.device, fill: int = 0) -> Generator[Fed]:
+    """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes.
+
+    fill: a batch that lost samples is filled up to so many, with pictures that it has, labelled to count for nothing. Processes
+    then take the same parts of a batch at any time, whatever each of them had to skip.
+    """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     with contextlib.closing(batches):
         while True:
@@ -42,6 +49,9 @@ def feed(batches: Generator[Batch], data, device: torch.device) -> Generator[Fed
                 return
             waited = time.monotonic() - asked
             images, labels, batch = _moved(batch, data, device) if side is None else _moved_beside(batch, data, device, side)
+            if 0 < (count := len(labels)) < fill:
+                images = images[torch.arange(fill, device=device) % count]
+                labels = torch.cat([labels, labels.new_full((fill - count,), IGNORED)])
             yield Fed(images, labels, batch, waited)
 
 

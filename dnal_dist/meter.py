@@ -65,9 +65,9 @@ class Meter:
         images, labels, batch, waited = next(batches)
         self.waited += waited
         self.skipped.update(map(str, batch.bad))
-        self.run.receipt.take(batch.tally, len(labels), batch.bad)
+        self.run.receipt.take(batch.tally, len(batch.labels), batch.bad)
         self.sums[5] += len(batch.bad)
-        self.sums[2] += len(labels)
+        self.sums[2] += len(batch.labels)
         return images, labels
 
     @contextlib.contextmanager

@@ -94,9 +94,10 @@ def go(run: Run) -> None:
         batches.close()
 
 
-def fed(run: Run) -> Generator[Fed]:
-    """The training batches from where `run` stands on, on its device."""
-    return feed(run.train.batches(run.global_step), run.recipe.data, run.parallel.device)
+def fed(run: Run, fill: bool = True) -> Generator[Fed]:
+    """The training batches from where `run` stands on, on its device; in full size even if samples had to be skipped."""
+    share = run.recipe.data.global_batch // run.parallel.world_size
+    return feed(run.train.batches(run.global_step), run.recipe.data, run.parallel.device, share if fill else 0)
 
 
 def pretrain(run: Run, batches) -> None:
@@ -175,7 +176,7 @@ def recalibrate(run: Run, number: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None
     run.small.train()
-    with contextlib.closing(fed(run)) as batches:
+    with contextlib.closing(fed(run, fill=False)) as batches:
         for _ in range(number):
             run.small(next(batches).images)
     for norm, momentum in zip(norms, usual, strict=True):

@@ -247,3 +247,23 @@ def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(nvjpeg, "_decode", refuse)
     with pytest.raises(InputError, match=r"key 'data\.decode': .*\(not compiled with nvJPEG support\); set it to cpu"):
         nvjpeg.require(torch.device("cuda"))
+
+
+def test_a_batch_that_lost_samples_is_filled_with_what_counts_for_nothing():
+    """The loss and its gradient are those of the pictures that there are, and all processes see the same number."""
+    batch = batch_of(3)
+    (fed,) = feed(iter_closing([batch]), settings(), CPU, fill=7)
+    (plain,) = feed(iter_closing([batch]), settings(), CPU)
+    assert len(plain.labels) == 4 and len(fed.labels) == len(fed.images) == 7
+    assert torch.equal(fed.images[:4], plain.images) and torch.equal(fed.images[4:], plain.images[:3])
+    weights = torch.randn(10, 192, requires_grad=True)
+    losses = [
+        torch.nn.functional.cross_entropy(one.images.flatten(1) @ weights.T, one.labels, reduction="sum") for one in (fed, plain)
+    ]
+    ours, reference = (torch.autograd.grad(loss, weights)[0] for loss in losses)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(ours, reference)
+
+
+def iter_closing(batches):
+    yield from batches

@@ -14,13 +14,15 @@ def execute(*command, timeout: float = 900, **environment) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-def launch(backend: str, processes: int, *command, precision: str = "no", **environment) -> subprocess.CompletedProcess:
+def launch(
+    backend: str, processes: int, *command, precision: str = "no", timeout: float = 900, **environment
+) -> subprocess.CompletedProcess:
     """Run a script, or -m MODULE, on so many processes; `single` is without any launcher."""
     start = [sys.executable]
     if backend != "single":
         start += ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml"]
         start += ["--num_processes", processes, "--mixed_precision", precision]
-    return execute(*start, *command, **environment)
+    return execute(*start, *command, timeout=timeout, **environment)
 
 
 def succeed(found: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
