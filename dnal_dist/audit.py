@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -14,6 +15,8 @@ from dnal_dist.receipts import tally
 from dnal_dist.recipe import InputError
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Slices
+
+TYPES = {"epoch": int, "batches": int, "samples": int, "digest": str, "ordered": str, "skipped": list}
 
 
 class Taken(NamedTuple):
@@ -27,7 +30,7 @@ def audit(run: Path) -> int:
     Raises InputError if folder or shards cannot be read.
     """
     settings = recipe.load(run / "recipe.yaml")
-    receipts, last = _read(run)
+    receipts, last, ended = _read(run)
     if not receipts:
         raise InputError(f"{run / 'metrics.jsonl'}: no receipt yet; the first is written at the end of the first epoch")
     console, data = Console(), settings.data
@@ -35,64 +38,71 @@ def audit(run: Path) -> int:
     slices = Slices(shards, data, settings.seed, True)
     bar = {"console": Console(stderr=True), "transient": True, "disable": not console.is_terminal}
     names = [shards.name(index) for index in track(range(shards.samples), "reading keys", **bar)]
-    numbers = {(Path(shard).name, offset): index for index in range(shards.samples) for shard, offset in [shards.where(index)]}
-    table = Table("epoch", "batches", "samples", "skipped", "", title=f"{run}: receipts against {data.train}")
+    table = Table("epoch", "batches", "samples", "skipped", "", title=escape(f"{run}: receipts against {data.train}"))
+    per_epoch, dropped = divmod(shards.samples, data.global_batch)
     faults = 0
     for epoch, receipt in enumerate(track(receipts, "checking epochs", **bar)):
-        fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, numbers, slices)
+        fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, slices)
         faults += bool(fault)
-        table.add_row(
-            *(str(receipt[key]) for key in ("epoch", "batches", "samples")),
-            str(len(receipt["skipped"])),
-            f"[red]{fault}" if fault else "each sample once, in its turn",
-        )
+        numbers = (str(receipt[key]) for key in ("epoch", "batches", "samples"))
+        told = f"[red]{escape(fault)}" if fault else "each sample once, in its turn"
+        table.add_row(*numbers, str(len(receipt["skipped"])), told)
     console.print(table)
     _tell_skipped(console, receipts)
-    per_epoch, dropped = divmod(shards.samples, data.global_batch)
     covered = (len(receipts) - 1) * per_epoch + receipts[-1]["batches"]
+    missing = last - covered if ended or last - covered >= per_epoch else 0
     console.print(
         f"{covered} batches of {data.global_batch}, {dropped} samples left over in each epoch; "
         + (f"[red]{faults} receipts are wrong" if faults else "no sample twice, none missing")
-        + (f"; the last {last - covered} iterations are of an epoch that has not ended" if last > covered else "")
+        + (f"; [red]the receipts of the last {missing} iterations are missing" if missing else "")
+        + (f"; the last {last - covered} iterations are of an epoch that has not ended" if last > covered and not missing else "")
     )
-    return 1 if faults else 0
+    return 1 if faults or missing else 0
 
 
-def _read(run: Path) -> tuple[list[dict], int]:
-    """A run's receipts, oldest first, and the number of iterations that its record tells of."""
+def _read(run: Path) -> tuple[list[dict], int, bool]:
+    """A run's receipts, oldest first, the number of iterations that its record tells of, and whether it has ended."""
+    path = run / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [one for one in records if one["kind"] == "receipt"], max((one["global_step"] for one in records), default=0)
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        receipts, last = (
+            [one for one in records if one["kind"] == "receipt"],
+            max((one["global_step"] for one in records), default=0),
+        )
+        if not all(isinstance(one.get(key), kind) for one in receipts for key, kind in TYPES.items()) or not isinstance(last, int):
+            raise ValueError("a receipt that is none")
+        if not all(
+            isinstance(line, list) and len(line) == 5 and isinstance(line[0], int) for one in receipts for line in one["skipped"]
+        ):
+            raise ValueError("a receipt of what was skipped that is none")
+        return receipts, last, any(one["kind"] == "end" for one in records)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{run / 'metrics.jsonl'}: not a run's record ({error}); name a run folder") from None
+        raise InputError(f"{path}: not a run's record ({error}); name a run folder") from None
 
 
-def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], numbers: dict, slices: Slices) -> str:
+def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], slices: Slices) -> str:
     """What is wrong with the receipt of `epoch`; "" if nothing is."""
-    batches, skipped = receipt["batches"], [(shard, offset) for shard, offset, *_ in receipt["skipped"]]
+    batches, skipped = receipt["batches"], {one[0] for one in receipt["skipped"]}
     per_epoch = len(names) // slices.global_batch
     if receipt["epoch"] != epoch:
         return f"expected the receipt of epoch {epoch}"
     if not 0 < batches <= per_epoch or (batches < per_epoch and not is_last):
         return f"{batches} batches, expected {per_epoch}"
-    if unknown := [one for one in skipped if one not in numbers]:
-        return f"skipped what the shards do not hold: {unknown[0][0]} at byte {unknown[0][1]}"
     wanted: np.ndarray = slices.order(epoch)[: batches * slices.global_batch]
-    left_out = {numbers[one] for one in skipped}
-    taken = [(index, position) for position, index in enumerate(wanted.tolist()) if index not in left_out]
-    if len(left_out) != len(skipped) or len(taken) != receipt["samples"] or len(taken) + len(skipped) != len(wanted):
-        return f"{receipt['samples']} samples and {len(skipped)} skipped, expected {len(wanted)} in all"
-    digest, ordered = (f"{one:032x}" for one in tally(Taken(names[index], position) for index, position in taken))
+    taken = [Taken(names[index], position) for position, index in enumerate(wanted.tolist()) if index not in skipped]
+    if len(receipt["skipped"]) != len(skipped) or len(taken) != receipt["samples"] or len(taken) + len(skipped) != len(wanted):
+        return f"{receipt['samples']} samples and {len(receipt['skipped'])} skipped, expected {len(wanted)} in all, each once"
+    digest, ordered = (f"{one:032x}" for one in tally(taken))
     if digest != receipt["digest"]:
         return "other samples than the epoch's, or not each of them once"
     return "" if ordered == receipt["ordered"] else "the samples of the epoch, but in another order"
 
 
 def _tell_skipped(console: Console, receipts: list[dict]) -> None:
-    found = {(shard, offset): (key, reason) for receipt in receipts for shard, offset, key, reason in receipt["skipped"]}
+    found = {one[0]: one[1:] for receipt in receipts for one in receipt["skipped"]}
     if not found:
         return
     table = Table("shard", "byte", "key", "why", title=f"{len(found)} samples were skipped")
-    for (shard, offset), (key, reason) in sorted(found.items()):
-        table.add_row(shard, str(offset), str(key), reason)
+    for _, told in sorted(found.items()):
+        table.add_row(*(escape(str(one)) for one in told))
     console.print(table)

@@ -1,8 +1,8 @@
 """Receipts: digests of which samples each epoch consumed, and in which order, on however many processes.
 
-A sample is known by its shard's file name and its key. The digest of an epoch is the sum of its samples' hashes, so it does not
-depend on who took which; the ordered digest sums hashes of each sample together with its position in the epoch's global order. Both
-add up over processes, and over the parts of an epoch that a run was stopped in.
+A sample is known by its shard's number and file name, the byte where it begins, and its key. The digest of an epoch is the sum of
+its samples' hashes, so it does not depend on who took which; the ordered digest sums hashes of each sample together with its
+position in the epoch's global order. Both add up over processes, and over the parts of an epoch that a run was stopped in.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,8 +42,9 @@ def without(whole: tuple[int, int], samples: Iterable[Named]) -> tuple[int, int]
 
 @dataclass
 class Receipt:
-    """What was consumed of an epoch: its first `batches` global batches, `samples` samples in all. skipped: [shard, byte, key, why]
-    of each that could not be used. Between two calls of `settle`, the main process holds more than its own part, others less."""
+    """What was consumed of an epoch: its first `batches` global batches, `samples` samples in all. skipped: [number, shard, byte,
+    key, why] of each that could not be used. Between two calls of `settle`, the main process holds more than its own part, others
+    less."""
 
     epoch: int = 0
     batches: int = 0
@@ -54,7 +55,7 @@ class Receipt:
 
     def take(self, tally: tuple[int, int], samples: int, bad: list[Fault]) -> None:
         """Add what this process took of a batch."""
-        self._add(tally, samples, [[Path(fault.shard).name, fault.offset, fault.key, fault.reason] for fault in bad])
+        self._add(tally, samples, [[fault.index, Path(fault.shard).name, fault.offset, fault.key, fault.reason] for fault in bad])
 
     def _add(self, tally: tuple[int, int], samples: int, skipped: list[list]) -> None:
         self.samples += samples
@@ -69,7 +70,7 @@ class Receipt:
         if main:
             for part in parts:
                 self._add((int(part["digest"], 16), int(part["ordered"], 16)), part["samples"], part["skipped"])
-            self.skipped.sort(key=lambda one: one[:2])
+            self.skipped.sort(key=lambda one: one[0])
         # At an epoch's end, of the epoch that ends.
         self.epoch, before = divmod(max(global_step - 1, 0), steps_per_epoch)
         self.batches = before + 1 if global_step else 0

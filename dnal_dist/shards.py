@@ -7,11 +7,15 @@ import functools
 import glob
 import io
 import json
+import math
 import os
+import re
 import shlex
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,16 +32,17 @@ OPEN_SHARDS = 64
 
 
 class Origin(NamedTuple):
-    """Where a sample of a batch is from: its name and position for the receipt; key, shard and byte for messages."""
+    """Where a sample of a batch is from: its name and position for the receipt; key, shard, byte and number for messages."""
 
     name: str
     position: int
     key: str
     shard: str
     offset: int
+    index: int
 
     def fault(self, reason: str) -> Fault:
-        return Fault(reason, self.key, self.shard, self.offset)
+        return Fault(reason, self.key, self.shard, self.offset, self.index)
 
 
 class Url(str):
@@ -68,12 +73,17 @@ class Shards:
         """What is wrong with the shards, but does not keep their samples from being used."""
         self.entries = [indices[path.parent].get(path.name) for path in self.paths]
         self.offsets = [self._offsets(*one) for one in zip(self.paths, self.entries, strict=True)]
+        for entry in filter(None, self.entries):
+            # As arrays they take a fifth of the memory.
+            entry["offsets"] = None
         self.counts = np.array([len(offsets) - 1 for offsets in self.offsets])
         self.samples = int(self.counts.sum())
         if not self.samples:
             raise InputError(f"key '{key}': {patterns!r} matches shards that hold no sample; make them anew")
         self._ends = np.cumsum(self.counts)
+        self._ends_list, self._counts_list = self._ends.tolist(), self.counts.tolist()
         self._files: OrderedDict[int, int] = OrderedDict()
+        self.open_shards = OPEN_SHARDS
         self.remote_bytes = sum(
             entry["bytes"] for path, entry in zip(self.paths, self.entries, strict=True) if isinstance(path, Url)
         )
@@ -87,20 +97,35 @@ class Shards:
         """
         if self.cache is None:
             return None
-        limit, together = self.cache.limit_bytes, min(together or len(self.paths), len(self.paths))
-        if (wanted := self.remote_bytes * together // len(self.paths)) > limit:
+        limit, sizes = self.cache.limit_bytes, sorted((self._remote(shard)[1] for shard in self._remote_shards()), reverse=True)
+        # Shards come and go at chance, so that there are now more of them and now fewer.
+        in_use = min(len(sizes), math.ceil(1.3 * together) + 2) if together else len(sizes)
+        if (wanted := sum(sizes[:in_use])) > limit:
             raise InputError(
-                f"key 'data.cache_gb': {limit / 1e9:.3g} GB, but {together} shards of '{self.key}' are in use at a time, "
+                f"key 'data.cache_gb': {limit / 1e9:.3g} GB, but {in_use} shards of '{self.key}' may be in use at a time, "
                 f"{wanted / 1e9:.3g} GB; raise it, or lower key 'data.shuffle_shards'"
             )
-
-        def plan(batch: int) -> Iterator[Need]:
-            for position, shard in first_uses(batch):
-                if isinstance(self.paths[shard], Url):
-                    yield Need(position, *self._remote(shard))
-
+        fits = self.remote_bytes <= limit
+        if not fits:
+            # The space of a copy that made room for others comes free when it is closed.
+            self.open_shards = min(OPEN_SHARDS, in_use)
         # Of a set that does not fit as a whole, what is coming must not drive out what is in use.
-        return Ahead(self.cache, plan, limit if self.remote_bytes <= limit else max((limit - wanted) // 2, 1), downloads)
+        plan = functools.partial(self._needs, first_uses, fits)
+        return Ahead(self.cache, plan, limit if fits else max((limit - wanted) // 2, 1), downloads)
+
+    def _needs(self, first_uses: Callable[[int], Iterator[tuple[int, int]]], once: bool, batch: int) -> Iterator[Need]:
+        """Remote shards in the order in which they are needed from `batch` on; `once`: none of them again."""
+        left = set(self._remote_shards())
+        for position, shard in first_uses(batch):
+            if shard in left:
+                yield Need(position, *self._remote(shard))
+                if once:
+                    left.discard(shard)
+            if not left:
+                return
+
+    def _remote_shards(self) -> list[int]:
+        return [shard for shard, path in enumerate(self.paths) if isinstance(path, Url)]
 
     def _remote(self, shard: int) -> tuple[str, int, str]:
         """URL, bytes and SHA-256."""
@@ -112,43 +137,68 @@ class Shards:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample with this number, 0 <= index < samples. Raises Fault if it cannot be used, OSError if its shard cannot."""
+        return self.take(index, 0)[0]
+
+    def take(self, index: int, position: int) -> tuple[Sample, Origin]:
+        """The sample with this number, and where it is from, at `position` of an epoch's order. Raises as `[index]` does."""
         shard, begin, end = self._place(index)
         try:
             chunk = os.pread(self._open(shard), end - begin, begin)
             if len(chunk) < end - begin:
                 raise Fault("the shard is cut short before its end", first_key(chunk))
-            return parse(chunk, self.num_classes)
+            sample = parse(chunk, self.num_classes)
         except Fault as fault:
-            fault.shard, fault.offset = str(self.paths[shard]), begin
+            fault.shard, fault.offset, fault.index = str(self.paths[shard]), begin, index
             raise
+        return sample, Origin(self._name(shard, begin, sample.key), position, sample.key, str(self.paths[shard]), begin, index)
 
-    def name(self, index: int, key: str | None = None) -> str:
-        """SHARD/KEY of a sample. A key that is not known is read; of the sample only the first header, if that is enough."""
+    def name(self, index: int) -> str:
+        """What a receipt knows a sample by; only its first header is read, if that is enough to tell its key."""
         shard, begin, end = self._place(index)
-        if key is None:
-            file = self._open(shard)
-            key = first_key(os.pread(file, BLOCK, begin)) or first_key(os.pread(file, end - begin, begin))
-        return f"{self.paths[shard].name}/{key}"
+        file = self._open(shard)
+        return self._name(shard, begin, first_key(os.pread(file, BLOCK, begin)) or first_key(os.pread(file, end - begin, begin)))
+
+    def _name(self, shard: int, begin: int, key: str | None) -> str:
+        # Two folders may have shards of one name, and two samples one key.
+        return f"{shard}/{self.paths[shard].name}/{begin}/{key}"
 
     def where(self, index: int) -> tuple[str, int]:
         """Path of the shard that a sample is in, and the byte at which it begins there."""
         shard, begin, _ = self._place(index)
         return str(self.paths[shard]), begin
 
-    def origin(self, index: int, key: str, position: int) -> Origin:
-        """Of the sample with this number and key, at `position` of an epoch's order."""
-        return Origin(self.name(index, key), position, key, *self.where(index))
-
     def _place(self, index: int) -> tuple[int, int, int]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[shard] - self.counts[shard])
-        begin, end = self.offsets[shard][row : row + 2].tolist()
-        return shard, begin, end
+        shard = bisect_right(self._ends_list, index)
+        row = index - self._ends_list[shard] + self._counts_list[shard]
+        offsets = self.offsets[shard]
+        return shard, int(offsets[row]), int(offsets[row + 1])
+
+    def fingerprints(self) -> list[str]:
+        """One line for each shard, of what all processes of a run must find alike; of a local one with its first and last key."""
+        lines, ends = [], [0, *self._ends_list]
+        for path, offsets, entry, first, end in zip(self.paths, self.offsets, self.entries, ends, ends[1:], strict=False):
+            places = blake2b(offsets.tobytes(), digest_size=8).hexdigest()
+            keys = [] if isinstance(path, Url) or first == end else [self.name(first), self.name(end - 1)]
+            digest = (entry["sha256"] if entry else None) or "no digest"
+            lines.append(f"{path.name}, {end - first} samples at {places}, {digest} {' '.join(keys)}".strip())
+        return lines
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self):
+        if hasattr(self, "_files"):
+            self.close()
+
+    def __getstate__(self) -> dict:
+        # The numbers of this process's open files mean others, or nothing, in another process.
+        return self.__dict__ | {"_files": OrderedDict()}
 
     def _open(self, shard: int) -> int:
-        """A file descriptor of the shard; the OPEN_SHARDS used last stay open."""
+        """A file descriptor of the shard; the `open_shards` used last stay open."""
         if shard not in self._files:
-            if len(self._files) == OPEN_SHARDS:
+            while len(self._files) >= self.open_shards:
                 os.close(self._files.popitem(last=False)[1])
             is_remote = isinstance(self.paths[shard], Url)
             self._files[shard] = self.cache.open(*self._remote(shard)) if is_remote else os.open(self.paths[shard], os.O_RDONLY)
@@ -218,6 +268,10 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
         paths += [path for one in expanded for path in found[one]]
     if not paths:
         raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
+    real = [path if isinstance(path, Url) else os.path.realpath(path) for path in paths]
+    if len(set(real)) < len(real):
+        twice = next(path for i, path in enumerate(paths) if real[i] in real[:i])
+        raise InputError(f"key '{key}': {twice} is named twice, and its samples would be; name it once")
     return names, paths
 
 
@@ -267,7 +321,9 @@ def read_index(folder: Path | Url) -> dict[str, dict]:
     except FileNotFoundError:
         return {}
     except remote.RemoteError as error:
-        raise InputError(str(error)) from None
+        raise InputError(
+            f"{error}; remote shards need their index: make it by `python -m data_tools.index`, and put it beside them"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it anew") from None
 
@@ -281,6 +337,10 @@ def _remote_index(url: str) -> bytes:
 def _entry(entry: dict) -> dict:
     """One checked entry of an index. Raises ValueError or TypeError."""
     samples, size, offsets = int(entry["samples"]), int(entry["bytes"]), entry.get("offsets")
+    if not isinstance(entry["file"], str) or "/" in entry["file"] or not entry["file"].isprintable():
+        raise ValueError(f"{entry['file']!r}, which is no file's name")
+    if not re.fullmatch("[0-9a-fA-F]{64}", str(entry.get("sha256") or "0" * 64)):
+        raise ValueError(f"a digest of {entry['file']} that is none")
     if samples < 0:
         raise ValueError("a negative number of samples")
     if offsets is not None:

@@ -91,8 +91,7 @@ class Pictures(Dataset):
             self.ahead.at(wanted[0].batch)
         for place in wanted:
             try:
-                sample = self.shards[place.index]
-                origin = self.shards.origin(place.index, sample.key, place.position)
+                sample, origin = self.shards.take(place.index, place.position)
                 geometry = self._picture(sample.picture, place, origin, stack, waiting, len(labels))
             except Fault as fault:
                 bad.append(fault)

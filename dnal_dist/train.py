@@ -7,6 +7,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train r
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -111,6 +112,8 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     cache = (data.cache, data.cache_gb)
     train = Stream(Shards(data.train, "data.train", classes, *cache), data, settings.seed, True, rank, world_size, pin)
     val = Stream(Shards(data.val, "data.val", classes, *cache), data, settings.seed, False, rank, world_size, pin)
+    for shards in (train.shards, val.shards):
+        _same_shards(shards, parallel)
     _refuse_search_without_architecture(settings, train.steps_per_epoch)
     parts = parallel.parts(data)
     _try_network(network, data, data.global_batch // world_size // parts)
@@ -125,7 +128,7 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
             *faults,
             f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes",
         ]
-    for fault in (*faults, *train.shards.warnings, *val.shards.warnings):
+    for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
@@ -137,6 +140,18 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     else:
         _tell(run, resumed=saved is not None)
     return run
+
+
+def _same_shards(shards: Shards, parallel: Parallel) -> None:
+    """Raise InputError, on all processes, if one of them finds other shards than the main process."""
+    first, *others = parallel.gather([shards.fingerprints()])
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            one, two = next((a, b) for a, b in itertools.zip_longest(first, other, fillvalue="nothing more") if a != b)
+            raise InputError(
+                f"key '{shards.key}': process {rank} finds other shards than process 0 ({two}; not {one}); "
+                f"copy the same files, with their index, to every machine"
+            )
 
 
 def _refuse_search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None:

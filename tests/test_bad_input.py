@@ -4,9 +4,12 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from faulty import FEW, records, refused, samples, write_tar
 
 # --- the recipe and its overrides
@@ -251,5 +254,34 @@ def test_processes_stay_in_step_when_their_parts_lose_samples(train_command, fol
     ended = train_command("recipes/digits.yaml", *shards, *changes, processes=2)
     assert ended.returncode == 0, ended.stderr
     for receipt in records(folder, "receipt"):
-        assert (receipt["samples"], [one[2] for one in receipt["skipped"]]) == (13, ["09", "10", "11"])
+        assert (receipt["samples"], [one[3] for one in receipt["skipped"]]) == (13, ["09", "10", "11"])
         assert receipt["batches"] == 1
+
+
+def test_processes_that_find_other_shards_are_refused(train_command, folder, tmp_path):
+    """Each process in a folder of its own, as with disks of their own: the second one's two shards have changed places."""
+    program = tmp_path / "elsewhere.py"
+    program.write_text(
+        "import os, sys\nfrom dnal_dist import train\nos.chdir(f'{sys.argv.pop(1)}/{os.environ[\"RANK\"]}')\ntrain.main()\n"
+    )
+    for rank, names in enumerate((("a", "b"), ("b", "a"))):
+        (tmp_path / str(rank)).mkdir()
+        for number, name in enumerate(names):
+            write_tar(tmp_path / str(rank) / f"train-{number}.tar", {f"{name}{key}": content for key, content in samples().items()})
+    given = ("data.train=train-*.tar", f"data.val={folder}/val-*.tar", f"output={tmp_path}/run", *FEW)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+    command += ["--num_processes", "2", program, tmp_path, ROOT / "recipes/digits.yaml", *given]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode != 0
+    assert "error: key 'data.train': process 1 finds other shards than process 0 (train-0.tar, 16 samples" in ended.stderr
+
+
+def test_a_shard_that_is_named_twice_is_refused(train, folder):
+    (folder / "again").symlink_to(folder)
+    for twice in (
+        f"'{folder}/train-0.tar {folder}/train-*.tar'",
+        f"{folder}/train-{{0,0}}.tar",
+        f"{folder}/{{again/,}}train-0.tar",
+    ):
+        refused(train(f"data.train={twice}"), r"key 'data\.train': .*/train-0\.tar is named twice")

@@ -216,7 +216,7 @@ def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch)
 def test_a_batch_of_which_nothing_is_left_stops_the_run(decoder):
     waiting = nvjpeg.Waiting()
     waiting.add(
-        b"\xff\xd8 no picture \xff\xd9", 0, nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8)), Origin("shard/3", 0, "3", "shard", 9)
+        b"\xff\xd8 no picture \xff\xd9", 0, nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8)), Origin("shard/3", 0, "3", "shard", 9, 3)
     )
     decoder.refused = set(waiting.jpegs)
     empty = torch.empty(0, 3, 8, 8, dtype=torch.uint8)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import write_index
+from faulty import png, samples, write_index, write_tar
 
 from dnal_dist.audit import Taken, audit
 from dnal_dist.receipts import Receipt, tally, without
@@ -65,7 +65,7 @@ def test_each_epoch_has_a_receipt(run):
     for one in found[:3]:
         # 1 442 samples, of which an epoch leaves two over.
         assert one["samples"] + len(one["skipped"]) == 1440 and len(one["skipped"]) in (1, 2)
-        assert all(shard == "train-000002.tar" and reason for shard, _, _, reason in one["skipped"])
+        assert all(shard == "train-000002.tar" and reason for _, shard, _, _, reason in one["skipped"])
     assert len({one["ordered"] for one in found}) == 4
 
 
@@ -107,7 +107,10 @@ def test_the_audit_proves_each_sample_once(run):
         (lambda r: [r[0] | {"ordered": r[1]["ordered"]}, *r[1:]], "in another order"),
         (lambda r: [r[0] | {"samples": r[0]["samples"] - 1}, *r[1:]], "samples and"),
         (lambda r: [r[0] | {"skipped": r[0]["skipped"][1:]}, *r[1:]], "samples and"),
-        (lambda r: [r[0] | {"skipped": [["train-000000.tar", 7, "x", "y"], *r[0]["skipped"]]}, *r[1:]], "do not hold"),
+        (lambda r: [r[0] | {"skipped": [[7, "train-000000.tar", 7, "x", "y"], *r[0]["skipped"]]}, *r[1:]], "samples and"),
+        (lambda r: [r[0] | {"skipped": [[9999, "x.tar", 7, "x", "y"], *r[0]["skipped"]]}, *r[1:]], "samples and"),
+        (lambda r: r[:3], "the receipts of the last 15 iterations are missing"),
+        (lambda r: r[:1], "the receipts of the last 75 iterations are missing"),
         (lambda r: [r[0] | {"batches": 29}, *r[1:]], "29 batches, expected 30"),
     ],
 )
@@ -120,6 +123,34 @@ def test_the_audit_sees_what_is_wrong(run, tmp_path, proven, fault, told):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in changed))
     code, said = proven(tmp_path)
     assert code == 1 and told in said
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batches": "5"}, {"batches": None}, {"skipped": None}, {"skipped": [[1]]}, {"digest": 3}, {"global_step": "x"}]
+)
+def test_a_damaged_record_is_told_in_one_line(run, tmp_path, changes):
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    changed = [one | changes if one["kind"] == "receipt" else one for one in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in changed))
+    with pytest.raises(InputError, match=r"metrics\.jsonl: not a run's record \("):
+        audit(tmp_path)
+
+
+def test_shards_and_keys_of_one_name_are_told_apart(tmp_path, train_here, proven):
+    """Two folders of shards with the same names and keys, one bad sample in each, and a key that would be markup to a terminal."""
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "x.tar", samples(16, _03_png=b"") | {"q[/b].png": png(number), "q[/b].cls": b"1"})
+    write_tar(tmp_path / "val.tar", samples())
+    given = (f"data.train='{tmp_path}/a/x.tar {tmp_path}/b/x.tar'", f"data.val={tmp_path}/val.tar", f"output={tmp_path}/run")
+    ended = train_here(
+        "recipes/digits.yaml", *given, *SHORT[:3], "tracking.tracker=none", "data.global_batch=17", "data.max_bad_fraction=1"
+    )
+    assert ended.code == 0, ended.err
+    (first, *_) = receipts(tmp_path / "run")
+    assert (first["samples"], len(first["skipped"])) == (32, 2)
+    assert proven(tmp_path / "run")[0] == 0
 
 
 def test_the_audit_of_no_run(tmp_path):

@@ -48,6 +48,51 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
     return info
 
 
+@pytest.mark.parametrize("key", ["a", "n01/a", "k" * 90, "long/" * 40 + "a", "Ä/ö", "a=b c"])
+def test_what_webdatasets_own_writer_makes_is_read_without_tarfile(key, tmp_path, monkeypatch):
+    """It puts a pax header, with the time to the nanosecond, before each member."""
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for number in range(3):
+            tar.write({"__key__": f"{key}{number}", "jpg": bytes([number]) * 700, "cls": str(number)})
+    data = (tmp_path / "a.tar").read_bytes()
+    assert b"mtime=" in data
+    offsets, faults = boundaries(io.BytesIO(data))
+    monkeypatch.setattr(tarfile, "TarFile", None)
+    found = [parse(data[begin:end]) for begin, end in itertools.pairwise(offsets)]
+    assert not faults
+    assert found == [Sample(f"{key}{number}", bytes([number]) * 700, "jpg", number) for number in range(3)]
+
+
+def test_folders_and_headers_of_the_whole_archive_are_no_samples(tmp_path):
+    folders = []
+    for name in ("set.v1", "set.v1/n01"):
+        folders.append(tarfile.TarInfo(name))
+        folders[-1].type = tarfile.DIRTYPE
+    data = tar_of(folders[0], *pair("set.v1/a"), folders[1], *pair("set.v1/n01/b"))
+    assert [sample.key for sample in samples(data)] == ["set.v1/a", "set.v1/n01/b"]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", pax_headers={"comment": "made elsewhere"}) as tar:
+        for name, content in (*pair("a"), *pair("b")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [sample.key for sample in samples(out.getvalue())] == ["a", "b"]
+    assert boundaries(out)[1] == []
+
+
+def test_shards_that_were_read_can_be_sent_to_another_process(tmp_path):
+    """As to loader processes that are not forked: open files have other numbers there."""
+    import multiprocessing.reduction
+
+    (tmp_path / "s.tar").write_bytes(tar_of(*pair("a"), *pair("b")))
+    shards = Shards(f"{tmp_path}/s.tar", "data.train", 10)
+    assert shards[1].key == "b" and shards._files
+    other = multiprocessing.reduction.ForkingPickler.loads(multiprocessing.reduction.ForkingPickler.dumps(shards))
+    assert not other._files and other[1].key == "b"
+    shards.close()
+    assert not shards._files and other[0].key == "a"
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("key", ["a", "n01/a", "./a", "k" * 90, "long/" * 40 + "a", "Ä/ö"])
 def test_every_format_and_length_of_name_is_read(form, key):
@@ -182,4 +227,4 @@ def test_a_fault_says_where(tmp_path):
     assert shards.samples == 2 and shards[0].key == "a"
     with pytest.raises(Fault, match=r"s\.tar: sample b at byte 2048: label 'x' is out of range"):
         shards[1]
-    assert [shards.name(i) for i in range(2)] == ["s.tar/a", "s.tar/b"]
+    assert [shards.name(i) for i in range(2)] == ["0/s.tar/0/a", "0/s.tar/2048/b"]
