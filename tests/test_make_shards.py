@@ -16,10 +16,10 @@ import webdataset
 from drawing import die, draw, fail
 from making import command, digests, new, scan
 
-from data_tools import make_shards, pictures, writing
+from data_tools import make_shards, writing
 from data_tools.record import Record
 from data_tools.writing import Split
-from dnal_dist.samples import PICTURES, boundaries, parse
+from dnal_dist.samples import boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -241,10 +241,6 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
     with pytest.raises(ValueError, match=r"val-000002.tar: .* remove it"):
         make_shards.digits(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["val-000002.tar"]
-
-
-def test_makers_and_stream_agree_on_pictures():
-    assert pictures.EXTENSIONS == PICTURES
 
 
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
