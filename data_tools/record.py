@@ -1,9 +1,10 @@
 """The record of a making that is under way: what it was asked for, and the shards that are complete."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Record:
                 self._append(entry)
 
     def _append(self, entry: dict) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
@@ -109,6 +110,17 @@ class Record:
 
     def finish(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def digest(lines: Iterable[str | bytes]) -> str:

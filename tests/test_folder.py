@@ -336,6 +336,9 @@ def test_what_cannot_be_read_is_named(pictures, tmp_path, monkeypatch, capsys):
         patch.setattr("os.scandir", closed)
         said = refused(monkeypatch, capsys, "folder", pictures, tmp_path / "shards")
     assert f"{secret}: cannot be read (Permission denied); make it readable, or remove it" in said
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"\.JPEG: cannot be read \(Input/output error\)"):
+        patch.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        make_shards.image_folder(pictures, new(tmp_path / "io"))
     with pytest.raises(ValueError, match=r"gone\.jpg: cannot be read \(No such file .*; make it readable, or remove it"):
         Draw()(0, Picture(str(tmp_path / "gone.jpg"), 0, 9, "gone.jpg", 0))
 

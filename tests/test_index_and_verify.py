@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from servers import FileServer
 
 from data_tools import index, make_shards, verify
@@ -359,6 +359,9 @@ def test_verify_reports_on_shards_of_which_no_sample_can_be_used(tmp_path, monke
     found = findings(monkeypatch, capsys, path.parent)
     expected = {"gzip": "damage", "an empty tar": "index"}.get(what, "sample")
     assert expected in [kind for kind, *_ in found]
+    if what == "gzip":
+        assert "it is compressed; gunzip it" in [why for *_, why in found]
+        assert "not a shard (it is compressed; gunzip it)" in ended(index, monkeypatch, capsys, path)[2]
     sheet = tmp_path / "sheet.png"
     code, out, err = ended(verify, monkeypatch, capsys, path.parent, "--json", "--contact-sheet", sheet)
     assert code == 2 and len(json.loads(out)["findings"]) == len(found) and "no sample to put on a contact sheet" in err
@@ -398,6 +401,43 @@ def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, caps
     for tile in tiles:
         # A picture in many colours, and below it a caption in black on white.
         assert len(np.unique(tile[:160].reshape(-1, 3), axis=0)) > 200 and tile[160:].min() < 80 and tile[160, 0].min() == 255
+
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200), (120, 120, 120)]
+
+
+@pytest.mark.parametrize("name", ["{}", "name {}"])
+def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path, monkeypatch, capsys, name):
+    """Class c is all COLOURS[c]; its caption is drawn here anew."""
+    members = []
+    for number in range(40):
+        pixels = np.full((8, 8, 3), COLOURS[number % 7], np.uint8)
+        pixels[0, 0, 0] = number
+        members += [(f"{number:02d}.cls", b"%d" % (number % 7)), (f"{number:02d}.png", png(pixels))]
+    folder = made(tmp_path / "own", 7, train=members)
+    name_classes(folder, [name.format(c) for c in range(7)])
+    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 160, 5 * 180)
+        shown, numbers = [], []
+        for tile in range(40):
+            left, top = tile % 8 * 160, tile // 8 * 180
+            label = COLOURS.index(sheet.getpixel((left + 80, top + 80)))
+            caption = Image.new("RGB", (160, 20), "white")
+            text = f"{label} {name.format(label)}"
+            ImageDraw.Draw(caption).text((4, 3), text, "black", font=ImageFont.load_default(11))
+            assert (np.asarray(sheet.crop((left, top + 160, left + 160, top + 180))) == np.asarray(caption)).all(), text
+            shown.append(label)
+            numbers.append(sheet.getpixel((left + 6, top + 6))[0])
+    assert sorted(numbers) == list(range(40)) and [number % 7 for number in numbers] == shown
+
+
+def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, monkeypatch, capsys):
+    members = [("a.cls", b"0"), ("a.png", png(np.full((8, 8), 100 << 8, np.uint16)))]
+    folder = made(tmp_path / "own", 1, train=members)
+    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.getpixel((80, 80)) == (100, 100, 100)
 
 
 def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, capsys):
