@@ -6,8 +6,9 @@
   python -m data_tools.verify '/data/own/train-*.tar' --json
 
 Every sample is read as training reads it. Reported are shards that are missing or not what index.json says, samples that training
-would skip, labels outside the classes, keys that a split has twice, and pictures that are, byte for byte, in two splits or under
-two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check or the contact sheet failed.
+would skip, labels outside the classes, folders that name the classes otherwise, keys that a split has twice, and pictures that are,
+byte for byte, in two splits or under two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check or
+the contact sheet failed.
 """
 
 import argparse
