@@ -94,12 +94,25 @@ def _refuse_unnamed(one: Survey, names: list[str], where: Path) -> None:
         )
 
 
+def _is_of_others(path: Path) -> bool:
+    """Whether the file is whole, and yet nothing like an index."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or "shards" not in content
+
+
 def _known(folder: Path, paths: set[Path | Url]) -> tuple[list[dict], list[str]]:
     """What an index in `folder` says already of shards that are there, and its names of classes."""
     try:
         if not read_index(folder):
             return [], []
     except ValueError as error:
+        if _is_of_others(folder / "index.json"):
+            raise ValueError(
+                f"{folder / 'index.json'}: of another program; rename it, since an index of shards has this name"
+            ) from None
         if not set(folder.glob("*.tar")) <= paths:
             raise ValueError(f"{error}, from all shards of the folder") from None
         print(f"{folder / 'index.json'}: damaged, and made anew", file=sys.stderr)

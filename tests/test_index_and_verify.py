@@ -294,7 +294,7 @@ def test_names_that_cannot_be_those_of_the_classes_are_refused(tmp_path, monkeyp
     assert code == 2 and "index.json: names 3 classes, but" in err and "by --classes" in err
 
 
-@pytest.mark.parametrize("content", ["{", '{"wids_version": 1, "shardlist": []}'])
+@pytest.mark.parametrize("content", ["{", '{"version": 1, "shards": [{"file": 1}]}'])
 def test_a_damaged_index_is_made_anew(own, monkeypatch, capsys, content):
     before = json.loads((own / "index.json").read_text())
     (own / "index.json").write_text(content)
@@ -303,6 +303,13 @@ def test_a_damaged_index_is_made_anew(own, monkeypatch, capsys, content):
     code, _, err = ended(index, monkeypatch, capsys, own)
     assert code == 0 and "index.json: damaged, and made anew" in err
     assert json.loads((own / "index.json").read_text()) == before
+
+
+def test_the_index_of_another_program_is_left_alone(own, monkeypatch, capsys):
+    content = '{"wids_version": 1, "shardlist": []}'
+    (own / "index.json").write_text(content)
+    code, _, err = ended(index, monkeypatch, capsys, own)
+    assert code == 2 and "index.json: of another program; rename it" in err and (own / "index.json").read_text() == content
 
 
 def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
