@@ -13,6 +13,8 @@ import numpy as np
 
 MARK = object()
 MOST_INSTRUCTIONS = 1_000_000
+# A batch's tuples tell an array's shape and type. Python ends the process when it walks a tuple that is nested too deeply.
+MOST_PARTS, DEEPEST = 16, 3
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINUNICODE", "BINUNICODE"}
@@ -54,7 +56,7 @@ def read(content: bytes) -> dict[str, Any]:
                 break
             machine.follow(instruction.name, argument)
         (found,) = machine.stack
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a batch of CIFAR-10 ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"not a batch of CIFAR-10 (a {type(found).__name__}, expected a dictionary)")
@@ -74,7 +76,7 @@ class _Machine:
         elif name in EMPTY:
             self.stack.append(EMPTY[name]())
         elif name in TUPLES:
-            self.stack.append(tuple(self._take(TUPLES[name])))
+            self._tuple(self._take(TUPLES[name]))
         elif name in FOLLOWED:
             FOLLOWED[name](self, argument)
         elif name != "PROTO":
@@ -100,7 +102,12 @@ class _Machine:
         self.stack.append(MARK)
 
     def tuple(self, _) -> None:
-        self.stack.append(tuple(self._after_mark()))
+        self._tuple(self._after_mark())
+
+    def _tuple(self, parts: list) -> None:
+        if len(parts) > MOST_PARTS or 1 + max(map(_depth, parts), default=0) > DEEPEST:
+            raise ValueError("a tuple larger than those of a batch")
+        self.stack.append(tuple(parts))
 
     def keep(self, number: int) -> None:
         self.memo[number] = self.stack[-1]
@@ -129,6 +136,8 @@ class _Machine:
     def _set(self, values: list) -> None:
         if type(self.stack[-1]) is not dict:
             raise ValueError("it sets items of what is no dictionary")
+        if not all(type(key) is str for key in values[::2]):
+            raise ValueError("a dictionary's key is no text")
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def name(self, text: str) -> None:
@@ -157,6 +166,11 @@ class _Machine:
             raise ValueError("an array of other than bytes in rows")
         # A version for Python 2: its strings are bytes, and are read as Latin-1 text, in which each character is one byte.
         target.pixels = np.frombuffer(values.encode("latin-1"), np.uint8).reshape(shape)
+
+
+def _depth(value: Any) -> int:
+    """How deeply a tuple that was let pass is nested; 0 for what is none."""
+    return 1 + max(map(_depth, value), default=0) if type(value) is tuple else 0
 
 
 FOLLOWED: dict[str, Callable[[_Machine, Any], None]] = {

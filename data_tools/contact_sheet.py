@@ -1,18 +1,25 @@
 """A picture of pictures, by which eyes can check labels."""
 
 import io
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.pictures import UNREADABLE
+from data_tools.pictures import UNREADABLE, rgb, too_large
 from data_tools.survey import Good, Survey, chunk
-from dnal_dist.samples import parse
+from dnal_dist.samples import FORMATS, parse
 
 COLUMNS, ROWS = 8, 8
 TILE, CAPTION = 160, 20
+
+
+def refuse_no_place(path: Path) -> None:
+    """Raise ValueError if no sheet could be written to `path`."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--contact-sheet: {path} cannot be written; name a file in a folder that is there")
 
 
 def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path, seed: int = 0) -> None:
@@ -37,8 +44,11 @@ def _tile(one: Survey, good: Good) -> Image.Image:
     sample = parse(chunk(one.path, *one.entry["offsets"][good.row : good.row + 2]))
     inner = TILE - 8
     try:
-        with Image.open(io.BytesIO(sample.picture), formats=("JPEG", "PNG")) as image:
-            image = image.convert("RGB")
+        with Image.open(io.BytesIO(sample.picture), formats=FORMATS) as image:
+            if reason := too_large(image.size):
+                raise ValueError(reason)
+            image.load()
+            image = rgb(image)
     except UNREADABLE:
         # The label stays, so that what cannot be decoded can be seen too.
         return Image.new("RGB", (inner, inner), "red")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.index import are_numbers
 from data_tools.survey import Survey
 from dnal_dist.shards import Url
 
@@ -18,16 +19,33 @@ class Finding(NamedTuple):
     what: str
 
 
-def split_of(path: Path | Url) -> str:
-    """The name of the split that a shard is of: train for train-000012.tar."""
-    return re.sub(r"[-_.]?\d*$", "", path.name.removesuffix(".tar")) or path.parent.name
+# Words that say which split a name is of.
+TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+ANY_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def _stem(path: Path | Url) -> str:
+    """A shard's name without its number: train for train-000012.tar and train-000012-of-000147.tar, nothing for 000012.tar."""
+    return re.sub(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?$", "", path.name.removesuffix(".tar"))
 
 
 def by_split(surveys: Sequence[Survey]) -> dict[str, list[Survey]]:
+    """The shards of each split, by its name: of the shards, and of their folder where that alone tells splits apart, as in
+    train/shard-000.tar and val/shard-000.tar."""
+    folders = defaultdict(set)
+    for one in surveys:
+        folders[_stem(one.path)].add(one.path.parent)
     found = defaultdict(list)
     for one in surveys:
-        found[split_of(one.path)].append(one)
+        stem, folder = _stem(one.path), one.path.parent.name
+        alone = ANY_SPLIT.search(stem) or len(folders[stem]) == 1
+        found[(stem if alone else f"{folder}/{stem}") if stem else folder].append(one)
     return dict(found)
+
+
+def _is_training(path: Path | Url) -> bool:
+    stem = _stem(path)
+    return bool(TRAINING.search(stem if ANY_SPLIT.search(stem) else path.parent.name))
 
 
 def of_shards(surveys: Sequence[Survey], index: dict[Path | Url, dict | None], missing: Sequence[str]) -> Iterator[Finding]:
@@ -56,6 +74,17 @@ def _difference(name: str, known: dict, entry: dict) -> str:
     return f"has {entry[name]} {unit}, index.json says {known[name]}; copy or make it anew"
 
 
+def of_names(names: dict[str, list[str]]) -> Iterator[Finding]:
+    """Indices that call the classes otherwise than the first one does that calls them anything but numbers."""
+    first, *others = [item for item in names.items() if not are_numbers(item[1])] or [("", [])]
+    for where, found in others:
+        number = next((i for i, (a, b) in enumerate(zip(first[1], found, strict=False)) if a != b), None)
+        if number is not None:
+            yield Finding("class", where, f"calls class {number} {found[number]!r}, {first[0]} calls it {first[1][number]!r}")
+        elif len(found) != len(first[1]):
+            yield Finding("class", where, f"names {len(found)} classes, {first[0]} names {len(first[1])}")
+
+
 def of_labels(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> Iterator[Finding]:
     """Labels that are none of the classes, and classes without a training sample."""
     if classes is None:
@@ -65,7 +94,8 @@ def of_labels(splits: dict[str, list[Survey]], classes: Sequence[str] | None) ->
             for good in one.good:
                 if good.label >= len(classes):
                     yield Finding("label", f"{one.path}: {good.key}", f"label {good.label} is outside the {len(classes)} classes")
-    for number in np.flatnonzero(_per_class(splits.get("train", []), len(classes)) == 0).tolist() if "train" in splits else ():
+    training = [one for surveys in splits.values() for one in surveys if _is_training(one.path)]
+    for number in np.flatnonzero(_per_class(training, len(classes)) == 0).tolist() if training else ():
         yield Finding("class", f"class {number} ({classes[number]})", "has no training sample")
 
 
@@ -97,10 +127,12 @@ def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
 def same_pictures(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
     """Groups of (split, survey, sample) that hold the same picture, byte for byte, in the order of the shards."""
     places = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
+    if not places:
+        return []
     digests = np.frombuffer(b"".join(good.digest for *_, good in places), dtype=[("a", "<u8"), ("b", "<u8")])
     order = np.argsort(digests, order=("a", "b"), kind="stable")
     ordered = digests[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.array([], int)
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     ends = np.r_[starts[1:], len(ordered)]
     groups = [order[a:b].tolist() for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
     return [[places[i] for i in group] for group in sorted(groups)]

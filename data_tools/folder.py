@@ -11,25 +11,32 @@ from data_tools.writing import Split, shards_for, write
 
 
 def image_folder(source: Path, folder: Path, **options: Any) -> dict[str, int]:
-    """Pictures in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg), byte for byte as they are. Classes are
+    """Pictures in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg, gif), byte for byte as they are; a GIF
+    becomes PNG. Classes are
     numbered by name. Training pictures are shuffled by --seed, so that a shard holds all classes. Returns the number of samples of
     each split; `options` are those of `write_pictures`."""
     classes = class_names(source / "train")
     if unknown := [name for name in class_names(source / "val") if name not in set(classes)]:
         raise ValueError(f"{source / 'val' / unknown[0]}: no such class among the {len(classes)} of {source / 'train'}; rename it")
     found = {
-        split: [picture for label, name in enumerate(classes) for picture in files_in(source / split / name, label)]
+        split: [
+            picture
+            for label, name in enumerate(classes)
+            if (source / split / name).is_dir()
+            for picture in files_in(source / split / name, label)
+        ]
         for split in ("train", "val")
     }
     if empty := set(range(len(classes))) - {picture.label for picture in found["train"]}:
         raise ValueError(f"{source / 'train' / classes[min(empty)]}: no picture ({', '.join(EXTENSIONS)}); add some or remove it")
     if not found["val"]:
         raise ValueError(f"{source / 'val'}: no picture ({', '.join(EXTENSIONS)}); add some")
-    return write_pictures("folder", found, classes, folder, **options)
+    return write_pictures("folder", source, found, classes, folder, **options)
 
 
 def write_pictures(
     kind: str,
+    source: Path,
     found: dict[str, list[Picture]],
     classes: Sequence[str],
     folder: Path,
@@ -48,9 +55,11 @@ def write_pictures(
     as `resize` does anyway; max_bad: the share of a split that may be left out.
     """
     options = {"kind": kind, "shard_samples": shard_samples, "seed": seed, "resize": resize, "quality": quality, "check": check}
-    record = Record(folder, {**options, "source": digest(listing(found))}, overwrite)
+    record = Record(folder, {**options, "source": digest(listing(found, source))}, overwrite)
     # Decoded before the shards are laid out, since their counts could not be equal if a picture were found bad while it is written.
     good, skipped = without_faults(found, record, workers, check or resize is not None, max_bad)
+    if empty := {picture.label for picture in found["train"]} - {picture.label for picture in good["train"]}:
+        raise ValueError(f"none of the training pictures of {classes[min(empty)]!r} can be used; mend or remove them")
     random.Random(seed).shuffle(good["train"])
     draw = Draw(resize, quality)
     splits = {name: Split(pictures, draw, shards_for(len(pictures), shard_samples)) for name, pictures in good.items()}

@@ -1,15 +1,18 @@
 """ImageNet-1K (ILSVRC2012) from the files as they are handed out, or unpacked."""
 
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.folder import write_pictures
 from data_tools.imagenet_truth import WNID, Truth, find_truth
-from data_tools.pictures import Picture, files_in
+from data_tools.pictures import Picture, files_in, is_picture
 from data_tools.workers import Tick, in_order
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+KAGGLES = Path("ILSVRC/Data/CLS-LOC")
+"""Where Kaggle's archive has train/ and val/."""
 EXPECTED = f"expected {TRAIN} and {VAL} with ILSVRC2012_devkit_t12.tar.gz, or train/nXXXXXXXX/*.JPEG and val/"
 
 
@@ -18,18 +21,22 @@ def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> di
     tar what it unpacks to, train/nXXXXXXXX/ and val/, will do; in place of the devkit a ground truth by other names, see
     docs/data.md). Nothing is unpacked to disk. A class's number is its place among the sorted WordNet ids, as everywhere. Training
     pictures are shuffled by --seed. Returns the number of samples of each split; `options` are those of `folder.write_pictures`."""
-    train = _train(source, workers)
+    truth, inner = find_truth(source), source / KAGGLES
+    where = inner if inner.is_dir() else source
+    train = _train(where, workers)
     wnids = sorted(train)
+    if (known := {*truth.words, *truth.val.values()}) and (other := min(known ^ train.keys(), default=None)):
+        told = "in the ground truth, but not in training" if other in known else "in training, but not in the ground truth"
+        raise ValueError(f"{where}: the class {other} is {told}; take training pictures and ground truth of one set")
     label = {wnid: number for number, wnid in enumerate(wnids)}
-    truth = find_truth(source)
     found = {
         "train": [picture._replace(label=label[wnid]) for wnid in wnids for picture in train[wnid]],
-        "val": _val(source, label, truth),
+        "val": _val(where, label, truth),
     }
     for split, pictures in found.items():
         if not pictures:
             raise ValueError(f"{source}: no picture for {split}; {EXPECTED}")
-    return write_pictures("imagenet", found, _class_names(wnids, truth), folder, workers=workers, **options)
+    return write_pictures("imagenet", source, found, _class_names(wnids, truth), folder, workers=workers, **options)
 
 
 def _class_names(wnids: list[str], truth: Truth) -> list[str]:
@@ -69,8 +76,6 @@ def _train_tar(path: Path, workers: int) -> dict[str, list[Picture]]:
         if not WNID.fullmatch(wnid):
             raise ValueError(f"{path}: holds {member.name!r}, expected one tar for each class, nXXXXXXXX.tar; take the original")
         inner.append(Inner(path, member.offset_data, member.size, wnid))
-    if repeated := {one.wnid for one in inner if sum(other.wnid == one.wnid for other in inner) > 1}:
-        raise ValueError(f"{path}: holds {min(repeated)}.tar twice; take the original")
     lists = in_order(list_inner, inner, workers, "train: listing", len(inner))
     return {one.wnid: pictures for one, pictures in zip(inner, lists, strict=True)}
 
@@ -84,7 +89,13 @@ def list_inner(inner: Inner, tick: Tick) -> list[Picture]:
     tick(1)
     if not members:
         raise ValueError(f"{inner.path}: {inner.wnid}.tar holds no picture; take the original")
-    pictures = (Picture(str(inner.path), inner.offset + m.offset_data, m.size, Path(m.name).name, -1) for m in members)
+    return _pictures(inner.path, inner.offset, members)
+
+
+def _pictures(path: Path, offset: int, members: list[tarfile.TarInfo]) -> list[Picture]:
+    """By name, without their labels yet. members: of the tar that begins at byte `offset` of the file at `path`."""
+    changed = path.stat().st_mtime_ns
+    pictures = [Picture(str(path), offset + m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
     return sorted(pictures, key=lambda picture: picture.name)
 
 
@@ -126,15 +137,18 @@ def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
         raise ValueError(f"{path}: not a whole tar archive ({error}); download it anew") from None
     if any(member.size < 0 for member in members):
         raise ValueError(f"{path}: not a whole tar archive (a member of negative size); download it anew")
-    return [member for member in members if member.isreg() and not Path(member.name).name.startswith(".")]
+    files = [member for member in members if member.isreg() and not Path(member.name).name.startswith(".")]
+    names = Counter(Path(member.name).name for member in files)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{path}: holds {repeated[0]} twice; take the original")
+    return files
 
 
 def _val(source: Path, label: dict[str, int], truth: Truth) -> list[Picture]:
     """The validation pictures in the order of their names, with their labels."""
     if (source / VAL).is_file():
         path = source / VAL
-        members = _members(path, 0, path.stat().st_size)
-        return _labelled(source, [Picture(str(path), m.offset_data, m.size, Path(m.name).name, -1) for m in members], label, truth)
+        return _labelled(source, _pictures(path, 0, _members(path, 0, path.stat().st_size)), label, truth)
     if not (source / "val").is_dir():
         raise ValueError(f"{source}: holds neither {VAL} nor val/; {EXPECTED}")
     folders = sorted(path for path in (source / "val").iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -142,7 +156,15 @@ def _val(source: Path, label: dict[str, int], truth: Truth) -> list[Picture]:
         return _labelled(source, files_in(source / "val", -1), label, truth)
     if unknown := [path for path in folders if path.name not in label]:
         raise ValueError(f"{unknown[0]}: no such class among the {len(label)} for training; rename or remove it")
-    return [picture for path in folders for picture in files_in(path, label[path.name])]
+    if loose := [path for path in sorted((source / "val").iterdir()) if is_picture(path) and not path.name.startswith(".")]:
+        raise ValueError(f"{loose[0]}: beside folders of WordNet ids; put every picture into its class's folder, or none")
+    pictures = [picture for path in folders for picture in files_in(path, label[path.name])]
+    if truth.val:
+        told = {picture: label.get(wnid) for picture, wnid in truth.val.items()}
+        _refuse_incomplete(source, pictures, truth)
+        if wrong := [picture for picture in pictures if told[Path(picture.name).stem] != picture.label]:
+            raise ValueError(f"{wrong[0]}: the ground truth tells another class; move it, or remove the ground truth")
+    return pictures
 
 
 def _labelled(source: Path, pictures: list[Picture], label: dict[str, int], truth: Truth) -> list[Picture]:
@@ -151,11 +173,20 @@ def _labelled(source: Path, pictures: list[Picture], label: dict[str, int], trut
             f"{source}: validation pictures without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or what "
             f"docs/data.md names in its place)"
         )
-    found = []
-    for picture in sorted(pictures, key=lambda picture: picture.name):
-        wnid = truth.val.get(Path(picture.name).stem)
-        if wnid not in label:
-            why = f"its class {wnid} is not among those for training" if wnid else "the ground truth does not tell its class"
-            raise ValueError(f"{picture}: {why}; take validation pictures, training pictures and ground truth of one set")
-        found.append(picture._replace(label=label[wnid]))
-    return found
+    _refuse_incomplete(source, pictures, truth)
+    found = sorted(pictures, key=lambda picture: picture.name)
+    return [picture._replace(label=label[truth.val[Path(picture.name).stem]]) for picture in found]
+
+
+def _refuse_incomplete(source: Path, pictures: list[Picture], truth: Truth) -> None:
+    """Raise ValueError if these are not the very validation pictures that the ground truth tells of."""
+    if extra := [picture for picture in pictures if Path(picture.name).stem not in truth.val]:
+        raise ValueError(f"{extra[0]}: the ground truth does not tell its class; take pictures and ground truth of one set")
+    names = Counter(Path(picture.name).stem for picture in pictures)
+    if missing := min(truth.val.keys() - names.keys(), default=None):
+        raise ValueError(
+            f"{source}: {len(pictures)} of {len(truth.val)} validation pictures, the first that is missing is {missing}; "
+            f"unpack or copy them anew"
+        )
+    if repeated := next((name for name, count in names.items() if count > 1), None):
+        raise ValueError(f"{source}: holds {repeated} twice among the validation pictures; remove one")

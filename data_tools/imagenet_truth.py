@@ -16,6 +16,8 @@ SYNSETS = ("meta.mat", "map_clsloc.txt")
 """Tell which WordNet id an ILSVRC2012 id stands for; the second has lines of WordNet id, ILSVRC2012 id and name."""
 KAGGLE = "LOC_val_solution.csv"
 """Kaggle's: lines of picture and "WordNet id and box" after a header."""
+KAGGLE_WORDS = "LOC_synset_mapping.txt"
+"""Kaggle's: lines of WordNet id and name."""
 MOST_BYTES = 64 << 20
 
 Read = Callable[[str], bytes | None]
@@ -38,7 +40,9 @@ def find_truth(source: Path) -> Truth:
             wnids, words = (_meta if name == "meta.mat" else _map)(found, f"{where}: {name}")
             break
     if content is None:
-        solution = read(KAGGLE)
+        solution, named = read(KAGGLE), read(KAGGLE_WORDS)
+        if named and not words:
+            words = _kaggles_words(named, f"{where}: {KAGGLE_WORDS}")
         return Truth(_kaggle(solution, f"{where}: {KAGGLE}") if solution else {}, words)
     return Truth(_ground_truth(content, wnids, f"{where}: {GROUND_TRUTH}"), words)
 
@@ -131,4 +135,15 @@ def _kaggle(content: bytes, where: str) -> dict[str, str]:
         if not WNID.fullmatch(wnid):
             raise ValueError(f"{where}: line {number}: expected a picture and its WordNet id, found {','.join(row)[:60]!r}")
         found[row[0]] = wnid
+    return found
+
+
+def _kaggles_words(content: bytes, where: str) -> dict[str, str]:
+    found = {}
+    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+        wnid, _, name = line.strip().partition(" ")
+        if wnid and not WNID.fullmatch(wnid):
+            raise ValueError(f"{where}: line {number}: expected WordNet id and name, found {line[:60]!r}")
+        if wnid:
+            found[wnid] = name.strip() or wnid
     return found

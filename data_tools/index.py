@@ -45,54 +45,102 @@ def survey(paths: list[Path | Url], workers: int, decode: bool = False) -> list[
     return in_order(Surveyor(decode), paths, workers, "bytes read", total)
 
 
-def make(paths: list[Path | Url], classes: list[str] | None, output: Path | None, workers: int) -> list[Survey]:
-    """Write the index of these shards to `output`, or beside them; what an index there says of other shards then stays.
+def make(paths: list[Path | Url], classes: Path | None, output: Path | None, workers: int) -> list[Survey]:
+    """Write the index of these shards to `output`, or beside them; what an index there says of other shards then stays, and so do
+    its names of classes. Those in the file `classes` take their place.
 
     Raises ValueError or OSError.
     """
+    new_names = read_names(classes) if classes else []
     folders = {path.parent: [] for path in paths}
     if output and len(folders) > 1:
         raise ValueError(f"--output: one index for the shards of {len(folders)} folders; index each of them by itself")
     if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):
         raise ValueError(f"{away}: no index can be written there; write it with --output index.json and copy it beside the shards")
-    known = {folder: ([], []) if output else _known(folder) for folder in folders}
+    known = {folder: ([], []) if output else _known(folder, set(paths)) for folder in folders}
     found = survey(paths, workers)
     if empty := next((one for one in found if not one.entry["samples"]), None):
         reason = empty.damage[0][1] if empty.damage else "it holds no sample"
         raise ValueError(f"{empty.path}: not a shard ({reason}); leave it out")
+    highest = max((good.label for one in found for good in one.good), default=0)
     for one in found:
         folders[one.path.parent].append(one.entry)
+        where, names = (classes, new_names) if classes else (one.path.parent / "index.json", known[one.path.parent][1])
+        if names and not are_numbers(names):
+            _refuse_unnamed(one, names, where)
     for folder, entries in folders.items():
         others, names = known[folder]
         new = {entry["file"] for entry in entries}
-        entries = sorted([*entries, *(entry for entry in others if entry["file"] not in new)], key=lambda entry: entry["file"])
-        names = classes or names or list(map(str, range(1 + max((g.label for one in found for g in one.good), default=0))))
-        write_index(output or folder / "index.json", entries, names)
+        others = [entry for entry in others if entry["file"] not in new]
+        if are_numbers(names):
+            # They say how many classes there are in shards that are not read now.
+            names = list(map(str, range(max(1 + highest, len(names) if others else 0))))
+        write_index(
+            output or folder / "index.json", sorted([*entries, *others], key=lambda entry: entry["file"]), new_names or names
+        )
     return found
 
 
-def _known(folder: Path) -> tuple[list[dict], list[str]]:
+def are_numbers(names: list[str]) -> bool:
+    """Whether nobody has named these classes."""
+    return names == list(map(str, range(len(names))))
+
+
+def _refuse_unnamed(one: Survey, names: list[str], where: Path) -> None:
+    if wrong := next((good for good in one.good if good.label >= len(names)), None):
+        raise ValueError(
+            f"{where}: names {len(names)} classes, but {one.path}: {wrong.key} has label {wrong.label}; give a file with a "
+            f"line for each class by --classes, or leave the shard out"
+        )
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether the file is whole, and yet nothing like an index."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or "shards" not in content
+
+
+def _known(folder: Path, paths: set[Path | Url]) -> tuple[list[dict], list[str]]:
     """What an index in `folder` says already of shards that are there, and its names of classes."""
-    if not read_index(folder):
+    try:
+        if not read_index(folder):
+            return [], []
+    except ValueError as error:
+        if _is_of_others(folder / "index.json"):
+            raise ValueError(
+                f"{folder / 'index.json'}: of another program; rename it, since an index of shards has this name"
+            ) from None
+        if not set(folder.glob("*.tar")) <= paths:
+            raise ValueError(f"{error}, from all shards of the folder") from None
+        print(f"{folder / 'index.json'}: damaged, and made anew", file=sys.stderr)
         return [], []
     content = json.loads((folder / "index.json").read_text())
-    there = [entry for entry in content["shards"] if (folder / entry["file"]).is_file()]
-    return there, [str(name) for name in content.get("classes", [])]
+    there, names = [entry for entry in content["shards"] if (folder / entry["file"]).is_file()], content.get("classes")
+    return there, [str(name) for name in names] if isinstance(names, list) else []
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of the classes, one a line. Raises ValueError if there are none."""
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not names:
+    """The names of the classes, one a line. Raises ValueError if there are none, or a line between two of them is empty."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (at byte {error.start}); convert it, for example with iconv") from None
+    if not names[-1]:
         raise ValueError(f"{path}: holds no name, expected one class a line")
+    if "" in names:
+        raise ValueError(
+            f"{path}: line {1 + names.index('')} is empty, and the classes behind it would get other numbers; remove it"
+        )
     return names
 
 
 def main() -> None:
     options = _arguments()
     try:
-        classes = read_names(options.classes) if options.classes else None
-        found = make(find(options.patterns), classes, options.output, options.workers)
+        found = make(find(options.patterns), options.classes, options.output, options.workers)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,9 +14,13 @@ Afterwards `python -m data_tools.verify FOLDER` checks what was made.
 """
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +34,61 @@ from data_tools.pictures import MAX_BAD
 from data_tools.synthetic import synthetic
 from data_tools.workers import cores
 
+MORE = {
+    "digits": "They come with scikit-learn. Of each class every fifth is for validation.",
+    "fashion_mnist": "The four idx files, gzipped or not: Debian's package dataset-fashion-mnist has them, and so has "
+    "https://github.com/zalandoresearch/fashion-mnist.",
+    "cifar10": "SOURCE is from https://www.cs.toronto.edu/~kriz/cifar.html; nothing of it is unpacked to disk or unpickled.",
+    "imagenet": "Nothing is unpacked to disk, and every picture goes through byte for byte unless --resize is given. A class's "
+    "number is its place among the sorted WordNet ids. docs/data.md tells what SOURCE may hold.",
+    "folder": "Every picture goes through byte for byte unless --resize is given; a GIF becomes PNG. Classes are numbered by name.",
+    "synthetic": "A class sets colours, shape and textures; a picture depends on --seed, split and number alone.",
+}
+"""What --help says of each kind, behind its line in the list of kinds."""
+
 
 def main() -> None:
     make, options = _arguments()
     folder = options["folder"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = make(**options)
+        with _alone_in(folder):
+            counts = make(**options)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error}" + (f"; make room, {_same_command(options)} then goes on" if full else ""), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nstopped before all shards were made; the same command goes on in {folder}", file=sys.stderr)
+        print(f"\nstopped before all shards were made; {_same_command(options)} goes on in {folder}", file=sys.stderr)
         sys.exit(130)
     print(f"{folder}: " + ", ".join(f"{count} samples for {split}" for split, count in counts.items()) + _left_out(folder))
+
+
+def _same_command(options: dict[str, Any]) -> str:
+    return "the same command" + (" without --overwrite" if options["overwrite"] else "")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """`folder` is there, and no other command makes shards in it meanwhile; if one does, ValueError. If nothing came to be in it,
+    as with a mistyped source, it is gone again afterwards."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, expected the folder where the shards go; name another")
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another command is making shards there; wait for it, or end it") from None
+        except OSError:
+            pass  # some network file systems have no locks for folders
+        yield
+    finally:
+        os.close(lock)
+        for path in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def _left_out(folder: Path) -> str:
@@ -59,7 +104,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     kinds = parser.add_subparsers(required=True, metavar="KIND", title="kinds")
 
     def kind(name: str, make: Callable, text: str, source: str | None = None) -> argparse.ArgumentParser:
-        one = kinds.add_parser(name, help=text, description=make.__doc__)
+        one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {MORE[name]}")
         one.set_defaults(make=make)
         if source:
             one.add_argument("source", type=Path, metavar="SOURCE", help=source)
@@ -85,7 +130,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         ("size", 500, "longer side of a typical picture, in pixels"),
     ):
         drawn.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (%(default)s)")
-    drawn.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    drawn.add_argument("--seed", type=_seed, default=0, help="of all that is drawn (%(default)s)")
     for one in (fashion, cifar, large, own, drawn):
         one.add_argument("--shard-samples", type=count, default=5000, metavar="N", help="most samples of a shard (%(default)s)")
         one.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
@@ -94,7 +139,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
 
 
 def _picture_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the training pictures' order (%(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the training pictures' order (%(default)s)")
     parser.add_argument(
         "--resize", type=count, metavar="N", help="reduce larger pictures to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
     )
@@ -112,6 +157,12 @@ def _picture_options(parser: argparse.ArgumentParser) -> None:
 def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or above, found {text!r}")
     return int(text)
 
 

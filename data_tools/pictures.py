@@ -4,8 +4,7 @@ import io
 import os
 import re
 import struct
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +15,13 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
+from dnal_dist.recipe import Data
+from dnal_dist.samples import FORMATS, PICTURES
 
-# What dnal_dist reads.
-EXTENSIONS = ("png", "jpg", "jpeg")
+EXTENSIONS = (*PICTURES, "gif")
+# Found too, so that they are counted among those that are left out.
+OTHERS = ("webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "jfif", "avif", "heic", "jxl")
+MAX_PIXELS = Data.model_fields["max_pixels"].default
 MAX_BAD = 0.01
 HEAD = 16 << 10
 END_OF_JPEG = b"\xff\xd9"
@@ -26,9 +29,8 @@ CHUNK = 2000
 # libjpeg and libpng tell what went wrong by these; a struct.error or SyntaxError is Pillow's parser in a damaged header.
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
 
-
-# Of large pictures Pillow warns on standard error, amid a progress bar; beyond twice as many pixels it refuses them.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# data.max_pixels takes the place of Pillow's own bound, here as in training.
+Image.MAX_IMAGE_PIXELS = None
 
 
 class Picture(NamedTuple):
@@ -40,12 +42,17 @@ class Picture(NamedTuple):
     name: str
     """Its file's name, for messages and keys."""
     label: int
+    changed: int = 0
+    """When the file at `path` last was, in ns."""
 
     def read(self, start: int = 0, most: int | None = None) -> bytes:
-        """Up to `most` bytes from byte `start` of the picture on. Raises ValueError if the file has become shorter."""
+        """Up to `most` bytes from byte `start` of the picture on. Raises ValueError if they cannot be read."""
         wanted = min(self.size - start, self.size if most is None else most)
-        with open(self.path, "rb", buffering=0) as file:
-            found = os.pread(file.fileno(), wanted, self.offset + start)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                found = os.pread(file.fileno(), wanted, self.offset + start)
+        except OSError as error:
+            raise ValueError(f"{self}: cannot be read ({error.strerror}); make it readable, or remove it") from None
         if len(found) != wanted:
             raise ValueError(f"{self}: has changed while it was read; make the shards again once it is complete")
         return found
@@ -70,37 +77,48 @@ def extension_of(head: bytes) -> str | None:
     """What a picture is by its first bytes, whatever its name says."""
     if head.startswith(b"\xff\xd8\xff"):
         return "jpg"
-    return "png" if head.startswith(b"\x89PNG\r\n\x1a\n") else None
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
 
 
 def fault(picture: Picture, decode: bool) -> str | None:
     """Why training could not use this picture, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
-    only if it does not end as a whole file does, which some whole ones do not either. A PNG is always decoded."""
+    only if it does not end as a whole file does, which some whole ones do not either. Other kinds are always decoded."""
     if not picture.size:
-        return "it is empty"
+        return "it is empty" if os.path.exists(picture.path) else "it is a link to what is not there"
     head = picture.read(0, HEAD)
     if extension_of(head) is None:
-        return f"it is neither JPEG nor PNG (it begins with {head[:4].hex(' ')})"
+        return f"it is none of {', '.join(FORMATS)} (it begins with {head[:4].hex(' ')})"
     # A PNG does not show at its ends that it is damaged within, and some decoders (torchvision 0.29) then end the whole process.
-    if decode or extension_of(head) == "png" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
+    if decode or extension_of(head) != "jpg" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
         return decoding_fault(picture.read())[0]
     try:
-        with Image.open(io.BytesIO(head), formats=("JPEG",)):
-            return None
+        with Image.open(io.BytesIO(head), formats=("JPEG",)) as image:
+            return too_large(image.size)
     except UNREADABLE:
         # Long comments and colour profiles come before what says the picture's size.
         return decoding_fault(picture.read())[0]
 
 
+def too_large(size: tuple[int, int]) -> str | None:
+    """Why training refuses a picture of this width and height, or None."""
+    if size[0] * size[1] <= MAX_PIXELS:
+        return None
+    return f"it has {size[0]} x {size[1]} pixels, more than data.max_pixels allows by default ({MAX_PIXELS})"
+
+
 def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
     """Why a picture cannot be decoded, or None, and its width and height if it tells them."""
     size = None
-    if ends_early(encoded):
-        return "it is truncated, though it has an end", None
     try:
-        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             size = image.size
-            if image.format == "PNG" and getattr(image, "is_animated", False):
+            if reason := too_large(size):
+                return reason, size
+            if ends_early(encoded):
+                return "it is truncated, though it has an end", None
+            if getattr(image, "is_animated", False):
                 return "it is animated", size
             # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
             image.draft(None, (1, 1))
@@ -137,7 +155,7 @@ class Check(NamedTuple):
         found = []
         for picture in pictures:
             if reason := fault(picture, self.decode):
-                found.append({"picture": str(picture), "reason": reason})
+                found.append({"picture": str(picture), "reason": reason, "place": [picture.path, picture.offset]})
             tick(1)
         return found
 
@@ -169,9 +187,11 @@ def without_faults(
             )
     if empty := next((name for name, bad in faults.items() if len(bad) == len(splits[name])), None):
         raise ValueError(f"all of {empty}'s pictures cannot be used ({faults[empty][0]['reason']}); mend the source")
-    bad = {one["picture"] for found in faults.values() for one in found}
-    good = {name: [p for p in pictures if not bad or str(p) not in bad] for name, pictures in splits.items()}
-    return good, [{"split": name, **one} for name, found in faults.items() for one in found]
+    # Pictures of a tar may share a name.
+    bad = {tuple(one["place"]) for found in faults.values() for one in found}
+    good = {name: [p for p in pictures if not bad or (p.path, p.offset) not in bad] for name, pictures in splits.items()}
+    left_out = [(name, one["picture"], one["reason"]) for name, found in faults.items() for one in found]
+    return good, [{"split": name, "picture": picture, "reason": reason} for name, picture, reason in left_out]
 
 
 class Draw(NamedTuple):
@@ -195,6 +215,10 @@ class Draw(NamedTuple):
                 raise ValueError(f"{picture}: cannot be decoded ({error}); mend or remove it") from None
             if smaller is not None:
                 return key, smaller, "jpg", picture.label
+        if true == "gif":
+            # Readers of shards know no GIF by its extension; PNG holds the same pixels.
+            with Image.open(io.BytesIO(encoded), formats=("GIF",)) as image:
+                return key, png(np.asarray(rgb(image))), "png", picture.label
         return key, encoded, extension, picture.label
 
 
@@ -204,7 +228,7 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
     As in ImageNet's own use an orientation in EXIF is not followed, and EXIF and colour profile, which training does not look at,
     are left out. Raises one of UNREADABLE for what is no picture.
     """
-    with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         width, height = image.size
         if min(width, height) <= shorter:
             return None
@@ -213,32 +237,66 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
         # A JPEG of many times the size is decoded at a half, a quarter or an eighth, but at no less than twice what is wanted.
         image.draft(None, (2 * size[0], 2 * size[1]))
         image.load()
-        smaller = _rgb(image).resize(size, Image.Resampling.LANCZOS)
+        smaller = rgb(image).resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     smaller.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
     return out.getvalue()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture in the colours that training sees."""
     if image.mode.startswith("I"):
         # A grey PNG of 16 bits: the upper byte is what one of 8 bits would hold, as in training.
         image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def is_picture(path: Path) -> bool:
+    """By its name, and of whatever kind."""
+    return path.suffix[1:].lower() in (*EXTENSIONS, *OTHERS)
+
+
 def files_in(folder: Path, label: int) -> list[Picture]:
-    """The pictures in `folder` and its own folders, by name; what is hidden is left out: ._NAME.jpg, of a Mac, is no picture."""
+    """The pictures in `folder` and its own folders, by name; links are followed. What is hidden is left out: ._NAME.jpg, of a Mac,
+    is no picture. Raises ValueError for folders that cannot be read, or lead back to themselves."""
     found = []
-    for parent, inner, names in os.walk(folder):
-        inner[:] = (name for name in inner if not name.startswith("."))
-        for name in names:
-            path = Path(parent) / name
-            # A pipe or a device by a picture's name would be read for ever.
-            if path.suffix[1:].lower() in EXTENSIONS and not name.startswith(".") and path.is_file():
-                found.append((path, path.stat().st_size))
-    return [Picture(str(path), 0, size, path.name, label) for path, size in sorted(found)]
+    for path in _files(folder, ()):
+        # A pipe or a device by a picture's name would be read for ever.
+        if is_picture(path) and (path.is_file() or not path.exists()):
+            size, changed = (state.st_size, state.st_mtime_ns) if (state := _state(path)) else (0, 0)
+            found.append((path, size, changed))
+    return [Picture(str(path), 0, size, path.name, label, changed) for path, size, changed in sorted(found)]
 
 
-def listing(splits: dict[str, list[Picture]]) -> list[str]:
-    """A line for each picture, from which a digest of the source can be made."""
-    return [f"{name} {p.path} {p.offset} {p.size} {p.name} {p.label}" for name, pictures in splits.items() for p in pictures]
+def _state(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # of a link
+        return None
+
+
+def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """What is not hidden in `folder` and below it. above: device and number of each folder that it is in."""
+    try:
+        state = folder.stat()
+        with os.scandir(folder) as found:
+            entries = [(folder / one.name, one.is_dir()) for one in found if not one.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}); make it readable, or remove it") from None
+    if (here := (state.st_dev, state.st_ino)) in above:
+        raise ValueError(f"{folder}: a link to a folder that it is in itself; remove it")
+    for path, is_folder in entries:
+        if is_folder:
+            yield from _files(path, (*above, here))
+        else:
+            yield path
+
+
+def listing(splits: dict[str, list[Picture]], source: Path) -> list[str]:
+    """A line for each picture, from which a digest of the source can be made, wherever it lies."""
+    root = f"{source}/"
+    return [
+        f"{name} {p.path.removeprefix(root)} {p.offset} {p.size} {p.changed} {p.name} {p.label}"
+        for name, pictures in splits.items()
+        for p in pictures
+    ]

@@ -1,9 +1,10 @@
 """The record of a making that is under way: what it was asked for, and the shards that are complete."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ class Record:
     """FOLDER/making.jsonl: the options in its first line, then whatever was finished, a line each. It is there as long as the
     making is not complete, so that the same command goes on where it was stopped.
 
-    Raises ValueError if `folder` holds a finished set, shards of unknown origin or a making by other options, unless `overwrite`,
-    which removes them. Nothing is written before `begin` or `once`.
+    Raises ValueError if `folder` holds a finished set, shards of unknown origin or a making by other options, unless `overwrite`:
+    they are then removed by `begin`, once the source is known to be good. Nothing is written before `begin` or `once`.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], overwrite: bool = False):
         self.folder, self.path = folder, folder / "making.jsonl"
         self.options = {"format": FORMAT, **options}
-        if overwrite:
-            self._remove_all()
+        self._replaces = overwrite
         self.shards: dict[str, dict] = {}
         self._known: dict[str, Any] = {}
+        if overwrite:
+            return
         if self.path.exists():
             self._read()
             return
@@ -46,6 +48,10 @@ class Record:
                     self._known |= entry
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.path}: not the record of a making ({error!r}); --overwrite makes the shards anew") from None
+        if options != self.options and not self.shards:
+            # Nothing is lost: as when too many pictures were bad, and some were mended.
+            self._replaces, self._known = True, {}
+            return
         for name in sorted({*options, *self.options}):
             if options.get(name) != self.options.get(name):
                 said = f"{name} was {options.get(name)} and is now {self.options.get(name)}"
@@ -75,19 +81,25 @@ class Record:
 
     def begin(self) -> None:
         """From now on whatever `folder` holds is known to be of this making."""
+        if self._replaces:
+            self._remove_all()
+            self._replaces = False
         if not self.path.exists() or not self.path.stat().st_size:
-            self._append({"options": self.options})
+            for entry in ({"options": self.options}, *({name: found} for name, found in self._known.items())):
+                self._append(entry)
 
     def _append(self, entry: dict) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work()` returns, of JSON's kinds; not done again if an earlier run of the same command has done it."""
         if name not in self._known:
-            self.begin()
+            if not self._replaces:
+                self.begin()
             self._known[name] = work()
-            self._append({name: self._known[name]})
+            if not self._replaces:
+                self._append({name: self._known[name]})
         return self._known[name]
 
     def add(self, entry: dict) -> None:
@@ -98,6 +110,17 @@ class Record:
 
     def finish(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def digest(lines: Iterable[str | bytes]) -> str:

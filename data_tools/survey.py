@@ -72,6 +72,8 @@ class Surveyor(NamedTuple):
         """Raises OSError if the shard cannot be read."""
         with opened(path) as file:
             offsets, damage = boundaries(file)
+            if damage and _begins_as_gzip(file):
+                damage = [(0, "it is compressed; gunzip it")]
             size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
             file.seek(0)
             _pass(file, offsets[0], digest)
@@ -110,6 +112,11 @@ class Surveyor(NamedTuple):
                 faults.append((sample.key, reason))
             elif size:
                 sizes.append(size)
+
+
+def _begins_as_gzip(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(2) == b"\x1f\x8b"
 
 
 def _pass(file: BinaryIO, count: int, digest) -> None:

@@ -6,8 +6,9 @@
   python -m data_tools.verify '/data/own/train-*.tar' --json
 
 Every sample is read as training reads it. Reported are shards that are missing or not what index.json says, samples that training
-would skip, labels outside the classes, keys that a split has twice, and pictures that are, byte for byte, in two splits or under
-two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check could not run.
+would skip, labels outside the classes, folders that name the classes otherwise, keys that a split has twice, and pictures that are,
+byte for byte, in two splits or under two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check or
+the contact sheet failed.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools import findings
-from data_tools.contact_sheet import contact_sheet
+from data_tools.contact_sheet import contact_sheet, refuse_no_place
 from data_tools.findings import Finding
-from data_tools.index import find, folder_of, survey
+from data_tools.index import are_numbers, find, folder_of, survey
 from data_tools.make_shards import count
 from data_tools.workers import cores
 from dnal_dist import remote
@@ -45,30 +46,46 @@ def check(patterns: list[str], workers: int = 1, decode: bool = False) -> tuple[
     listed = [f"{folder}/{name}" for folder in folders if folder in whole for name in indices[folder]]
     missing = [path for path in listed if path not in there]
     surveys = survey(paths, workers, decode)
-    classes, splits = _classes(folder for folder in folders if indices[folder]), findings.by_split(surveys)
+    names = _names(folder for folder in folders if indices[folder])
+    classes, splits = _classes(names), findings.by_split(surveys)
     known = {path: indices[path.parent].get(path.name) for path in paths}
     found = [
         *findings.of_shards(surveys, known, missing),
+        *findings.of_names(names),
         *findings.of_labels(splits, classes),
         *findings.of_duplicates(splits),
     ]
     return findings.summary(splits, classes), found, surveys, classes or []
 
 
-def _classes(folders: Iterable[Path | Url]) -> list[str] | None:
-    """The names of the classes, from the first of the folders' indices that has them."""
+def _names(folders: Iterable[Path | Url]) -> dict[str, list[str]]:
+    """The names of the classes that each of the folders' indices has."""
+    found = {}
     for folder in folders:
         content = remote.read(f"{folder}/index.json") if isinstance(folder, Url) else (folder / "index.json").read_bytes()
         names = json.loads(content).get("classes")
         if isinstance(names, list) and names:
-            return [str(name) for name in names]
-    return None
+            found[f"{folder}/index.json"] = [str(name) for name in names]
+    return found
+
+
+def _classes(names: dict[str, list[str]]) -> list[str] | None:
+    """From the first index that has names; numbers, of which a folder without the last classes has fewer, are the second choice."""
+    true = [found for found in names.values() if not are_numbers(found)]
+    return true[0] if true else max(names.values(), key=len, default=None)
 
 
 def main() -> None:
     options = _arguments()
     try:
+        if options.contact_sheet:
+            # Before hours of reading, not after them.
+            refuse_no_place(options.contact_sheet)
         summary, found, surveys, classes = check(options.patterns, options.workers, options.decode)
+        if options.json:
+            print(json.dumps({"splits": summary, "findings": [one._asdict() for one in found]}, indent=1))
+        else:
+            _print(summary, found, options.list)
         if options.contact_sheet:
             contact_sheet(surveys, classes, options.contact_sheet, options.seed)
     except (OSError, ValueError) as error:
@@ -77,10 +94,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped before all shards were read", file=sys.stderr)
         sys.exit(130)
-    if options.json:
-        print(json.dumps({"splits": summary, "findings": [one._asdict() for one in found]}, indent=1))
-    else:
-        _print(summary, found, options.list)
     sys.exit(1 if found else 0)
 
 

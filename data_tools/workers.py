@@ -1,5 +1,6 @@
 """Many tasks on several processes, and how far they are."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -71,7 +72,8 @@ def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") ->
         while True:
             # Few at a time: what a task holds is copied when it is handed over, and may be large.
             while len(running) < 2 * workers and (found := next(coming, None)) is not None:
-                running[pool.submit(_call, function, found[1])] = found[0]
+                with _interrupts_held():
+                    running[pool.submit(_call, function, found[1])] = found[0]
             if not running:
                 return
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -85,11 +87,20 @@ def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") ->
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C reaches this process afterwards, and a process that is started meanwhile never: while it imports it could only print
+    where it was. The main process tells its workers by `stop`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(counter, stop) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
-    # Ctrl-C reaches all processes of a terminal; the main process tells its workers by `stop`.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

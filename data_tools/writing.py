@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.record import Record
+from data_tools.record import Record, naming
 from data_tools.workers import Tick, as_finished
 
 INDEX_VERSION = 1
@@ -57,7 +57,8 @@ def write(
         record.add(entry)
         entries[number] = entry
     if skipped:
-        (folder / "skipped.json").write_text(json.dumps({"skipped": list(skipped)}, indent=1) + "\n")
+        with naming(folder / "skipped.json"):
+            (folder / "skipped.json").write_text(json.dumps({"skipped": list(skipped)}, indent=1) + "\n")
     write_index(folder / "index.json", [entries[number] for number in range(len(shards))], classes)
     record.finish()
     return counts
@@ -80,13 +81,11 @@ def make(shard: Shard, tick: Tick) -> dict:
         return shard.known
     unfinished = shard.path.with_suffix(".tar.unfinished")
     try:
-        with unfinished.open("wb") as file:
+        with naming(shard.path), unfinished.open("wb") as file:
             entry = _write_tar(file, shard, tick)
         os.replace(unfinished, shard.path)
-    except BaseException as error:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # a full disk, for one, names no file
-            raise OSError(error.errno, error.strerror, str(shard.path)) from None
         raise
     return entry
 
@@ -139,5 +138,6 @@ def write_index(path: Path, entries: Iterable[dict], classes: Sequence[str]) -> 
     lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
     unfinished = path.with_name(path.name + ".unfinished")
     head = f'{{"version": {INDEX_VERSION},\n"classes": {json.dumps(list(classes))},\n'
-    unfinished.write_text(f'{head}"shards": [\n{lines}\n]}}\n')
+    with naming(path):
+        unfinished.write_text(f'{head}"shards": [\n{lines}\n]}}\n')
     os.replace(unfinished, path)

@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-FORMATS = ("JPEG", "PNG", "GIF")
+from dnal_dist.samples import FORMATS
+
 SMALLEST_REDUCED = 64
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 PICTURES = ("png", "jpg", "jpeg")
+# As Pillow calls them. A picture is what its content says, whatever its extension.
+FORMATS = ("JPEG", "PNG", "GIF")
 # Members that readers of webdataset shards are known to run programs from. A sample that has one is not used.
 REFUSED = ("pyd", "pickle", "pkl", "pt", "pth", "dill")
 BLOCK = tarfile.BLOCKSIZE

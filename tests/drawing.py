@@ -15,5 +15,10 @@ def fail(number: int, reference: str):
     return draw(number, reference)
 
 
+def holds_interrupts(task: int, tick) -> bool:
+    """Whether this process takes no notice of Ctrl-C."""
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def die(number: int, reference: str):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +14,10 @@ from making import command, digests, flipped, members, new, refused, scan, skipp
 from PIL import Image
 
 from data_tools import make_shards
-from data_tools.pictures import decoding_fault, resized
+from data_tools.pictures import MAX_PIXELS, Draw, Picture, decoding_fault, files_in, listing, resized
+from data_tools.record import digest
 from dnal_dist.pictures import PictureError, decode
+from dnal_dist.recipe import Data
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def test_folders_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, ca
     assert "val/other: no such class among the 3" in line()
     (pictures / "val" / "other").rmdir()
     (pictures / "train" / "empty").mkdir()
-    assert "train/empty: no picture (png, jpg, jpeg)" in line()
+    assert "train/empty: no picture (png, jpg, jpeg, gif)" in line()
     flat = tmp_path / "flat"
     for split in ("train", "val"):
         (flat / split).mkdir(parents=True)
@@ -113,7 +117,7 @@ def damaged(tmp_path):
 def test_pictures_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_path, monkeypatch, capsys):
     (damaged.train / "001.jpg").write_bytes(b"")
     (damaged.train / "002.jpg").write_bytes(damaged.whole[:-100])
-    (damaged.train / "003.jpg").write_bytes(b"GIF89a" + bytes(100))
+    (damaged.train / "003.jpg").write_bytes(b"RIFF" + bytes(100))
     # Damage in the middle of a PNG, for which torchvision would end the process.
     (damaged.train / "050.jpg").write_bytes(flipped((damaged.train / "050.jpg").read_bytes(), 150))
     out = tmp_path / "shards"
@@ -123,7 +127,7 @@ def test_pictures_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_
     reasons = skipped(out)
     assert reasons.keys() == {"001.jpg", "002.jpg", "003.jpg", "050.jpg"}
     assert reasons["001.jpg"] == "it is empty" and "truncated" in reasons["002.jpg"]
-    assert reasons["003.jpg"] == "it is neither JPEG nor PNG (it begins with 47 49 46 38)"
+    assert reasons["003.jpg"] == "it is none of JPEG, PNG, GIF (it begins with 52 49 46 46)"
     assert [len(scan(path)) for path in sorted(out.glob("train-*.tar"))] == [94] * 4
     assert len(streamed(out, "train", 8, 2)) == 376
 
@@ -151,15 +155,20 @@ def test_a_source_with_many_bad_pictures_is_refused(damaged, tmp_path, monkeypat
 
 
 def test_a_source_that_changed_is_not_gone_on_with(damaged, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+    drawn, draw = [], Draw.__call__
+
+    def stop(self, number, picture):
+        drawn.append(number)
+        if len(drawn) > 150:
+            raise KeyboardInterrupt
+        return draw(self, number, picture)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("data_tools.pictures.Draw.__call__", stop)
-        make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
+        make_shards.image_folder(damaged.folder, new(tmp_path / "shards"), shard_samples=100)
     (damaged.train / "000.jpg").unlink()
     with pytest.raises(ValueError, match=r"made otherwise \(its source has changed\)"):
-        make_shards.image_folder(damaged.folder, tmp_path / "shards")
+        make_shards.image_folder(damaged.folder, tmp_path / "shards", shard_samples=100)
 
 
 def test_what_was_checked_is_not_checked_again_by_a_command_that_goes_on(damaged, tmp_path, monkeypatch):
@@ -177,6 +186,33 @@ def test_what_was_checked_is_not_checked_again_by_a_command_that_goes_on(damaged
     make_shards.image_folder(damaged.folder, new(tmp_path / "at_once"))
     assert digests(tmp_path / "shards") == digests(tmp_path / "at_once")
     assert skipped(tmp_path / "shards") == {"001.jpg": "it is empty"}
+
+
+def test_overwrite_removes_nothing_before_the_source_is_known_to_be_good(damaged, tmp_path, monkeypatch, capsys):
+    out = new(tmp_path / "shards")
+    make_shards.image_folder(damaged.folder, out)
+    before, whole = digests(out), {path: path.read_bytes() for path in damaged.train.glob("00*.jpg")}
+    for path in whole:
+        path.write_bytes(b"")
+    assert "cannot be used" in refused(monkeypatch, capsys, "folder", damaged.folder, out, "--overwrite", "--workers", 1)
+    assert digests(out) == before
+    for path, content in whole.items():
+        path.write_bytes(content)
+    make_shards.image_folder(damaged.folder, out, seed=1, overwrite=True)
+    make_shards.image_folder(damaged.folder, new(tmp_path / "other"), seed=1)
+    assert digests(out) == digests(tmp_path / "other") != before
+
+
+def test_a_source_that_was_mended_is_taken(damaged, tmp_path, monkeypatch, capsys):
+    whole = {path: path.read_bytes() for path in damaged.train.glob("00*.jpg")}
+    for path in whole:
+        path.write_bytes(b"")
+    for _ in range(2):
+        assert "mend the source" in refused(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert command(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)[0] == 0
+    assert not (tmp_path / "shards" / "skipped.json").exists()
 
 
 def spoiled(number: int) -> bytes:
@@ -213,10 +249,111 @@ def test_what_is_left_out_is_what_training_skips():
     assert 50 < sum(verdicts) < 350
 
 
-def test_an_animation_is_left_out():
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_an_animation_is_left_out(kind):
     frames, out = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], io.BytesIO()
-    frames[0].save(out, "PNG", save_all=True, append_images=frames[1:])
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:])
     assert decoding_fault(out.getvalue())[0] == "it is animated"
+
+
+def test_a_png_with_a_wrong_checksum_is_left_out():
+    whole, out = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)), io.BytesIO()
+    whole.save(out, "PNG")
+    content = out.getvalue()
+    # Behind the pixels and before the last chunk, of 12 bytes.
+    assert decoding_fault(content)[0] is None and "IDAT" in decoding_fault(flipped(content, len(content) - 13))[0]
+
+
+def test_pictures_of_more_pixels_than_training_takes_are_left_out(damaged, tmp_path, monkeypatch):
+    assert MAX_PIXELS == Data(train="-", val="-", image_size=8, global_batch=1).max_pixels == 100_000_000
+    monkeypatch.setattr("data_tools.pictures.MAX_PIXELS", 1000)
+    for number, (width, height) in enumerate(((40, 25), (40, 26))):
+        Image.new("RGB", (width, height)).save(damaged.train / f"{number:03d}.jpg")
+        Image.new("RGB", (width, height)).save(damaged.train / f"{number:03d}.png")
+    make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
+    said = "it has 40 x 26 pixels, more than data.max_pixels allows by default (1000)"
+    assert skipped(tmp_path / "shards") == {"001.jpg": said, "001.png": said}
+
+
+def test_a_bound_of_pillow_is_none_of_ours():
+    """Of 180 million pixels Pillow refuses a picture; a whole one of 99 million is let pass."""
+    out = io.BytesIO()
+    Image.new("1", (9000, 11_000)).save(out, "PNG")
+    assert decoding_fault(out.getvalue()) == (None, (9000, 11_000))
+    out = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(out, "PNG")
+    assert "20000 x 10000 pixels, more than data.max_pixels" in decoding_fault(out.getvalue())[0]
+
+
+def test_a_gif_becomes_a_png_of_the_same_pixels(pictures, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11), np.uint8)
+    for name in ("a.gif", "b.jpg"):
+        Image.fromarray(pixels).save(pictures / "val" / "z.last" / name, "GIF")
+    make_shards.image_folder(pictures, new(tmp_path / "shards"))
+    found = [encoded for extension, encoded, _ in members(tmp_path / "shards", "val") if extension == "png"]
+    same = [one for one in found if (decode(one) == pixels[..., None]).all() and one.startswith(b"\x89PNG")]
+    assert len(found) == 2 and len(same) == 2
+
+
+def test_other_kinds_and_links_to_nothing_are_counted(damaged, tmp_path):
+    Image.new("RGB", (8, 8)).save(damaged.train / "other.webp")
+    Image.new("RGB", (8, 8)).save(damaged.train / "other.BMP")
+    (damaged.train / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
+    reasons = skipped(tmp_path / "shards")
+    assert reasons.keys() == {"other.webp", "other.BMP", "gone.jpg"}
+    assert "none of JPEG, PNG, GIF" in reasons["other.webp"] and reasons["gone.jpg"] == "it is a link to what is not there"
+
+
+def test_a_class_that_loses_all_its_pictures_is_refused(damaged, tmp_path):
+    (damaged.folder / "train" / "c").mkdir()
+    Image.new("RGB", (8, 8)).save(damaged.folder / "train" / "c" / "other.webp")
+    with pytest.raises(ValueError, match="none of the training pictures of 'c' can be used"):
+        make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
+
+
+def test_links_are_followed_but_not_in_circles(pictures, tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "inner" / "far.jpg")
+    for link in (pictures / "train" / "z.last" / "linked", pictures / "train" / "zz"):
+        link.symlink_to(tmp_path / "elsewhere")
+    make_shards.image_folder(pictures, new(tmp_path / "shards"))
+    assert len(members(tmp_path / "shards", "train")) == 24
+    (tmp_path / "elsewhere" / "inner" / "back").symlink_to(tmp_path / "elsewhere")
+    said = refused(monkeypatch, capsys, "folder", pictures, tmp_path / "other")
+    assert "linked/inner/back: a link to a folder that it is in itself" in said
+
+
+def test_what_cannot_be_read_is_named(pictures, tmp_path, monkeypatch, capsys):
+    secret, scandir = pictures / "train" / "n01440764" / "images", os.scandir
+
+    def closed(path):
+        if Path(path) == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", closed)
+        said = refused(monkeypatch, capsys, "folder", pictures, tmp_path / "shards")
+    assert f"{secret}: cannot be read (Permission denied); make it readable, or remove it" in said
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"\.JPEG: cannot be read \(Input/output error\)"):
+        patch.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        make_shards.image_folder(pictures, new(tmp_path / "io"))
+    with pytest.raises(ValueError, match=r"gone\.jpg: cannot be read \(No such file .*; make it readable, or remove it"):
+        Draw()(0, Picture(str(tmp_path / "gone.jpg"), 0, 9, "gone.jpg", 0))
+
+
+def test_a_picture_that_changed_to_one_of_the_same_size_is_noticed_and_a_move_is_not(damaged, tmp_path, monkeypatch):
+    def content(source):
+        found = files_in(source / "train" / "a", 0)
+        return digest(listing({"train": found}, source))
+
+    before, path = content(damaged.folder), damaged.train / "000.jpg"
+    monkeypatch.chdir(tmp_path)
+    assert content(Path("in")) == before
+    path.write_bytes(flipped(path.read_bytes(), 300))
+    os.utime(path, ns=(0, 1 + path.stat().st_mtime_ns))
+    assert content(damaged.folder) != before
 
 
 SMOOTH = np.add.outer(np.arange(90), np.arange(120))[..., None].repeat(3, 2).astype(np.uint8)

@@ -106,10 +106,20 @@ def test_other_ground_truths_give_the_same_labels(ilsvrc, tmp_path):
         assert members(tmp_path / f"{i}", "val") == members(tmp_path / "devkit", "val")
 
 
-def renamed(content: bytes) -> bytes:
-    """A tar with n03126707.tar in it by another name, and the checksum that goes with it."""
-    at, content = content.index(b"n03126707.tar"), bytearray(content)
-    content[at : at + 9] = b"cranes000"
+wnid_of = {number: wnid for wnid, number in sources.ILSVRC_IDS.items()}
+
+
+def devkit_lines(folder) -> list[str]:
+    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz") as tar:
+        return tar.extractfile("ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt").read().decode().split()
+
+
+def renamed(content: bytes, old: bytes = b"n03126707.tar", new: bytes = b"cranes000.tar") -> bytes:
+    """A tar with a member in it by another name of the same length, and the checksum that goes with it."""
+    name = content.index(old)
+    # Validation pictures are called ILSVRC2012_val_...
+    at, content = name - 11 * old.startswith(b"val_"), bytearray(content)
+    content[name : name + len(old)] = new
     content[at + 148 : at + 156] = b" " * 8
     content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
     return bytes(content)
@@ -123,10 +133,13 @@ def _changed(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def _truth(text):
+def _truth(change_lines):
+    """Another ground truth, of WordNet ids."""
+
     def change(folder):
+        wnids = [wnid_of[int(line)] for line in devkit_lines(folder)]
         (folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-        (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(text)
+        (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(change_lines(wnids)))
 
     return change
 
@@ -142,9 +155,17 @@ def _truth(text):
         (_changed("ILSVRC2012_img_train.tar", renamed), "holds 'cranes000.tar', expected one tar for each"),
         (_changed("ILSVRC2012_img_val.tar", lambda b: b[:5000]), "img_val.tar: not a whole tar archive"),
         (_changed("ILSVRC2012_devkit_t12.tar.gz", lambda b: b[:-300]), "devkit_t12.tar.gz: not a whole tar archive"),
-        (_truth("1\n" * 12), "neither meta.mat nor map_clsloc.txt tells which they are"),
-        (_truth("n01440764\n" * 11), "val_00000012.JPEG: the ground truth does not tell its class"),
-        (_truth("n99999999\n" * 12), "its class n99999999 is not among those for training"),
+        (_truth(lambda _: ["1"] * 12), "neither meta.mat nor map_clsloc.txt tells which they are"),
+        (_truth(lambda wnids: wnids[:-1]), "val_00000012.JPEG: the ground truth does not tell its class"),
+        (
+            _truth(lambda wnids: [*wnids, wnids[0]]),
+            "12 of 13 validation pictures, the first that is missing",
+        ),
+        (_truth(lambda wnids: [*wnids[:-1], "n00000001"]), "class n00000001 is in the ground truth, but not in training"),
+        (_truth(lambda wnids: ["n01440764"] * 12), "class n02012849 is in training, but not in the ground truth"),
+        (_changed("ILSVRC2012_img_val.tar", lambda b: renamed(b, b"val_00000012", b"val_00000003")), "val_00000003.JPEG twice"),
+        (_changed("ILSVRC2012_img_train.tar", lambda b: renamed(b, b"n03126707_7", b"n03126707_6")), "n03126707_6.JPEG twice"),
+        (_changed("ILSVRC2012_img_train.tar", lambda b: renamed(b, b"n03126707.tar", b"n02012849.tar")), "n02012849.tar twice"),
     ],
 )
 def test_an_imagenet_that_is_not_whole_is_refused(ilsvrc, tmp_path, monkeypatch, capsys, change, said):
@@ -161,3 +182,70 @@ def test_a_meta_file_of_other_content_is_refused(ilsvrc, tmp_path, monkeypatch, 
         (ilsvrc.folder / "meta.mat").write_bytes(content)
         line = refused(monkeypatch, capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
         assert "meta.mat" in line
+
+
+@pytest.fixture
+def unpacked(ilsvrc, tmp_path):
+    """The same unpacked, without those that cannot be used, validation pictures loose; and the devkit."""
+    folder = new(tmp_path / "unpacked")
+    for name, content in ilsvrc.train.items():
+        (folder / "train" / name.partition("_")[0]).mkdir(parents=True, exist_ok=True)
+        if name not in ("n01440764_8.JPEG", "n01440764_9.JPEG"):
+            (folder / "train" / name.partition("_")[0] / name).write_bytes(content)
+    (folder / "val").mkdir()
+    for name, content, _ in ilsvrc.val:
+        (folder / "val" / name).write_bytes(content)
+    shutil.copy(ilsvrc.folder / "ILSVRC2012_devkit_t12.tar.gz", folder)
+    return folder
+
+
+def test_validation_pictures_that_are_not_those_of_the_ground_truth_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
+    def line():
+        return refused(monkeypatch, capsys, "imagenet", unpacked, tmp_path / "shards", "--workers", 1)
+
+    name, content, wnid = ilsvrc.val[4]
+    (unpacked / "val" / name).unlink()
+    assert "11 of 12 validation pictures, the first that is missing is ILSVRC2012_val_00000005" in line()
+    (unpacked / "val" / wnid).mkdir()
+    (unpacked / "val" / wnid / name).write_bytes(content)
+    assert "ILSVRC2012_val_00000001.JPEG: beside folders of WordNet ids" in line()
+    for other, _, true in ilsvrc.val:
+        (unpacked / "val" / true).mkdir(exist_ok=True)
+        if other != name:
+            (unpacked / "val" / other).rename(unpacked / "val" / true / other)
+    (unpacked / "val" / "prepare.sh").write_text("no picture")
+    make_shards.imagenet(unpacked, new(tmp_path / "whole"))
+    wrong = next(one for one in LABELS if one != wnid)
+    (unpacked / "val" / wnid / name).rename(unpacked / "val" / wrong / name)
+    assert f"{name}: the ground truth tells another class" in line()
+    (unpacked / "val" / wrong / name).unlink()
+    assert "the first that is missing is ILSVRC2012_val_00000005" in line()
+    (unpacked / "train" / "n02000000").mkdir()
+    (unpacked / "train" / "n02000000" / "n02000000_1.JPEG").write_bytes(content)
+    assert "the class n02000000 is in training, but not in the ground truth" in line()
+
+
+def test_a_bad_picture_costs_no_good_one_of_its_name(ilsvrc, tmp_path):
+    """In the tars of two classes."""
+    path = ilsvrc.folder / "ILSVRC2012_img_train.tar"
+    path.write_bytes(renamed(path.read_bytes(), b"n03126707_9.JPEG", b"n01440764_9.JPEG"))
+    make_shards.imagenet(ilsvrc.folder, new(tmp_path / "shards"))
+    pictures = [content for _, content, _ in members(tmp_path / "shards", "train")]
+    assert len(pictures) == 238 and ilsvrc.train["n03126707_9.JPEG"] in pictures
+
+
+def test_kaggles_folders_are_taken_as_they_are(ilsvrc, unpacked, tmp_path):
+    top = tmp_path / "kaggle"
+    (top / "ILSVRC" / "Data").mkdir(parents=True)
+    (unpacked / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    unpacked.rename(top / "ILSVRC" / "Data" / "CLS-LOC")
+    rows = [f"{name[:-5]},{wnid} 1 2 3 4" for name, _, wnid in ilsvrc.val]
+    (top / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    (top / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} {name}\n" for wnid, name in sources.WORDS.items()))
+    make_shards.imagenet(top, new(tmp_path / "shards"))
+    make_shards.imagenet(ilsvrc.folder, new(tmp_path / "tars"))
+    found, expected = digests(tmp_path / "shards"), digests(tmp_path / "tars")
+    assert found["index.json"] == expected["index.json"] and found.items() <= expected.items()
+    (top / "LOC_synset_mapping.txt").write_text("tench\n")
+    with pytest.raises(ValueError, match=r"LOC_synset_mapping.txt: line 1: expected WordNet id and name, found 'tench'"):
+        make_shards.imagenet(top, new(tmp_path / "other"))

@@ -1,5 +1,6 @@
 """index.json of shards made elsewhere is what make_shards would have written; verify finds what is wrong, and nothing else."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from servers import FileServer
 
 from data_tools import index, make_shards, verify
@@ -192,8 +193,14 @@ def made(folder: Path, classes: int = 3, **shards: list[tuple[str, bytes]]) -> P
     folder.mkdir()
     for name, members in shards.items():
         tar(folder / f"{name}-000000.tar", *members)
-    index.make(sorted(folder.glob("*.tar")), [f"name {i}" for i in range(classes)], None, 1)
+    index.make(sorted(folder.glob("*.tar")), None, None, 1)
+    name_classes(folder, [f"name {i}" for i in range(classes)])
     return folder
+
+
+def name_classes(folder: Path, names: list[str]) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(content | {"classes": names}))
 
 
 def test_labels_and_classes_are_checked(tmp_path, monkeypatch, capsys):
@@ -202,6 +209,107 @@ def test_labels_and_classes_are_checked(tmp_path, monkeypatch, capsys):
         ("label", "train-000000.tar: b", "label 3 is outside the 3 classes"),
         ("class", "class 2 (name 2)", "has no training sample"),
     ]
+
+
+def kinds(monkeypatch, capsys, *arguments) -> list[tuple[str, str]]:
+    return [(kind, where) for kind, where, _ in findings(monkeypatch, capsys, *arguments)]
+
+
+def test_splits_in_folders_of_their_own_are_told_apart(tmp_path, monkeypatch, capsys):
+    tar(tmp_path / "train" / "shard-000.tar", *sample("a", 1, 0), *sample("b", 2, 2))
+    tar(tmp_path / "val" / "shard-000.tar", *sample("a", 1, 0), *sample("c", 3, 1))
+    assert ended(index, monkeypatch, capsys, tmp_path / "train", tmp_path / "val")[0] == 0
+    assert kinds(monkeypatch, capsys, tmp_path / "train", tmp_path / "val") == [
+        ("class", "class 1 (1)"),
+        ("leak", "shard-000.tar: a"),
+    ]
+    assert kinds(monkeypatch, capsys, tmp_path / "train") == [("class", "class 1 (1)")]
+    assert kinds(monkeypatch, capsys, tmp_path / "val") == []
+
+
+def test_shards_of_one_split_in_two_folders_are_one_split(tmp_path, monkeypatch, capsys):
+    for number, folder in enumerate(("first", "second")):
+        made(tmp_path / folder, 2, train=[*sample(f"a{number}", 1, 0), *sample(f"b{number}", 2 + number, 1)])
+    assert kinds(monkeypatch, capsys, tmp_path / "first", tmp_path / "second") == []
+
+
+@pytest.mark.parametrize("first, second", [("train-0-of-2", "train-1-of-2"), ("train_00000_of_00002", "train_00001_of_00002")])
+def test_numbers_of_numbers_name_no_split(tmp_path, monkeypatch, capsys, first, second):
+    tar(tmp_path / "own" / f"{first}.tar", *sample("a", 1, 0))
+    tar(tmp_path / "own" / f"{second}.tar", *sample("b", 1, 0))
+    assert ended(index, monkeypatch, capsys, tmp_path / "own")[0] == 0
+    assert kinds(monkeypatch, capsys, tmp_path / "own") == []
+    assert list(json.loads(ended(verify, monkeypatch, capsys, tmp_path / "own", "--json")[1])["splits"]) == ["train"]
+
+
+def test_training_shards_are_known_by_a_word_of_their_name(tmp_path, monkeypatch, capsys):
+    tar(tmp_path / "own" / "imagenet1k-train-0000.tar", *sample("a", 1, 0), *sample("b", 2, 2))
+    tar(tmp_path / "own" / "imagenet1k-val-0000.tar", *sample("c", 3, 1))
+    assert ended(index, monkeypatch, capsys, tmp_path / "own")[0] == 0
+    assert kinds(monkeypatch, capsys, tmp_path / "own") == [("class", "class 1 (1)")]
+
+
+def test_two_indices_that_name_the_classes_otherwise_are_found(tmp_path, monkeypatch, capsys):
+    train = made(tmp_path / "a", 2, train=[*sample("a", 1, 0), *sample("b", 2, 1)])
+    val = made(tmp_path / "b", 2, val=sample("c", 3, 1))
+    assert kinds(monkeypatch, capsys, train, val) == []
+    for names, said in ((["name 1", "name 0"], "calls class 0 'name 1', "), (["name 0", "name 1", "more"], "names 3 classes, ")):
+        name_classes(val, names)
+        ((kind, where, what),) = findings(monkeypatch, capsys, train, val)
+        assert (kind, where) == ("class", "index.json") and what.startswith(said) and "a/index.json" in what
+    # Of the numbers that an index has without --classes there are as many as its own labels need.
+    name_classes(val, ["0"])
+    assert kinds(monkeypatch, capsys, val, train) == []
+
+
+def test_an_index_does_not_keep_numbers_that_are_outdated(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "own"
+    tar(folder / "train-0.tar", *sample("a", 1, 3))
+    tar(folder / "val-0.tar", *sample("b", 2, 1))
+    for pattern, count in (("val-*.tar", 2), ("*.tar", 4), ("val-*.tar", 4)):
+        assert ended(index, monkeypatch, capsys, f"{folder}/{pattern}")[0] == 0
+        assert json.loads((folder / "index.json").read_text())["classes"] == list(map(str, range(count)))
+    (folder / "train-0.tar").unlink()
+    assert ended(index, monkeypatch, capsys, folder)[0] == 0
+    assert json.loads((folder / "index.json").read_text())["classes"] == ["0", "1"]
+
+
+def test_names_that_cannot_be_those_of_the_classes_are_refused(tmp_path, monkeypatch, capsys):
+    path, names = tar(tmp_path / "own" / "a.tar", *sample("a", 1, 0), *sample("b", 2, 2)), tmp_path / "names.txt"
+    for content, said in (
+        (b"cat\ndog\n", f"{names}: names 2 classes, but {path}: b has label 2"),
+        (b"cat\n\ndog\nowl", f"{names}: line 2 is empty"),
+        (b"\ncat\ndog\nowl", f"{names}: line 1 is empty"),
+        (b"cat\nM\xf6we\nowl", f"{names}: not UTF-8 text (at byte 5)"),
+        (b"\n", f"{names}: holds no name"),
+    ):
+        names.write_bytes(content)
+        code, _, err = ended(index, monkeypatch, capsys, path, "--classes", names)
+        assert code == 2 and said in err and not (tmp_path / "own" / "index.json").exists()
+    names.write_text("cat\ndog\nowl\n\n")
+    assert ended(index, monkeypatch, capsys, path, "--classes", names)[0] == 0
+    assert json.loads((tmp_path / "own" / "index.json").read_text())["classes"] == ["cat", "dog", "owl"]
+    tar(path, *sample("a", 1, 3))
+    code, _, err = ended(index, monkeypatch, capsys, path)
+    assert code == 2 and "index.json: names 3 classes, but" in err and "by --classes" in err
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 1, "shards": [{"file": 1}]}'])
+def test_a_damaged_index_is_made_anew(own, monkeypatch, capsys, content):
+    before = json.loads((own / "index.json").read_text())
+    (own / "index.json").write_text(content)
+    code, _, err = ended(index, monkeypatch, capsys, f"{own}/val-*.tar")
+    assert code == 2 and "index.json: not an index of shards" in err and "from all shards of the folder" in err
+    code, _, err = ended(index, monkeypatch, capsys, own)
+    assert code == 0 and "index.json: damaged, and made anew" in err
+    assert json.loads((own / "index.json").read_text()) == before
+
+
+def test_the_index_of_another_program_is_left_alone(own, monkeypatch, capsys):
+    content = '{"wids_version": 1, "shardlist": []}'
+    (own / "index.json").write_text(content)
+    code, _, err = ended(index, monkeypatch, capsys, own)
+    assert code == 2 and "index.json: of another program; rename it" in err and (own / "index.json").read_text() == content
 
 
 def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
@@ -244,6 +352,45 @@ def test_verify_that_cannot_run_says_why(tmp_path, own, monkeypatch, capsys):
         assert code == 2 and wrong.startswith("error: ") and said in wrong and wrong.count("\n") == 1
 
 
+@pytest.mark.parametrize("what", ["an empty tar", "only what would be unpickled", "a repeated member", "gzip"])
+def test_verify_reports_on_shards_of_which_no_sample_can_be_used(tmp_path, monkeypatch, capsys, what):
+    members = {
+        "an empty tar": [],
+        "only what would be unpickled": [("a.cls", b"0"), ("a.pickle", b"N.")],
+        "a repeated member": [*sample("a", 1, 0), *sample("a", 1, 0)],
+        "gzip": sample("a", 1, 0),
+    }
+    path = tar(tmp_path / "own" / "train-0.tar", *members[what])
+    if what == "gzip":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    found = findings(monkeypatch, capsys, path.parent)
+    expected = {"gzip": "damage", "an empty tar": "index"}.get(what, "sample")
+    assert expected in [kind for kind, *_ in found]
+    if what == "gzip":
+        assert "it is compressed; gunzip it" in [why for *_, why in found]
+        assert "not a shard (it is compressed; gunzip it)" in ended(index, monkeypatch, capsys, path)[2]
+    sheet = tmp_path / "sheet.png"
+    code, out, err = ended(verify, monkeypatch, capsys, path.parent, "--json", "--contact-sheet", sheet)
+    assert code == 2 and len(json.loads(out)["findings"]) == len(found) and "no sample to put on a contact sheet" in err
+
+
+def test_a_contact_sheet_that_cannot_be_written_is_refused_before_anything_is_read(own, monkeypatch, capsys):
+    def never(*_):
+        raise AssertionError("shards were read")
+
+    monkeypatch.setattr(verify, "survey", never)
+    for path in (own.parent / "none" / "sheet.png", own):
+        code, out, err = ended(verify, monkeypatch, capsys, own, "--contact-sheet", path)
+        assert code == 2 and not out and f"--contact-sheet: {path} cannot be written" in err
+
+
+def test_findings_are_told_though_the_contact_sheet_fails(own, monkeypatch, capsys):
+    (own / "index.json").unlink()
+    monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    code, out, err = ended(verify, monkeypatch, capsys, own, "--contact-sheet", own.parent / "sheet.png")
+    assert code == 2 and out.endswith("6 findings\n") and "no space left" in err
+
+
 def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, capsys):
     out = tmp_path / "shards"
     out.mkdir()
@@ -261,6 +408,43 @@ def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, caps
     for tile in tiles:
         # A picture in many colours, and below it a caption in black on white.
         assert len(np.unique(tile[:160].reshape(-1, 3), axis=0)) > 200 and tile[160:].min() < 80 and tile[160, 0].min() == 255
+
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30, 200), (30, 200, 200), (120, 120, 120)]
+
+
+@pytest.mark.parametrize("name", ["{}", "name {}"])
+def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path, monkeypatch, capsys, name):
+    """Class c is all COLOURS[c]; its caption is drawn here anew."""
+    members = []
+    for number in range(40):
+        pixels = np.full((8, 8, 3), COLOURS[number % 7], np.uint8)
+        pixels[0, 0, 0] = number
+        members += [(f"{number:02d}.cls", b"%d" % (number % 7)), (f"{number:02d}.png", png(pixels))]
+    folder = made(tmp_path / "own", 7, train=members)
+    name_classes(folder, [name.format(c) for c in range(7)])
+    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 160, 5 * 180)
+        shown, numbers = [], []
+        for tile in range(40):
+            left, top = tile % 8 * 160, tile // 8 * 180
+            label = COLOURS.index(sheet.getpixel((left + 80, top + 80)))
+            caption = Image.new("RGB", (160, 20), "white")
+            text = f"{label} {name.format(label)}"
+            ImageDraw.Draw(caption).text((4, 3), text, "black", font=ImageFont.load_default(11))
+            assert (np.asarray(sheet.crop((left, top + 160, left + 160, top + 180))) == np.asarray(caption)).all(), text
+            shown.append(label)
+            numbers.append(sheet.getpixel((left + 6, top + 6))[0])
+    assert sorted(numbers) == list(range(40)) and [number % 7 for number in numbers] == shown
+
+
+def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, monkeypatch, capsys):
+    members = [("a.cls", b"0"), ("a.png", png(np.full((8, 8), 100 << 8, np.uint16)))]
+    folder = made(tmp_path / "own", 1, train=members)
+    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.getpixel((80, 80)) == (100, 100, 100)
 
 
 def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, capsys):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import webdataset
-from drawing import die, draw, fail
-from making import command, digests, new, scan
+from drawing import die, draw, fail, holds_interrupts
+from making import command, digests, new, refused, scan
 
-from data_tools import make_shards, pictures, writing
+from data_tools import make_shards, writing
 from data_tools.record import Record
+from data_tools.workers import in_order
 from data_tools.writing import Split
-from dnal_dist.samples import PICTURES, boundaries, parse
+from dnal_dist.samples import boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -224,6 +225,58 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
     assert digests(folder) == digests(apart)
 
 
+def test_workers_take_no_notice_of_ctrl_c_from_their_start_on():
+    assert in_order(holds_interrupts, [0, 1], 2, "workers", None) == [True, True]
+    assert not holds_interrupts(0, None)
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path, monkeypatch, capsys):
+    said, digits = [], make_shards.digits
+
+    def while_another_comes(folder, overwrite):
+        monkeypatch.setattr(make_shards, "digits", digits)
+        said.append(refused(monkeypatch, capsys, "digits", folder))
+        return digits(folder, overwrite)
+
+    monkeypatch.setattr(make_shards, "digits", while_another_comes)
+    assert command(monkeypatch, capsys, "digits", tmp_path / "shards")[0] == 0
+    assert said == [f"error: {tmp_path / 'shards'}: another command is making shards there; wait for it, or end it\n"]
+    assert (tmp_path / "shards" / "index.json").exists()
+
+
+def test_a_full_disk_is_named_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    record = Record(new(tmp_path / "record"), {"kind": "test"})
+    record.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*making\.jsonl"):
+        record.begin()
+    for name in ("train-000000.tar", "index.json", "skipped.json"):
+        folder = new(tmp_path / name)
+        (folder / (name if name == "skipped.json" else f"{name}.unfinished")).symlink_to("/dev/full")
+        with pytest.raises(OSError, match=rf"No space left on device: .*{name}'$"):
+            made(folder, skipped=[{"picture": "a", "reason": "b"}])
+
+    def full(folder, overwrite):
+        raise OSError(28, "No space left on device", str(folder / "making.jsonl"))
+
+    monkeypatch.setattr(make_shards, "digits", full)
+    line = refused(monkeypatch, capsys, "digits", tmp_path / "shards", "--overwrite")
+    assert line.endswith("making.jsonl'; make room, the same command without --overwrite then goes on\n")
+
+
+def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
+    refused(monkeypatch, capsys, "folder", tmp_path / "nowhere", tmp_path / "new" / "shards")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert "file: a file, expected the folder where" in refused(monkeypatch, capsys, "digits", tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", make_shards.MORE)
+def test_help_of_a_kind_is_for_those_who_call_it(kind, monkeypatch, capsys):
+    code, said = command(monkeypatch, capsys, kind, "--help")
+    assert code == 0 and " ".join(make_shards.MORE[kind].split())[:40] in " ".join(said.split())
+    assert "Returns" not in said and "write_pictures" not in said
+
+
 def test_workers_end_with_a_main_process_that_was_killed(tmp_path):
     drawn = ["synthetic", "--classes", "5", "--train", "9000", "--size", "200", "--shard-samples", "200", "--workers", "2"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn, tmp_path]
@@ -243,10 +296,6 @@ def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["val-000002.tar"]
 
 
-def test_makers_and_stream_agree_on_pictures():
-    assert pictures.EXTENSIONS == PICTURES
-
-
 def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["make_shards", "digits", str(tmp_path / "file" / "digits")])
@@ -263,6 +312,7 @@ def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
         ("--workers", "-1", "expected a whole number above 0, found '-1'"),
         ("--resize", "large", "expected a whole number above 0, found 'large'"),
         ("--quality", "96", "expected a whole number from 1 to 95, found '96'"),
+        ("--seed", "-1", "expected a whole number, 0 or above, found '-1'"),
         ("--max-bad", "5%", "expected a share from 0 to 1, found '5%'"),
     ],
 )

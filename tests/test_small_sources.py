@@ -174,6 +174,13 @@ HARMFUL = {
     "no mark": b"\x80\x02K\x01K\x02t.",
     "no end": b"\x80\x02}q\x01",
     "nothing": b"",
+    # To Python's own dictionaries the next two are the end of the process.
+    "a nested key": b"\x80\x02}K\x01" + b"\x85" * 900_000 + b"K\x01s.",
+    "a nested value": b"\x80\x02}U\x01aK\x01" + b"\x85" * 4 + b"s.",
+    "a key that is no text": b"\x80\x02}K\x01K\x02s.",
+    "an array of an impossible shape": sources.as_python_2_writes({"data": np.zeros((2, 3), np.uint8)}).replace(
+        b"K\x02K\x03\x86", b"\x8a\x0c" + b"\xff" * 11 + b"\x01\x85"
+    ),
 }
 
 
