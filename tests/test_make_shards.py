@@ -206,7 +206,10 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
     folder, apart = tmp_path / "shards", tmp_path / "apart"
     drawn = ["synthetic", "--classes", "5", "--train", "3000", "--val", "50", "--size", "100", "--shard-samples", "200"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn]
-    process = subprocess.Popen([*command, folder, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Where the tests themselves run in the background of a shell, Ctrl-C is ignored, and that would be handed on.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
+    process = subprocess.Popen([*command, folder, "--workers", "2"], **options)
     record = folder / "making.jsonl"
     while not (record.exists() and '"file"' in record.read_text()):
         assert process.poll() is None
