@@ -30,7 +30,7 @@ from data_tools.index import are_numbers, find, folder_of, survey
 from data_tools.make_shards import count
 from data_tools.workers import cores
 from dnal_dist import remote
-from dnal_dist.shards import Url, read_index
+from dnal_dist.places import Url, read_index
 
 LISTED = 10
 

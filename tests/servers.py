@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dnal_dist import remote
+
 
 class FileServer:
     """Serves `files` (path without its first slash: bytes) on the loopback from a thread of its own.
@@ -129,3 +131,14 @@ def s3_server(monkeypatch, secret: str = "secret"):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
     yield boto3.client("s3")
     running.stop()
+
+
+def without_proxies(monkeypatch) -> None:
+    """The loopback is reached directly, whatever this machine's environment says."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(remote, "_systems", {})
+    monkeypatch.setattr(remote, "_ranged", set())
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from servers import FileServer
+from servers import FileServer, without_proxies
 
 from dnal_dist import remote
 from dnal_dist.ahead import Ahead, Need
@@ -28,13 +28,7 @@ SHARDS = {f"{number}.tar": random.Random(number).randbytes(SIZE) for number in r
 
 @pytest.fixture(autouse=True)
 def quick_and_direct(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(remote, "_systems", {})
-    monkeypatch.setattr(remote, "_ranged", set())
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    without_proxies(monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import traceback
 
 import fsspec.config
 import pytest
-from servers import FileServer, s3_server
+from servers import FileServer, s3_server, without_proxies
 
 from dnal_dist import remote
 from dnal_dist.recipe import InputError
@@ -24,13 +24,7 @@ SECRET = "wJalrXUtnFEMI-not-for-eyes"
 @pytest.fixture(autouse=True)
 def quick_and_fresh(monkeypatch):
     """File systems take their settings from the environment when they are made; the loopback is reached without a proxy."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(remote, "_systems", {})
-    monkeypatch.setattr(remote, "_ranged", set())
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    without_proxies(monkeypatch)
     remote.retries.clear()
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 from faulty import samples, write_tar
-from servers import FileServer, s3_server
+from servers import FileServer, s3_server, without_proxies
 from test_receipts import receipts
 
 from data_tools import index
-from dnal_dist import remote, shards
+from dnal_dist import places
 from dnal_dist.cache import Cache
 from dnal_dist.recipe import Data, InputError
 from dnal_dist.shards import Shards
@@ -20,12 +20,8 @@ from dnal_dist.stream import Stream
 
 @pytest.fixture(autouse=True)
 def direct_and_patient(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
-    shards._remote_index.cache_clear()
+    without_proxies(monkeypatch)
+    places._remote_index.cache_clear()
 
 
 @pytest.fixture

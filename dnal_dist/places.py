@@ -1,0 +1,136 @@
+"""Where shards are: the paths and URLs that a recipe's patterns stand for, and what the index beside them tells."""
+
+import functools
+import glob
+import json
+import os
+import re
+import shlex
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from dnal_dist import remote
+from dnal_dist.recipe import InputError
+
+
+class Url(str):
+    """Where a remote shard or its folder is, with what of Path's is used here."""
+
+    @property
+    def name(self) -> str:
+        return self.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Url":
+        return Url(self.rpartition("/")[0])
+
+
+def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
+    """The paths and path patterns that `patterns` stands for once its braces are expanded, and the files they match.
+
+    Raises InputError, naming the recipe's `key`, for a pattern that matches nothing or would run a program.
+    """
+    names, paths = [], []
+    for pattern in _words(patterns, key):
+        is_remote = remote.check(pattern, key)
+        try:
+            expanded = list(braceexpand(pattern))
+        except UnbalancedBracesError as error:
+            raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
+        found = {one: _matches(one, is_remote, key) for one in expanded}
+        # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
+        missing = [one for one in expanded if not found[one] and not glob.has_magic(one)]
+        if missing or not any(found.values()):
+            raise InputError(
+                f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
+                f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
+                f"or correct the pattern (a path with blanks wants quotes of its own)"
+            )
+        names += expanded
+        paths += [path for one in expanded for path in found[one]]
+    if not paths:
+        raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
+    real = [path if isinstance(path, Url) else os.path.realpath(path) for path in paths]
+    if len(set(real)) < len(real):
+        twice = next(path for i, path in enumerate(paths) if real[i] in real[:i])
+        raise InputError(f"key '{key}': {twice} is named twice, and its samples would be; name it once")
+    return names, paths
+
+
+def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
+    """The files, sorted. A remote shard that is named in full is taken to be there: its index tells, or reading it."""
+    if not is_remote:
+        return [Path(path) for path in sorted(glob.glob(pattern))]
+    if not glob.has_magic(pattern):
+        return [Url(pattern)]
+    folder = Url(pattern).parent
+    try:
+        return [Url(f"{folder}/{file}") for file in sorted(read_index(folder)) if fnmatch(f"{folder}/{file}", pattern)]
+    except InputError:
+        if not remote.can_list(pattern):
+            raise
+    try:
+        return [Url(url) for url in remote.glob(pattern)]
+    except OSError as error:
+        raise InputError(f"key '{key}': {error}") from None
+
+
+def _words(patterns: str, key: str) -> list[str]:
+    try:
+        return shlex.split(patterns)
+    except ValueError as error:
+        raise InputError(f"key '{key}': {patterns!r} cannot be divided into patterns ({error}); mend its quotes") from None
+
+
+def refuse_gaps(indices: dict[Path | Url, dict[str, dict]], names: list[str], paths: list[Path | Url]) -> None:
+    """Raise InputError if an index tells of a shard that `names` asks for and that is not there."""
+    there = set(paths)
+    for folder, index in indices.items():
+        if isinstance(folder, Url):
+            continue
+        for path in (folder / file for file in index):
+            if path not in there and any(fnmatch(str(path), str(Path(name))) for name in names):
+                raise InputError(f"{path}: no such shard, but index.json tells of it; copy it here or make the index anew")
+
+
+def read_index(folder: Path | Url) -> dict[str, dict]:
+    """What folder/index.json says of each shard, by its name; {} if there is none. Raises InputError if it is damaged."""
+    is_remote = isinstance(folder, Url)
+    where = f"{folder}/index.json"
+    try:
+        content = json.loads(_remote_index(where) if is_remote else Path(where).read_text())
+        return {entry["file"]: _entry(entry) for entry in content["shards"]}
+    except FileNotFoundError:
+        return {}
+    except remote.RemoteError as error:
+        raise InputError(
+            f"{error}; remote shards need their index: make it by `python -m data_tools.index`, and put it beside them"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it anew") from None
+
+
+@functools.lru_cache(8)
+def _remote_index(url: str) -> bytes:
+    """It is asked for by each pattern and each split; of a running process it does not change."""
+    return remote.read(url)
+
+
+def _entry(entry: dict) -> dict:
+    """One checked entry of an index. Raises ValueError or TypeError."""
+    samples, size, offsets = int(entry["samples"]), int(entry["bytes"]), entry.get("offsets")
+    if not isinstance(entry["file"], str) or "/" in entry["file"] or not entry["file"].isprintable():
+        raise ValueError(f"{entry['file']!r}, which is no file's name")
+    if not re.fullmatch("[0-9a-fA-F]{64}", str(entry.get("sha256") or "0" * 64)):
+        raise ValueError(f"a digest of {entry['file']} that is none")
+    if samples < 0:
+        raise ValueError("a negative number of samples")
+    if offsets is not None:
+        ends = np.array(offsets)
+        rising = ends.dtype == np.int64 and ends.ndim == 1 and (ends[1:] > ends[:-1]).all()
+        if not rising or len(ends) != samples + 1 or ends[0] < 0 or ends[-1] > size:
+            raise ValueError(f"offsets of {entry['file']} that are not those of {samples} samples in {size} bytes")
+    return {"samples": samples, "bytes": size, "offsets": offsets, "sha256": entry.get("sha256")}
