@@ -1,0 +1,71 @@
+"""Files and folders that are whole or not there, whatever ends the process or the machine."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# Leftovers of a process that was killed have names of these forms, and no other process looks at them.
+UNFINISHED, REMOVED = ".{}.unfinished", ".{}.removed"
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Make `content` the file at `path`; until it is on disk, the one that was there stays."""
+    unfinished = path.with_name(UNFINISHED.format(path.name))
+    write(unfinished, content)
+    rename(unfinished, path)
+
+
+@contextlib.contextmanager
+def folder(final: Path) -> Iterator[Path]:
+    """A folder to fill inside. It is on disk and called `final` afterwards, in place of what was there; or gone, after an error."""
+    unfinished = final.with_name(UNFINISHED.format(final.name))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        to_disk(unfinished)
+        if final.exists():
+            remove(final)
+        rename(unfinished, final)
+    except OSError:
+        # Where the disk is full, what cannot be finished must not keep it so.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """A new file at `path`, on disk when this returns; its folder need not be."""
+    with path.open("wb") as file:
+        file.write(content)
+    to_disk(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until what was written to the file or folder `path` is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(old: Path, new: Path) -> None:
+    os.replace(old, new)
+    to_disk(new.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder; a reader finds it whole or not at all."""
+    removed = path.with_name(REMOVED.format(path.name))
+    shutil.rmtree(removed, ignore_errors=True)
+    os.rename(path, removed)
+    shutil.rmtree(removed)
+
+
+def clean(folder: Path) -> None:
+    """Remove what processes that were killed left unfinished in `folder`."""
+    for form in (UNFINISHED, REMOVED):
+        for path in folder.glob(form.format("*")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
