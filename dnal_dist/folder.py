@@ -157,7 +157,7 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
         hint = " ".join(f"--allow-changed {key}" for key in refused if key not in FIXED)
         raise InputError(
             f"{folder}: the recipe has changed since the run began:{diff}\n"
-            f"undo that{f', or go on by {hint}' if hint else ''}, or begin anew by --overwrite, or name another folder by output=..."
+            f"undo that{f', or go on by {hint}' if hint else ''}, or begin anew by --overwrite, or name another output=..."
         )
     return changed
 

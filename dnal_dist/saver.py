@@ -92,8 +92,8 @@ class Saver:
     def told(self) -> str:
         number, pauses = len(self.writes), self.pauses
         return (
-            f"{number} checkpoint{'s' if number > 1 else ''}, the last of {self.size / 1e6:.3g} MB: training paused {sum(pauses):.2f} s "
-            f"in all, {max(pauses):.3f} s at most; written beside it in {max(self.writes):.3f} s at most"
+            f"{number} checkpoint{'s' if number > 1 else ''}, the last of {self.size / 1e6:.3g} MB: training paused "
+            f"{sum(pauses):.2f} s in all, {max(pauses):.3f} s at most; written beside it in {max(self.writes):.3f} s at most"
         )
 
     def close(self) -> None:

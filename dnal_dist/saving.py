@@ -101,8 +101,8 @@ def _statistics(run: Run) -> list[Tensor]:
 
 
 def _combine(statistics: Tensor, norms: list[tuple[str, _BatchNorm]], tensors: dict[str, Tensor]) -> None:
-    """Write into `tensors` the running statistics of all processes together (see parallel.average_statistics), from (world size, 2 *
-    features) numbers."""
+    """Write into `tensors` the running statistics of all processes together (see parallel.average_statistics), from (world size,
+    2 * features) numbers."""
     mean, variance = statistics.double().chunk(2, dim=1)
     variance = (variance + mean**2).mean(0) - mean.mean(0) ** 2
     sizes = [norm.num_features for _, norm in norms]

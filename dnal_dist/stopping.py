@@ -139,8 +139,8 @@ def end_of_job() -> float | None:
 
 
 def limit(max_time: str | None) -> float | None:
-    """When the run has to be over, in seconds since 1970: the sooner of `max_time` after this process began and the end of its SLURM
-    job. Raises InputError for a time that is none."""
+    """When the run has to be over, in seconds since 1970: the sooner of `max_time` after this process began and the end of its
+    SLURM job. Raises InputError for a time that is none."""
     try:
         own = None if max_time is None else psutil.Process().create_time() + duration(max_time)
     except ValueError as error:

@@ -13,20 +13,17 @@ import argparse
 import contextlib
 import hashlib
 import itertools
-import json
 import multiprocessing
-import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, checkpoint, cost, nets, nvjpeg, phases, recipe, report, saving, stopping
+from dnal_dist import budget, cost, ending, nets, nvjpeg, phases, recipe, saving, stopping
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
@@ -38,8 +35,6 @@ from dnal_dist.stopping import Edges
 from dnal_dist.stream import Stream
 from dnal_dist.track import Track
 
-# How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
-PATIENCE_SECONDS = 20
 # Exit code of a run that trained to its end, but whose network does not meet the recipe's target.
 MISSED = 3
 
@@ -56,29 +51,29 @@ def main() -> None:
         run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
         signals.training = True
         phases.go(run)
-        missed = _end(run)
+        missed = ending.finish(run)
         if missed and parallel.main:
-            _say_why(f"error: {missed}")
+            ending.say_why(f"error: {missed}")
         parallel.leave(MISSED if missed else 0)
         if missed:
             sys.exit(MISSED)
     except stopping.Stopped as stopped:
-        _leave(run, str(stopped))
+        ending.leave(run, str(stopped))
     except InputError as error:
-        _stop(run, parallel, signals, error)
+        ending.refuse(run, parallel, signals, error)
     except KeyboardInterrupt:
-        _interrupted(run, signals)
+        ending.interrupted(run, signals)
     except RuntimeError as error:
         # Where all is being stopped, a peer or a loader may be gone before the signal to this process comes.
         loader_died = "DataLoader worker" in str(error)
         stopping_all = isinstance(error.__context__, KeyboardInterrupt)
-        if stopping_all or ((loader_died or (parallel is not None and parallel.world_size > 1)) and _signalled(signals)):
-            _interrupted(run, signals)
+        if stopping_all or ((loader_died or (parallel is not None and parallel.world_size > 1)) and ending.signalled(signals)):
+            ending.interrupted(run, signals)
         if not loader_died:
             raise
         why = str(error).splitlines()[0].rstrip(". ")
         told = f"key 'data.workers': a loader process died ({why}); lower it, or give the machine more (shared) memory"
-        _stop(run, parallel, signals, InputError(told, local=True))
+        ending.refuse(run, parallel, signals, InputError(told, local=True))
     finally:
         if run is not None:
             run.close()
@@ -123,8 +118,8 @@ def _arguments() -> argparse.Namespace:
 def assemble(
     settings: recipe.Recipe, parallel: Parallel, edges: Edges, overwrite: bool = False, allowed: Sequence[str] = ()
 ) -> Run:
-    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may have
-    changed since it began. Raises InputError."""
+    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
+    have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
     data = settings.data
     try:
@@ -183,8 +178,8 @@ def _refuse_other_shards(run: Run, before: dict[str, str], allowed: Sequence[str
     for key, digest in run.shards.items():
         if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
             raise InputError(
-                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed {key}, "
-                "or begin anew by --overwrite"
+                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed "
+                f"{key}, or begin anew by --overwrite"
             )
 
 
@@ -192,7 +187,8 @@ def _refuse_shorter_phase(run: Run) -> None:
     phase = getattr(run.recipe.phases, run.phase, None)
     if phase is not None and run.step > (total := phase.iterations(run.train.steps_per_epoch)):
         raise InputError(
-            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; make it longer"
+            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; "
+            "make it longer"
         )
 
 
@@ -287,120 +283,6 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _end(run: Run) -> str | None:
-    """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
-    track = run.track
-    track.global_step = run.global_step
-    run.saver.finish()
-    if not track.ended:
-        per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
-        images = run.global_step * run.recipe.data.global_batch
-        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
-        if run.saver.writes:
-            track.say(run.saver.told())
-    (run.folder / "stop").unlink(missing_ok=True)
-    track.close()
-    if run.parallel.main:
-        try:
-            report.write(run.folder)
-        except OSError as error:
-            print(
-                f"warning: {run.folder / 'report.html'} cannot be written ({error.strerror}); later: "
-                f"python -m dnal_dist.report {run.folder}",
-                file=sys.stderr,
-            )
-        report.print_table(run.folder)
-    missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
-    run.parallel.close()
-    return missed
-
-
-def _missed(run: Run) -> str | None:
-    target = budget.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
-    if target is None:
-        return None
-    found = report.summary(run.folder)["compact"]["exact"][target.unit]
-    return None if found in target else target.missed(found)
-
-
-def _stop(run, parallel, signals, error: InputError) -> None:
-    """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
-    # The launcher ends all processes as soon as one has ended: the one that speaks must not be cut short by those that do not.
-    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    elif _signalled(signals):
-        sys.exit(2)
-    if run is not None:
-        run.track.abandon()
-    _say_why(f"error: {error}")
-    if run is not None:
-        run.track.close()
-    if parallel is not None:
-        if not error.local:
-            parallel.close()
-        parallel.leave(2)
-    sys.exit(2)
-
-
-def _say_why(line: str) -> None:
-    """On stderr, and on the page about the process that failed first with which a launcher ends."""
-    print(line, file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        now = str(int(time.time()))
-        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": now}}}))
-
-
-def _signalled(signals: stopping.Signals) -> bool:
-    """Whether Ctrl-C or SIGTERM came, or comes within PATIENCE_SECONDS."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    try:
-        while not signals.asked and time.monotonic() < until:
-            time.sleep(0.05)
-    except KeyboardInterrupt:
-        return True
-    return signals.asked is not None
-
-
-def _leave(run: Run, why: str) -> None:
-    """End after all processes agreed to stop: wait for the checkpoint, say where the run stands, and exit with STOPPED."""
-    saved = run.saver.finish()
-    if run.parallel.main:
-        run.track.abandon()
-        # Asked for and done; left there, it would stop the run that goes on.
-        (run.folder / "stop").unlink(missing_ok=True)
-        rest = "the same command goes on from here" if saved else _last_checkpoint(run)
-        _say_why(f"stopped ({why}) in {run.phase} after {run.step} steps ({run.global_step} in all); {rest}")
-    run.track.close()
-    # A launcher ends all processes when the first has ended: none may before the checkpoint is written.
-    with contextlib.suppress(RuntimeError):
-        run.parallel.wait()
-        run.parallel.close()
-    run.parallel.leave(stopping.STOPPED)
-    sys.exit(stopping.STOPPED)
-
-
-def _interrupted(run, signals: stopping.Signals) -> None:
-    """End at once, without a checkpoint: before training, after a second Ctrl-C, or where others are gone already."""
-    # The launcher's own signal after Ctrl-C must not cut this short.
-    for number in stopping.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if int(os.environ.get("RANK", 0)) == 0:
-        if run is not None:
-            run.track.abandon()
-        where = "before training began" if run is None else f"in {run.phase} after {run.step} steps; {_last_checkpoint(run)}"
-        print(f"\nstopped {where}", file=sys.stderr, flush=True)
-        if run is not None:
-            run.track.close()
-    # Without the farewells of the process group, which would wait for processes that are gone.
-    sys.stdout.flush()
-    os._exit(130 if signals.impatient else stopping.STOPPED)
-
-
-def _last_checkpoint(run: Run) -> str:
-    path, _, _ = checkpoint.latest(run.folder / "checkpoints")
-    return f"the same command goes on from {path.name}" if path else "there is no checkpoint: the same command begins anew"
 
 
 if __name__ == "__main__":
