@@ -83,7 +83,6 @@ def _finish(run: Run) -> None:
             raise InputError(
                 f"{run.folder / 'compact'}: cannot be written ({error}); make room, then use the same command again", local=True
             ) from None
-    _enter(run, "done")
 
 
 def _enter(run: Run, phase: str) -> None:
