@@ -1,124 +1,186 @@
-"""Checkpoints: a folder of safetensors and JSON that is complete or not there, and that no code is needed to read."""
+"""Checkpoints: a folder of safetensors and JSON that is complete or not there, and that no code is needed to read.
 
+    checkpoints/step-00000660-search/
+      state.safetensors   network.NAME, momentum.NAME, alpha, alpha_momentum; ranks.*: what each process had of its own
+      state.json          where the run stood, its recipe, its compact network, ...
+      manifest.json       size and SHA-256 of the two
+
+The same form on every backend and number of processes. The newest one is found by looking at what is there, never by a pointer.
+"""
+
+import errno
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from dnal_dist import compact
-from dnal_dist.receipts import Receipt
-from dnal_dist.recipe import InputError
+from dnal_dist import durable
 
-# What tells where a run stands, beside its tensors.
-POSITION = ("phase", "step", "global_step", "penalty_rests", "penalty_weight", "penalty_lag", "seconds")
+FORMAT = 1
+PHASES = ("pretrain", "search", "prune", "finetune", "done")
+UNKNOWN = (-1, -1)
+TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+class State(BaseModel):
+    """What a checkpoint holds beside its tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+
+    phase: Literal["pretrain", "search", "prune", "finetune", "done"]
+    step: int = Field(ge=0)
+    """Iterations of the phase that lie behind."""
+    global_step: int = Field(ge=0)
+    """Iterations of the run that lie behind; also the position in the stream of batches."""
+    evaluated: int = -1
+    """The global step of the last evaluation."""
+    accuracy: float | None = None
+    """Of the evaluation at this very place of the phase, if there was one."""
+    penalty_rests: bool = False
+    penalty_weight: float | None = None
+    penalty_lag: float = 0.0
+    """State of what drives the penalty: see phases.Penalty."""
+    seconds: dict[str, float] = {}
+    """Wall time of each phase so far."""
+    records: int = Field(0, ge=0)
+    """Records of metrics.jsonl that were told by then."""
+    mask: str | None = None
+    """The keep mask as cost.pack writes it; once the network is pruned."""
+    compact: list | None = None
+    """The compact network as compact.describe tells it, likewise; the network's tensors are its own then."""
+    receipt: dict | None = None
+    """Of the pass over the training set that is under way (receipts.Receipt)."""
+    skipped: list[str] = []
+    """Samples that could not be used and were named."""
+    meter: dict | None = None
+    """Of the records of training: what is gathered for the next one (meter.Meter)."""
+    scaler: dict = {}
+    """Of the loss under float16."""
+    world_size: int = Field(1, ge=1)
+    backend: str = "single"
+    shards: dict[str, str] = {}
+    """Digest of what the shards of each set are."""
+    tracker_run: str | None = None
+    """The name under which the tracker knows the run."""
+    recipe: dict[str, Any] = {}
 
 
 class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
-    """network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum; those that there are."""
-    state: dict
-    """Everything else, as JSON: position, records so far, compact architecture, recipe."""
+    """On the CPU: network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum, ranks.WHAT; those that there are."""
+    state: State
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `folder`/step-N, N being the state's global_step: under another name first, renamed when all of it is on disk. The two
-    newest stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{checkpoint.state['global_step']:08d}"
-    unfinished = folder / f".{final.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    save_file({k: t.detach().cpu().contiguous() for k, t in checkpoint.tensors.items()}, unfinished / "state.safetensors")
-    digest = _digest(unfinished / "state.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({**checkpoint.state, "sha256": digest}, indent=1) + "\n")
-    for path in (*unfinished.iterdir(), unfinished):
-        _to_disk(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(unfinished, final)
-    _to_disk(folder)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+class Kept(NamedTuple):
+    """How many checkpoints stay: the last ones, and those of the highest accuracy in the newest phase."""
+
+    last: int
+    best: int
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint in `folder` that is whole, or None, and a line about each newer one that is not."""
-    faults = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+def name(state: State) -> str:
+    return f"step-{state.global_step:08d}-{state.phase}"
+
+
+def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
+    """Write `folder`/step-N-PHASE, read it again, and only then remove those that are neither among the last nor the best. Returns
+    its size in bytes. Raises OSError, and leaves all others as they are, if it cannot be written or is not what was written."""
+    contents = {
+        TENSORS: save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}),
+        STATE: (checkpoint.state.model_dump_json(indent=1) + "\n").encode(),
+    }
+    facts = {"format": FORMAT, "accuracy": checkpoint.state.accuracy, "files": {k: _described(c) for k, c in contents.items()}}
+    final = folder / name(checkpoint.state)
+    with durable.folder(final) as unfinished:
+        for file, content in contents.items():
+            durable.write(unfinished / file, content)
+        for file, told in facts["files"].items():
+            # What the disk has, not what memory remembers of it.
+            _forget(unfinished / file)
+            if _described((unfinished / file).read_bytes()) != told:
+                raise OSError(errno.EIO, "what was read back is not what was written", str(unfinished / file))
+        durable.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
+    remove_old(folder, kept)
+    return sum(map(len, contents.values()))
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first, whole or not; last what has another form of name."""
+    return sorted(folder.glob("step-*"), key=_place, reverse=True)
+
+
+def latest(folder: Path) -> tuple[Path | None, Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint in `folder` that is whole and where it lies, or None; and what is wrong with each newer one."""
+    damaged = {}
+    for path in found(folder):
         try:
-            state = json.loads((path / "state.json").read_text())
-            if missing := {*POSITION, "records", "compact", "recipe", "sha256"} - state.keys():
-                raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
-            if _digest(path / "state.safetensors") != state["sha256"]:
-                raise ValueError("its tensors are not the ones that were saved")
-            return Checkpoint(load_file(path / "state.safetensors"), state), faults
-        except Exception as error:
-            faults.append(f"{path}: checkpoint is damaged and was passed over ({' '.join(str(error).split())})")
-    return None, faults
+            return path, read(path), damaged
+        except ValueError as error:
+            damaged[path] = str(error)
+    return None, None, damaged
 
 
-def save(run) -> None:
-    """Write a checkpoint of where a phases.Run stands; only the main process does. Raises InputError if it cannot be written."""
-    if not run.parallel.main:
-        return
-    tensors = {f"network.{name}": tensor for name, tensor in run.network.state_dict().items()}
-    tensors |= {f"momentum.{name}": tensor for name, tensor in run.momentum.items()}
-    tensors["alpha"] = run.architecture.alpha
-    state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
-    if state.get("momentum_buffer") is not None:
-        tensors["alpha_momentum"] = state["momentum_buffer"]
-    position = {key: getattr(run, key) for key in POSITION}
-    small = None if run.small is None else compact.describe(run.small)
-    # How many records there are by now tells a resumed run which to keep.
-    facts = {"records": run.track.records, "compact": small, "recipe": run.recipe.model_dump(mode="json")}
-    facts |= {"scaler": run.parallel.scaler.state_dict(), "receipt": run.receipt.packed()}
-    folder = run.folder / "checkpoints"
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`. Raises ValueError, naming it, if it is not whole. Nothing in it is ever run."""
     try:
-        write(folder, Checkpoint(tensors, position | facts))
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{folder}: checkpoint cannot be written ({why}); make room, then go on with --resume", local=True
-        ) from None
+        told = json.loads((path / MANIFEST).read_bytes())
+        if told["format"] != FORMAT:
+            raise ValueError(f"its format is {told['format']!r:.40}, this release reads {FORMAT}")
+        contents = {}
+        for file in (TENSORS, STATE):
+            contents[file] = (path / file).read_bytes()
+            if _described(contents[file]) != told["files"][file]:
+                raise ValueError(f"{file} is not what was saved")
+        return Checkpoint(load(contents[TENSORS]), State.model_validate_json(contents[STATE]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{STATE}: key '{'.'.join(map(str, first['loc']))}': {first['msg']}"
+    except Exception as error:
+        # Whatever may be in there: cut JSON, a number where a list is due, a header of any kind.
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise ValueError(f"{path}: checkpoint is damaged ({why})")
 
 
-def restore(run, saved: Checkpoint) -> None:
-    """Put a phases.Run where `saved` was."""
-    tensors, state = saved
-    if state["compact"] is not None:
-        run.small = compact.build(state["compact"]).to(run.parallel.device)
-        run.supernet.cpu()
-    part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
-    run.network.load_state_dict(part["network."])
-    run.momentum = part["momentum."]
-    with torch.no_grad():
-        run.architecture.alpha.copy_(tensors["alpha"])
-    if "alpha_momentum" in tensors:
-        buffer = tensors["alpha_momentum"].to(run.parallel.device)
-        run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
-    for key in POSITION:
-        setattr(run, key, state[key])
-    if run.parallel.main and state.get("receipt"):
-        # The other processes begin with nothing taken, however many there are now.
-        run.receipt = Receipt.unpacked(state["receipt"])
-    if state.get("scaler") and run.parallel.scaler.is_enabled():
-        run.parallel.scaler.load_state_dict(state["scaler"])
+def remove_old(folder: Path, kept: Kept) -> None:
+    """Remove all but the last ones and, of the newest phase that has any, those of the highest accuracy."""
+    paths = found(folder)
+    accuracies = {path: accuracy for path in paths if (accuracy := _accuracy(path)) is not None}
+    newest = next((_place(path)[1] for path in accuracies), None)
+    rivals = [path for path in accuracies if _place(path)[1] == newest]
+    best = sorted(rivals, key=lambda path: (-accuracies[path], rivals.index(path)))[: kept.best]
+    for path in paths[kept.last :]:
+        if path not in best and _place(path) != UNKNOWN:
+            durable.remove(path)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _place(path: Path) -> tuple[int, int]:
+    """(global step, number of the phase) of a checkpoint, from its folder's name."""
+    _, step, phase, *more = [*path.name.split("-"), ""]
+    return (int(step), PHASES.index(phase)) if step.isdecimal() and phase in PHASES and more == [""] else UNKNOWN
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _accuracy(path: Path) -> float | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        accuracy = json.loads((path / MANIFEST).read_bytes())["accuracy"]
+        return float(accuracy) if accuracy is not None else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _described(content: bytes) -> dict:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _forget(path: Path) -> None:
+    """Have the file read from disk the next time."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

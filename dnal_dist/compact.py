@@ -11,10 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from dnal_dist import cost
+from dnal_dist import cost, durable
 from dnal_dist.nets import GatedNetwork, Layer
 from dnal_dist.nets.mobilenet import MBConv, MobileNetV2
 from dnal_dist.nets.resnet import BottleneckResNet, ResNet
@@ -131,11 +132,26 @@ def build(description: list) -> nn.Sequential:
     return network
 
 
+def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
+    """The network that `description` tells of, with these weights and statistics. Raises ValueError if they do not fit, before
+    memory is taken for whatever the description asks for."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError("the weights do not fit the description of the network")
+    network = build(description)
+    network.load_state_dict(tensors)
+    return network
+
+
 def save(network: nn.Sequential, folder: Path, **facts) -> None:
-    """Write `folder`/architecture.json (the description, and `facts` for readers) and weights.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in network.state_dict().items()}, folder / "weights.safetensors")
-    (folder / "architecture.json").write_text(json.dumps({**facts, "network": describe(network)}, indent=1) + "\n")
+    """Write `folder`/architecture.json (the description, and `facts` for readers) and weights.safetensors, in place of what was
+    there. Raises OSError."""
+    with durable.folder(folder) as unfinished:
+        weights = to_bytes({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()})
+        durable.write(unfinished / "weights.safetensors", weights)
+        told = json.dumps({**facts, "network": describe(network)}, indent=1) + "\n"
+        durable.write(unfinished / "architecture.json", told.encode())
 
 
 def load(folder: Path | str) -> nn.Sequential:
@@ -143,14 +159,7 @@ def load(folder: Path | str) -> nn.Sequential:
     folder = Path(folder)
     try:
         description = json.loads((folder / "architecture.json").read_text())["network"]
-        weights = load_file(folder / "weights.safetensors")
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
-        # Before memory is taken for whatever the description asks for.
-        if shapes != {name: tensor.shape for name, tensor in weights.items()}:
-            raise ValueError("weights.safetensors does not fit architecture.json")
-        network = build(description)
-        network.load_state_dict(weights)
+        network = restored(description, load_file(folder / "weights.safetensors"))
     except Exception as error:
         raise ValueError(f"{folder}: no compact network can be loaded from here ({error})") from None
     return network.eval()

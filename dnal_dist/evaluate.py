@@ -1,5 +1,6 @@
 """Exact accuracy over the validation set, on any number of processes: every sample once."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, stream: Stream, data, parallel: Parallel, gates: Tensor | None = None) -> Evaluation:
-    """Top-1 and top-5 of the bare `network` (with `gates` (N,), if given) over all of `stream`. `data` is the recipe's part."""
+def evaluate(
+    network: nn.Module,
+    stream: Stream,
+    data,
+    parallel: Parallel,
+    gates: Tensor | None = None,
+    edge: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Top-1 and top-5 of the bare `network` (with `gates` (N,), if given) over all of `stream`. `data` is the recipe's part.
+    edge is called between two batches, equally often on all processes; what it raises passes."""
     network.eval()
     # correct, in the top five, summed cross-entropy, samples
     sums, bad = torch.zeros(4, dtype=torch.float64, device=parallel.device), []
-    for images, labels, batch, _ in feed(stream.batches(), data, parallel.device):
+    # Of the last batch, which may be a part of one, not all processes have a share.
+    whole = stream.samples // data.global_batch
+    for number, (images, labels, batch, _) in enumerate(feed(stream.batches(), data, parallel.device)):
+        if number < whole:
+            edge()
         bad += map(str, batch.bad)
         if not len(labels):
             continue

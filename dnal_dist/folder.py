@@ -2,84 +2,168 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from dnal_dist import checkpoint, recipe
+from filelock import FileLock, Timeout
+
+from dnal_dist import checkpoint, durable, recipe
+from dnal_dist.checkpoint import Checkpoint
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
 # without it holds no run, whatever else is in it.
 PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "wandb", "metrics.jsonl")
+# Seconds that a run which was killed may take to let go of its folder: its loaders notice after a few.
+LOCK_SECONDS = 60
+# What has no say in the result.
+FREE = ("output", "tracking.", "checkpoint.", "data.workers", "data.cache")
+# What the tensors of a checkpoint depend on.
+FIXED = ("model.name", "model.num_classes", "model.width")
 
 
-def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resume: bool, overwrite: bool):
-    """The checkpoint to go on from, or None, and what was found damaged. The main process looks and writes first, so that all
-    processes refuse the folder or none does."""
-    saved, faults, refusal = None, [], None
+class Opened(NamedTuple):
+    """A run folder that is ready."""
+
+    saved: Checkpoint | None
+    """What to go on from."""
+    faults: list[str]
+    """What was found damaged."""
+    changed: dict[str, list]
+    """Keys of the recipe that changed since, with both values."""
+    lock: FileLock | None
+    """Held as long as the run goes on; the main process's."""
+
+
+def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
+    """Make `folder` ready for a run of `settings`: to go on from its newest checkpoint, or to begin. allowed: keys of the recipe
+    that may have changed. The main process looks and writes first, so that all processes refuse the folder or none does. Raises
+    InputError."""
+    opened, refusal, path = Opened(None, [], {}, None), None, None
     try:
         if parallel.main:
-            saved, faults = _prepare(folder, settings, resume, overwrite)
+            path, opened = _prepare(folder, settings, overwrite, allowed)
     except InputError as error:
         refusal = str(error)
-    refusal, step = parallel.from_main((refusal, None if saved is None else saved.state["global_step"]))
+    refusal, path = parallel.from_main((refusal, path))
     if refusal:
         raise InputError(refusal)
-    if not parallel.main and step is not None:
-        saved, faults = checkpoint.latest(folder / "checkpoints")
-        if saved is None or saved.state["global_step"] != step:
+    if not parallel.main and path is not None:
+        try:
+            opened = opened._replace(saved=checkpoint.read(path))
+        except ValueError as error:
             raise InputError(
-                f"key 'output': process {parallel.rank} does not find the checkpoint of step {step} in {folder}; name a folder "
-                f"that all machines share",
+                f"key 'output': process {parallel.rank} cannot read what process 0 does ({error}); name a folder that all "
+                "machines share",
                 local=True,
-            )
-    return saved, faults
+            ) from None
+    return opened
 
 
-def _prepare(folder: Path, settings: recipe.Recipe, resume: bool, overwrite: bool):
+def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Sequence[str]) -> tuple[Path | None, Opened]:
+    lock = None
     try:
-        # lexists: what --overwrite must not leave behind includes links that lead nowhere.
-        found = [name for name in PRODUCTS if os.path.lexists(folder / name)]
-        saved, faults = checkpoint.latest(folder / "checkpoints") if resume else (None, [])
-        if saved is not None:
-            _same_recipe(folder, saved.state["recipe"], settings)
-        elif found and PRODUCTS[-1] not in found:
+        found = _found(folder)
+        if found and PRODUCTS[-1] not in found:
             raise InputError(
                 f"key 'output': {folder} holds {', '.join(found)}, but no {PRODUCTS[-1]}, so it may be no run's; "
                 f"name another folder, or remove what is in the way"
             )
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        # Once more: whoever had it may have written since.
+        found = _found(folder)
+        path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
+        changed, faults = {}, [*damaged.values()]
+        if saved is not None:
+            changed = _changed(folder, saved.state.recipe, settings, allowed)
+            faults = [_set_aside(*one) for one in damaged.items()]
         elif faults:
             raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
-        elif found and resume and "compact" not in found:
-            _same_recipe(folder, recipe.load(folder / "recipe.yaml").model_dump(mode="json"), settings)
-            faults = [f"{folder}: the run ended before its first checkpoint; it begins anew"]
         elif found and not overwrite:
-            hint = "it has no checkpoint to resume from" if resume else "go on with it by --resume"
-            raise InputError(
-                f"key 'output': {folder} already holds another run; {hint}, or replace it by --overwrite, or name another folder"
-            )
+            faults = _begin_anew(folder, found, settings, allowed)
         if saved is None:
-            for path in map(folder.joinpath, found):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
+            for old in map(folder.joinpath, found):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for place in (folder, folder / "checkpoints"):
+            durable.clean(place)
         # First, since it is what marks the folder as a run's.
-        (folder / "metrics.jsonl").touch()
-        (folder / "recipe.yaml").write_text(recipe.dump(settings))
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+        (folder / PRODUCTS[-1]).touch()
+        durable.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
+    except Exception as error:
+        if lock is not None:
+            lock.release()
+        if isinstance(error, InputError) or not isinstance(error, OSError | ValueError):
+            raise
         why = getattr(error, "strerror", None) or error
         raise InputError(f"key 'output': {folder} cannot be written ({why}); name another folder") from None
-    return saved, faults
+    return path, Opened(saved, faults, changed, lock)
 
 
-def _same_recipe(folder: Path, old: dict, settings: recipe.Recipe) -> None:
-    new = settings.model_dump(mode="json")
-    changed = [key for key in _flat(old) | _flat(new) if _flat(old).get(key) != _flat(new).get(key)]
-    changed = [key for key in changed if key != "output" and not key.startswith(("tracking.", "data.workers", "data.cache"))]
-    if changed:
-        told = ", ".join(f"{key}: {_flat(old).get(key)} -> {_flat(new).get(key)}" for key in changed)
-        raise InputError(f"{folder}: the recipe has changed since the run began ({told}); undo that, or use --overwrite")
+def _found(folder: Path) -> list[str]:
+    # lexists: what --overwrite must not leave behind includes links that lead nowhere.
+    return [name for name in PRODUCTS if os.path.lexists(folder / name)]
+
+
+def _lock(folder: Path) -> FileLock | None:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise InputError(f"key 'output': another process trains in {folder}; wait for its end, or name another folder") from None
+    except NotImplementedError:
+        return None  # a file system without locks
+    return lock
+
+
+def _begin_anew(folder: Path, found: list[str], settings: recipe.Recipe, allowed: Sequence[str]) -> list[str]:
+    """What to say of a run without a checkpoint, which begins anew. Raises InputError for one that is not to be lost."""
+    if "compact" in found:
+        raise InputError(
+            f"key 'output': {folder} holds a run without a checkpoint to go on from; replace it by --overwrite or name another "
+            "folder"
+        )
+    try:
+        old = recipe.load(folder / "recipe.yaml")
+    except InputError:
+        old = settings  # it was cut off when it was written
+    _changed(folder, old.model_dump(mode="json"), settings, allowed)
+    return [f"{folder}: the run ended before its first checkpoint; it begins anew"]
+
+
+def _set_aside(path: Path, fault: str) -> str:
+    """What to say of a damaged checkpoint, which must not be in the way of those to come."""
+    aside = path.with_name(f"damaged-{path.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+    except OSError:
+        return f"{fault}; it was passed over"
+    return f"{fault}; it was passed over and is called {aside.name} now"
+
+
+def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence[str]) -> dict[str, list]:
+    """Keys that have another value now, with both. Raises InputError, showing them, for those that are not allowed to."""
+    before, after = _flat(old), _flat(settings.model_dump(mode="json"))
+    changed = {key: [before.get(key), after.get(key)] for key in before | after if before.get(key) != after.get(key)}
+    changed = {key: values for key, values in changed.items() if not key.startswith(FREE)}
+    if unused := [key for key in allowed if not any(_covers(key, other) for other in before | after)]:
+        raise InputError(f"--allow-changed {unused[0]}: no such key in the recipe")
+    refused = [key for key in changed if key in FIXED or not any(_covers(one, key) for one in allowed)]
+    if refused:
+        diff = "".join(f"\n  - {key}: {changed[key][0]}\n  + {key}: {changed[key][1]}" for key in refused)
+        hint = " ".join(f"--allow-changed {key}" for key in refused if key not in FIXED)
+        raise InputError(
+            f"{folder}: the recipe has changed since the run began:{diff}\n"
+            f"undo that{f', or go on by {hint}' if hint else ''}, or begin anew by --overwrite, or name another output=..."
+        )
+    return changed
+
+
+def _covers(allowed: str, key: str) -> bool:
+    return key == allowed or key.startswith(f"{allowed}.")
 
 
 def _flat(tree: dict, head: str = "") -> dict:

@@ -54,6 +54,23 @@ class Meter:
         deaf = run.recipe.training.compile or run.parallel.backend == "single"
         self.listening, self.heard = 0 if deaf else 3 * cycle, None
         self._start_over()
+        if run.meter is not None:
+            self._go_on(run.meter)
+            run.meter = None
+
+    def _go_on(self, packed: dict) -> None:
+        """From what `packed` told. What steps communicate is told anew where that may be another number."""
+        self.sums += packed["sums"].to(self.sums.device)
+        self.skipped.update(packed["skipped"])
+        self.summary, self.since = packed["summary"], self.since - packed["seconds"]
+        if packed["same_topology"]:
+            self.bytes, self.listening = packed["bytes"], packed["listening"]
+
+    def packed(self) -> dict:
+        """What is gathered for the next record, as JSON; `sums` is apart, since each process has its own."""
+        seconds = time.monotonic() - self.since - self.paused
+        told = {"summary": self.summary, "bytes": self.bytes, "listening": self.listening, "seconds": seconds}
+        return told | {"skipped": sorted(set(self.run.parallel.gather(sorted(self.skipped))))}
 
     def _start_over(self) -> None:
         # cross-entropy, correct, pictures, penalty, architecture steps, pictures skipped

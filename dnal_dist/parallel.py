@@ -143,12 +143,20 @@ class Parallel:
                 more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
                 raise InputError(
                     f"the processes disagree: {what} of {wrong[0]}{more} on process {rank} is not what it is on process 0; go on "
-                    "from the last checkpoint with --resume, and suspect that machine if it comes back"
+                    "from the last checkpoint by the same command, and suspect that machine if it comes back"
                 )
 
     def gather(self, items: list) -> list:
         """The lists of all processes, joined, on all of them. For what is rare and small."""
         return gather_object(items) if self.world_size > 1 else items
+
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, each of shape (n,), as (world size, n), on all of them."""
+        if self.world_size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty(self.world_size * len(tensor))
+        torch.distributed.all_gather_into_tensor(gathered, tensor)
+        return gathered.view(self.world_size, -1)
 
     def from_main(self, value):
         """The main process's value, on all processes."""

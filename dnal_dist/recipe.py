@@ -300,6 +300,24 @@ class Training(Section):
     """Each block goes through torch.compile."""
 
 
+class Keep(Section):
+    last: int = Field(2, ge=1)
+    """The newest ones."""
+    best: int = Field(1, ge=0)
+    """Those of the highest validation accuracy in the newest phase."""
+
+
+class Checkpoints(Section):
+    every_minutes: float | None = Field(15.0, gt=0)
+    """Minutes after which there is one, beside those at the end of each epoch and phase and at a stop; null: only those."""
+    every_steps: int | None = Field(None, ge=1)
+    """Iterations of the run after which there is one, likewise."""
+    keep: Keep = Keep()
+    """Which ones stay."""
+    give_up_hours: float = Field(6.0, gt=0)
+    """While checkpoints cannot be written, training goes on until the last good one is this old."""
+
+
 class Recipe(Section):
     """A run of dnal_dist: pretrain, search, prune and finetune one network on one data set."""
 
@@ -319,6 +337,8 @@ class Recipe(Section):
     """How the gates learn."""
     training: Training = Training()
     """Switches that trade time, memory and communication; they go with every backend."""
+    checkpoint: Checkpoints = Checkpoints()
+    """When where the run stands is saved."""
     tracking: Tracking = Tracking()
     """Where metrics go beside metrics.jsonl, and how often."""
 

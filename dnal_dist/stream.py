@@ -7,6 +7,8 @@ python -m dnal_dist.stream --audit RUN      proves from a run's receipts that ea
 """
 
 import argparse
+import atexit
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
@@ -209,6 +211,8 @@ class Stream:
             pin_memory=pin,
             persistent_workers=data.workers > 0,
             worker_init_fn=_begin_loader,
+            # What torch's own generator has to say is for networks: a resumed run reads anew, and must not draw from it for that.
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -225,8 +229,17 @@ def _as_it_is(batch):
 
 def _begin_loader(_worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; what becomes of a loader is for the process that it loads for to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They may reach all processes of a terminal or a job; what becomes of a loader is for the process that it loads for to say.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """Python would ask them to end by SIGTERM and wait for that."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def main() -> None:

@@ -4,13 +4,16 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import sys
+import threading
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dnal_dist import durable
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 
@@ -20,21 +23,26 @@ PLAIN_LINE_SECONDS = 30
 class Track:
     """The record of a run. Only the main process has one; on the others every call does nothing."""
 
-    def __init__(self, folder: Path, recipe, parallel: Parallel, keep: int | None = None):
-        """keep: on resume, how many records stay, those of the time of the checkpoint; None: all that there are."""
+    def __init__(self, folder: Path, recipe, parallel: Parallel, keep: int | None = None, tracker_run: str | None = None):
+        """keep: on resume, how many records stay, those of the time of the checkpoint; None: all that there are. tracker_run: the
+        name under which the tracker knows the run that goes on."""
         self.main, self.global_step = parallel.main, 0
         self.records, self.ended = 0, False
         """Records in metrics.jsonl, and whether the last one is the run's end."""
+        self.tracker_run = tracker_run or secrets.token_hex(4)
         self._tracker, self._line = None, None
+        self._unwritten, self._warned, self._lock = b"", False, threading.Lock()
         if not self.main:
             return
         self.console = Console()
         try:
             kept = keep_records(folder / "metrics.jsonl", keep)
-            self._file = (folder / "metrics.jsonl").open("a")
+            self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); mend that", local=True) from None
         self.records, self.ended = len(kept), bool(kept) and '"kind": "end"' in kept[-1]
+        if keep is not None and len(kept) < keep:
+            self.warn(f"{folder / 'metrics.jsonl'} holds {len(kept)} of the {keep} records that were told by the checkpoint")
         if recipe.tracking.tracker == "wandb" and not self.ended:
             self._start_wandb(parallel, folder, recipe)
 
@@ -43,6 +51,7 @@ class Track:
 
         settings = wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
         start = {"name": recipe.name, "dir": str(folder), "mode": recipe.tracking.mode, "settings": settings}
+        start |= {"id": self.tracker_run, "resume": "allow"}
         try:
             parallel.start_tracker(recipe.tracking.project, recipe.model_dump(mode="json"), {"wandb": start})
             self._tracker = parallel
@@ -55,13 +64,17 @@ class Track:
             return
         values = {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
-        try:
-            self._file.write(json.dumps(head | values) + "\n")
-            self._file.flush()
-        except OSError as error:
-            text = f"{self._file.name}: cannot be written ({error.strerror}); make room, then go on with --resume"
-            raise InputError(text, local=True) from None
+        with self._lock:
+            self._unwritten += (json.dumps(head | values) + "\n").encode()
         self.records += 1
+        try:
+            self._flush()
+            self._warned = False
+        except OSError as error:
+            # It keeps until there is room again; a checkpoint is not written before (see to_disk).
+            if not self._warned:
+                self._warned = True
+                self.say(f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on, make room")
         if self._tracker is None:
             return
         try:
@@ -72,6 +85,17 @@ class Track:
         except Exception as error:
             self._tracker = None
             self.warn(f"W&B stopped taking metrics; the run goes on without it ({error})")
+
+    def _flush(self) -> None:
+        with self._lock:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def to_disk(self) -> None:
+        """Wait until all records so far are on disk. From any thread; raises OSError."""
+        if self.main:
+            self._flush()
+            os.fsync(self._file.fileno())
 
     def warn(self, message: str) -> None:
         """Something that deserves a look: on the console, and in the record."""
@@ -111,7 +135,8 @@ class Track:
         self.abandon()
         # What cannot be written now was told when it failed first.
         with contextlib.suppress(OSError):
-            self._file.close()
+            self._flush()
+        self._file.close()
         if self._tracker is not None:
             try:
                 self._tracker.stop_tracker()
@@ -186,7 +211,5 @@ def keep_records(path: Path, count: int | None) -> list[str]:
             json.loads(line)
             kept.append(line)
     if len(kept) < len(lines):
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(kept))
-        os.replace(unfinished, path)
+        durable.replace(path, "".join(kept).encode())
     return kept

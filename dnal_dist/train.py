@@ -1,75 +1,85 @@
 """Train a recipe, from its shards to the compact network and the report.
 
 python -m dnal_dist.train recipes/digits.yaml
-python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3
+python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3 output=runs/other
 accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
+
+The same command again goes on where the run stopped, on any number of processes and any backend. SIGTERM, Ctrl-C, SIGUSR1 or a file
+named `stop` in the run folder end it politely: it saves and exits with 75, "try again". Other codes: 0 done, 2 something that was
+given is wrong (the last line says what), 3 trained, but the target was missed, 130 a second Ctrl-C.
 """
 
 import argparse
 import contextlib
+import hashlib
 import itertools
-import json
 import multiprocessing
-import os
 import platform
 import signal
 import sys
-import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, checkpoint, cost, nets, nvjpeg, phases, recipe, report
+from dnal_dist import budget, cost, ending, nets, nvjpeg, phases, recipe, saving, stopping
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
+from dnal_dist.run import Run
+from dnal_dist.saver import Saver
 from dnal_dist.shards import Shards
+from dnal_dist.stopping import Edges
 from dnal_dist.stream import Stream
 from dnal_dist.track import Track
 
-# How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
-PATIENCE_SECONDS = 20
 # Exit code of a run that trained to its end, but whose network does not meet the recipe's target.
 MISSED = 3
 
 
 def main() -> None:
     args = _arguments()
-    # SIGTERM is how launchers and clusters say stop: it ends the run the way Ctrl-C does.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    signals = stopping.Signals(_interrupt)
     parallel = run = None
     try:
         settings = recipe.load(args.recipe, args.overrides)
+        until = stopping.limit(args.max_time)
         parallel = Parallel(settings.tracking.tracker)
-        run = assemble(settings, parallel, args.resume, args.overwrite)
+        edges = Edges(parallel, signals, Path(settings.output) / "stop", until)
+        run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
+        signals.training = True
         phases.go(run)
-        missed = _end(run)
+        missed = ending.finish(run)
         if missed and parallel.main:
-            _say_why(f"error: {missed}")
+            ending.say_why(f"error: {missed}")
         parallel.leave(MISSED if missed else 0)
         if missed:
             sys.exit(MISSED)
+    except stopping.Stopped as stopped:
+        ending.leave(run, str(stopped))
     except InputError as error:
-        _stop(run, parallel, error)
+        ending.refuse(run, parallel, signals, error)
     except KeyboardInterrupt:
-        _interrupted(run)
+        ending.interrupted(run, signals)
     except RuntimeError as error:
         # Where all is being stopped, a peer or a loader may be gone before the signal to this process comes.
         loader_died = "DataLoader worker" in str(error)
-        stopping = isinstance(error.__context__, KeyboardInterrupt)
-        if stopping or ((loader_died or (parallel is not None and parallel.world_size > 1)) and _signalled()):
-            _interrupted(run)
+        stopping_all = isinstance(error.__context__, KeyboardInterrupt)
+        if stopping_all or ((loader_died or (parallel is not None and parallel.world_size > 1)) and ending.signalled(signals)):
+            ending.interrupted(run, signals)
         if not loader_died:
             raise
         why = str(error).splitlines()[0].rstrip(". ")
         told = f"key 'data.workers': a loader process died ({why}); lower it, or give the machine more (shared) memory"
-        _stop(run, parallel, InputError(told, local=True))
+        ending.refuse(run, parallel, signals, InputError(told, local=True))
+    finally:
+        if run is not None:
+            run.close()
 
 
-def _interrupt(*_) -> None:
+def _interrupt() -> None:
     # The same signal may have ended loaders too. Torch would raise an error for each, whatever this process is doing by then.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     # At once: a loader that is left in the middle of handing over a batch prints a traceback.
@@ -87,14 +97,29 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if it has one")
+    folder.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint: what is done anyway")
     folder.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds and start anew")
+    parser.add_argument(
+        "--allow-changed",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on although this key of the recipe (or those under it) has changed since the run began; may be given again",
+    )
+    parser.add_argument(
+        "--max-time",
+        metavar="TIME",
+        help="save and exit with 75 in time to be over after so long (3h30m, 90m); a SLURM job's own end is heeded anyway",
+    )
     # Options may stand between overrides.
     return parser.parse_intermixed_args()
 
 
-def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, overwrite: bool = False) -> phases.Run:
-    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. Raises InputError."""
+def assemble(
+    settings: recipe.Recipe, parallel: Parallel, edges: Edges, overwrite: bool = False, allowed: Sequence[str] = ()
+) -> Run:
+    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
+    have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
     data = settings.data
     try:
@@ -120,26 +145,51 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     # Raises if the target is out of reach.
     budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
-    saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
-    finished = saved is not None and saved.state["phase"] == "done"
-    track = Track(folder, settings, parallel, None if saved is None or finished else saved.state["records"])
+    saved, faults, changed, lock = open_folder(folder, settings, parallel, overwrite, allowed)
+    finished = saved is not None and saved.state.phase == "done"
+    keep = None if saved is None or finished else saved.state.records
+    track = Track(folder, settings, parallel, keep, saved and saved.state.tracker_run)
     if parallel.idle_gpus:
-        faults = [
-            *faults,
-            f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes",
-        ]
+        faults.append(f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
-    run = phases.Run(settings, folder, parallel, track, train, val, supernet, architecture)
+    saver = Saver(folder / "checkpoints", settings.checkpoint, track)
+    run = Run(settings, folder, parallel, track, train, val, supernet, architecture, saver, edges, lock, _digests(train, val))
     if saved is not None:
-        checkpoint.restore(run, saved)
+        _refuse_other_shards(run, saved.state.shards, allowed)
+        saving.restore(run, saved)
+        _refuse_shorter_phase(run)
     if finished:
         track.say(f"{folder}: this run is finished; nothing is left to train")
     else:
-        _tell(run, resumed=saved is not None)
+        _tell(run, saved is not None, changed)
     return run
+
+
+def _digests(train: Stream, val: Stream) -> dict[str, str]:
+    found = {"data.train": train.shards.fingerprints(), "data.val": val.shards.fingerprints()}
+    return {key: hashlib.sha256("\n".join(lines).encode()).hexdigest() for key, lines in found.items()}
+
+
+def _refuse_other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
+    """Raise InputError if the order of samples would not go on as it began."""
+    for key, digest in run.shards.items():
+        if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
+            raise InputError(
+                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed "
+                f"{key}, or begin anew by --overwrite"
+            )
+
+
+def _refuse_shorter_phase(run: Run) -> None:
+    phase = getattr(run.recipe.phases, run.phase, None)
+    if phase is not None and run.step > (total := phase.iterations(run.train.steps_per_epoch)):
+        raise InputError(
+            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; "
+            "make it longer"
+        )
 
 
 def _same_shards(shards: Shards, parallel: Parallel) -> None:
@@ -184,7 +234,7 @@ def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> N
             ) from None
 
 
-def _tell(run: phases.Run, resumed: bool) -> None:
+def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
     parallel, track, train, image_size = run.parallel, run.track, run.train, run.recipe.data.image_size
     parts, batch = parallel.parts(run.recipe.data), run.recipe.data.global_batch
     full = cost.both_rules(run.supernet, image_size)
@@ -197,6 +247,8 @@ def _tell(run: phases.Run, resumed: bool) -> None:
         "start",
         name=run.recipe.name,
         resumed=resumed,
+        changed=changed or None,
+        tracker_run=track.tracker_run,
         world_size=parallel.world_size,
         backend=parallel.backend,
         precision=parallel.precision,
@@ -223,106 +275,14 @@ def _tell(run: phases.Run, resumed: bool) -> None:
     for shards in (train.shards, run.val.shards):
         if shards.cache is not None:
             track.say(f"{shards.key}: {shards.remote_bytes / 1e9:,.3g} GB elsewhere, read through copies in {shards.cache.folder}")
+    for key, (before, after) in changed.items():
+        track.say(f"changed: {key}: {before} -> {after}")
     if resumed:
         track.say(f"resumed in {run.phase} after {run.step} steps ({run.global_step} in all)")
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _end(run: phases.Run) -> str | None:
-    """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
-    track = run.track
-    track.global_step = run.global_step
-    if not track.ended:
-        per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
-        images = run.global_step * run.recipe.data.global_batch
-        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
-    track.close()
-    if run.parallel.main:
-        try:
-            report.write(run.folder)
-        except OSError as error:
-            print(
-                f"warning: {run.folder / 'report.html'} cannot be written ({error.strerror}); later: "
-                f"python -m dnal_dist.report {run.folder}",
-                file=sys.stderr,
-            )
-        report.print_table(run.folder)
-    missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
-    run.parallel.close()
-    return missed
-
-
-def _missed(run: phases.Run) -> str | None:
-    target = budget.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
-    if target is None:
-        return None
-    found = report.summary(run.folder)["compact"]["exact"][target.unit]
-    return None if found in target else target.missed(found)
-
-
-def _stop(run, parallel, error: InputError) -> None:
-    """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
-    # The launcher ends all processes as soon as one has ended: the one that speaks must not be cut short by those that do not.
-    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    elif _signalled():
-        sys.exit(2)
-    if run is not None:
-        run.track.abandon()
-    _say_why(f"error: {error}")
-    if run is not None:
-        run.track.close()
-    if parallel is not None:
-        if not error.local:
-            parallel.close()
-        parallel.leave(2)
-    sys.exit(2)
-
-
-def _say_why(line: str) -> None:
-    """On stderr, and on the page about the process that failed first with which a launcher ends."""
-    print(line, file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        now = str(int(time.time()))
-        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": now}}}))
-
-
-def _signalled() -> bool:
-    """Whether Ctrl-C or SIGTERM comes within PATIENCE_SECONDS."""
-    try:
-        time.sleep(PATIENCE_SECONDS)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def _interrupted(run) -> None:
-    """End after Ctrl-C or SIGTERM: say where the run stands and how to go on."""
-    # A second signal, or the launcher's own after Ctrl-C, must not cut this short.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if int(os.environ.get("RANK", 0)) == 0:
-        if run is not None:
-            run.track.abandon()
-        print(f"\nstopped {_where(run)}", file=sys.stderr, flush=True)
-        if run is not None:
-            run.track.close()
-    # Without the farewells of the process group, which would wait for processes that are gone.
-    sys.stdout.flush()
-    os._exit(130)
-
-
-def _where(run) -> str:
-    if run is None:
-        return "before training began"
-    where = f"in {run.phase} after {run.step} steps ({run.global_step} in all); "
-    saved, _ = checkpoint.latest(run.folder / "checkpoints")
-    if saved is None:
-        return where + "no checkpoint yet: --resume begins anew"
-    return where + f"its last checkpoint is at step {saved.state['global_step']}: go on with --resume"
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def train_here():
     set_num_threads = torch.set_num_threads
 
     def run(*arguments: str) -> Ended:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         threads, code, out, err = torch.get_num_threads(), 0, io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["train", *map(str, arguments)])

@@ -1,0 +1,130 @@
+"""How a run ends: finished, stopped, interrupted, or because something that it was given is wrong."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dnal_dist import budget, checkpoint, report, stopping
+from dnal_dist.recipe import InputError
+from dnal_dist.run import Run
+
+# How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
+PATIENCE_SECONDS = 20
+
+
+def finish(run: Run) -> str | None:
+    """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
+    track = run.track
+    track.global_step = run.global_step
+    run.saver.finish()
+    if not track.ended:
+        per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
+        images = run.global_step * run.recipe.data.global_batch
+        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
+        if run.saver.writes:
+            track.say(run.saver.told())
+    (run.folder / "stop").unlink(missing_ok=True)
+    track.close()
+    if run.parallel.main:
+        try:
+            report.write(run.folder)
+        except OSError as error:
+            print(
+                f"warning: {run.folder / 'report.html'} cannot be written ({error.strerror}); later: "
+                f"python -m dnal_dist.report {run.folder}",
+                file=sys.stderr,
+            )
+        report.print_table(run.folder)
+    missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
+    run.parallel.close()
+    return missed
+
+
+def _missed(run: Run) -> str | None:
+    target = budget.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
+    if target is None:
+        return None
+    found = report.summary(run.folder)["compact"]["exact"][target.unit]
+    return None if found in target else target.missed(found)
+
+
+def refuse(run, parallel, signals, error: InputError) -> None:
+    """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
+    # The launcher ends all processes as soon as one has ended: the one that speaks must not be cut short by those that do not.
+    if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif signalled(signals):
+        sys.exit(2)
+    if run is not None:
+        run.track.abandon()
+    say_why(f"error: {error}")
+    if run is not None:
+        run.track.close()
+    if parallel is not None:
+        if not error.local:
+            parallel.close()
+        parallel.leave(2)
+    sys.exit(2)
+
+
+def say_why(line: str) -> None:
+    """On stderr, and on the page about the process that failed first with which a launcher ends."""
+    print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        now = str(int(time.time()))
+        Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": now}}}))
+
+
+def signalled(signals: stopping.Signals) -> bool:
+    """Whether Ctrl-C or SIGTERM came, or comes within PATIENCE_SECONDS."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    try:
+        while not signals.asked and time.monotonic() < until:
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        return True
+    return signals.asked is not None
+
+
+def leave(run: Run, why: str) -> None:
+    """End after all processes agreed to stop: wait for the checkpoint, say where the run stands, and exit with STOPPED."""
+    saved = run.saver.finish()
+    if run.parallel.main:
+        run.track.abandon()
+        # Asked for and done; left there, it would stop the run that goes on.
+        (run.folder / "stop").unlink(missing_ok=True)
+        rest = "the same command goes on from here" if saved else _last_checkpoint(run)
+        say_why(f"stopped ({why}) in {run.phase} after {run.step} steps ({run.global_step} in all); {rest}")
+    run.track.close()
+    # A launcher ends all processes when the first has ended: none may before the checkpoint is written.
+    with contextlib.suppress(RuntimeError):
+        run.parallel.wait()
+        run.parallel.close()
+    run.parallel.leave(stopping.STOPPED)
+    sys.exit(stopping.STOPPED)
+
+
+def interrupted(run, signals: stopping.Signals) -> None:
+    """End at once, without a checkpoint: before training, after a second Ctrl-C, or where others are gone already."""
+    # The launcher's own signal after Ctrl-C must not cut this short.
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if run is not None:
+            run.track.abandon()
+        where = "before training began" if run is None else f"in {run.phase} after {run.step} steps; {_last_checkpoint(run)}"
+        print(f"\nstopped {where}", file=sys.stderr, flush=True)
+        if run is not None:
+            run.track.close()
+    # Without the farewells of the process group, which would wait for processes that are gone.
+    sys.stdout.flush()
+    os._exit(130 if signals.impatient else stopping.STOPPED)
+
+
+def _last_checkpoint(run: Run) -> str:
+    path, _, _ = checkpoint.latest(run.folder / "checkpoints")
+    return f"the same command goes on from {path.name}" if path else "there is no checkpoint: the same command begins anew"

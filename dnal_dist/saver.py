@@ -1,0 +1,122 @@
+"""Checkpoints are written by a thread of the main process, while training goes on."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dnal_dist import checkpoint
+from dnal_dist.checkpoint import Checkpoint
+from dnal_dist.recipe import InputError
+from dnal_dist.track import Track
+
+# How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
+TRIES, BETWEEN = 3, 1.0
+
+
+class Saver:
+    """Writes one checkpoint at a time to `folder`. A failure is told and training goes on: the next save tries again.
+
+    All methods raise InputError when the last checkpoint that could be written is older than the recipe's limit.
+    settings: the recipe's part `checkpoint`.
+    """
+
+    def __init__(self, folder: Path, settings, track: Track):
+        self.folder, self.track, self.settings = folder, track, settings
+        self.kept = checkpoint.Kept(settings.keep.last, settings.keep.best)
+        self.pauses: list[float] = []
+        """Seconds that training stood still for each checkpoint."""
+        self.writes: list[float] = []
+        """Seconds that the thread took for each."""
+        self.size = 0
+        """Bytes of the last one."""
+        self.safe = time.monotonic()
+        """When the last good one was taken; at first, when the run began."""
+        self.saved: int | None = None
+        """Its global step, if this process wrote one."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
+        self._asked: Checkpoint | None = None
+        self._since = time.monotonic()
+
+    @property
+    def seconds_for_one(self) -> float:
+        """What the longest save took so far, the pause and the writing."""
+        return max(self.pauses, default=0.0) + max(self.writes, default=0.0)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """What the last save came to: `write_seconds` and `bytes`, if there was one."""
+        return {"write_seconds": round(self.writes[-1], 4), "bytes": self.size} if self.writes else {}
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last save was asked for."""
+        return time.monotonic() - self._since
+
+    def save(self, taken: Checkpoint) -> None:
+        """Write `taken` in the background, after the one that is being written."""
+        self.settle()
+        self._asked, self._since = taken, time.monotonic()
+        self._writing = self._thread.submit(self._write, taken)
+
+    def settle(self) -> bool:
+        """Wait for the checkpoint that is being written. Returns whether it was."""
+        if self._writing is None:
+            return True
+        writing, self._writing = self._writing, None
+        try:
+            seconds, self.size = writing.result()
+        except (OSError, SafetensorError) as error:
+            self._tell(error)
+            return False
+        self.writes.append(seconds)
+        self.safe, self.saved = self._since, self._asked.state.global_step
+        return True
+
+    def poll(self) -> None:
+        """Tell what became of the checkpoint that was being written, if that is known by now."""
+        if self._writing is not None and self._writing.done():
+            self.settle()
+
+    def finish(self) -> bool:
+        """Wait for the last checkpoint, and try again a few times if it cannot be written. Returns whether it was."""
+        for _ in range(TRIES - 1):
+            if self.settle():
+                return True
+            time.sleep(BETWEEN)
+            self._writing = self._thread.submit(self._write, self._asked)
+        return self.settle()
+
+    def told(self) -> str:
+        number, pauses = len(self.writes), self.pauses
+        return (
+            f"{number} checkpoint{'s' if number > 1 else ''}, the last of {self.size / 1e6:.3g} MB: training paused "
+            f"{sum(pauses):.2f} s in all, {max(pauses):.3f} s at most; written beside it in {max(self.writes):.3f} s at most"
+        )
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _write(self, taken: Checkpoint) -> tuple[float, int]:
+        begun = time.monotonic()
+        # A checkpoint counts on the records that were told before it.
+        self.track.to_disk()
+        size = checkpoint.write(self.folder, taken, self.kept)
+        return time.monotonic() - begun, size
+
+    def _tell(self, error: Exception) -> None:
+        why = getattr(error, "strerror", None) or error
+        minutes, limit = (time.monotonic() - self.safe) / 60, self.settings.give_up_hours
+        told = f"{self.folder}: checkpoint cannot be written ({why})"
+        if minutes > 60 * limit:
+            raise InputError(
+                f"{told}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} allows; "
+                "make room, then use the same command again",
+                local=True,
+            )
+        last = (
+            "there is none yet" if self.saved is None else f"the last good one is of step {self.saved}, {minutes:.0f} minutes old"
+        )
+        self.track.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")
