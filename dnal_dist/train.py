@@ -116,7 +116,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def assemble(
-    settings: recipe.Recipe, parallel: Parallel, edges: Edges, overwrite: bool = False, allowed: Sequence[str] = ()
+    settings: recipe.Recipe,
+    parallel: Parallel,
+    edges: Edges | None = None,
+    overwrite: bool = False,
+    allowed: Sequence[str] = (),
 ) -> Run:
     """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
@@ -156,7 +160,20 @@ def assemble(
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     saver = Saver(folder / "checkpoints", settings.checkpoint, track)
-    run = Run(settings, folder, parallel, track, train, val, supernet, architecture, saver, edges, lock, _digests(train, val))
+    run = Run(
+        settings,
+        folder,
+        parallel,
+        track,
+        train,
+        val,
+        supernet,
+        architecture,
+        saver,
+        edges or Edges(parallel),
+        lock,
+        _digests(train, val),
+    )
     if saved is not None:
         _refuse_other_shards(run, saved.state.shards, allowed)
         saving.restore(run, saved)
