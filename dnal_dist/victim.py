@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import checkpoint, compact, durable, phases, report, steps
+from dnal_dist import checkpoint, compact, durable, loop, phases, report, steps
 
 PLACES = (
     "start-up",
@@ -137,7 +137,9 @@ class Watch:
     def _die(self) -> None:
         if self.aim.delay < 1e-4:
             self._kill()
-        threading.Timer(self.aim.delay, self._kill).start()
+        timer = threading.Timer(self.aim.delay, self._kill)
+        timer.daemon = True
+        timer.start()
 
     def _kill(self) -> None:
         self.me["fired"] = 1
@@ -150,14 +152,15 @@ class Watch:
     def seams(self) -> None:
         """Put the watch around what a run calls; the run's own code does not know of it."""
         self._around(checkpoint, "latest", "looking for a checkpoint")
-        self._around(phases, "evaluate", "evaluation")
+        self._around(loop, "evaluate", "evaluation")
         self._around(phases, "prune", "pruning")
         self._around(compact, "compact", "compaction")
         self._around(compact, "save", "writing compact/")
         self._around(report, "write", "writing the report")
         self._around(durable, "remove", "removal")
-        for name in ("weight_step", "architecture_step"):
-            self._around(phases, name, name.replace("_", " "), self._new_batch)
+        self._around(loop, "weight_step", "weight step", self._new_batch)
+        self._around(phases, "weight_step", "weight step", self._new_batch)
+        self._around(phases, "architecture_step", "architecture step", self._new_batch)
         for module, name in ((steps, "_forward"), (phases, "go"), (durable, "replace"), (durable, "rename")):
             self._replace(module, name, getattr(self, name.strip("_")))
         self._replace(durable, "to_disk", self.to_disk)
@@ -192,8 +195,9 @@ class Watch:
         original(run)
         self._stage()
         self.me["ended"] = time.monotonic()
-        # Left as it is: all that comes is after the last checkpoint.
-        self.at("after the last checkpoint").__enter__()
+        # Not left any more: all that comes is after the last checkpoint.
+        self.end = self.at("after the last checkpoint")
+        self.end.__enter__()
 
     def replace(self, original, path: Path, content: bytes) -> None:
         with self.at("writing recipe.yaml") if path.name == "recipe.yaml" else contextlib.nullcontext():
