@@ -1,4 +1,4 @@
-"""What runs inside a process that `dnal_dist.chaos` kills: the train command, watched at the places where a kill may tell something.
+"""What runs inside a process that `dnal_dist.chaos` kills: the train command, watched at the places where a kill may matter.
 
 Each process writes to a file, the board, where it is, how often it came to each place and how long it was there. The board outlives
 the process, so it also tells where a kill by the clock hit.
@@ -62,8 +62,8 @@ FIELDS = [
 
 @dataclass(frozen=True)
 class Aim:
-    """A kill when `rank` comes to `place` for the `occurrence`-th time in its life, `delay` seconds later; of `everyone`, or of that
-    process alone. share: of what is being written by then, how much is."""
+    """A kill `delay` seconds after `rank` came to `place` for the `occurrence`-th time in its life; of `everyone`, or of that process
+    alone. share: of what is being written by then, how much is."""
 
     rank: int
     place: str
