@@ -62,8 +62,8 @@ FIELDS = [
 
 @dataclass(frozen=True)
 class Aim:
-    """A kill `delay` seconds after `rank` came to `place` for the `occurrence`-th time in its life; of `everyone`, or of that process
-    alone. share: of what is being written by then, how much is."""
+    """A kill `delay` seconds after `rank` came to `place` for the `occurrence`-th time in its life; of `everyone`, or of it alone.
+    share: of what is being written by then, how much is."""
 
     rank: int
     place: str
