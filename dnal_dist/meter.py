@@ -48,7 +48,7 @@ class Meter:
         self.skipped: set[str] = set()
         """Pictures of this phase that did not decode; each counts once, however often it is met."""
         self.bytes: dict[str, int] = {}
-        """What the last step of each kind communicated, of those that were listened to."""
+        """The least that a step of each kind communicated, of those that were listened to."""
         cycle = run.recipe.phases.search.cycle if run.phase == "search" else 1
         # The very first steps have more to say than all that follow. A compiled step would not compile while it is listened to.
         deaf = run.recipe.training.compile or run.parallel.backend == "single"
@@ -101,8 +101,9 @@ class Meter:
         self.sums[0] += outcome.cross_entropy
         self.sums[1] += outcome.correct
         if self.heard is not None:
-            kind = "weight" if outcome.penalty is None else "architecture"
-            self.bytes[f"comm/bytes_{kind}_step"], self.heard = self.heard.bytes, None
+            kind = f"comm/bytes_{'weight' if outcome.penalty is None else 'architecture'}_step"
+            # Not the last: the second step after a start has more to say under DDP, and a resumed run starts anywhere.
+            self.bytes[kind], self.heard = min(self.heard.bytes, self.bytes.get(kind, self.heard.bytes)), None
         if outcome.penalty is not None:
             self.sums[3] += outcome.penalty
             self.sums[4] += 1

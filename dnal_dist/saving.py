@@ -170,9 +170,10 @@ def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
         for target, values in zip(targets, own.split([len(target) for target in targets]), strict=True):
             target.copy_(values)
     if same:
-        torch.set_rng_state(tensors["ranks.random"][rank])
+        # A copy: torch reads a view from the start of its storage and beyond, which ends the process.
+        torch.set_rng_state(tensors["ranks.random"][rank].clone())
         if run.parallel.device.type == "cuda" and "ranks.random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank], run.parallel.device)
+            torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.parallel.device)
     if state.meter is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.parallel.main else torch.zeros_like(sums[0])

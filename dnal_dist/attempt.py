@@ -1,0 +1,259 @@
+"""One attempt at a run: its processes started, killed as asked, stopped as a launcher stops them, and what they leave behind."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from dnal_dist import victim
+from dnal_dist.victim import Aim
+
+# What torchrun gives the others to stop in, when one process has died, before it kills them.
+GRACE = 15.0
+# How often a launcher looks whether all are alive.
+LOOK_EVERY = 0.05
+# How long the loaders of a process that was killed may take to notice.
+NOTICE = 20.0
+SHARED = Path("/dev/shm")
+_BECOME_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class ByClock:
+    """A kill so many seconds after the start; of `everyone`, or of `rank` alone."""
+
+    rank: int
+    seconds: float
+    everyone: bool
+
+
+@dataclass(frozen=True)
+class Train:
+    """What is run. config: of `accelerate launch`; None: the ranks are started directly, on DDP."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    config: str | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended. killed: whether the kill that was asked for happened. codes: exit codes of what was started, negative
+    for signals. lines: the last ones of its output."""
+
+    killed: bool
+    begun: float
+    """On the machine's monotonic clock, as the times on the board."""
+    seconds: float
+    board: np.ndarray
+    codes: list[int]
+    stop_seconds: float
+    """From the kill to the end of all processes."""
+    forced: int
+    """Processes that had to be killed since they did not stop within GRACE."""
+    left: dict[str, str]
+    """What was left behind, of each kind: processes, shared memory, temporary files."""
+    timed_out: bool
+    lines: list[str]
+
+
+def become_reaper() -> None:
+    """Have processes that lose their parent become children of this one, so that it sees them. On other systems than Linux, which
+    have no such thing, orphans are not seen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_BECOME_SUBREAPER, 1, 0, 0, 0)
+
+
+def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByClock | None, limit: float) -> Ended:
+    """Run `train` into `output` with `ranks` processes, and kill it as `kill` says. work: an empty folder for what belongs to the
+    attempt. limit: seconds after which it counts as stuck."""
+    temporary, orders, log = work / "tmp", work / "orders.json", work / "log.txt"
+    temporary.mkdir(parents=True)
+    board = victim.new_board(work / "board", ranks)
+    victim.write_orders(orders, work / "board", kill if isinstance(kill, Aim) else None)
+    before = _shared()
+    begun = time.monotonic()
+    started = _start(train, [*train.overrides, f"output={output}"], orders, ranks, temporary, log)
+    killed, forced, timed_out, stop_seconds = _watch(started, board, kill, limit)
+    seconds = time.monotonic() - begun
+    left = {
+        "processes": _processes_left(),
+        "shared memory": _shared_left(before),
+        "temporary files": ", ".join(str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*"))),
+    }
+    lines = log.read_text(errors="replace").splitlines()[-12:]
+    codes = [_code(one) for one in started]
+    return Ended(killed, begun, seconds, np.array(board), codes, stop_seconds, forced, left, timed_out, lines)
+
+
+def isolated(what, *arguments) -> int:
+    """The exit code of calling `what` in a process of its own, so that this one, which forks, never computes."""
+    process = multiprocessing.get_context("fork").Process(target=what, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _start(train: Train, overrides: list[str], orders: Path, ranks: int, temporary: Path, log: Path) -> list:
+    arguments = [train.recipe, *overrides]
+    environment = {"TMPDIR": str(temporary)}
+    if train.config is not None:
+        launch = ["accelerate.commands.launch", "--config_file", train.config, "--num_processes", str(ranks)]
+        launch += ["--main_process_port", str(_free_port())]
+        return [_spawn([*launch, "-m", "dnal_dist.chaos", "--victim", str(orders), *arguments], environment, log)]
+    environments = [environment]
+    if ranks > 1:
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        environments = [environment | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(ranks)]
+    if threading.active_count() > 1 or not hasattr(os, "fork"):
+        return [_spawn(["dnal_dist.chaos", "--victim", str(orders), *arguments], one, log) for one in environments]
+    # A fork spares the seconds of importing torch. It is as good as a new process as long as nothing was computed before it.
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_forked, args=(orders, arguments, one, log)) for one in environments]
+    for process in started:
+        process.start()
+    return started
+
+
+def _spawn(module: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
+
+def _forked(orders: Path, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    with log.open("ab") as out:
+        for number in (1, 2):
+            os.dup2(out.fileno(), number)
+    victim.main(orders, arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _code(started) -> int | None:
+    return started.poll() if isinstance(started, subprocess.Popen) else started.exitcode
+
+
+def _watch(started: list, board: np.ndarray, kill: Aim | ByClock | None, limit: float) -> tuple[bool, int, bool, float]:
+    """Wait for the end of all, killing by the clock and stopping those that are left when one has died. Returns whether the kill
+    happened, how many did not stop, whether the limit was passed, and the seconds from the first death to the last."""
+    begun, died, killed, forced, timed_out = time.monotonic(), None, False, 0, False
+    pending, asked = isinstance(kill, ByClock), False
+    while alive := [one for one in started if _code(one) is None]:
+        now = time.monotonic()
+        if pending and now - begun >= kill.seconds and (pids := _pids(started, board, kill)):
+            killed, pending = _kill(pids), False
+        if died is None and (len(alive) < len(started) or killed):
+            died = now
+        if len(alive) < len(started) and not asked and any(_code(one) for one in started):
+            asked = True
+            for one in alive:
+                one.terminate()
+        if timed_out := now - begun > limit:
+            _kill([one.pid for one in alive])
+        elif asked and died is not None and now - died > GRACE:
+            forced += len(alive)
+            _kill([one.pid for one in alive])
+            for one in alive:
+                _wait(one)
+        time.sleep(min(LOOK_EVERY, max(0.0005, kill.seconds - now + begun)) if pending else LOOK_EVERY)
+    if killed and not isinstance(started[0], subprocess.Popen):
+        # It may have come to its end by itself between the look and the kill.
+        killed = any(_code(one) == -signal.SIGKILL for one in (started if kill.everyone else [started[kill.rank]]))
+    killed = killed or bool(board["fired"].any())
+    return killed, forced, timed_out, 0.0 if died is None else time.monotonic() - died
+
+
+def _wait(started) -> None:
+    started.wait() if isinstance(started, subprocess.Popen) else started.join()
+
+
+def _pids(started: list, board: np.ndarray, kill: ByClock) -> list[int]:
+    """Of whom is to be killed; under a launcher they are known as soon as they have told."""
+    pids = [int(pid) for pid in board["pid"]] if isinstance(started[0], subprocess.Popen) else [one.pid for one in started]
+    return [] if 0 in pids else pids if kill.everyone else [pids[kill.rank]]
+
+
+def _kill(pids: list[int]) -> bool:
+    """SIGKILL; whether there was anyone to be killed."""
+    found = False
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            found = True
+    return found
+
+
+def _processes_left() -> str:
+    """What still runs after NOTICE seconds, of all that this process or one of them started; it is killed."""
+    deadline = time.monotonic() + NOTICE
+    while True:
+        alive = []
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error, ChildProcessError):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(child.pid, os.WNOHANG)
+                else:
+                    alive.append(child)
+        if not alive or time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_EVERY)
+    told = []
+    for child in alive:
+        with contextlib.suppress(psutil.Error):
+            told.append(f"{child.pid} ({' '.join(child.cmdline())[:80]})")
+            child.kill()
+            child.wait(5)
+    return ", ".join(told)
+
+
+def _shared() -> set[str]:
+    return set(os.listdir(SHARED)) if SHARED.is_dir() else set()
+
+
+def _shared_left(before: set[str]) -> str:
+    """Names in /dev/shm that are new, this user's, and used by no process that is alive: another program's are none of ours."""
+    new = {name for name in _shared() - before if _owned(SHARED / name)}
+    if not new:
+        return ""
+    used = set()
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            int(folder.name)
+            used |= {os.readlink(file) for file in (folder / "fd").iterdir()}
+            used |= {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines() if str(SHARED) in line}
+    return ", ".join(sorted(name for name in new if str(SHARED / name) not in used))
+
+
+def _owned(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False

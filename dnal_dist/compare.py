@@ -1,0 +1,61 @@
+"""Whether two runs of a recipe came to the same, told by their folders."""
+
+import json
+from pathlib import Path
+
+# Records about what was trained. Those of starts, stops, warnings and checkpoints tell how often a run was interrupted.
+TRAINED = ("train", "eval", "gates", "prune", "receipt", "phase", "end")
+CLOCK = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds")
+
+
+def told(run: Path) -> list[dict]:
+    """The records of what a run trained, without what depends on the clock. Raises ValueError naming a line that is none."""
+    records = []
+    for number, line in enumerate((run / "metrics.jsonl").read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise ValueError(f"metrics.jsonl: line {number} is no record: {line[:60]}") from None
+        if record["kind"] in TRAINED:
+            records.append({key: value for key, value in record.items() if key not in CLOCK})
+    return records
+
+
+def same(run: Path, whole: Path) -> list[str]:
+    """What is not equal, bit for bit, in the result and the records of two runs; empty if all is."""
+    faults = [
+        f"compact/{file} is not that of the uninterrupted run"
+        for file in ("architecture.json", "weights.safetensors")
+        if (run / "compact" / file).read_bytes() != (whole / "compact" / file).read_bytes()
+    ]
+    found, expected = told(run), told(whole)
+    for number, (one, other) in enumerate(zip(found, expected, strict=False)):
+        if one != other:
+            return [*faults, f"record {number}: {_difference(one, other)}"]
+    if len(found) != len(expected):
+        faults.append(f"{len(found)} records of training, expected {len(expected)}")
+    return faults
+
+
+def alike(run: Path, whole: Path, tolerance: float) -> list[str]:
+    """What differs between runs on other numbers of processes and should not: the samples of each epoch with their order, the
+    steps that were taken, and the last accuracy by more than `tolerance`."""
+    found, expected = told(run), told(whole)
+    faults = []
+    for what, kinds, keys in (
+        ("the samples and their order", ("receipt",), ("epoch", "batches", "samples", "digest", "ordered", "skipped")),
+        ("the steps told", ("train", "eval", "phase"), ("kind", "phase", "step", "global_step")),
+    ):
+        one, other = ([[r.get(key) for key in keys] for r in records if r["kind"] in kinds] for records in (found, expected))
+        if one != other:
+            faults.append(f"{what} are not those of the uninterrupted run")
+    last, reference = ([r["accuracy"] for r in records if r["kind"] == "eval"][-1] for records in (found, expected))
+    if abs(last - reference) > tolerance:
+        faults.append(f"accuracy {last:.2%}, of the uninterrupted run {reference:.2%}: more than {tolerance:.2%} apart")
+    return faults
+
+
+def _difference(one: dict, other: dict) -> str:
+    keys = [key for key in one | other if one.get(key) != other.get(key)]
+    place = f"{one['kind']} at step {one['global_step']}"
+    return f"{place}: " + ", ".join(f"{key} {one.get(key)!r:.60} for {other.get(key)!r:.60}" for key in keys[:3])
