@@ -272,7 +272,7 @@ def test_processes_that_find_other_shards_are_refused(train_command, folder, tmp
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
     command += ["--num_processes", "2", program, tmp_path, ROOT / "recipes/digits.yaml", *given]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode != 0
     assert "error: key 'data.train': process 1 finds other shards than process 0 (train-0.tar, 16 samples" in ended.stderr
 

@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_and_resumed_gives_the_same_receipts(run, data, t
 
 def test_the_audit_proves_each_sample_once(run):
     command = [sys.executable, "-m", "dnal_dist.stream", "--audit", str(run)]
-    proof = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=120)
+    proof = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=300)
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert proof.stdout.count("each sample once, in its turn") == 4
     assert "105 batches of 48, 2 samples left over in each epoch; no sample twice, none missing" in proof.stdout

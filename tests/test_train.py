@@ -20,7 +20,7 @@ FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.step
 def start(launcher: list[str], digits, output, *changes: str, **environment: str) -> subprocess.CompletedProcess:
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}"]
     command = [sys.executable, "-m", *launcher, "dnal_dist.train", "recipes/digits.yaml", *shards, *changes]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
 
 
 def records(output, kind: str) -> list[dict]:
