@@ -52,15 +52,23 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     faults = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text())
-            if missing := {*POSITION, "records", "compact", "recipe", "sha256"} - state.keys():
-                raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
-            if _digest(path / "state.safetensors") != state["sha256"]:
-                raise ValueError("its tensors are not the ones that were saved")
-            return Checkpoint(load_file(path / "state.safetensors"), state), faults
-        except Exception as error:
-            faults.append(f"{path}: checkpoint is damaged and was passed over ({' '.join(str(error).split())})")
+            return read(path), faults
+        except ValueError as error:
+            faults.append(f"{path}: checkpoint is damaged and was passed over ({error})")
     return None, faults
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`. Raises ValueError, one line, if it is not whole."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if missing := {*POSITION, "records", "compact", "recipe", "sha256"} - state.keys():
+            raise ValueError(f"state.json lacks {', '.join(sorted(missing))}")
+        if _digest(path / "state.safetensors") != state["sha256"]:
+            raise ValueError("its tensors are not the ones that were saved")
+        return Checkpoint(load_file(path / "state.safetensors"), state)
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def save(run) -> None:

@@ -101,8 +101,12 @@ def fed(run: Run, fill: bool = True) -> Generator[Fed]:
 
 
 def pretrain(run: Run, batches) -> None:
-    """Weights only, without gates."""
-    optimise(run, batches)
+    """Weights only, without gates; not at all if the recipe gives it no iterations."""
+    given = run.recipe.model.init_from
+    if given and run.step == 0:
+        run.track.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
+    if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
+        optimise(run, batches)
     _enter(run, "search")
 
 

@@ -2,6 +2,7 @@
 
 python -m dnal_dist.train recipes/digits.yaml
 python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3
+python -m dnal_dist.train recipes/resnet50_imagenet.yaml --init-from torchvision:resnet50 phases.pretrain.steps=0
 accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, checkpoint, cost, nets, nvjpeg, phases, recipe, report
+from dnal_dist import budget, checkpoint, cost, initial, nets, nvjpeg, phases, recipe, report
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import open_folder
 from dnal_dist.parallel import Parallel
@@ -42,7 +43,9 @@ def main() -> None:
         signal.signal(number, _interrupt)
     parallel = run = None
     try:
-        settings = recipe.load(args.recipe, args.overrides)
+        # As JSON, since YAML would make something else of some names.
+        given = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
+        settings = recipe.load(args.recipe, [*args.overrides, *given])
         parallel = Parallel(settings.tracking.tracker)
         run = assemble(settings, parallel, args.resume, args.overwrite)
         phases.go(run)
@@ -86,6 +89,12 @@ def _arguments() -> argparse.Namespace:
         "recipe", help="a YAML file such as recipes/digits.yaml; `python -m dnal_dist.recipe --schema` has all keys"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
+    parser.add_argument(
+        "--init-from",
+        metavar="SOURCE",
+        help="weights to begin with, the same as model.init_from=SOURCE: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a run "
+        "folder, a folder of its checkpoints, or a .safetensors file; phases.pretrain.steps=0 begins the search with them",
+    )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if it has one")
     folder.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds and start anew")
@@ -120,6 +129,9 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     # Raises if the target is out of reach.
     budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
+    # Before the folder is opened: a run that cannot begin must not replace another.
+    begins = parallel.from_main(overwrite or not any(folder.glob("checkpoints/step-*")))
+    given = initial.start_from(network, settings, parallel) if begins and settings.model.init_from else None
     saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
     finished = saved is not None and saved.state["phase"] == "done"
     track = Track(folder, settings, parallel, None if saved is None or finished else saved.state["records"])
@@ -128,6 +140,9 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
             *faults,
             f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes",
         ]
+    if given is not None:
+        faults = [*faults, *given.warnings]
+        track.say(f"the first weights are those of {given.origin}")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
     supernet = network.to(parallel.device)
@@ -196,6 +211,7 @@ def _tell(run: phases.Run, resumed: bool) -> None:
     track.record(
         "start",
         name=run.recipe.name,
+        init_from=run.recipe.model.init_from,
         resumed=resumed,
         world_size=parallel.world_size,
         backend=parallel.backend,
