@@ -13,6 +13,14 @@ from dnal_dist.recipe import InputError
 PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "wandb", "metrics.jsonl")
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether the run folder has any, damaged or not: then a run there is gone on with or refused, but does not begin."""
+    try:
+        return any(folder.glob("checkpoints/step-*"))
+    except OSError:
+        return False
+
+
 def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, resume: bool, overwrite: bool):
     """The checkpoint to go on from, or None, and what was found damaged. The main process looks and writes first, so that all
     processes refuse the folder or none does."""

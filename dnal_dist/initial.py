@@ -79,10 +79,11 @@ def _read(settings: Recipe) -> Given:
     source = settings.model.init_from
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    # os.path, unlike Path, answers for names that no file can have.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return _saved(path, Path(settings.output))
-    if not path.exists():
+    if not os.path.exists(path):
         known = ", ".join(PREFIX + name for name in TORCHVISION)
         raise InputError(f"{KEY}: there is no {path}; give a run folder, a checkpoint's, a .safetensors file, or one of {known}")
     if path.suffix != ".safetensors":
@@ -124,12 +125,12 @@ def _saved(path: Path, output: Path) -> Given:
     run, faults, where, replaced = path / "checkpoints", [], path.resolve(), output.resolve()
     if where == replaced or replaced / "checkpoints" in (where, *where.parents):
         raise InputError(f"{KEY}: {path} is in the run folder that this run replaces; name another one by key 'output'")
-    if (path / "state.json").exists():
+    if os.path.exists(path / "state.json"):
         try:
             saved = checkpoint.read(path)
         except ValueError as error:
             raise InputError(f"{KEY}: {path}: checkpoint is damaged ({error}); give another") from None
-    elif run.is_dir():
+    elif os.path.isdir(run):
         saved, faults = checkpoint.latest(run)
         if saved is None:
             raise InputError(f"{KEY}: {faults[0] if faults else f'{run} holds no checkpoint'}; give another run")

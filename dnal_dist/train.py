@@ -23,7 +23,7 @@ import torch
 
 from dnal_dist import budget, checkpoint, cost, initial, nets, nvjpeg, phases, recipe, report
 from dnal_dist.architecture import Architecture
-from dnal_dist.folder import open_folder
+from dnal_dist.folder import has_checkpoints, open_folder
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 from dnal_dist.shards import Shards
@@ -130,9 +130,10 @@ def assemble(settings: recipe.Recipe, parallel: Parallel, resume: bool = False, 
     budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
-    begins = parallel.from_main(overwrite or not any(folder.glob("checkpoints/step-*")))
+    begins = parallel.from_main(overwrite or not has_checkpoints(folder))
     given = initial.start_from(network, settings, parallel) if begins and settings.model.init_from else None
     saved, faults = open_folder(folder, settings, parallel, resume, overwrite)
+    assert begins or saved is not None
     finished = saved is not None and saved.state["phase"] == "done"
     track = Track(folder, settings, parallel, None if saved is None or finished else saved.state["records"])
     if parallel.idle_gpus:

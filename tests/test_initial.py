@@ -67,13 +67,16 @@ def test_logits_are_those_of_torchvision(one_thread, name, model):
     reference, images = theirs(name), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     # As some published files are: from before batches were counted.
     tensors = {name: tensor for name, tensor in reference.state_dict().items() if not name.endswith("num_batches_tracked")}
-    net = nets.build(model).eval()
+    # Random weights for the largest would take longer than all the rest.
+    with torch.device("meta"):
+        net = nets.build(model).eval()
+    net = net.to_empty(device="cpu")
     with torch.no_grad():
-        expected, before = reference(images), net(images)
+        for tensor in net.state_dict().values():
+            tensor.zero_()
         assert filled(net, tensors, model) == []
-        found = net(images)
+        expected, found = reference(images), net(images)
     scale = float(expected.abs().max())
-    assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2 * scale)
     # The two pictures are told apart, so more than biases are compared.
     assert (expected[0] - expected[1]).abs().max() > 1e-3 * scale
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
@@ -182,6 +185,15 @@ def test_what_one_process_cannot_read_stops_all(tmp_path):
         initial.start_from(nets.build("vgg_digits"), settings(f"{tmp_path}/w.safetensors"), Stub(None, "key 'x': no"))
 
 
+def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
+    """It reads in its turn, when the machine's first one has, and nobody waits for it in vain."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    parallel = Stub(None, None)
+    with pytest.raises(recipe.InputError, match="there is no nowhere"):
+        initial.start_from(nets.build("vgg_digits"), settings("nowhere"), parallel)
+    assert not parallel.others
+
+
 def cache(folder: Path, name: str, content) -> Path:
     """The file in which torchvision keeps the weights of its network `name`, below TORCH_HOME `folder`."""
     url = torchvision.models.get_model_weights(name).DEFAULT.url
@@ -248,6 +260,9 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
         ("torchvision:resnet18", "resnet50_imagenet", "not known; there are torchvision:vgg16_bn, torchvision:resnet50, tor"),
         ("torchvision:resnet50", "vgg_digits", "has the weights of resnet50_imagenet, not of vgg_digits; change one"),
         ("nowhere/at all", "vgg_digits", "there is no nowhere/at all; give a run folder, .* or one of torchvision:vgg16_bn"),
+        ("~nobody-here/x", "vgg_digits", "there is no ~nobody-here/x; give"),
+        ("x" * 300, "vgg_digits", "there is no x+; give"),
+        ("x\0", "vgg_digits", "there is no x.; give"),
         ("README.md", "vgg_digits", r"README\.md is no \.safetensors file"),
         ("docs", "vgg_digits", "docs is neither a run folder nor a checkpoint's"),
     ],
@@ -313,6 +328,19 @@ def begins(digits, tmp_path, train_here, monkeypatch):
     return run
 
 
+def test_two_processes_begin_with_the_same_weights(source, digits, tmp_path, train_command):
+    shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/run")
+    ended = train_command("recipes/digits.yaml", *shards, *FEW, SKIP, "--init-from", source[0], processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert records(tmp_path, "start")[0]["world_size"] == 2
+    assert ended.stdout.count("the first weights are those of") == 1
+    assert records(tmp_path, "eval")[0]["cross_entropy"] == pytest.approx(last_eval(source[0])["cross_entropy"], rel=1e-5)
+
+
+def last_eval(run: Path) -> dict:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"][-1]
+
+
 def as_file(folder: Path, tensors: dict) -> Path:
     save_file(tensors, folder / "w.safetensors")
     return folder / "w.safetensors"
@@ -329,10 +357,8 @@ def test_the_search_begins_with_the_weights_of_another_run(source, begins, tmp_p
     assert start["init_from"] == str(whence)
     first, *_ = records(tmp_path, "eval")
     assert (first["phase"], first["step"], first["global_step"]) == ("pretrain", 0, 0)
-    measured = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"][-1]
-    assert {k: first[k] for k in ("accuracy", "cross_entropy", "samples")} == {
-        k: measured[k] for k in ("accuracy", "cross_entropy", "samples")
-    }
+    measured = last_eval(folder)
+    assert all(first[key] == measured[key] for key in ("accuracy", "cross_entropy", "samples"))
     assert f"the first weights are those of {whence}" in ended.out
 
 
