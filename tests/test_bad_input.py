@@ -50,7 +50,7 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["data.globl_batch=3"], r"digits\.yaml: unknown key 'data\.globl_batch' \(did you mean 'global_batch'\?\)"),
         (["nam=3"], r"unknown key 'nam' \(did you mean 'name'\?\); remove or rename it"),
         (["data.global_batch=eight"], r"key 'data\.global_batch': input should be a valid integer, found 'eight'"),
-        (["phases.pretrain.epochs=-1"], r"key 'phases\.pretrain\.epochs': input should be greater than 0, found -1"),
+        (["phases.pretrain.epochs=-1"], r"key 'phases\.pretrain\.epochs': input should be greater than or equal to 0, found -1"),
         (["seed="], r"key 'seed': input should be a valid integer, found None"),
         (["seed"], r"override 'seed': expected key=value"),
         (["=3"], r"override '=3': expected key=value"),
