@@ -124,18 +124,20 @@ class Chaos:
 
     def go(self, kills: int, tell) -> None:
         """Rounds of one run each, until so many kills have happened and the last run has come to its end. Stops at a fault.
-        tell: called with the kills so far."""
+        tell: called with a word on where it stands, whenever something has happened."""
         while self.tally.kills < kills and not self.tally.faults:
             self.tally.rounds += 1
             self._round(kills, tell)
 
     def _round(self, kills: int, tell) -> None:
-        run, tally, after_kill = self.base / f"run-{self.tally.rounds}", self.tally, False
+        run, tally, after_kill, enough = self.base / f"run-{self.tally.rounds}", self.tally, False, False
         while True:
             position, reference = Position(run), self.references[self.rng.choice([*self.references])]
-            kill = self._draw(reference, position) if tally.kills < kills else None
+            kill = None if enough or tally.kills >= kills else self._draw(reference, position)
             if after_kill:
                 tally.resumed[STAGES[position.stage]] += 1
+            # A run that has nothing left to train is killed once more; then another is begun, in which more can happen.
+            enough = STAGES[position.stage] == "done"
             work = self.base / f"work-{tally.starts}"
             limit = 60 + STUCK * reference.seconds
             ended = attempt(self.train, run, work, reference.ranks, kill, limit)
@@ -146,7 +148,7 @@ class Chaos:
                 tally.longest_restart = max(tally.longest_restart, restart)
             if ended.killed:
                 tally.add(kill, ended)
-            tell(tally.kills)
+            tell(f"run {tally.rounds}, start {tally.starts}, from {STAGES[position.stage]} {position.step}")
             if tally.faults:
                 return
             shutil.rmtree(work)
@@ -208,7 +210,8 @@ def main() -> None:
         sys.exit(130)
     finally:
         for child in psutil.Process().children(recursive=True):
-            child.kill()
+            with contextlib.suppress(psutil.Error):
+                child.kill()
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -216,29 +219,45 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"override '{taken[0]}': chaos runs into folders of its own, without a tracker; leave it out")
     overrides = (*args.overrides, "tracking.tracker=none")
     settings = recipe.load(args.recipe, list(overrides))
+    if args.config_file is not None and not Path(args.config_file).is_file():
+        raise InputError(f"--config_file {args.config_file}: no such file; see recipes/accelerate/")
+    if args.report is not None and not args.report.parent.is_dir():
+        raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
+    train, begun = Train(args.recipe, overrides, args.config_file), time.monotonic()
     base = _base(args.keep)
     become_reaper()
-    begun, console = time.monotonic(), Console(stderr=True)
-    columns = (TextColumn("kills"), BarColumn(30), MofNCompleteColumn())
-    # Without threads and without another stdout: processes are forked from here.
-    bar = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-    passed = False
     try:
-        chaos = Chaos(Train(args.recipe, overrides, args.config_file), args.ranks, args.seed, base, args.tolerance)
-        with bar:
-            task = bar.add_task("kills", total=args.kills)
-            chaos.go(args.kills, lambda done: bar.update(task, completed=done, refresh=True))
-        passed = not chaos.tally.faults
-    finally:
-        if passed and args.keep is None:
+        chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)
+        _watched(chaos, args.kills)
+    except BaseException:
+        if args.keep is None:
             shutil.rmtree(base)
+        raise
+    passed = not chaos.tally.faults
+    if passed and args.keep is None:
+        shutil.rmtree(base)
     told = verdict.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - begun)
-    print(told)
+    print(told, flush=True)
     if not passed:
         print(f"what was left is in {base}", file=sys.stderr)
     if args.report is not None:
         args.report.write_text(told + "\n")
     return 0 if passed else 1
+
+
+def _watched(chaos: "Chaos", kills: int) -> None:
+    console = Console(stderr=True)
+    columns = (TextColumn("kills"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[where]}"))
+    # Without threads and without another stdout: processes are forked from here.
+    plain = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **plain) as bar:
+        task = bar.add_task("kills", total=kills, where="")
+
+        def tell(where: str) -> None:
+            bar.update(task, completed=chaos.tally.kills, where=where)
+            bar.refresh()
+
+        chaos.go(kills, tell)
 
 
 def _base(keep: Path | None) -> Path:

@@ -22,7 +22,7 @@ from dnal_dist import checkpoint, compact, durable, loop, phases, report, steps
 
 PLACES = (
     "start-up",
-    "looking for a checkpoint",
+    "reading a checkpoint",
     "writing recipe.yaml",
     "between steps",
     "weight step",
@@ -151,7 +151,8 @@ class Watch:
 
     def seams(self) -> None:
         """Put the watch around what a run calls; the run's own code does not know of it."""
-        self._around(checkpoint, "latest", "looking for a checkpoint")
+        self._around(checkpoint, "latest", "reading a checkpoint")
+        self._around(checkpoint, "read", "reading a checkpoint")
         self._around(loop, "evaluate", "evaluation")
         self._around(phases, "prune", "pruning")
         self._around(compact, "compact", "compaction")
