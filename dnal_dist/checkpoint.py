@@ -89,7 +89,10 @@ def name(state: State) -> str:
 
 def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
     """Write `folder`/step-N-PHASE, read it again, and only then remove those that are neither among the last nor the best. Returns
-    its size in bytes. Raises OSError, and leaves all others as they are, if it cannot be written or is not what was written."""
+    its size in bytes. Raises OSError if it cannot be written or is not what was written, ValueError if it holds what is no number;
+    all others stay then as they are."""
+    if broken := next((k for k, t in checkpoint.tensors.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise ValueError(f"{broken} holds what is no number")
     contents = {
         TENSORS: save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}),
         STATE: (checkpoint.state.model_dump_json(indent=1) + "\n").encode(),

@@ -64,6 +64,8 @@ def refuse(run, parallel, signals, error: InputError) -> None:
     say_why(f"error: {error}")
     if run is not None:
         run.track.close()
+        # With the checkpoint that is being written.
+        run.close()
     if parallel is not None:
         if not error.local:
             parallel.close()

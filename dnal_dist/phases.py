@@ -23,11 +23,8 @@ def go(run: Run) -> None:
     with contextlib.closing(fed(run)) as batches:
         if run.phase == "pretrain":
             pretrain(run, batches)
-            _enter(run, "search")
         if run.phase == "search":
             search(run, batches)
-            run.momentum = {}
-            _enter(run, "prune")
     if run.phase == "prune":
         prune(run)
         _enter(run, "finetune")
@@ -45,6 +42,7 @@ def pretrain(run: Run, batches) -> None:
         run.track.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
+    _enter(run, "search")
 
 
 def search(run: Run, batches) -> None:
@@ -77,6 +75,7 @@ def search(run: Run, batches) -> None:
         record_gates(run, settings.delta_start)
     optimise(run, batches, step_either)
     assert run.step == total
+    _enter(run, "prune")
 
 
 def _finish(run: Run) -> None:
@@ -97,4 +96,5 @@ def _finish(run: Run) -> None:
 def _enter(run: Run, phase: str) -> None:
     """Begin `phase`, from a checkpoint on."""
     run.phase, run.step, run.accuracy = phase, 0, None
-    saving.save(run, run.momentum)
+    # The compact network begins without any.
+    saving.save(run, {} if phase == "prune" else run.momentum)

@@ -21,6 +21,7 @@ def prune(run: Run) -> None:
     run.parallel.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.parallel.agree("the keep mask", supernet.by_site(keep))
     run.small, run.mask = compact.compact(supernet, keep), cost.pack(keep)
+    run.momentum = {}
     supernet.cpu()
     recalibrate(run, settings.recalibration_batches)
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)

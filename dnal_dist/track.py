@@ -93,7 +93,7 @@ class Track:
 
     def to_disk(self) -> None:
         """Wait until all records so far are on disk. From any thread; raises OSError."""
-        if self.main:
+        if self.main and not self._file.closed:
             self._flush()
             os.fsync(self._file.fileno())
 
@@ -135,7 +135,7 @@ class Track:
         self.abandon()
         # What cannot be written now was told when it failed first.
         with contextlib.suppress(OSError):
-            self._flush()
+            self.to_disk()
         self._file.close()
         if self._tracker is not None:
             try:

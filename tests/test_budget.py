@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_stop_and_resume import SHORT, arguments, records, tensors, told
 
-from dnal_dist import budget, compact, cost, nets, recipe
+from dnal_dist import budget, compact, cost, nets, recipe, saving
 from dnal_dist.architecture import Architecture
 from dnal_dist.recipe import SGD, ArchitectureSettings, InputError, Target
 

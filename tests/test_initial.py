@@ -305,6 +305,7 @@ def source(digits, tmp_path_factory):
     phases.pretrain(run, batches)
     batches.close()
     run.track.close()
+    run.close()
     return folder, {name: tensor.clone() for name, tensor in run.supernet.state_dict().items()}
 
 
@@ -351,7 +352,9 @@ def as_file(folder: Path, tensors: dict) -> Path:
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "file"])
 def test_the_search_begins_with_the_weights_of_another_run(source, begins, tmp_path, kind):
     folder, tensors = source
-    whence = {"run": folder, "checkpoint": next(folder.glob("checkpoints/step-*20")), "file": as_file(tmp_path, tensors)}[kind]
+    whence = {"run": folder, "checkpoint": next(folder.glob("checkpoints/step-*20-search")), "file": as_file(tmp_path, tensors)}[
+        kind
+    ]
     ended, found = begins("--init-from", whence, SKIP, "seed=5")
     assert ended.code == 0, ended.err
     assert same(found, tensors)
@@ -409,7 +412,7 @@ def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(source, begins, tmp_path):
     broken = tmp_path / "broken" / "checkpoints"
-    saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20")))
+    saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20-search")))
     for step in (20, 30):
         checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, saved.state | {"global_step": step}))
     newest = broken / "step-00000030"
@@ -449,7 +452,10 @@ def test_a_resume_does_not_look_at_it(digits, tmp_path, train_here, source, monk
     assert ended.code == 0, ended.err
     assert "the first weights are" not in ended.out and "resumed in prune after 0 steps (2 in all)" in ended.out
     changed = train_here(*arguments[:-1], "elsewhere.safetensors", "--resume")
-    refused(changed, r"the recipe has changed since the run began \(model\.init_from: .* -> elsewhere\.safetensors\)")
+    refused(
+        changed,
+        r"the recipe has changed since the run began:\n  - model\.init_from: .*\n  \+ model\.init_from: elsewhere\.safetensors",
+    )
 
 
 def test_weights_that_give_no_loss_are_blamed(source, begins, tmp_path):
@@ -471,7 +477,7 @@ def test_a_published_row_tells_that_a_run_began_with_given_weights(tmp_path):
 
 def test_saved_names_are_what_a_file_holds(source):
     """The checkpoint's own tensors file holds more than a network: it is refused, not half used."""
-    path = next(source[0].glob("checkpoints/step-*20")) / "state.safetensors"
+    path = next(source[0].glob("checkpoints/step-*20-search")) / "state.safetensors"
     assert "alpha" in load_file(path)
     with pytest.raises(recipe.InputError, match=r"lacks stages.* and has an unknown"):
         filled(nets.build("vgg_digits"), load_file(path), "vgg_digits")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dnal_dist import compact, cost, phases, recipe, report, train
+from dnal_dist import compact, cost, phases, pruning, recipe, report, train
 from dnal_dist.parallel import Parallel
 from dnal_dist.pictures import normalise
 
@@ -24,10 +24,10 @@ def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp
     run.small = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
     run.small.train()(torch.randn(8, 3, 8, 8))  # statistics that must not last
     before = {name: tensor.clone() for name, tensor in run.small.state_dict().items()}
-    phases.recalibrate(run, 0)
+    pruning.recalibrate(run, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.small.state_dict().items())
 
-    phases.recalibrate(run, 3)
+    pruning.recalibrate(run, 3)
     source = run.train.batches(5)
     data = run.recipe.data
     batches = [normalise(b.images, data.mean, data.std, b.flips) for b in (next(source) for _ in range(3))]
