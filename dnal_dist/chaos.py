@@ -5,6 +5,7 @@ python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --ranks 1,2 --report ch
 """
 
 import argparse
+import contextlib
 import random
 import shutil
 import signal

@@ -129,7 +129,7 @@ class Watch:
 
     def _stage(self) -> int:
         if self.run is None:
-            return 0
+            return int(self.me["stage"])
         stage = STAGES.index(self.run.phase)
         self.me["stage"], self.me["steps"][stage] = stage, self.run.global_step
         return stage
@@ -193,8 +193,12 @@ class Watch:
         self.run = run
         self.me["resumed"], self.me["trained"] = self._stage(), time.monotonic()
         self.me["where"][0] = PLACES.index("between steps")
-        original(run)
-        self._stage()
+        try:
+            original(run)
+        finally:
+            self._stage()
+            # A run that someone still held would keep its loaders alive at the end of the process.
+            self.run = None
         self.me["ended"] = time.monotonic()
         # Not left any more: all that comes is after the last checkpoint.
         self.end = self.at("after the last checkpoint")
