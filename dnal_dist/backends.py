@@ -174,9 +174,11 @@ class FullySharded(Trained):
         if not all(isinstance(p, DTensor) for p in self.module.parameters()):
             raise InputError("FSDP2 was asked for, but it left parameters whole; use another config of recipes/accelerate")
         self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
-        for name, buffer in momentum.items():
-            p = self.parameters[name]
-            self.optimizer.state[p]["momentum_buffer"] = distribute_tensor(buffer.to(p.device), p.device_mesh, p.placements)
+        # Each is a collective, and a checkpoint's names come in another order on each process.
+        for name, p in self.parameters.items():
+            if name in momentum:
+                buffer = momentum[name].to(p.device)
+                self.optimizer.state[p]["momentum_buffer"] = distribute_tensor(buffer, p.device_mesh, p.placements)
         return self.module
 
     def forward(self, network, images, gates=None):
@@ -246,8 +248,9 @@ class Zero(Trained):
         if self.stage < 3:
             # Its public function finds nothing to write to before a step was taken.
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, buffer in momentum.items():
-            safe_set_full_optimizer_state(self.parameters[name], buffer.to(self.options.device), "momentum_buffer")
+        for name, p in self.parameters.items():
+            if name in momentum:
+                safe_set_full_optimizer_state(p, momentum[name].to(self.options.device), "momentum_buffer")
         self.stepped = True
 
     def forward(self, network, images, gates=None):

@@ -136,7 +136,8 @@ def read(path: Path) -> Checkpoint:
             contents[file] = (path / file).read_bytes()
             if _described(contents[file]) != told["files"][file]:
                 raise ValueError(f"{file} is not what was saved")
-        return Checkpoint(load(contents[TENSORS]), State.model_validate_json(contents[STATE]))
+        # The library gives them in another order on each process.
+        return Checkpoint(dict(sorted(load(contents[TENSORS]).items())), State.model_validate_json(contents[STATE]))
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{STATE}: key '{'.'.join(map(str, first['loc']))}': {first['msg']}"

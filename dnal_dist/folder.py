@@ -37,6 +37,14 @@ class Opened(NamedTuple):
     """Held as long as the run goes on; the main process's."""
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether the run folder has any, damaged or not: then a run there is gone on with or refused, but does not begin."""
+    try:
+        return any(folder.glob("checkpoints/step-*"))
+    except OSError:
+        return False
+
+
 def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
     """Make `folder` ready for a run of `settings`: to go on from its newest checkpoint, or to begin. allowed: keys of the recipe
     that may have changed. The main process looks and writes first, so that all processes refuse the folder or none does. Raises

@@ -33,10 +33,15 @@ def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
 
 def check_finite(run, cross_entropy: float) -> None:
     """Raise InputError if the loss is no number any more; before that is saved."""
+    if not math.isfinite(cross_entropy) and run.global_step == 0:
+        raise InputError(
+            f"key 'model.init_from': with the weights of {run.recipe.model.init_from} the loss on data.val is {cross_entropy}; "
+            "give others"
+        )
     if not math.isfinite(cross_entropy):
         raise InputError(
-            f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr and begin "
-            f"anew with --overwrite (the run's last checkpoint is from before, but a changed recipe cannot go on from it)"
+            f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr and go on "
+            f"from the last checkpoint, which is from before, by --allow-changed phases.{run.phase}, or begin anew by --overwrite"
         )
 
 

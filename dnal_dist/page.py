@@ -379,6 +379,7 @@ def _environment(run: Run) -> str:
         "device": "device",
         "backend": "backend",
         "world_size": "processes",
+        "init_from": "weights to begin with",
         "steps_per_epoch": "iterations an epoch",
         "dropped_per_epoch": "pictures left out of each epoch",
     }

@@ -5,7 +5,7 @@ import contextlib
 from safetensors import SafetensorError
 
 from dnal_dist import compact, saving, schedule
-from dnal_dist.loop import delta_of, fed, optimise, record_gates, write_receipt
+from dnal_dist.loop import delta_of, fed, look, optimise, record_gates, write_receipt
 from dnal_dist.penalty import Penalty
 from dnal_dist.pruning import prune
 from dnal_dist.recipe import InputError
@@ -22,7 +22,7 @@ def go(run: Run) -> None:
     # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
     with contextlib.closing(fed(run)) as batches:
         if run.phase == "pretrain":
-            optimise(run, batches)
+            pretrain(run, batches)
             _enter(run, "search")
         if run.phase == "search":
             search(run, batches)
@@ -36,6 +36,15 @@ def go(run: Run) -> None:
             optimise(run, batches)
             _finish(run)
             _enter(run, "done")
+
+
+def pretrain(run: Run, batches) -> None:
+    """Weights only, without gates; not at all if the recipe gives it no iterations."""
+    given = run.recipe.model.init_from
+    if given and run.step == 0:
+        run.track.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
+    if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
+        optimise(run, batches)
 
 
 def search(run: Run, batches) -> None:
@@ -83,7 +92,6 @@ def _finish(run: Run) -> None:
             raise InputError(
                 f"{run.folder / 'compact'}: cannot be written ({error}); make room, then use the same command again", local=True
             ) from None
-    _enter(run, "done")
 
 
 def _enter(run: Run, phase: str) -> None:

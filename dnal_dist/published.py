@@ -182,6 +182,8 @@ def _accuracy(run: Run) -> dict:
 
 def _epochs(run: Run) -> str:
     told = [run.last("train", phase).get("epoch") for phase in ("pretrain", "search", "finetune")]
+    if told[0] is None and told[1] is not None:
+        told[0] = 0
     return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
 
 
@@ -202,6 +204,8 @@ def _differences(run: Run, table: Table) -> list[str]:
         value = run.setting(part, key)
         if value is not None and value != expected:
             found.append(words.format(results.printable(str(value)), expected))
+    if given := run.setting("model", "init_from"):
+        found.append(f"weights of {results.printable(str(given))} to begin with")
     return found
 
 

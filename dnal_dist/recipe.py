@@ -42,6 +42,9 @@ class Network(Section):
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
+    init_from: str | None = Field(None, min_length=1)
+    """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
+    run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not looked at on a resume."""
 
 
 class Augmentation(Section):
@@ -164,8 +167,15 @@ class Phase(Section):
         return self
 
     def iterations(self, steps_per_epoch: int) -> int:
-        """Duration in iterations, at least 1."""
-        return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
+        """Duration in iterations; at least 1, unless the recipe says 0."""
+        return self.steps if self.steps is not None else max(int(self.epochs > 0), round(self.epochs * steps_per_epoch))
+
+
+class Pretrain(Phase):
+    epochs: float | None = Field(None, ge=0)
+    """Duration in passes over the training set (exactly one of epochs and steps); 0 leaves the phase out."""
+    steps: int | None = Field(None, ge=0)
+    """Duration in iterations (exactly one of epochs and steps); 0 leaves the phase out."""
 
 
 class SearchPhase(Phase):
@@ -187,8 +197,8 @@ class SearchPhase(Phase):
 
 
 class Phases(Section):
-    pretrain: Phase
-    """Weights only, no gates."""
+    pretrain: Pretrain
+    """Weights only, no gates. With no iterations the search begins with the weights as they are, those of model.init_from say."""
     search: SearchPhase
     """Weights and architecture on alternate iterations while the gates harden."""
     finetune: Phase

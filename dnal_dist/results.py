@@ -181,13 +181,17 @@ def counted(messages: list[str]) -> list[str]:
 
 
 def when(result: dict, phase: str) -> str:
-    """When an accuracy was measured: after a phase, or in one that still goes on."""
+    """When an accuracy was measured: after a phase, in one that still goes on, or before the first iteration."""
+    if phase == "pretrain" and result["untrained"]:
+        return "at the start"
     goes_on = phase == result.get("phase") != "prune" and not result["finished"] and phase not in result["ended"]
     return f"so far in {phase}" if goes_on else f"after {'pruning' if phase == 'prune' else phase}"
 
 
 def result_of(run: Run) -> dict:
-    return summary(run) | {"ended": {r.get("phase") for r in run.of("phase")}}
+    """The summary, and what `when` asks for beside it."""
+    untrained = run.last("eval", "pretrain").get("step") == 0
+    return summary(run) | {"ended": {r.get("phase") for r in run.of("phase")}, "untrained": untrained}
 
 
 def where(run: Run) -> str:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import compact
 from dnal_dist.checkpoint import Checkpoint, State, name
-from dnal_dist.meter import Meter
+from dnal_dist.meter import Meter, check_finite
 from dnal_dist.receipts import Receipt
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
@@ -39,6 +39,9 @@ def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> C
     parallel, own = run.parallel, _own(run, meter)
     ranks = {kind: parallel.gather_tensor(tensor) for kind, tensor in own.items()}
     packed = None if meter is None else meter.packed()
+    if meter is not None:
+        # Never over the last good one.
+        check_finite(run, float(ranks["sums"][:, 0].sum()))
     if not parallel.main:
         return None
     tensors = {f"network.{key}": _copy(tensor) for key, tensor in run.network.state_dict().items()}

@@ -2,6 +2,7 @@
 
 python -m dnal_dist.train recipes/digits.yaml
 python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3 output=runs/other
+python -m dnal_dist.train recipes/resnet50_imagenet.yaml --init-from torchvision:resnet50 phases.pretrain.steps=0
 accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
 
 The same command again goes on where the run stopped, on any number of processes and any backend. SIGTERM, Ctrl-C, SIGUSR1 or a file
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import json
 import multiprocessing
 import platform
 import signal
@@ -23,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, cost, ending, nets, nvjpeg, phases, recipe, saving, stopping
+from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, saving, stopping
 from dnal_dist.architecture import Architecture
-from dnal_dist.folder import open_folder
+from dnal_dist.folder import has_checkpoints, open_folder
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
@@ -44,7 +46,9 @@ def main() -> None:
     signals = stopping.Signals(_interrupt)
     parallel = run = None
     try:
-        settings = recipe.load(args.recipe, args.overrides)
+        # As JSON, since YAML would make something else of some names.
+        given = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
+        settings = recipe.load(args.recipe, [*args.overrides, *given])
         until = stopping.limit(args.max_time)
         parallel = Parallel(settings.tracking.tracker)
         edges = Edges(parallel, signals, Path(settings.output) / "stop", until)
@@ -96,6 +100,12 @@ def _arguments() -> argparse.Namespace:
         "recipe", help="a YAML file such as recipes/digits.yaml; `python -m dnal_dist.recipe --schema` has all keys"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
+    parser.add_argument(
+        "--init-from",
+        metavar="SOURCE",
+        help="weights to begin with, the same as model.init_from=SOURCE: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a run "
+        "folder, a folder of its checkpoints, or a .safetensors file; phases.pretrain.steps=0 begins the search with them",
+    )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint: what is done anyway")
     folder.add_argument("--overwrite", action="store_true", help="remove the run that the run folder holds and start anew")
@@ -149,12 +159,19 @@ def assemble(
     # Raises if the target is out of reach.
     budget.budget(settings.architecture, network, data.image_size)
     folder = Path(settings.output)
+    # Before the folder is opened: a run that cannot begin must not replace another.
+    begins = parallel.from_main(overwrite or not has_checkpoints(folder))
+    given = initial.start_from(network, settings, parallel) if begins and settings.model.init_from else None
     saved, faults, changed, lock = open_folder(folder, settings, parallel, overwrite, allowed)
+    assert begins or saved is not None
     finished = saved is not None and saved.state.phase == "done"
     keep = None if saved is None or finished else saved.state.records
     track = Track(folder, settings, parallel, keep, saved and saved.state.tracker_run)
     if parallel.idle_gpus:
         faults.append(f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes")
+    if given is not None:
+        faults += given.warnings
+        track.say(f"the first weights are those of {given.origin}")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
     supernet = network.to(parallel.device)
@@ -263,6 +280,7 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
     track.record(
         "start",
         name=run.recipe.name,
+        init_from=run.recipe.model.init_from,
         resumed=resumed,
         changed=changed or None,
         tracker_run=track.tracker_run,

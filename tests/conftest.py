@@ -1,5 +1,6 @@
 """Fixtures that several rooms' tests share."""
 
+import gc
 import io
 import os
 import signal
@@ -16,6 +17,28 @@ from data_tools import make_shards
 
 ROOT = Path(__file__).parent.parent
 
+# Pictures of 8x8 pixels, small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads
+# only wait for one another. Set before anything has imported torch; the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as this process has cores; beyond 8 of them a worker's start takes longer than what is left to it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+# In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
+LONGEST_FIRST = (
+    "distributed/test_backends.py", "distributed/test_runs.py", "distributed/test_plan.py",
+    "test_stop_and_resume.py", "test_recipes.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
@@ -23,17 +46,6 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     make_shards.digits(folder)
     return folder
-
-
-@pytest.fixture
-def one_thread():
-    """Small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads only wait."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class TrainCommand:
@@ -55,7 +67,7 @@ class TrainCommand:
             start_new_session=True,
         )
 
-    def __call__(self, *arguments: str, processes: int = 1, timeout: float = 120, **environment: str):
+    def __call__(self, *arguments: str, processes: int = 1, timeout: float = 300, **environment: str):
         """The CompletedProcess of these arguments."""
         process = self.start(*arguments, processes=processes, **environment)
         try:
@@ -84,27 +96,28 @@ def train_here():
 
     from dnal_dist import train
 
-    set_num_threads = torch.set_num_threads
+    assert torch.get_num_threads() == 1, "torch was imported before OMP_NUM_THREADS was set"
+    # A run collects garbage before each of its phases, and would look through all that the modules hold.
+    gc.freeze()
 
     def run(*arguments: str) -> Ended:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        threads, code, out, err = torch.get_num_threads(), 0, io.StringIO(), io.StringIO()
+        code, out, err = 0, io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["train", *map(str, arguments)])
             patch.chdir(ROOT)
-            # Pictures of 8x8 pixels give several threads nothing to do but to wait for one another.
-            patch.setattr(torch, "set_num_threads", lambda _: set_num_threads(1))
             try:
                 train.main()
             except SystemExit as ended:
                 code = ended.code
             finally:
-                set_num_threads(threads)
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
         return Ended(code, out.getvalue(), err.getvalue())
 
-    return run
+    yield run
+    # Or modules that keep count complain, at the end of the process, of what was left of them.
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["data.globl_batch=3"], r"digits\.yaml: unknown key 'data\.globl_batch' \(did you mean 'global_batch'\?\)"),
         (["nam=3"], r"unknown key 'nam' \(did you mean 'name'\?\); remove or rename it"),
         (["data.global_batch=eight"], r"key 'data\.global_batch': input should be a valid integer, found 'eight'"),
-        (["phases.pretrain.epochs=-1"], r"key 'phases\.pretrain\.epochs': input should be greater than 0, found -1"),
+        (["phases.pretrain.epochs=-1"], r"key 'phases\.pretrain\.epochs': input should be greater than or equal to 0, found -1"),
         (["seed="], r"key 'seed': input should be a valid integer, found None"),
         (["seed"], r"override 'seed': expected key=value"),
         (["=3"], r"override '=3': expected key=value"),
@@ -120,10 +120,10 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_folder_that_holds_another_run_is_refused_and_left_as_it_is(train, old):
     before = content(old)
     told = (
-        rf"key 'output': {old} already holds another run; go on with it by --resume, or replace it by --overwrite, or name another"
+        rf"key 'output': {old}/checkpoints/step-00000099: checkpoint is damaged \(.*\); none is left, so replace the run by --over"
     )
     refused(train(), told)
-    assert content(old) == before
+    assert content(old) == before | {".lock": b""}
 
 
 def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(train, old):
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full(train, folder):
         ended = train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    refused(ended, r".*/run/checkpoints: checkpoint cannot be written \(.*\); make room, then go on with --resume")
+    assert ended.code == 0 and "checkpoint cannot be written (File too large); there is none yet. Training goes on" in ended.out
 
 
 def test_resume_and_overwrite_exclude_each_other(train):
@@ -272,7 +272,7 @@ def test_processes_that_find_other_shards_are_refused(train_command, folder, tmp
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
     command += ["--num_processes", "2", program, tmp_path, ROOT / "recipes/digits.yaml", *given]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode != 0
     assert "error: key 'data.train': process 1 finds other shards than process 0 (train-0.tar, 16 samples" in ended.stderr
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_stop_and_resume import SHORT, arguments, records, tensors, told
 
-from dnal_dist import budget, checkpoint, compact, cost, nets, phases, recipe
+from dnal_dist import budget, compact, cost, nets, recipe
 from dnal_dist.architecture import Architecture
 from dnal_dist.recipe import SGD, ArchitectureSettings, InputError, Target
 
@@ -238,18 +238,18 @@ def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path,
         pass
 
     longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
-    whole, run, save = tmp_path / "whole", tmp_path / "run", checkpoint.save
+    whole, run, save = tmp_path / "whole", tmp_path / "run", saving.save
     assert train_here(*arguments(digits, whole, *longer)).code == 0
 
-    def save_and_die(state):
-        save(state)
+    def save_and_die(state, *more):
+        save(state, *more)
         if state.phase == "search" and state.step == 22:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(phases.checkpoint, "save", save_and_die)
+        patch.setattr(saving, "save", save_and_die)
         train_here(*arguments(digits, run, *longer))
-    assert train_here(*arguments(digits, run, *longer), "--resume").code == 0
+    assert train_here(*arguments(digits, run, *longer)).code == 0
     assert told(run) == told(whole) and tensors(run) == tensors(whole)
 
 

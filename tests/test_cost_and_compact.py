@@ -6,8 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_dist import compact, cost, nets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Image size, and width: the full one is slow in float64, and tells nothing more.
 NETWORKS = {
     **{"vgg_digits": (8, 1), "resnet_digits": (8, 1), "supernet_digits": (8, 1)},

@@ -8,8 +8,6 @@ from dnal_dist import cost, nets
 from dnal_dist.architecture import Architecture
 from dnal_dist.nets.gated import ConvBN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from faulty import png, samples, write_index, write_tar
 
+from dnal_dist import checkpoint
 from dnal_dist.audit import Taken, audit
 from dnal_dist.receipts import Receipt, tally, without
 from dnal_dist.recipe import InputError
@@ -79,11 +80,11 @@ def test_a_run_that_was_stopped_and_resumed_gives_the_same_receipts(run, data, t
     """Stopped in the search, in the middle of an epoch that the pretrain began; resumed on two processes from what was saved."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    position = json.loads((checkpoints[0] / "state.json").read_text())["global_step"]
+    newest, *checkpoints = checkpoint.found(folder / "checkpoints")
+    position = checkpoint.read(checkpoints[0]).state.global_step
     assert position % 30, "the checkpoint is to be in the middle of an epoch"
-    shutil.rmtree(checkpoints[1])
-    ended = train_command("recipes/digits.yaml", *data, *SHORT, f"output={folder}", "--resume", processes=2)
+    shutil.rmtree(newest)
+    ended = train_command("recipes/digits.yaml", *data, *SHORT, f"output={folder}", processes=2)
     assert ended.returncode == 0, ended.stderr
     assert receipts(folder) == receipts(run)
     assert proven(folder)[0] == 0
@@ -91,7 +92,7 @@ def test_a_run_that_was_stopped_and_resumed_gives_the_same_receipts(run, data, t
 
 def test_the_audit_proves_each_sample_once(run):
     command = [sys.executable, "-m", "dnal_dist.stream", "--audit", str(run)]
-    proof = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=120)
+    proof = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=300)
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert proof.stdout.count("each sample once, in its turn") == 4
     assert "105 batches of 48, 2 samples left over in each epoch; no sample twice, none missing" in proof.stdout

@@ -55,7 +55,7 @@ def test_recipes_are_frozen():
     [
         ("data.globl_batch=3", r"unknown key 'data\.globl_batch' \(did you mean 'global_batch'\?\)"),
         ("phases.search.schedule={kind: cosine, horizn: 3}", r"unknown key 'phases\.search\.schedule\.horizn'"),
-        ("phases.pretrain.epochs=-1", r"'phases\.pretrain\.epochs'.*greater than 0.*-1"),
+        ("phases.pretrain.epochs=-1", r"'phases\.pretrain\.epochs'.*greater than or equal to 0.*-1"),
         ("seed=one", r"'seed'.*integer.*'one'"),
         ("seed=yes", r"'seed'.*integer.*True"),
         ("architecture.penalty_weight=.inf", r"'architecture\.penalty_weight'.*finite"),

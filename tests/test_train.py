@@ -20,7 +20,7 @@ FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.step
 def start(launcher: list[str], digits, output, *changes: str, **environment: str) -> subprocess.CompletedProcess:
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}"]
     command = [sys.executable, "-m", *launcher, "dnal_dist.train", "recipes/digits.yaml", *shards, *changes]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
 
 
 def records(output, kind: str) -> list[dict]:
@@ -185,14 +185,13 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
     assert any("the architecture collapsed" in warning for warning in found["warnings"])
 
 
-@pytest.mark.parametrize("log_every", [1, 1000])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_path, log_every):
-    changes = ["phases.pretrain.epochs=4", f"tracking.log_every={log_every}", "phases.pretrain.optimizer.lr=1e30"]
+@pytest.mark.parametrize("often", ["tracking.log_every=1", "tracking.log_every=1000", "checkpoint.every_steps=1"])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_path, often):
+    changes = ["phases.pretrain.epochs=4", often, "phases.pretrain.optimizer.lr=1e30"]
     run = run_here(digits, tmp_path, *changes)
     with pytest.raises(recipe.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
         phases.go(run)
-    saved, _ = checkpoint.latest(tmp_path / "checkpoints")
-    assert saved is None
+    assert checkpoint.latest(tmp_path / "checkpoints")[1].state.global_step == 0
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 

@@ -3,6 +3,7 @@
 accelerate launch ... tests/distributed/recipes_on_ranks.py RUNS      (a JSON file: for each run its recipe and its overrides)
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def main(runs: str) -> None:
         phases.go(run)
         assert run.phase == "done", run.phase
         run.track.close()
+        # Each phase collects garbage, and would look through all that the modules hold.
+        gc.freeze()
     parallel.close()
     print(f"rank {parallel.rank} done", flush=True)
     parallel.leave(0)

@@ -106,22 +106,6 @@ def test_what_goes_into_a_wrap_comes_out_of_it(backend):
     assert all(f"rank {rank} done" in found.stdout for rank in (0, 1))
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
-def test_a_run_goes_on_from_its_checkpoint(on, shards, tmp_path, backend):
-    """Stopped where the search begins, with the momentum of the pretraining."""
-    out, script = tmp_path / "run", "tests/distributed/runs_on_ranks.py"
-    command = [script, "recipes/digits.yaml", f"output={out}", *shards, *SHORT]
-    stopped = launch(backend, 2, *command, DIE_AFTER_SAVING="8")
-    assert stopped.returncode != 0 and not records(out, "end")
-    succeed(launch(backend, 2, *command, "--resume"))
-    clock = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds")
-    told = [
-        [{k: v for k, v in r.items() if k not in clock} for r in records(run, "train", "eval", "gates", "prune", "phase")]
-        for run in (out, on(backend))
-    ]
-    assert told[0] == told[1]
-
-
 @pytest.fixture(scope="module")
 def accuracy(shards, tmp_path_factory):
     """Of the digits recipe, a little shorter, by backend and precision; each run once."""

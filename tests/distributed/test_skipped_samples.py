@@ -10,6 +10,8 @@ from dnal_dist.recipe import Data
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Slices
 
+pytestmark = pytest.mark.timeout(1000)
+
 SHORT = (
     "phases.pretrain.steps=4",
     "phases.search.steps=4",
@@ -36,7 +38,7 @@ def test_one_process_loses_samples_of_a_batch_in_parts(tmp_path, backend, lost):
     write_tar(tmp_path / "train-0.tar", members(bad))
     given = (f"data.train={tmp_path}/train-0.tar", f"data.val={tmp_path}/val-0.tar", f"output={tmp_path}/run", "seed=0")
     given += ("data.global_batch=16", "data.per_device_batch_limit=2", "data.max_bad_fraction=1", *SHORT)
-    succeed(launch(backend, 2, "-m", "dnal_dist.train", "recipes/digits.yaml", *given, timeout=120))
+    succeed(launch(backend, 2, "-m", "dnal_dist.train", "recipes/digits.yaml", *given))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     receipts = [record for record in records if record["kind"] == "receipt"]
     assert [(one["samples"], len(one["skipped"])) for one in receipts] == [(64 - lost, lost)] * 3

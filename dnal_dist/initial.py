@@ -1,0 +1,273 @@
+"""The weights that a run begins with, where its recipe names some: those of torchvision, of another run, or of a file."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dnal_dist import checkpoint
+from dnal_dist.nets import GatedBatchNorm, GatedNetwork
+from dnal_dist.nets.mobilenet import MobileNetV2
+from dnal_dist.nets.resnet import BottleneckResNet
+from dnal_dist.nets.vgg import VGG
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import InputError, Recipe
+
+PREFIX = "torchvision:"
+# torchvision's name of a network, and ours of the same.
+TORCHVISION = {"vgg16_bn": "vgg16_imagenet", "resnet50": "resnet50_imagenet", "mobilenet_v2": "mobilenetv2_imagenet"}
+KEY = "key 'model.init_from'"
+
+
+class Given(NamedTuple):
+    tensors: dict[str, Tensor]
+    """Weights and BatchNorm statistics, by our names or by torchvision's."""
+    origin: str
+    """What they were read from, in words."""
+    warnings: list[str]
+    """What deserves a look about it."""
+
+
+def start_from(network: GatedNetwork, settings: Recipe, parallel: Parallel) -> Given:
+    """Give `network`, on the CPU, the weights and BatchNorm statistics that the recipe's model.init_from names.
+
+    All processes call this, and raise InputError if any of them cannot, or if they do not end with the same weights.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    # What one process of a machine may have to download, the others then find.
+    given = _together(parallel, lambda: _read(settings) if first else None)
+    given = _together(parallel, lambda: given or _read(settings))
+    warnings = _together(parallel, lambda: fill(network, given, settings.model.name))
+    if parallel.world_size > 1:
+        digests = parallel.gather([_digest(network)])
+        if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
+            raise InputError(
+                f"{KEY}: process {other} reads other weights from {settings.model.init_from} than process 0; "
+                "copy the same to every machine"
+            )
+    return given._replace(warnings=[*given.warnings, *warnings])
+
+
+def _together(parallel: Parallel, do: Callable):
+    """What `do` gives in this process. Raises InputError on all processes if it does on one."""
+    found = fault = None
+    try:
+        found = do()
+    except InputError as error:
+        fault = str(error)
+    faults = parallel.gather([fault])
+    rank = next((rank for rank, fault in enumerate(faults) if fault is not None), None)
+    if rank is not None:
+        raise InputError(f"process {rank}: {faults[rank]}" if rank else faults[rank])
+    return found
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(settings: Recipe) -> Given:
+    source = settings.model.init_from
+    if source.startswith(PREFIX):
+        return _published(source.removeprefix(PREFIX), settings.model.name)
+    # os.path, unlike Path, answers for names that no file can have.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return _saved(path, Path(settings.output))
+    if not os.path.exists(path):
+        known = ", ".join(PREFIX + name for name in TORCHVISION)
+        raise InputError(f"{KEY}: there is no {path}; give a run folder, a checkpoint's, a .safetensors file, or one of {known}")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{KEY}: {path} is no .safetensors file, the only kind that is read; write its state dict as one")
+    try:
+        return Given(load_file(path), str(path), [])
+    except Exception as error:  # what a damaged file makes of its reader is not known beforehand
+        raise InputError(f"{KEY}: {path} cannot be read ({_line(error)}); give a whole .safetensors file") from None
+
+
+def _published(name: str, model: str) -> Given:
+    """torchvision's weights of its network `name`, downloaded into its cache unless they are there."""
+    # Takes a second to import, so only where it is wanted.
+    from torchvision.models import get_model_weights
+
+    if name not in TORCHVISION:
+        raise InputError(f"{KEY}: {PREFIX}{name} is not known; there are {', '.join(PREFIX + known for known in TORCHVISION)}")
+    if TORCHVISION[name] != model:
+        raise InputError(f"{KEY}: {PREFIX}{name} has the weights of {TORCHVISION[name]}, not of {model}; change one of the two")
+    weights = get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    found = file.exists()
+    try:
+        tensors = dict(weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True))
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("not a state dict")
+    except Exception as error:
+        if found:
+            # Its own words may be advice to load the file without care.
+            why = f"{file} is not the file that torchvision published ({type(error).__name__}); remove it"
+        else:
+            why = f"{weights.url} cannot be downloaded ({_line(error)}); put it as {file.name} into {file.parent}"
+        raise InputError(f"{KEY}: {why}") from None
+    return Given(tensors, f"torchvision's {weights}", [])
+
+
+def _saved(path: Path, output: Path) -> Given:
+    """The network in a checkpoint's folder, or in the newest whole one of a run folder."""
+    run, faults, where, replaced = path / "checkpoints", [], path.resolve(), output.resolve()
+    if where == replaced or replaced / "checkpoints" in (where, *where.parents):
+        raise InputError(f"{KEY}: {path} is in the run folder that this run replaces; name another one by key 'output'")
+    if os.path.exists(path / "state.json"):
+        try:
+            saved = checkpoint.read(path)
+        except ValueError as error:
+            raise InputError(f"{KEY}: {error}; give another") from None
+    elif os.path.isdir(run):
+        _, saved, damaged = checkpoint.latest(run)
+        faults = [f"{fault}; it was passed over" for fault in damaged.values()]
+        if saved is None:
+            raise InputError(f"{KEY}: {faults[0] if faults else f'{run} holds no checkpoint'}; give another run")
+    else:
+        raise InputError(
+            f"{KEY}: {path} is neither a run folder nor a checkpoint's; give runs/NAME or runs/NAME/checkpoints/step-..."
+        )
+    state, head = saved.state, "network."
+    if state.compact is not None:
+        raise InputError(
+            f"{KEY}: {path} holds a network that is pruned already ({state.phase}); give a checkpoint from before pruning, "
+            "of this run or another"
+        )
+    tensors = {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
+    return Given(tensors, f"{path}, after {state.global_step} iterations", faults)
+
+
+def fill(network: GatedNetwork, given: Given, model: str) -> list[str]:
+    """Put the tensors of `given` into `network`, which recipes call `model`, and return what deserves a warning.
+
+    A last Linear for another number of classes stays as it is. torchvision's VGG has no BatchNorm behind its hidden Linear layers;
+    those of ours then pass values through in evaluation (in training they normalise by the batch). Raises InputError if a name is
+    missing or unknown, a shape or kind of number differs, or a value is not finite or a variance negative.
+    """
+    own = network.state_dict()
+    theirs = torchvision_names(network, model)
+    by_theirs = len(theirs.keys() & given.tensors.keys()) > len(own.keys() & given.tensors.keys())
+    names = theirs if by_theirs else {name: name for name in own}
+    # Weights published before PyTorch counted batches lack the counts, which nothing here depends on.
+    missing = [name for name in names if name not in given.tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in given.tensors if name not in names]
+    if missing or unknown:
+        found = [f"{words} {_few(those)}" for words, those in (("lacks", missing), ("has an unknown", unknown)) if those]
+        raise InputError(f"{KEY}: {given.origin} {' and '.join(found)}; give weights of the same network as model.name, {model}")
+    found = {names[name]: tensor for name, tensor in given.tensors.items()}
+    if by_theirs:
+        found = _passing(network, own.keys() - theirs.values()) | found
+    warnings = _without_other_classes(network, own, found, given.origin)
+    for name, tensor in found.items():
+        found[name] = _checked(name, tensor, own[name], given.origin)
+    network.load_state_dict(own | found)
+    return warnings
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _passing(network: GatedNetwork, names: set[str]) -> dict[str, Tensor]:
+    """Values of `names`, which are those of whole BatchNorms, that make of each the identity in evaluation: it multiplies by
+    weight / sqrt(running_var + eps)."""
+    found = {}
+    for norm in {name.rpartition(".")[0] for name in names}:
+        module = network.get_submodule(norm)
+        assert isinstance(module, GatedBatchNorm), norm
+        ones, zeros = torch.ones(module.num_features), torch.zeros(module.num_features)
+        found |= {f"{norm}.weight": ones * math.sqrt(1 + module.eps), f"{norm}.bias": zeros}
+        found |= {f"{norm}.running_mean": zeros, f"{norm}.running_var": ones}
+    return found
+
+
+def _without_other_classes(network: nn.Module, own: dict, found: dict, origin: str) -> list[str]:
+    """Take the last Linear out of `found` if it differs from the network's own in the number of classes alone, and say so."""
+    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    weight, bias = (found[f"{head}.{part}"] for part in ("weight", "bias"))
+    classes, features = own[f"{head}.weight"].shape
+    if bias.dim() != 1 or len(bias) == classes or weight.shape != (len(bias), features):
+        return []
+    del found[f"{head}.weight"], found[f"{head}.bias"]
+    return [f"{origin} tells {len(bias)} classes apart, this network {classes}: its last layer, {head}, begins with random weights"]
+
+
+def _checked(name: str, tensor: Tensor, own: Tensor, origin: str) -> Tensor:
+    """`tensor` in the type of `own`. Raises InputError if it cannot take its place."""
+    if tensor.shape != own.shape:
+        raise InputError(
+            f"{KEY}: {name} of {origin} is of shape {tuple(tensor.shape)}, this network's of {tuple(own.shape)}; "
+            "give weights of the same network, or change model.name, model.width or model.num_classes"
+        )
+    if tensor.is_floating_point() != own.is_floating_point():
+        raise InputError(f"{KEY}: {name} of {origin} is of {tensor.dtype}, not {own.dtype}; give weights as they were trained")
+    tensor = tensor.to(own.dtype)
+    if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any()):
+        raise InputError(f"{KEY}: {name} of {origin} has values that are not finite, or negative variances; give other weights")
+    return tensor
+
+
+def torchvision_names(network: GatedNetwork, model: str) -> dict[str, str]:
+    """Every name of torchvision's state dict of the network that recipes call `model`, and ours of the same tensor. Empty if
+    torchvision does not have it."""
+    kinds = {VGG: _names_of_vgg, BottleneckResNet: _names_of_resnet, MobileNetV2: _names_of_mobilenet}
+    pairs = kinds[type(network)](network) if model in TORCHVISION.values() else []
+    found = {}
+    for theirs, ours in pairs:
+        found |= {f"{theirs}.{name}": f"{ours}.{name}" for name in network.get_submodule(ours).state_dict()}
+    return found
+
+
+def _names_of_vgg(network: VGG) -> list[tuple[str, str]]:
+    found, place = [], 0
+    for s, stage in enumerate(network.stages):
+        for c in range(len(stage)):
+            found += [(f"features.{place}", f"stages.{s}.{c}.conv"), (f"features.{place + 1}", f"stages.{s}.{c}.norm")]
+            place += 3  # with the ReLU
+        place += 1  # the max-pool
+    # Where ours has a BatchNorm and a ReLU between two Linear layers, torchvision has a ReLU and a Dropout.
+    linear = [i for i, module in enumerate(network.classifier) if isinstance(module, nn.Linear)]
+    return [*found, *((f"classifier.{i}", f"classifier.{i}") for i in linear)]
+
+
+def _names_of_resnet(network: BottleneckResNet) -> list[tuple[str, str]]:
+    found = [("conv1", "stem.conv"), ("bn1", "stem.norm")]
+    for s, stage in enumerate(network.stages):
+        for b, block in enumerate(stage):
+            theirs, ours = f"layer{s + 1}.{b}", f"stages.{s}.{b}"
+            for k in (1, 2, 3):
+                found += [(f"{theirs}.conv{k}", f"{ours}.conv{k}.conv"), (f"{theirs}.bn{k}", f"{ours}.conv{k}.norm")]
+            if block.downsample is not None:
+                around = f"{ours}.downsample"
+                found += [(f"{theirs}.downsample.0", f"{around}.conv"), (f"{theirs}.downsample.1", f"{around}.norm")]
+    return [*found, ("fc", "classifier")]
+
+
+def _names_of_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:
+    found = [("features.0.0", "stem.conv"), ("features.0.1", "stem.norm")]
+    for b, block in enumerate(network.blocks):
+        theirs, ours = f"features.{b + 1}.conv", f"blocks.{b}"
+        parts = ["depthwise"] if block.expand is None else ["expand", "depthwise"]
+        for i, part in enumerate(parts):
+            found += [(f"{theirs}.{i}.0", f"{ours}.{part}.conv"), (f"{theirs}.{i}.1", f"{ours}.{part}.norm")]
+        place = len(parts)
+        found += [(f"{theirs}.{place}", f"{ours}.project.conv"), (f"{theirs}.{place + 1}", f"{ours}.project.norm")]
+    last = f"features.{len(network.blocks) + 1}"
+    return [*found, (f"{last}.0", "last.conv"), (f"{last}.1", "last.norm"), ("classifier.1", "classifier")]

@@ -1,0 +1,77 @@
+"""Run by test_resumes on each process.
+
+accelerate launch ... tests/distributed/resumes_on_ranks.py every FOLDER [key=value ...]    a run that never saves, one that saves
+    after every step, and one that is stopped after the steps of STOPS and goes on, into FOLDER/{never,always,stopped}
+accelerate launch ... tests/distributed/resumes_on_ranks.py until STEP FOLDER [key=value ...]    a run that stops after that step
+"""
+
+import sys
+
+from dnal_dist import phases, recipe, saving, train
+from dnal_dist.parallel import Parallel
+from dnal_dist.stopping import Edges, Stopped
+
+# In the middle of each phase, and where the search begins (its step 0 is a weight step, its step 1 one of the architecture).
+STOPS = (2, 6, 9, 15)
+
+
+class EdgesOfTest(Edges):
+    """Stops after the given iterations of the run, and no evaluation."""
+
+    def __init__(self, parallel, stops):
+        super().__init__(parallel)
+        self.stops, self.run = stops, None
+
+    def look(self, *of_a_step):
+        if of_a_step and self.run.global_step in self.stops:
+            raise Stopped("by the test")
+        return super().look(*of_a_step)
+
+
+def go(parallel: Parallel, folder, changes, stops=()) -> bool:
+    """Begin the run in `folder`, or go on with it. Returns whether it came to its end."""
+    settings = recipe.load("recipes/digits.yaml", [*changes, f"output={folder}"])
+    edges = EdgesOfTest(parallel, stops)
+    edges.run = run = train.assemble(settings, parallel, edges)
+    try:
+        phases.go(run)
+    except Stopped:
+        assert run.saver.finish()
+        return False
+    else:
+        assert run.saver.finish()
+        run.track.global_step = run.global_step
+        run.track.record("end", images=run.global_step * settings.data.global_batch)
+        return True
+    finally:
+        run.track.close()
+        run.close()
+        parallel.wait()
+
+
+def every(parallel: Parallel, folder: str, changes: list[str]) -> None:
+    save = saving.save
+    saving.save = lambda run, *_: saving.settle(run)
+    assert go(parallel, f"{folder}/never", changes)
+    saving.save = save
+    assert go(parallel, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
+    for number in range(len(STOPS)):
+        assert not go(parallel, f"{folder}/stopped", changes, STOPS[number:])
+    assert go(parallel, f"{folder}/stopped", changes)
+
+
+def main(kind: str, *arguments: str) -> None:
+    parallel = Parallel()
+    if kind == "every":
+        folder, *changes = arguments
+        every(parallel, folder, changes)
+    else:
+        step, folder, *changes = arguments
+        ended = go(parallel, folder, changes, (int(step),))
+        assert ended == (int(step) == 0)
+    parallel.close()
+    parallel.leave(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

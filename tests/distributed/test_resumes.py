@@ -1,0 +1,85 @@
+"""On every backend, saving changes nothing and a resumed run is the uninterrupted one, bit for bit; from one backend and number of
+processes to another it is so within rounding."""
+
+import json
+
+import pytest
+import torch
+from launching import launch, succeed
+from safetensors.torch import load_file
+from test_stop_and_resume import records, told
+
+from data_tools import make_shards
+
+pytestmark = pytest.mark.timeout(1000)
+
+SCRIPT = "tests/distributed/resumes_on_ranks.py"
+# Four iterations an epoch, so that phases begin and end within epochs.
+TINY = (
+    "data.global_batch=90", "tracking.log_every=3", "tracking.tracker=none", "architecture.recalibration_batches=2",
+    "phases.pretrain.steps=5", "phases.search.epochs=2", "phases.finetune.steps=6", "architecture.penalty_weight=0.2",
+    "model.name=resnet_digits",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    make_shards.digits(folder)
+    return [f"data.train={folder}/train-000000.tar", f"data.val={folder}/val-000000.tar"]
+
+
+def tensors(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "compact" / "weights.safetensors")
+
+
+def receipts(run) -> list[tuple]:
+    return [(r["epoch"], r["batches"], r["samples"], r["digest"], r["ordered"]) for r in records(run, "receipt")]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_saving_and_resuming_change_nothing(shards, tmp_path, backend):
+    # The last reduction of bytes that a step sends is heard again by a process that begins anew.
+    changes = [*TINY, "data.per_device_batch_limit=15" if backend in ("ddp", "zero2") else "data.per_device_batch_limit=45"]
+    succeed(launch(backend, 2, SCRIPT, "every", tmp_path, *shards, *changes))
+    never, always, stopped = (tmp_path / name for name in ("never", "always", "stopped"))
+    assert not list((never / "checkpoints").glob("step-*"))
+    assert len(records(always, "checkpoint")) == 1 + (5 + 8 + 6 - 3) + 4
+    assert [r["resumed"] for r in records(stopped, "start")] == [False, True, True, True, True]
+    for run in (always, stopped):
+        assert without_traffic(run) == without_traffic(never)
+        assert receipts(run) == receipts(never)
+        ours, reference = tensors(run), tensors(never)
+        assert ours.keys() == reference.keys() and all(ours[key].equal(reference[key]) for key in ours)
+
+
+def without_traffic(run) -> list[dict]:
+    """What the very first steps of a wrap communicate is not what later ones do, and there are more wraps in a run that stopped."""
+    return [{key: value for key, value in record.items() if not key.startswith("comm/")} for record in told(run)]
+
+
+def test_from_one_backend_and_number_of_processes_to_another(shards, tmp_path):
+    """Stopped in the pretraining, twice in the search and in the finetune; normalised with the statistics of the whole batch."""
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    changes = [*shards, *TINY, "training.sync_batchnorm=true", "architecture.recalibration_batches=0"]
+    succeed(launch("single", 1, SCRIPT, "until", 0, reference, *changes))
+    for backend, processes, step in (("single", 1, 3), ("fsdp2", 2, 8), ("zero2", 2, 10), ("zero3", 2, 15), ("ddp", 1, 0)):
+        succeed(launch(backend, processes, SCRIPT, "until", step, run, *changes))
+    started = [(r["backend"], r["world_size"], r["resumed"]) for r in records(run, "start")]
+    assert started == [("single", 1, False), ("fsdp2", 2, True), ("zero2", 2, True), ("zero3", 2, True), ("single", 1, True)]
+    assert receipts(run) == receipts(reference)
+    ours, theirs = told(run), told(reference)
+    assert [(r["kind"], r["global_step"]) for r in ours] == [(r["kind"], r["global_step"]) for r in theirs]
+    (mask,), (other) = ({r["mask"] for r in records(one, "prune")} for one in (run, reference))
+    assert {mask} == other
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "cross_entropy", "penalty"):
+            if b.get(key) is not None:
+                # They are written with six digits behind the point.
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-6), (a, b)
+    found, expected = tensors(run), tensors(reference)
+    whole = torch.cat([tensor.flatten().double() for tensor in expected.values()]).norm()
+    for key, tensor in expected.items():
+        off = (found[key].double() - tensor.double()).norm()
+        assert off <= 1e-5 * (tensor.double().norm() + 0.1 * whole), f"{key}: off by {off:.1e} of {tensor.double().norm():.1e}"
+    assert json.loads((run / "compact" / "architecture.json").read_text())["network"]
