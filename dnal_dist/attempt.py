@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -24,9 +26,13 @@ from dnal_dist.victim import Aim
 GRACE = 15.0
 # How often a launcher looks whether all are alive.
 LOOK_EVERY = 0.05
+# How often to look who is there.
+SEE_EVERY = 0.5
 # How long the loaders of a process that was killed may take to notice.
 NOTICE = 20.0
 SHARED = Path("/dev/shm")
+# Folders that torch's launcher leaves, with its error files, whenever a process of its has failed.
+KEPT = "torchelastic_"
 _BECOME_SUBREAPER = 36
 
 
@@ -48,25 +54,36 @@ class Train:
     config: str | None
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How an attempt ended. killed: whether the kill that was asked for happened. codes: exit codes of what was started, negative
-    for signals. lines: the last ones of its output."""
+class Ended(NamedTuple):
+    """How an attempt ended."""
 
     killed: bool
+    """Whether the kill that was asked for happened."""
+    forced: int
+    """Processes that had to be killed since they did not stop within GRACE."""
+    timed_out: bool
+    stop_seconds: float
+    """From the first death to the last."""
     begun: float
     """On the machine's monotonic clock, as the times on the board."""
     seconds: float
     board: np.ndarray
+    """See victim.new_board."""
     codes: list[int]
-    stop_seconds: float
-    """From the kill to the end of all processes."""
-    forced: int
-    """Processes that had to be killed since they did not stop within GRACE."""
+    """Exit codes of what was started, negative for signals."""
     left: dict[str, str]
     """What was left behind, of each kind: processes, shared memory, temporary files."""
-    timed_out: bool
     lines: list[str]
+    """The last ones of the output."""
+
+
+class Watched(NamedTuple):
+    """The first part of Ended."""
+
+    killed: bool
+    forced: int
+    timed_out: bool
+    stop_seconds: float
 
 
 def become_reaper() -> None:
@@ -85,17 +102,18 @@ def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByCl
     victim.write_orders(orders, work / "board", kill if isinstance(kill, Aim) else None)
     before = _shared()
     begun = time.monotonic()
-    started = _start(train, [*train.overrides, f"output={output}"], orders, ranks, temporary, log)
-    killed, forced, timed_out, stop_seconds = _watch(started, board, kill, limit)
+    port, family = _free_port(), set()
+    started = _start(train, [*train.overrides, f"output={output}"], orders, ranks, port, temporary, log)
+    watched = _watch(started, board, kill, limit, family)
     seconds = time.monotonic() - begun
     left = {
-        "processes": _processes_left(),
-        "shared memory": _shared_left(before),
-        "temporary files": ", ".join(str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*"))),
+        "processes": _processes_left(family),
+        "shared memory": _shared_left(before, {*family, port}),
+        "temporary files": ", ".join(path.name for path in sorted(temporary.iterdir()) if not path.name.startswith(KEPT)),
     }
     lines = log.read_text(errors="replace").splitlines()[-12:]
     codes = [_code(one) for one in started]
-    return Ended(killed, begun, seconds, np.array(board), codes, stop_seconds, forced, left, timed_out, lines)
+    return Ended(*watched, begun, seconds, np.array(board), codes, left, lines)
 
 
 def isolated(what, *arguments) -> int:
@@ -106,16 +124,16 @@ def isolated(what, *arguments) -> int:
     return process.exitcode
 
 
-def _start(train: Train, overrides: list[str], orders: Path, ranks: int, temporary: Path, log: Path) -> list:
+def _start(train: Train, overrides: list[str], orders: Path, ranks: int, port: int, temporary: Path, log: Path) -> list:
     arguments = [train.recipe, *overrides]
     environment = {"TMPDIR": str(temporary)}
     if train.config is not None:
         launch = ["accelerate.commands.launch", "--config_file", train.config, "--num_processes", str(ranks)]
-        launch += ["--main_process_port", str(_free_port())]
+        launch += ["--main_process_port", str(port)]
         return [_spawn([*launch, "-m", "dnal_dist.chaos", "--victim", str(orders), *arguments], environment, log)]
     environments = [environment]
     if ranks > 1:
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environments = [environment | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(ranks)]
     if threading.active_count() > 1 or not hasattr(os, "fork"):
         return [_spawn(["dnal_dist.chaos", "--victim", str(orders), *arguments], one, log) for one in environments]
@@ -161,13 +179,16 @@ def _code(started) -> int | None:
     return started.poll() if isinstance(started, subprocess.Popen) else started.exitcode
 
 
-def _watch(started: list, board: np.ndarray, kill: Aim | ByClock | None, limit: float) -> tuple[bool, int, bool, float]:
-    """Wait for the end of all, killing by the clock and stopping those that are left when one has died. Returns whether the kill
-    happened, how many did not stop, whether the limit was passed, and the seconds from the first death to the last."""
+def _watch(started: list, board: np.ndarray, kill: Aim | ByClock | None, limit: float, family: set[int]) -> Watched:
+    """Wait for the end of all, killing by the clock and stopping those that are left when one has died. family: takes the numbers
+    of all processes that are seen."""
     begun, died, killed, forced, timed_out = time.monotonic(), None, False, 0, False
-    pending, asked = isinstance(kill, ByClock), False
+    pending, asked, seen = isinstance(kill, ByClock), False, 0.0
     while alive := [one for one in started if _code(one) is None]:
         now = time.monotonic()
+        if now - seen > SEE_EVERY:
+            family |= {child.pid for child in psutil.Process().children(recursive=True)}
+            seen = now
         if pending and now - begun >= kill.seconds and (pids := _pids(started, board, kill)):
             killed, pending = _kill(pids), False
         if died is None and (len(alive) < len(started) or killed):
@@ -188,7 +209,7 @@ def _watch(started: list, board: np.ndarray, kill: Aim | ByClock | None, limit: 
         # It may have come to its end by itself between the look and the kill.
         killed = any(_code(one) == -signal.SIGKILL for one in (started if kill.everyone else [started[kill.rank]]))
     killed = killed or bool(board["fired"].any())
-    return killed, forced, timed_out, 0.0 if died is None else time.monotonic() - died
+    return Watched(killed, forced, timed_out, 0.0 if died is None else time.monotonic() - died)
 
 
 def _wait(started) -> None:
@@ -211,12 +232,14 @@ def _kill(pids: list[int]) -> bool:
     return found
 
 
-def _processes_left() -> str:
-    """What still runs after NOTICE seconds, of all that this process or one of them started; it is killed."""
+def _processes_left(family: set[int]) -> str:
+    """What still runs after NOTICE seconds, of all that this process or one of them started; it is killed. family: takes what it
+    sees."""
     deadline = time.monotonic() + NOTICE
     while True:
         alive = []
         for child in psutil.Process().children(recursive=True):
+            family.add(child.pid)
             with contextlib.suppress(psutil.Error, ChildProcessError):
                 if child.status() == psutil.STATUS_ZOMBIE:
                     os.waitpid(child.pid, os.WNOHANG)
@@ -238,22 +261,8 @@ def _shared() -> set[str]:
     return set(os.listdir(SHARED)) if SHARED.is_dir() else set()
 
 
-def _shared_left(before: set[str]) -> str:
-    """Names in /dev/shm that are new, this user's, and used by no process that is alive: another program's are none of ours."""
-    new = {name for name in _shared() - before if _owned(SHARED / name)}
-    if not new:
-        return ""
-    used = set()
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            int(folder.name)
-            used |= {os.readlink(file) for file in (folder / "fd").iterdir()}
-            used |= {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines() if str(SHARED) in line}
-    return ", ".join(sorted(name for name in new if str(SHARED / name) not in used))
-
-
-def _owned(path: Path) -> bool:
-    try:
-        return path.lstat().st_uid == os.getuid()
-    except OSError:
-        return False
+def _shared_left(before: set[str], numbers: set[int]) -> str:
+    """Names in /dev/shm that are new and tell one of `numbers`, as those do that torch and DeepSpeed give. Those of other programs,
+    which come and go meanwhile, tell others."""
+    new = sorted(_shared() - before)
+    return ", ".join(name for name in new if numbers & set(map(int, re.findall(r"\d{1,18}", name))))

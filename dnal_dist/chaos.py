@@ -26,8 +26,8 @@ from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, iso
 from dnal_dist.recipe import InputError
 from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim
 
-# An attempt that takes so many times the seconds of the whole run, and a minute, is stuck.
-STUCK = 10
+# An attempt that takes so many times the seconds of the whole run, and so many more, is stuck.
+STUCK, PATIENCE = 10, 60
 
 
 class Position:
@@ -140,7 +140,7 @@ class Chaos:
             # A run that has nothing left to train is killed once more; then another is begun, in which more can happen.
             enough = STAGES[position.stage] == "done"
             work = self.base / f"work-{tally.starts}"
-            limit = 60 + STUCK * reference.seconds
+            limit = PATIENCE + STUCK * reference.seconds
             ended = attempt(self.train, run, work, reference.ranks, kill, limit)
             tally.starts += 1
             self._look_after(ended, reference)

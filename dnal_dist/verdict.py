@@ -13,7 +13,7 @@ CHECKS = {
     "equal": "",
     "folder": "nothing unfinished, removed or damaged is left in a run folder, and its compact network loads",
     "processes": "no process is left behind",
-    "shared memory": "nothing is left in /dev/shm",
+    "shared memory": "nothing is left in /dev/shm that is named after a process or port of a run",
     "temporary files": "nothing is left in the folder for temporary files",
 }
 EXACT = "every run is bit-equal to the uninterrupted one: architecture, weights, and all records but for the clock"

@@ -53,7 +53,7 @@ FIELDS = [
     ("began", "f8"),  # on the machine's monotonic clock, as the next two
     ("trained", "f8"),
     ("ended", "f8"),
-    ("fired", "i1"),
+    ("fired", "i1"),  # which of the two was the aimed kill's, from 1 on; 0: none
     ("steps", "i8", len(STAGES)),  # the last global step that was seen in a stage
     ("counts", "i8", (len(STAGES), len(PLACES))),
     ("seconds", "f8", len(PLACES)),
@@ -80,9 +80,11 @@ def new_board(path: Path, ranks: int) -> np.ndarray:
 
 
 def place_of(entry: np.ndarray) -> str:
-    """Where the process of this entry of a board was last; in a save, if one was under way beside its training."""
+    """Where the process of this entry of a board was last. While a save is under way beside its training it is at two places: an
+    aimed kill hit where it was aimed, one by the clock hit the save."""
     main, beside = entry["where"]
-    return PLACES[max(beside if beside >= 0 else main, 0)]
+    saving = beside >= 0 if entry["fired"] == 0 else entry["fired"] == 2
+    return PLACES[max(beside if saving else main, 0)]
 
 
 def write_orders(path: Path, board: Path, aim: Aim | None) -> None:
@@ -112,14 +114,14 @@ class Watch:
     @contextlib.contextmanager
     def at(self, place: str) -> Iterator[bool]:
         """This process is at `place` meanwhile; yields whether it is to die there."""
-        slot = 0 if threading.current_thread() is threading.main_thread() else 1
+        slot = _slot()
         number, before = PLACES.index(place), self.me["where"][slot]
         self.me["where"][slot] = number
         self.me["counts"][self._stage(), number] += 1
         self.come[place] += 1
         aimed = self.aim is not None and (place, self.come[place]) == (self.aim.place, self.aim.occurrence)
         if aimed and place != "write":
-            self._die()
+            self._die(slot)
         began = time.monotonic()
         try:
             yield aimed
@@ -129,20 +131,20 @@ class Watch:
 
     def _stage(self) -> int:
         if self.run is None:
-            return 0
+            return int(self.me["stage"])
         stage = STAGES.index(self.run.phase)
         self.me["stage"], self.me["steps"][stage] = stage, self.run.global_step
         return stage
 
-    def _die(self) -> None:
+    def _die(self, slot: int) -> None:
         if self.aim.delay < 1e-4:
-            self._kill()
-        timer = threading.Timer(self.aim.delay, self._kill)
+            self._kill(slot)
+        timer = threading.Timer(self.aim.delay, self._kill, [slot])
         timer.daemon = True
         timer.start()
 
-    def _kill(self) -> None:
-        self.me["fired"] = 1
+    def _kill(self, slot: int) -> None:
+        self.me["fired"] = slot + 1
         others = [int(pid) for pid in self.board["pid"] if pid not in (0, os.getpid())]
         for pid in others if self.aim.everyone else []:
             with contextlib.suppress(ProcessLookupError):
@@ -193,8 +195,12 @@ class Watch:
         self.run = run
         self.me["resumed"], self.me["trained"] = self._stage(), time.monotonic()
         self.me["where"][0] = PLACES.index("between steps")
-        original(run)
-        self._stage()
+        try:
+            original(run)
+        finally:
+            self._stage()
+            # A run that someone still held would keep its loaders alive at the end of the process.
+            self.run = None
         self.me["ended"] = time.monotonic()
         # Not left any more: all that comes is after the last checkpoint.
         self.end = self.at("after the last checkpoint")
@@ -222,5 +228,9 @@ class Watch:
             if aimed:
                 with path.open("wb") as file:
                     file.write(content[: int(self.aim.share * len(content))])
-                self._kill()
+                self._kill(_slot())
             original(path, content)
+
+
+def _slot() -> int:
+    return 0 if threading.current_thread() is threading.main_thread() else 1
