@@ -126,9 +126,9 @@ def main(out: str, cases: list[str]) -> None:
     parallel = Parallel()
     found = {}
     for case in cases:
-        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(parallel, case).items()}
         # What the modules hold is by far the most that a collection looks through, and there are six of them in each case.
         gc.freeze()
+        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(parallel, case).items()}
     if parallel.main:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": parallel.backend})
     # Or modules that keep count complain, at the end of the process, of what was left of them.
