@@ -412,17 +412,19 @@ def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(source, begins, tmp_path):
     broken = tmp_path / "broken" / "checkpoints"
+    broken.mkdir(parents=True)
     saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20-search")))
     for step in (20, 30):
-        checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, saved.state | {"global_step": step}))
-    newest = broken / "step-00000030"
+        moved = saved.state.model_copy(update={"global_step": step})
+        checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, moved), checkpoint.Kept(2, 0))
+    newest = broken / "step-00000030-search"
     (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-1])
     ended, found = begins("--init-from", broken.parent, SKIP)
     assert ended.code == 0, ended.err
     assert same(found, source[1])
     (warning,) = report.summary(tmp_path / "run")["warnings"]
-    assert f"{newest}: checkpoint is damaged and was passed over" in warning
-    refused(begins("--init-from", newest, "--overwrite")[0], rf"{newest}: checkpoint is damaged \(its tensors are not")
+    assert f"{newest}: checkpoint is damaged (" in warning and "; it was passed over" in warning
+    refused(begins("--init-from", newest, "--overwrite")[0], rf"{newest}: checkpoint is damaged \(.*\); give another")
 
 
 def test_a_pruned_network_is_refused_and_the_old_run_stays(source, begins, tmp_path):
@@ -434,7 +436,7 @@ def test_a_pruned_network_is_refused_and_the_old_run_stays(source, begins, tmp_p
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     ended, _ = begins("--overwrite", "--init-from", finished)
     refused(ended, rf"{finished} holds a network that is pruned already \(done\); give a checkpoint from before pruning")
-    for own in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000004"):
+    for own in (tmp_path / "run", checkpoint.found(tmp_path / "run" / "checkpoints")[0]):
         refused(begins("--overwrite", "--init-from", own)[0], r"is in the run folder that this run replaces; name another")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -448,14 +450,11 @@ def test_a_resume_does_not_look_at_it(digits, tmp_path, train_here, source, monk
         refused(train_here(*arguments), "stopped here")
     weights.unlink()
     refused(train_here(*arguments, "--overwrite"), "there is no ")
-    ended = train_here(*arguments, "--resume")
+    ended = train_here(*arguments)
     assert ended.code == 0, ended.err
     assert "the first weights are" not in ended.out and "resumed in prune after 0 steps (2 in all)" in ended.out
-    changed = train_here(*arguments[:-1], "elsewhere.safetensors", "--resume")
-    refused(
-        changed,
-        r"the recipe has changed since the run began:\n  - model\.init_from: .*\n  \+ model\.init_from: elsewhere\.safetensors",
-    )
+    changed = train_here(*arguments[:-1], "elsewhere.safetensors")
+    assert changed.code == 2 and "\n  + model.init_from: elsewhere.safetensors\n" in changed.err
 
 
 def test_weights_that_give_no_loss_are_blamed(source, begins, tmp_path):
