@@ -193,18 +193,19 @@ chaos.PATIENCE, chaos.STUCK = 1, 1
     "options, told",
     [
         (["seeed=1"], "error: .*unknown key 'seeed'"),
+        (["--ranks", "2,x"], r".*error: argument --ranks: expected numbers of processes such as 2 or 1,2, found '2,x'"),
         (["output=x"], "error: override 'output=x': chaos runs into folders of its own"),
         (["--config_file", "no.yaml"], "error: --config_file no.yaml: no such file"),
         (["--report", "no/such/report.md"], "error: --report no/such/report.md: there is no folder no/such"),
         (
             ["data.train=nowhere/*.tar"],
-            "error: the uninterrupted run on 1 processes? ended with exit codes \\[2\\]; its last lines:",
+            "error: the uninterrupted run on 1 process ended with exit codes \\[2\\]; its last lines:",
         ),
     ],
 )
 def test_bad_input_is_told(chaos, options, told):
     ended = chaos(*options)
-    assert ended.code == 2 and re.match(told, ended.err), ended.err
+    assert ended.code == 2 and re.match(f"(?s){told}", ended.err), ended.err
 
 
 # --- what is compared, without processes
