@@ -20,7 +20,7 @@ SMALL = (
 )  # fmt: skip
 # Takes (code, arguments) and forks a process for each, which runs the code and then the command: torch is imported once.
 HOST = """
-import json, os, sys
+import json, os, sys, traceback
 from dnal_dist import attempt, chaos, ending, saving
 for line in sys.stdin:
     code, arguments, out, err = json.loads(line)
@@ -35,8 +35,9 @@ for line in sys.stdin:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ended.code)
-        finally:
-            os._exit(99)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(99)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 # Dies in its first run at the third weight step, and in no other.
