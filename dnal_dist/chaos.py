@@ -49,7 +49,7 @@ class Reference:
         ended = attempt(train, self.folder, base / f"work-whole-{ranks}", ranks, None, float("inf"))
         self.codes, self.board = ended.codes, ended.board
         if not (self.folder / "compact").exists():
-            raise InputError(_failed(f"the uninterrupted run on {ranks} processes", ended))
+            raise InputError(_failed(f"the uninterrupted run on {ranks} process{'es' if ranks > 1 else ''}", ended))
         self.seconds = ended.seconds
         self.start = float(self.board["trained"].max()) - ended.begun
         self.training = float(self.board["ended"].max() - self.board["trained"].max())
@@ -271,9 +271,9 @@ def _base(keep: Path | None) -> Path:
 
 
 def _ranks(text: str) -> list[int]:
-    ranks = [int(part) for part in text.split(",")]
-    if not all(1 <= number <= 64 for number in ranks) or len(set(ranks)) < len(ranks):
-        raise ValueError
+    ranks = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if 0 in ranks or len(set(ranks)) < len(ranks):
+        raise argparse.ArgumentTypeError(f"expected numbers of processes such as 2 or 1,2, found {text!r}")
     return ranks
 
 
