@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Leftovers of a process that was killed have names of these forms, and no other process looks at them.
-UNFINISHED, REMOVED = ".{}.unfinished", ".{}.removed"
+UNFINISHED, REPLACED, REMOVED = ".{}.unfinished", ".{}.replaced", ".{}.removed"
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -26,13 +26,27 @@ def folder(final: Path) -> Iterator[Path]:
     try:
         yield unfinished
         to_disk(unfinished)
-        if final.exists():
-            remove(final)
-        rename(unfinished, final)
+        _exchange(unfinished, final)
     except OSError:
         # Where the disk is full, what cannot be finished must not keep it so.
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _exchange(unfinished: Path, final: Path) -> None:
+    """Give `unfinished` its name. What had that name lasts until then, if need be under another (see clean)."""
+    replaced = final.with_name(REPLACED.format(final.name))
+    shutil.rmtree(replaced, ignore_errors=True)
+    replaces = final.exists()
+    if replaces:
+        os.rename(final, replaced)
+    try:
+        rename(unfinished, final)
+    except OSError:
+        if replaces and not final.exists():
+            os.rename(replaced, final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -65,7 +79,11 @@ def remove(path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what processes that were killed left unfinished in `folder`."""
-    for form in (UNFINISHED, REMOVED):
+    """Remove what processes that were killed left unfinished in `folder`, and give back its name to what was to be replaced."""
+    for path in folder.glob(REPLACED.format("*")):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists():
+            os.rename(path, final)
+    for form in (UNFINISHED, REPLACED, REMOVED):
         for path in folder.glob(form.format("*")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -27,9 +27,9 @@ def finish(run: Run) -> str | None:
         track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
         if run.saver.writes:
             track.say(run.saver.told())
-    (run.folder / "stop").unlink(missing_ok=True)
     track.close()
     if run.parallel.main:
+        _take_away_stop(run)
         try:
             report.write(run.folder)
         except OSError as error:
@@ -97,8 +97,7 @@ def leave(run: Run, why: str) -> None:
     saved = run.saver.finish()
     if run.parallel.main:
         run.track.abandon()
-        # Asked for and done; left there, it would stop the run that goes on.
-        (run.folder / "stop").unlink(missing_ok=True)
+        _take_away_stop(run)
         rest = "the same command goes on from here" if saved else _last_checkpoint(run)
         say_why(f"stopped ({why}) in {run.phase} after {run.step} steps ({run.global_step} in all); {rest}")
     run.track.close()
@@ -108,6 +107,12 @@ def leave(run: Run, why: str) -> None:
         run.parallel.close()
     run.parallel.leave(stopping.STOPPED)
     sys.exit(stopping.STOPPED)
+
+
+def _take_away_stop(run: Run) -> None:
+    """Asked for and done; left there, it would stop the run that goes on."""
+    with contextlib.suppress(OSError):
+        (run.folder / "stop").unlink()
 
 
 def interrupted(run, signals: stopping.Signals) -> None:

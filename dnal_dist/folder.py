@@ -18,8 +18,8 @@ from dnal_dist.recipe import InputError
 PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "wandb", "metrics.jsonl")
 # Seconds that a run which was killed may take to let go of its folder: its loaders notice after a few.
 LOCK_SECONDS = 60
-# What has no say in the result.
-FREE = ("output", "tracking.", "checkpoint.", "data.workers", "data.cache")
+# What has no say in the result. Of shards it is what they hold that has, which is compared elsewhere (train.assemble).
+FREE = ("output", "tracking.", "checkpoint.", "data.workers", "data.cache", "data.train", "data.val")
 # What the tensors of a checkpoint depend on.
 FIXED = ("model.name", "model.num_classes", "model.width")
 
@@ -83,10 +83,17 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
         lock = _lock(folder)
         # Once more: whoever had it may have written since.
         found = _found(folder)
+        for place in (folder, folder / "checkpoints"):
+            durable.clean(place)
         path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
         changed, faults = {}, [*damaged.values()]
         if saved is not None:
             changed = _changed(folder, saved.state.recipe, settings, allowed)
+            if changed and saved.state.phase == "done":
+                raise InputError(
+                    f"{folder}: this run is finished, and nothing of {', '.join(changed)} can change any more; undo that, or name "
+                    "another output=..."
+                )
             faults = [_set_aside(*one) for one in damaged.items()]
         elif faults:
             raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
@@ -95,11 +102,10 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
         if saved is None:
             for old in map(folder.joinpath, found):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        for place in (folder, folder / "checkpoints"):
-            durable.clean(place)
         # First, since it is what marks the folder as a run's.
         (folder / PRODUCTS[-1]).touch()
-        durable.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
+        if saved is None:
+            write_recipe(folder, settings)
     except Exception as error:
         if lock is not None:
             lock.release()
@@ -108,6 +114,14 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
         why = getattr(error, "strerror", None) or error
         raise InputError(f"key 'output': {folder} cannot be written ({why}); name another folder") from None
     return path, Opened(saved, faults, changed, lock)
+
+
+def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
+    """Of a run that goes on, only when it is known that it does. Raises InputError."""
+    try:
+        durable.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
+    except OSError as error:
+        raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); make room", local=True) from None
 
 
 def _found(folder: Path) -> list[str]:

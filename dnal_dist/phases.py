@@ -15,7 +15,7 @@ from dnal_dist.steps import Outcome, architecture_step, weight_step
 
 def go(run: Run) -> None:
     """From where `run` stands to its end. Raises stopping.Stopped if it was asked to stop; what it goes on from is saved then."""
-    if run.global_step == 0 and run.phase == "pretrain":
+    if not run.resumed:
         # A disk that takes no checkpoint is better known now than hours from now.
         saving.save(run, {})
         run.saver.settle()

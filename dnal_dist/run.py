@@ -37,6 +37,8 @@ class Run:
     """On the run folder; the main process's."""
     shards: dict[str, str]
     """What the shards of each set are, as a digest: the order of samples means nothing over others."""
+    resumed: bool = False
+    """Whether it goes on from a checkpoint."""
     phase: str = "pretrain"
     step: int = 0
     """Iterations of the phase that lie behind."""

@@ -18,7 +18,7 @@ TRIES, BETWEEN = 3, 1.0
 class Saver:
     """Writes one checkpoint at a time to `folder`. A failure is told and training goes on: the next save tries again.
 
-    All methods raise InputError when the last checkpoint that could be written is older than the recipe's limit.
+    What asks for a save raises InputError when the last checkpoint that could be written is older than the recipe's limit.
     settings: the recipe's part `checkpoint`.
     """
 
@@ -81,13 +81,18 @@ class Saver:
             self.settle()
 
     def finish(self) -> bool:
-        """Wait for the last checkpoint, and try again a few times if it cannot be written. Returns whether it was."""
-        for _ in range(TRIES - 1):
-            if self.settle():
-                return True
-            time.sleep(BETWEEN)
-            self._writing = self._thread.submit(self._write, self._asked)
-        return self.settle()
+        """Wait for the last checkpoint, and try again a few times if it cannot be written. Returns whether it was; raises nothing,
+        since the run ends anyway."""
+        for number in range(TRIES):
+            if number:
+                time.sleep(BETWEEN)
+                self._writing = self._thread.submit(self._write, self._asked)
+            try:
+                if self.settle():
+                    return True
+            except InputError as error:
+                self.track.warn(str(error))
+        return False
 
     def told(self) -> str:
         number, pauses = len(self.writes), self.pauses

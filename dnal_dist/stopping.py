@@ -64,7 +64,8 @@ class Edges:
     ):
         self.parallel, self.signals, self.stop_file, self.until = parallel, signals, stop_file, until
         # A shell that is left behind is no reason to stop; a launcher that is gone cannot end the others any more.
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        self.parent = os.getppid() if launched else None
         self.every = self.left = 1
         """Edges between two looks, and those up to the next."""
         self.since, self.longest = time.monotonic(), 0.0
@@ -97,7 +98,7 @@ class Edges:
         found = [asked.name if asked else "", "", "", ""]
         if self.parent is not None and os.getppid() != self.parent:
             found[1] = "the launcher is gone"
-        if self.parallel.main and self.stop_file is not None and self.stop_file.exists():
+        if self.parallel.main and self.stop_file is not None and os.path.exists(self.stop_file):
             found[2] = f"{self.stop_file} is there"
         if self.parallel.main and self.until is not None and time.time() > self.until - margin:
             found[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit"

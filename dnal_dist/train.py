@@ -27,7 +27,7 @@ import torch
 
 from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, saving, stopping
 from dnal_dist.architecture import Architecture
-from dnal_dist.folder import has_checkpoints, open_folder
+from dnal_dist.folder import has_checkpoints, open_folder, write_recipe
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
@@ -190,11 +190,14 @@ def assemble(
         edges or Edges(parallel),
         lock,
         _digests(train, val),
+        saved is not None,
     )
     if saved is not None:
         _refuse_other_shards(run, saved.state.shards, allowed)
         saving.restore(run, saved)
         _refuse_shorter_phase(run)
+        if parallel.main:
+            write_recipe(folder, settings)
     if finished:
         track.say(f"{folder}: this run is finished; nothing is left to train")
     else:

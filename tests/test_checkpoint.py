@@ -144,11 +144,42 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-00000001-search"]
 
 
-def test_one_of_the_same_name_is_replaced(tmp_path):
-    first, second = made(3), made(3)
-    write(tmp_path, first)
-    write(tmp_path, second)
-    assert same(checkpoint.latest(tmp_path)[1], second) and len(names(tmp_path)) == 1
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", ["write", "to_disk", "rename", "os.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("error", [Crash, OSError])
+def test_one_of_the_same_name_is_replaced_and_never_lost(tmp_path, monkeypatch, operation, when, error):
+    """The only one there is: after a stop within an evaluation, the epoch's end is at the same step."""
+    holder, _, attribute = operation.rpartition(".")
+    holder = getattr(durable, holder) if holder else durable
+    original = getattr(holder, attribute)
+    for number in range(20):
+        folder = tmp_path / f"{number}"
+        first, second = made(3), made(3)
+        write(folder, first)
+        calls = iter(range(100))
+
+        def failing(path, *more, number=number, calls=calls, **options):
+            fails = next(calls) == number
+            if not fails or when == "after":
+                original(path, *more, **options)
+            if fails:
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, attribute, failing)
+            try:
+                write(folder, second, last=1, best=0)
+            except error:
+                pass
+            else:
+                assert number > 0
+                break
+        durable.clean(folder)
+        assert names(folder) == ["step-00000003-search"]
+        assert any(same(checkpoint.latest(folder)[1], one) for one in (first, second))
+    else:
+        pytest.fail("there is no end of it")
+    assert same(checkpoint.latest(folder)[1], second) and len(names(folder)) == 1
 
 
 def rewritten(path: Path, **changes) -> None:
