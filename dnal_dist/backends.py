@@ -130,12 +130,26 @@ class Replicated(Trained):
             # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             # Running statistics are combined at the end of each epoch (see parallel.average_statistics), not sent at every step.
-            return DistributedDataParallel(
+            network = DistributedDataParallel(
                 self.module,
                 device_ids=[self.options.device.index] if self.options.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
+        self._fix_buckets(network)
+        return network
+
+    def _fix_buckets(self, network: DistributedDataParallel) -> None:
+        """Let DDP arrange its buckets anew now, as it does once after the first backward pass. Three processes or more sum in an
+        order that depends on the buckets, and a resumed run would sum its first step otherwise than the one that went on."""
+        own = self.module.__dict__.get("forward")
+        self.module.forward = lambda: sum((p * 0).sum() for p in self.module.parameters())
+        for _ in range(2):
+            network().backward()
+        self.optimizer.zero_grad()
+        del self.module.forward
+        if own is not None:
+            self.module.forward = own
 
     def forward(self, network, images, gates=None):
         mixed = self.options.dtype != torch.float32

@@ -104,10 +104,9 @@ class Edges:
         return found
 
     def _next(self, passed: float) -> int:
-        """After how many edges to look again; on one process a look costs nothing worth saving."""
-        if self.parallel.world_size == 1:
-            return 1
-        return max(1, min(2 * self.every, int(self.every * LOOK_EVERY / max(passed, 1e-6))))
+        """After how many edges to look again. Where no other process is waited for, all a look costs is to ask for a file."""
+        seconds = LOOK_EVERY if self.parallel.world_size > 1 else LOOK_EVERY / 20
+        return max(1, min(2 * self.every, int(self.every * seconds / max(passed, 1e-6))))
 
 
 def duration(text: str) -> float:

@@ -135,6 +135,7 @@ def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monke
         return original(*others, stop)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(stopping, "LOOK_EVERY", 0)
     first = train_here(*arguments(digits, run, *TINY))
     assert first.code == STOPPED and f"stopped ({run}/stop is there) in " in first.err, first.err
     assert not (run / "stop").exists()

@@ -39,9 +39,10 @@ def receipts(run) -> list[tuple]:
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_saving_and_resuming_change_nothing(shards, tmp_path, backend):
-    # The last reduction of bytes that a step sends is heard again by a process that begins anew.
     changes = [*TINY, "data.per_device_batch_limit=15" if backend in ("ddp", "zero2") else "data.per_device_batch_limit=45"]
-    succeed(launch(backend, 2, SCRIPT, "every", tmp_path, *shards, *changes))
+    # Two numbers have one sum; with three it depends on the order, and so on how a backend arranges what it sends.
+    processes = 3 if backend == "ddp" else 2
+    succeed(launch(backend, processes, SCRIPT, "every", tmp_path, *shards, *changes))
     never, always, stopped = (tmp_path / name for name in ("never", "always", "stopped"))
     assert not list((never / "checkpoints").glob("step-*"))
     assert len(records(always, "checkpoint")) == 1 + (5 + 8 + 6 - 3) + 4
