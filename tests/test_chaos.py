@@ -170,6 +170,29 @@ chaos.Chaos.go = from_now_on
             path.unlink()
 
 
+@pytest.mark.parametrize("removed, code", [("True", 0), ("not resumed", 1)])
+def test_what_a_kill_leaves_has_to_be_gone_at_the_runs_end(chaos, removed, code):
+    """A folder for temporary files that the next start finds again, and removes or not."""
+    patch = f"""
+import os, pathlib
+main, finish = attempt.victim.main, ending.finish
+def making(orders, arguments):
+    place = pathlib.Path(os.environ["TMPDIR"], "dnal_dist-of-a-test")
+    resumed = place.exists()
+    place.mkdir(exist_ok=True)
+    def removing(run):
+        if {removed}:
+            place.rmdir()
+        return finish(run)
+    ending.finish = removing
+    main(orders, arguments)
+attempt.victim.main = making
+"""
+    ended = chaos("--kills", 1, code=patch + ONE_KILL)
+    assert ended.code == code, ended
+    assert list(checks(ended.out).values()).count("FAIL") == code and ("  - dnal_dist-of-a-test" in ended.out) == bool(code)
+
+
 @pytest.mark.parametrize(
     "fault, told",
     [
