@@ -85,8 +85,8 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, o
         process = train_command.start(*arguments(digits, run, *LONG, workers))
         reach(process, run, phase, 30 + number)
         processes = family(process)
-        # A loader for each of its two streams; a run that goes on has not evaluated yet.
-        assert len(processes) == (1 if kind == signal.SIGKILL else 3 if number == 0 else 2)
+        # A loader for each of its two streams; a run that goes on may not have evaluated yet.
+        assert len(processes) in ({1} if kind == signal.SIGKILL else {3} if number == 0 else {2, 3})
         if kind == signal.SIGTERM:
             # A cluster may send it to all processes of a job; the loaders are for the training process to end.
             for one in processes[1:]:
