@@ -547,6 +547,45 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
     assert tensors(short)
 
 
+def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here, digits, tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):
+        assert train_here(*arguments(digits, run, *SHORT), "--max-time=1s").code == stopping.STOPPED
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 2 and ended.err.startswith(
+        f"error: key 'output': the checkpoints of {run} are gone, though its metrics.jsonl"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+
+
+@pytest.mark.parametrize("what", ["listdir", "read_bytes"])
+def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(train_here, short, digits, monkeypatch, what):
+    """Nothing is set aside, and nothing begins anew, over an error that may be gone in a minute."""
+    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os if what == "listdir" else Path, what, fail)
+        ended = train_here(*arguments(digits, short, *SHORT))
+    assert ended.code == 2 and "(Input/output error)" in ended.err, ended
+    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+def test_the_tracker_goes_on_with_the_same_run(train_here, digits, tmp_path):
+    run, tracked = tmp_path / "run", [change for change in SHORT if "tracker" not in change]
+    assert train_here(*arguments(digits, run, *tracked), "--max-time=1s").code == stopping.STOPPED
+    assert train_here(*arguments(digits, run, *tracked)).code == 0
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert {part.name.split("-")[-1] for part in parts} == {r["tracker_run"] for r in records(run, "start")}
+
+
 def test_resuming_what_never_began_begins_it(train_here, digits, tmp_path):
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), "--resume")
     assert ended.code == 0, ended.err
