@@ -33,6 +33,8 @@ NOTICE = 20.0
 SHARED = Path("/dev/shm")
 # Folders that torch's launcher leaves, with its error files, whenever a process of its has failed.
 KEPT = "torchelastic_"
+# Folders that a training process has for temporary files; the next start of the run removes what a killed one left.
+REMOVED_NEXT = "dnal_dist-"
 _BECOME_SUBREAPER = 36
 
 
@@ -94,10 +96,11 @@ def become_reaper() -> None:
 
 
 def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByClock | None, limit: float) -> Ended:
-    """Run `train` into `output` with `ranks` processes, and kill it as `kill` says. work: an empty folder for what belongs to the
-    attempt. limit: seconds after which it counts as stuck."""
-    temporary, orders, log = work / "tmp", work / "orders.json", work / "log.txt"
-    temporary.mkdir(parents=True)
+    """Run `train` into `output` with `ranks` processes, and kill it as `kill` says. work: a folder, to be made, for what belongs to
+    the attempt. limit: seconds after which it counts as stuck."""
+    temporary, orders, log = temporary_of(output), work / "orders.json", work / "log.txt"
+    temporary.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True)
     board = victim.new_board(work / "board", ranks)
     victim.write_orders(orders, work / "board", kill if isinstance(kill, Aim) else None)
     before = _shared()
@@ -106,14 +109,20 @@ def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByCl
     started = _start(train, [*train.overrides, f"output={output}"], orders, ranks, port, temporary, log)
     watched = _watch(started, board, kill, limit, family)
     seconds = time.monotonic() - begun
+    allowed = (KEPT, REMOVED_NEXT) if watched.killed else (KEPT,)
     left = {
         "processes": _processes_left(family),
         "shared memory": _shared_left(before, {*family, port}),
-        "temporary files": ", ".join(path.name for path in sorted(temporary.iterdir()) if not path.name.startswith(KEPT)),
+        "temporary files": ", ".join(path.name for path in sorted(temporary.iterdir()) if not path.name.startswith(allowed)),
     }
     lines = log.read_text(errors="replace").splitlines()[-12:]
     codes = [_code(one) for one in started]
     return Ended(*watched, begun, seconds, np.array(board), codes, left, lines)
+
+
+def temporary_of(output: Path) -> Path:
+    """The folder for temporary files, TMPDIR, of all starts of the run in `output`."""
+    return output.with_name(f"tmp-{output.name}")
 
 
 def isolated(what, *arguments) -> int:
@@ -255,6 +264,17 @@ def _processes_left(family: set[int]) -> str:
             child.kill()
             child.wait(5)
     return ", ".join(told)
+
+
+def kill_family() -> None:
+    """Kill all that this process or one of them started, and wait until it is gone, NOTICE seconds at most."""
+    deadline = time.monotonic() + NOTICE
+    # One that is killed may have started another since the look.
+    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
 
 
 def _shared() -> set[str]:

@@ -5,7 +5,6 @@ python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --ranks 1,2 --report ch
 """
 
 import argparse
-import contextlib
 import random
 import shutil
 import signal
@@ -17,17 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dnal_dist import compact, compare, recipe, verdict, victim
-from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated
+from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated, kill_family, temporary_of
 from dnal_dist.recipe import InputError
 from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim
 
 # An attempt that takes so many times the seconds of the whole run, and so many more, is stuck.
 STUCK, PATIENCE = 10, 60
+# Exit codes of a run that trained to its end; 3 where its network does not meet the recipe's target.
+WELL = {0, 3}
 
 
 class Position:
@@ -48,8 +48,11 @@ class Reference:
         self.ranks, self.folder = ranks, base / f"whole-{ranks}"
         ended = attempt(train, self.folder, base / f"work-whole-{ranks}", ranks, None, float("inf"))
         self.codes, self.board = ended.codes, ended.board
-        if not (self.folder / "compact").exists():
-            raise InputError(_failed(f"the uninterrupted run on {ranks} process{'es' if ranks > 1 else ''}", ended))
+        what = f"the uninterrupted run on {ranks} process{'es' if ranks > 1 else ''}"
+        if not set(ended.codes) <= WELL or not (self.folder / "compact").exists():
+            raise InputError(_failed(what, ended))
+        if left := [f"{kind} ({found})" for kind, found in ended.left.items() if found]:
+            raise InputError(_failed(f"{what} left {', '.join(left)} behind, so that no other can be held to it: it", ended))
         self.seconds = ended.seconds
         self.start = float(self.board["trained"].max()) - ended.begun
         self.training = float(self.board["ended"].max() - self.board["trained"].max())
@@ -95,6 +98,10 @@ class Tally:
     everyone: int = 0
     missed: int = 0
     starts: int = 0
+    ended: int = 0
+    """Starts that were not killed."""
+    compared: int = 0
+    """Runs held against the uninterrupted one."""
     rounds: int = 0
     forced: int = 0
     longest_restart: float = 0.0
@@ -143,6 +150,7 @@ class Chaos:
             limit = PATIENCE + STUCK * reference.seconds
             ended = attempt(self.train, run, work, reference.ranks, kill, limit)
             tally.starts += 1
+            tally.ended += not ended.killed
             self._look_after(ended, reference)
             if after_kill and ended.board["trained"].all():
                 restart = float(ended.board["trained"].max()) - ended.begun
@@ -160,6 +168,7 @@ class Chaos:
         self._compare(run)
         if not tally.faults:
             shutil.rmtree(run)
+            shutil.rmtree(temporary_of(run))
 
     def _draw(self, reference: Reference, position: Position) -> Aim | ByClock:
         everyone = reference.ranks == 1 or self.rng.random() < 0.5
@@ -179,10 +188,13 @@ class Chaos:
 
     def _compare(self, run: Path) -> None:
         whole = next(iter(self.references.values())).folder
+        self.tally.compared += 1
         try:
             found = compare.same(run, whole) if self.exact else compare.alike(run, whole, self.tolerance)
         except (OSError, ValueError) as error:
             found = [str(error)]
+        except (LookupError, TypeError) as error:
+            found = [f"its records cannot be compared: {type(error).__name__}: {error}"]
         self.tally.faults += [("equal", one) for one in found]
         remains = [path.name for path in run.rglob("*") if path.name.endswith((".unfinished", ".removed"))]
         remains += [path.name for path in run.rglob("damaged-*")]
@@ -209,10 +221,6 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -230,13 +238,12 @@ def _run(args: argparse.Namespace) -> int:
     try:
         chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)
         _watched(chaos, args.kills)
-    except BaseException:
-        if args.keep is None:
+        passed = not chaos.tally.faults
+        if passed and args.keep is None:
             shutil.rmtree(base)
+    except BaseException:
+        _give_up(base if args.keep is None else None)
         raise
-    passed = not chaos.tally.faults
-    if passed and args.keep is None:
-        shutil.rmtree(base)
     told = verdict.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - begun)
     print(told, flush=True)
     if not passed:
@@ -244,6 +251,15 @@ def _run(args: argparse.Namespace) -> int:
     if args.report is not None:
         args.report.write_text(told + "\n")
     return 0 if passed else 1
+
+
+def _give_up(base: Path | None) -> None:
+    """Leave no process, nor the folder `base`. The processes go first, since they write into it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    kill_family()
+    if base is not None:
+        shutil.rmtree(base, ignore_errors=True)
 
 
 def _watched(chaos: "Chaos", kills: int) -> None:
