@@ -247,14 +247,12 @@ class Zero(Trained):
         if self.options.dtype != torch.float32:
             # So are those that its optimiser moves, which it makes of the rounded ones.
             for name, p in self.parameters.items():
-                deepspeed.utils.safe_set_full_fp32_param(p, weights[name])
+                self._set(p, weights[name], None)
         if momentum:
             self._start_with(momentum)
         return self.engine
 
     def _start_with(self, momentum: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         inner = self.optimizer.optimizer
         shares = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups
         for share in shares:
@@ -264,8 +262,21 @@ class Zero(Trained):
             self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.parameters.items():
             if name in momentum:
-                safe_set_full_optimizer_state(p, momentum[name].to(self.options.device), "momentum_buffer")
+                self._set(p, momentum[name].to(self.options.device), "momentum_buffer")
         self.stepped = True
+
+    def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Give the optimiser's state `key` of a parameter, or its weights in float32 (None), a whole value."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_fp32_param(p, value) if key is None else safe_set_full_optimizer_state(p, value, key)
+            return
+        # Its public function fails where a parameter cannot be divided evenly: the last shares are padded, a whole value is not.
+        share, _ = self.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
+        start = share.numel() * dist.get_rank()
+        mine = value.flatten()[start : start + share.numel()]
+        share.data[: len(mine)].copy_(mine)
 
     def forward(self, network, images, gates=None):
         if self.stage == 3:

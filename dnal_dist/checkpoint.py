@@ -8,6 +8,7 @@
 The same form on every backend and number of processes. The newest one is found by looking at what is there, never by a pointer.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -98,6 +99,8 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
         STATE: (checkpoint.state.model_dump_json(indent=1) + "\n").encode(),
     }
     facts = {"format": FORMAT, "accuracy": checkpoint.state.accuracy, "files": {k: _described(c) for k, c in contents.items()}}
+    # Only this one: a run folder that is gone does not come back by that.
+    folder.mkdir(exist_ok=True)
     final = folder / name(checkpoint.state)
     with durable.folder(final) as unfinished:
         for file, content in contents.items():
@@ -108,13 +111,20 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
             if _described((unfinished / file).read_bytes()) != told:
                 raise OSError(errno.EIO, "what was read back is not what was written", str(unfinished / file))
         durable.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
-    remove_old(folder, kept)
+    with contextlib.suppress(OSError):
+        # The new one is there; the next save tries again.
+        remove_old(folder, kept)
     return sum(map(len, contents.values()))
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first, whole or not; last what has another form of name."""
-    return sorted(folder.glob("step-*"), key=_place, reverse=True)
+    """The checkpoints in `folder`, newest first, whole or not; last what has another form of name. Raises OSError if it cannot be
+    looked at: that is not the same as none."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in names if name.startswith("step-")), key=_place, reverse=True)
 
 
 def latest(folder: Path) -> tuple[Path | None, Checkpoint | None, dict[Path, str]]:
@@ -129,7 +139,8 @@ def latest(folder: Path) -> tuple[Path | None, Checkpoint | None, dict[Path, str
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`. Raises ValueError, naming it, if it is not whole. Nothing in it is ever run."""
+    """The checkpoint in the folder `path`. Raises ValueError, naming it, if it is not whole, and OSError or MemoryError if that
+    cannot be known. Nothing in it is ever run."""
     try:
         told = json.loads((path / MANIFEST).read_bytes())
         if told["format"] != FORMAT:
@@ -144,7 +155,11 @@ def read(path: Path) -> Checkpoint:
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{STATE}: key '{'.'.join(map(str, first['loc']))}': {first['msg']}"
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+            raise
         # Whatever may be in there: cut JSON, a number where a list is due, a header of any kind.
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise ValueError(f"{path}: checkpoint is damaged ({why})")

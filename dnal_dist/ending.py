@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from dnal_dist import budget, checkpoint, report, stopping
+from dnal_dist.parallel import remove_temp
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
 
@@ -32,13 +33,13 @@ def finish(run: Run) -> str | None:
         _take_away_stop(run)
         try:
             report.write(run.folder)
-        except OSError as error:
+            report.print_table(run.folder)
+        except (OSError, ValueError) as error:
             print(
-                f"warning: {run.folder / 'report.html'} cannot be written ({error.strerror}); later: "
+                f"warning: {run.folder / 'report.html'} cannot be written ({getattr(error, 'strerror', None) or error}); later: "
                 f"python -m dnal_dist.report {run.folder}",
                 file=sys.stderr,
             )
-        report.print_table(run.folder)
     missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
     run.parallel.close()
     return missed
@@ -92,8 +93,9 @@ def signalled(signals: stopping.Signals) -> bool:
     return signals.asked is not None
 
 
-def leave(run: Run, why: str) -> None:
+def leave(run: Run, signals: stopping.Signals, why: str) -> None:
     """End after all processes agreed to stop: wait for the checkpoint, say where the run stands, and exit with STOPPED."""
+    signals.interrupt = lambda: os._exit(130)
     saved = run.saver.finish()
     if run.parallel.main:
         run.track.abandon()
@@ -105,6 +107,7 @@ def leave(run: Run, why: str) -> None:
     with contextlib.suppress(RuntimeError):
         run.parallel.wait()
         run.parallel.close()
+    run.close()
     run.parallel.leave(stopping.STOPPED)
     sys.exit(stopping.STOPPED)
 
@@ -127,6 +130,7 @@ def interrupted(run, signals: stopping.Signals) -> None:
         print(f"\nstopped {where}", file=sys.stderr, flush=True)
         if run is not None:
             run.track.close()
+    remove_temp()
     # Without the farewells of the process group, which would wait for processes that are gone.
     sys.stdout.flush()
     os._exit(130 if signals.impatient else stopping.STOPPED)

@@ -1,7 +1,13 @@
 """The run folder: what may be done with the one a recipe names, and doing it."""
 
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.util
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +46,9 @@ class Opened(NamedTuple):
 def has_checkpoints(folder: Path) -> bool:
     """Whether the run folder has any, damaged or not: then a run there is gone on with or refused, but does not begin."""
     try:
-        return any(folder.glob("checkpoints/step-*"))
+        return bool(checkpoint.found(folder / "checkpoints"))
     except OSError:
-        return False
+        return True  # open_folder says why it cannot be looked at
 
 
 def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
@@ -61,7 +67,7 @@ def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, overw
     if not parallel.main and path is not None:
         try:
             opened = opened._replace(saved=checkpoint.read(path))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise InputError(
                 f"key 'output': process {parallel.rank} cannot read what process 0 does ({error}); name a folder that all "
                 "machines share",
@@ -124,6 +130,20 @@ def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
         raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); make room", local=True) from None
 
 
+def private_temp(folder: Path, rank: int) -> None:
+    """Give this process a place of its own for the sockets of its loaders: always the same for a run, so that what a kill leaves is
+    gone when the run goes on."""
+    place = Path(tempfile.gettempdir(), f"dnal_dist-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}-{rank}")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        place.mkdir(0o700)
+    except OSError:
+        return  # something else has that name
+    # Where multiprocessing looks before it makes one of any name; removed as that would be, after the sockets in it.
+    multiprocessing.current_process()._config["tempdir"] = str(place)
+    multiprocessing.util.Finalize(None, shutil.rmtree, (place, True), exitpriority=-100)
+
+
 def _found(folder: Path) -> list[str]:
     # lexists: what --overwrite must not leave behind includes links that lead nowhere.
     return [name for name in PRODUCTS if os.path.lexists(folder / name)]
@@ -147,12 +167,24 @@ def _begin_anew(folder: Path, found: list[str], settings: recipe.Recipe, allowed
             f"key 'output': {folder} holds a run without a checkpoint to go on from; replace it by --overwrite or name another "
             "folder"
         )
+    if _saved(folder):
+        raise InputError(
+            f"key 'output': the checkpoints of {folder} are gone, though its metrics.jsonl tells of some; put them back, or "
+            "replace the run by --overwrite"
+        )
     try:
         old = recipe.load(folder / "recipe.yaml")
     except InputError:
         old = settings  # it was cut off when it was written
     _changed(folder, old.model_dump(mode="json"), settings, allowed)
     return [f"{folder}: the run ended before its first checkpoint; it begins anew"]
+
+
+def _saved(folder: Path) -> bool:
+    """Whether its records tell of a checkpoint that took more than a moment to come to."""
+    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open(errors="replace") as lines:
+        return any('"kind": "checkpoint"' in line and '"global_step": 0,' not in line for line in lines)
+    return False
 
 
 def _set_aside(path: Path, fault: str) -> str:
@@ -168,6 +200,9 @@ def _set_aside(path: Path, fault: str) -> str:
 
 def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence[str]) -> dict[str, list]:
     """Keys that have another value now, with both. Raises InputError, showing them, for those that are not allowed to."""
+    with contextlib.suppress(ValueError):
+        # A key that came with a later release had its default.
+        old = recipe.Recipe.model_validate_json(json.dumps(old)).model_dump(mode="json")
     before, after = _flat(old), _flat(settings.model_dump(mode="json"))
     changed = {key: [before.get(key), after.get(key)] for key in before | after if before.get(key) != after.get(key)}
     changed = {key: values for key, values in changed.items() if not key.startswith(FREE)}

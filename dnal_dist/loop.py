@@ -115,9 +115,11 @@ def _is_time_to_save(run: Run) -> bool:
 
 
 def _save(run: Run, trained: Trained, meter: Meter, clock: _Clock) -> None:
+    begun = time.monotonic()
     with meter.pause(), trained.gathered() as momentum:
         clock.tell()
-        saving.save(run, momentum, meter)
+        # Gathering is part of what training waits for.
+        saving.save(run, momentum, meter, begun)
 
 
 def delta_of(run: Run, step: int) -> float:

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import shutil
 import sys
 from datetime import timedelta
 
@@ -190,9 +191,16 @@ class Parallel:
             return
         for loader in multiprocessing.active_children():
             loader.kill()
+        remove_temp()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def remove_temp() -> None:
+    """What Python would remove at the regular end of a process: the folder with the sockets of its loaders."""
+    if place := multiprocessing.current_process()._config.get("tempdir"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _digest(tensor: Tensor) -> str:

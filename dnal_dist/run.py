@@ -75,7 +75,7 @@ class Run:
         )
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder, when the checkpoint that is being written is there."""
         self.saver.close()
         if self.lock is not None:
             self.lock.release()

@@ -68,7 +68,7 @@ class Saver:
         writing, self._writing = self._writing, None
         try:
             seconds, self.size = writing.result()
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, MemoryError, SafetensorError) as error:
             self._tell(error)
             return False
         self.writes.append(seconds)

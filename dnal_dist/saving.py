@@ -17,10 +17,11 @@ from dnal_dist.run import Run
 SAME = ("phase", "step", "global_step", "evaluated", "accuracy", "penalty_rests", "penalty_weight", "penalty_lag", "mask")
 
 
-def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> None:
+def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None, begun: float | None = None) -> None:
     """Have a checkpoint written of where `run` stands. All processes must come here, with the network and `momentum` as
-    backends.Trained.gathered gives them; nothing of what they train with is changed. Raises InputError: see saver.Saver."""
-    begun = time.monotonic()
+    backends.Trained.gathered gives them; nothing of what they train with is changed. begun: when training
+    began to wait for it, by time.monotonic. Raises InputError: see saver.Saver."""
+    begun = time.monotonic() if begun is None else begun
     taken = take(run, momentum, meter)
     if not run.parallel.main:
         return
@@ -122,7 +123,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
     tensors, state = saved
     try:
         _restore(run, tensors, state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         why = " ".join(str(error).split())[:300]

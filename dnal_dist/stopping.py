@@ -83,7 +83,9 @@ class Edges:
         found[: len(reasons)] = torch.tensor([bool(reason) for reason in reasons])
         if self.parallel.main:
             found[4:] = torch.tensor([save, self._next(passed)])
-        *asked, save, every = self.parallel.sum_(found.to(self.parallel.device)).tolist()
+        if self.parallel.world_size > 1:
+            found = self.parallel.sum_(found.to(self.parallel.device))
+        *asked, save, every = found.tolist()
         self.every = self.left = int(every)
         self.since = time.monotonic()
         if any(asked):

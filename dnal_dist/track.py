@@ -40,7 +40,7 @@ class Track:
             self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); mend that", local=True) from None
-        self.records, self.ended = len(kept), bool(kept) and '"kind": "end"' in kept[-1]
+        self.records, self.ended = len(kept), any('"kind": "end"' in line for line in kept)
         if keep is not None and len(kept) < keep:
             self.warn(f"{folder / 'metrics.jsonl'} holds {len(kept)} of the {keep} records that were told by the checkpoint")
         if recipe.tracking.tracker == "wandb" and not self.ended:

@@ -27,7 +27,7 @@ import torch
 
 from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, saving, stopping
 from dnal_dist.architecture import Architecture
-from dnal_dist.folder import has_checkpoints, open_folder, write_recipe
+from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
@@ -58,11 +58,12 @@ def main() -> None:
         missed = ending.finish(run)
         if missed and parallel.main:
             ending.say_why(f"error: {missed}")
+        run.close()
         parallel.leave(MISSED if missed else 0)
         if missed:
             sys.exit(MISSED)
     except stopping.Stopped as stopped:
-        ending.leave(run, str(stopped))
+        ending.leave(run, signals, str(stopped))
     except InputError as error:
         ending.refuse(run, parallel, signals, error)
     except KeyboardInterrupt:
@@ -174,6 +175,7 @@ def assemble(
         track.say(f"the first weights are those of {given.origin}")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
+    private_temp(folder, rank)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     saver = Saver(folder / "checkpoints", settings.checkpoint, track)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_stop_and_resume import arguments, records, tensors, told
 
-from dnal_dist import evaluate, loop, phases, pruning, saving, stopping
+from dnal_dist import checkpoint, evaluate, loop, phases, pruning, saving, stopping
 from dnal_dist.stopping import STOPPED, Stopped
 
 # Four iterations an epoch, so that phases begin and end within epochs.
@@ -43,16 +43,18 @@ def noise(monkeypatch, request):
 
 @pytest.fixture(scope="module")
 def whole(train_here, digits, tmp_path_factory):
-    """The run of a kind that was never stopped, and never saved."""
+    """The run of a kind that was never stopped, and never saved while it trained."""
     done = {}
 
     def run(kind: str):
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp("whole") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(saving, "save", lambda run, *_: saving.settle(run))
+                save = saving.save
+                patch.setattr(saving, "save", lambda run, *more: save(run, *more) if run.phase == "done" else saving.settle(run))
                 assert train_here(*arguments(digits, done[kind], *TINY, *KINDS[kind])).code == 0
-            assert not list((done[kind] / "checkpoints").glob("*"))
+            # Only that of its end, to compare.
+            assert [path.name.split("-")[-1] for path in checkpoint.found(done[kind] / "checkpoints")] == ["done"]
         return done[kind]
 
     return run
@@ -62,6 +64,11 @@ def compare(run, reference) -> None:
     assert told(run) == told(reference)
     assert tensors(run) == tensors(reference)
     assert [r["digest"] for r in records(run, "receipt")] == [r["digest"] for r in records(reference, "receipt")]
+    (ours, theirs) = (checkpoint.latest(one / "checkpoints")[1] for one in (run, reference))
+    assert ours.tensors.keys() == theirs.tensors.keys() >= {"alpha", "alpha_momentum"}
+    assert all(ours.tensors[key].equal(theirs.tensors[key]) for key in ours.tensors)
+    counted = {"seconds", "records", "tracker_run", "recipe"}
+    assert ours.state.model_dump(exclude=counted) == theirs.state.model_dump(exclude=counted)
     trained = [r["global_step"] for r in records(run, "train")]
     assert trained == sorted(set(trained))
 
@@ -80,7 +87,7 @@ def test_saving_after_every_step_changes_nothing(train_here, whole, digits, tmp_
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypatch, kind):
     """Politely: with a checkpoint of that very step. The same command goes on."""
-    run, look = tmp_path / "run", stopping.Edges.look
+    run, look, reference = tmp_path / "run", stopping.Edges.look, whole(kind)
 
     def stop_at_edges_of_steps(edges, *of_a_step):
         if of_a_step:
@@ -92,14 +99,14 @@ def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypat
     while codes[-1] == STOPPED and len(codes) < 100:
         codes.append(train_here(*arguments(digits, run, *TINY, *KINDS[kind])).code)
     assert codes[-1] == 0 and len(codes) > 12
-    compare(run, whole(kind))
+    compare(run, reference)
     assert [r["resumed"] for r in records(run, "start")] == [False] + [True] * (len(codes) - 2)
 
 
 @pytest.mark.parametrize("kind", ["plain", "a target, a residual network"])
 def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkeypatch, kind):
     """With a checkpoint of the step before; what the lost step told is told again, and once."""
-    run, taken = tmp_path / "run", itertools.count()
+    run, taken, reference = tmp_path / "run", itertools.count(), whole(kind)
 
     def kill(edges, *of_a_step):
         if of_a_step and next(taken) % 2:
@@ -114,14 +121,14 @@ def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkey
         except Killed:
             kills += 1
     assert ended.code == 0 and kills > 5
-    compare(run, whole(kind))
+    compare(run, reference)
 
 
 @pytest.mark.parametrize("which", range(7))
 def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monkeypatch, which):
     """The whole run has seven, the fifth of them that of pruning. It is made anew, whatever it had done to running statistics."""
     run, evaluations = tmp_path / "run", itertools.count()
-    original = evaluate.evaluate
+    original, reference = evaluate.evaluate, whole("plain")
 
     def interrupted(*arguments):
         *others, edge = arguments
@@ -141,7 +148,7 @@ def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monke
     assert not (run / "stop").exists()
     second = train_here(*arguments(digits, run, *TINY))
     assert second.code == 0, second.err
-    compare(run, whole("plain"))
+    compare(run, reference)
 
 
 @pytest.mark.parametrize("place", ["choose_by_gates", "recalibrate", "look"])

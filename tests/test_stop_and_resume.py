@@ -85,8 +85,8 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, o
         process = train_command.start(*arguments(digits, run, *LONG, workers))
         reach(process, run, phase, 30 + number)
         processes = family(process)
-        # A loader for each of its two streams; a run that goes on has not evaluated yet.
-        assert len(processes) == (1 if kind == signal.SIGKILL else 3 if number == 0 else 2)
+        # A loader for each of its two streams; a run that goes on may not have evaluated yet.
+        assert len(processes) in ({1} if kind == signal.SIGKILL else {3} if number == 0 else {2, 3})
         if kind == signal.SIGTERM:
             # A cluster may send it to all processes of a job; the loaders are for the training process to end.
             for one in processes[1:]:
@@ -117,20 +117,22 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, o
 
 
 def test_a_second_ctrl_c_is_heeded_at_once(train_command, digits, tmp_path):
-    """Where it does not come to an edge: here it waits in front of its first step."""
-    shards = [f"data.train={digits}/train-000000.tar", f"data.val={digits}/val-000000.tar"]
-    process = train_command.start("recipes/digits.yaml", *shards, f"output={tmp_path}/run", *SMALL, "data.workers=1")
+    """Where it does not come to an edge: here it waits for a batch, since its loader stands still."""
+    process = train_command.start(*arguments(digits, tmp_path / "run", *SMALL, "data.workers=1", "phases.pretrain.epochs=1000"))
     reach(process, tmp_path / "run", "pretrain", 3)
     processes = family(process)
-    # Both loaders stand still, so no batch comes.
     for loader in processes[1:]:
         loader.suspend()
+    # What was loaded ahead is used up.
+    told = -1
+    while told != (told := len(records(tmp_path / "run"))):
+        time.sleep(2)
     process.send_signal(signal.SIGINT)
     time.sleep(stopping.IMPATIENT + 1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "; the same command goes on from step-" in err, err
+    assert process.returncode == 130 and "; the same command goes on from step-" in err and "Traceback" not in err, err
     assert all_gone(processes)
 
 
@@ -149,10 +151,10 @@ def test_a_signal_before_training_ends_it_there(train_command, digits, tmp_path)
 
 def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits, tmp_path):
     run = tmp_path / "run"
-    begun = time.time()
     ended = train_command(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", "25s")
     assert ended.returncode == stopping.STOPPED and "s are left of the time limit) in pretrain" in ended.stderr, ended.stderr
-    assert time.time() - begun < 25
+    # At the stop; the checkpoint was written after it.
+    assert float(re.search(r"\((\d+) s are left", ended.stderr)[1]) >= 4
     assert checkpoint.latest(run / "checkpoints")[1].state.global_step == records(run, "train")[-1]["global_step"]
 
 
@@ -543,6 +545,45 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
         f"error: key 'output': {short} holds a run without a checkpoint to go on from; replace it by --over"
     )
     assert tensors(short)
+
+
+def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here, digits, tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):
+        assert train_here(*arguments(digits, run, *SHORT), "--max-time=1s").code == stopping.STOPPED
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 2 and ended.err.startswith(
+        f"error: key 'output': the checkpoints of {run} are gone, though its metrics.jsonl"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+
+
+@pytest.mark.parametrize("what", ["listdir", "read_bytes"])
+def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(train_here, short, digits, monkeypatch, what):
+    """Nothing is set aside, and nothing begins anew, over an error that may be gone in a minute."""
+    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os if what == "listdir" else Path, what, fail)
+        ended = train_here(*arguments(digits, short, *SHORT))
+    assert ended.code == 2 and "(Input/output error)" in ended.err, ended
+    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+def test_the_tracker_goes_on_with_the_same_run(train_here, digits, tmp_path):
+    run, tracked = tmp_path / "run", [change for change in SHORT if "tracker" not in change]
+    assert train_here(*arguments(digits, run, *tracked), "--max-time=1s").code == stopping.STOPPED
+    assert train_here(*arguments(digits, run, *tracked)).code == 0
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert {part.name.split("-")[-1] for part in parts} == {r["tracker_run"] for r in records(run, "start")}
 
 
 def test_resuming_what_never_began_begins_it(train_here, digits, tmp_path):

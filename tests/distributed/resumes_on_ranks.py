@@ -35,18 +35,17 @@ def go(parallel: Parallel, folder, changes, stops=()) -> bool:
     edges.run = run = train.assemble(settings, parallel, edges)
     try:
         phases.go(run)
+        ended = True
     except Stopped:
-        assert run.saver.finish()
-        return False
-    else:
-        assert run.saver.finish()
+        ended = False
+    assert run.saver.finish()
+    if ended:
         run.track.global_step = run.global_step
         run.track.record("end", images=run.global_step * settings.data.global_batch)
-        return True
-    finally:
-        run.track.close()
-        run.close()
-        parallel.wait()
+    run.track.close()
+    run.close()
+    parallel.wait()
+    return ended
 
 
 def every(parallel: Parallel, folder: str, changes: list[str]) -> None:

@@ -41,7 +41,8 @@ def receipts(run) -> list[tuple]:
 def test_saving_and_resuming_change_nothing(shards, tmp_path, backend):
     changes = [*TINY, "data.per_device_batch_limit=15" if backend in ("ddp", "zero2") else "data.per_device_batch_limit=45"]
     # Two numbers have one sum; with three it depends on the order, and so on how a backend arranges what it sends.
-    processes = 3 if backend == "ddp" else 2
+    # And ZeRO-3 divides few parameters evenly among three.
+    processes = 3 if backend in ("ddp", "zero3") else 2
     succeed(launch(backend, processes, SCRIPT, "every", tmp_path, *shards, *changes))
     never, always, stopped = (tmp_path / name for name in ("never", "always", "stopped"))
     assert not list((never / "checkpoints").glob("step-*"))
