@@ -130,11 +130,16 @@ def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
         raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); make room", local=True) from None
 
 
-def private_temp(folder: Path, rank: int) -> None:
+def private_temp(folder: Path, rank: int, world_size: int) -> None:
     """Give this process a place of its own for the sockets of its loaders: always the same for a run, so that what a kill leaves is
     gone when the run goes on."""
-    place = Path(tempfile.gettempdir(), f"dnal_dist-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}-{rank}")
-    shutil.rmtree(place, ignore_errors=True)
+    head = f"dnal_dist-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-"
+    place = Path(tempfile.gettempdir(), f"{head}{rank}")
+    for old in place.parent.glob(f"{head}*"):
+        number = old.name.removeprefix(head)
+        # Those of other ranks of this run are theirs.
+        if number.isdecimal() and (int(number) == rank or int(number) >= world_size):
+            shutil.rmtree(old, ignore_errors=True)
     try:
         place.mkdir(0o700)
     except OSError:

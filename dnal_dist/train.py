@@ -175,7 +175,7 @@ def assemble(
         track.say(f"the first weights are those of {given.origin}")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
-    private_temp(folder, rank)
+    private_temp(folder, rank, world_size)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     saver = Saver(folder / "checkpoints", settings.checkpoint, track)
