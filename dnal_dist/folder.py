@@ -47,7 +47,7 @@ def has_checkpoints(folder: Path) -> bool:
     """Whether the run folder has any, damaged or not: then a run there is gone on with or refused, but does not begin."""
     try:
         return bool(checkpoint.found(folder / "checkpoints"))
-    except OSError:
+    except (OSError, ValueError):
         return True  # open_folder says why it cannot be looked at
 
 

@@ -100,13 +100,9 @@ def _loss(net: GatedNetwork, images: Tensor) -> Tensor:
     return F.cross_entropy(net(images, torch.empty(net.num_gates, device="meta")).float(), labels, reduction="sum")
 
 
-def _buckets(net: GatedNetwork, image_size: int) -> list[int]:
-    """Bytes of DistributedDataParallel's buckets from the second step on: in the order in which gradients are there."""
-    net, arrived = _on_meta(net), []
-    for parameter in net.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: arrived.append(4 * p.numel()))
-    _loss(net, _images(net, image_size, 2)).backward()
-    buckets = [0]
+def _buckets(net: GatedNetwork) -> list[int]:
+    """Bytes of DDP's buckets, which are arranged from the last parameter to the first (see backends.Replicated)."""
+    arrived, buckets = [4 * p.numel() for p in reversed(list(net.parameters()))], [0]
     for number, size in enumerate(arrived, 1):
         buckets[-1] += size
         if buckets[-1] >= BUCKETS[min(len(buckets), len(BUCKETS)) - 1] and number < len(arrived):
@@ -126,7 +122,7 @@ def traffic(
     low, together = PRECISIONS[precision].itemsize, ranks > 1
     alpha = [("all-reduce", 4 * net.num_gates)] * together
     if backend == "ddp":
-        return [("all-reduce", size) for size in _buckets(net, image_size)] if together else [], alpha
+        return [("all-reduce", size) for size in _buckets(net)] if together else [], alpha
     if backend == "fsdp2":
         root, *inner = (ranks * rows for rows in _groups(net, ranks))
         # The root stays gathered until its backward pass; the others are gathered for it a second time.

@@ -19,7 +19,9 @@ def main(runs: str) -> None:
         run = train.assemble(recipe.load(path, overrides), parallel)
         phases.go(run)
         assert run.phase == "done", run.phase
+        assert run.saver.finish()
         run.track.close()
+        run.close()
         # Each phase collects garbage, and would look through all that the modules hold.
         gc.freeze()
     parallel.close()
