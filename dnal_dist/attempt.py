@@ -109,7 +109,7 @@ def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByCl
     started = _start(train, [*train.overrides, f"output={output}"], orders, ranks, port, temporary, log)
     watched = _watch(started, board, kill, limit, family)
     seconds = time.monotonic() - begun
-    allowed = (KEPT, REMOVED_NEXT) if watched.killed else (KEPT,)
+    allowed = (KEPT, REMOVED_NEXT) if watched.killed or watched.forced or watched.timed_out else (KEPT,)
     left = {
         "processes": _processes_left(family),
         "shared memory": _shared_left(before, {*family, port}),
