@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from dnal_dist import compact, compare, recipe, verdict, victim
+from dnal_dist import checkpoint, compact, compare, recipe, verdict, victim
 from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated, kill_family, temporary_of
 from dnal_dist.recipe import InputError
 from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim
@@ -34,11 +34,9 @@ class Position:
     """Where a run folder's newest checkpoint stands: number of the stage and global step; (0, 0) if there is none."""
 
     def __init__(self, run: Path):
-        self.stage, self.step = 0, 0
-        for path in (run / "checkpoints").glob("step-*-*"):
-            _, step, phase = path.name.split("-", 2)
-            if step.isdecimal() and phase in STAGES:
-                self.step, self.stage = max((self.step, self.stage), (int(step), STAGES.index(phase)))
+        step, phase = max(map(checkpoint.place, checkpoint.found(run / "checkpoints")), default=checkpoint.UNKNOWN)
+        # The first stage is that of the start-up.
+        self.step, self.stage = max(0, step), phase + 1
 
 
 class Reference:

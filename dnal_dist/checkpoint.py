@@ -28,6 +28,20 @@ UNKNOWN = (-1, -1)
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
+class Gathered(BaseModel):
+    """What the meter of a phase has gathered for the next record of training; its sums are tensors of each process."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    summary: str
+    bytes: dict[str, int]
+    """What steps of each kind send, as far as that was heard."""
+    listening: int
+    """Steps that are still listened to."""
+    seconds: float
+    skipped: list[str]
+
+
 class State(BaseModel):
     """What a checkpoint holds beside its tensors."""
 
@@ -58,8 +72,7 @@ class State(BaseModel):
     """Of the pass over the training set that is under way (receipts.Receipt)."""
     skipped: list[str] = []
     """Samples that could not be used and were named."""
-    meter: dict | None = None
-    """Of the records of training: what is gathered for the next one (meter.Meter)."""
+    meter: Gathered | None = None
     scaler: dict = {}
     """Of the loss under float16."""
     world_size: int = Field(1, ge=1)
@@ -124,7 +137,7 @@ def found(folder: Path) -> list[Path]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted((folder / name for name in names if name.startswith("step-")), key=_place, reverse=True)
+    return sorted((folder / name for name in names if name.startswith("step-")), key=place, reverse=True)
 
 
 def latest(folder: Path) -> tuple[Path | None, Checkpoint | None, dict[Path, str]]:
@@ -169,16 +182,16 @@ def remove_old(folder: Path, kept: Kept) -> None:
     """Remove all but the last ones and, of the newest phase that has any, those of the highest accuracy."""
     paths = found(folder)
     accuracies = {path: accuracy for path in paths if (accuracy := _accuracy(path)) is not None}
-    newest = next((_place(path)[1] for path in accuracies), None)
-    rivals = [path for path in accuracies if _place(path)[1] == newest]
+    newest = next((place(path)[1] for path in accuracies), None)
+    rivals = [path for path in accuracies if place(path)[1] == newest]
     best = sorted(rivals, key=lambda path: (-accuracies[path], rivals.index(path)))[: kept.best]
     for path in paths[kept.last :]:
-        if path not in best and _place(path) != UNKNOWN:
+        if path not in best and place(path) != UNKNOWN:
             durable.remove(path)
 
 
-def _place(path: Path) -> tuple[int, int]:
-    """(global step, number of the phase) of a checkpoint, from its folder's name."""
+def place(path: Path) -> tuple[int, int]:
+    """(global step, number of the phase in PHASES) of a checkpoint, from its folder's name; UNKNOWN if it has another form."""
     _, step, phase, *more = [*path.name.split("-"), ""]
     return (int(step), PHASES.index(phase)) if step.isdecimal() and phase in PHASES and more == [""] else UNKNOWN
 

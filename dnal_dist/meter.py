@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnal_dist import cost, schedule
+from dnal_dist.checkpoint import Gathered
 from dnal_dist.parallel import Traffic
 from dnal_dist.recipe import InputError
 from dnal_dist.steps import Outcome
@@ -60,22 +61,22 @@ class Meter:
         self.listening, self.heard = 0 if deaf else 3 * cycle, None
         self._start_over()
         if run.meter is not None:
-            self._go_on(run.meter)
+            self._go_on(*run.meter)
             run.meter = None
 
-    def _go_on(self, packed: dict) -> None:
-        """From what `packed` told. What steps communicate is told anew where that may be another number."""
-        self.sums += packed["sums"].to(self.sums.device)
-        self.skipped.update(packed["skipped"])
-        self.summary, self.since = packed["summary"], self.since - packed["seconds"]
-        if packed["same_topology"]:
-            self.bytes, self.listening = packed["bytes"], packed["listening"]
+    def _go_on(self, gathered: Gathered, sums: Tensor, same_topology: bool) -> None:
+        """What steps communicate is told anew where that may be another number."""
+        self.sums += sums.to(self.sums.device)
+        self.skipped.update(gathered.skipped)
+        self.summary, self.since = gathered.summary, self.since - gathered.seconds
+        if same_topology:
+            self.bytes, self.listening = dict(gathered.bytes), gathered.listening
 
-    def packed(self) -> dict:
-        """What is gathered for the next record, as JSON; `sums` is apart, since each process has its own."""
+    def gathered(self) -> Gathered:
+        """What there is for the next record so far; `sums` is apart, since each process has its own. All processes come here."""
+        skipped = sorted(set(self.run.parallel.gather(sorted(self.skipped))))
         seconds = time.monotonic() - self.since - self.paused
-        told = {"summary": self.summary, "bytes": self.bytes, "listening": self.listening, "seconds": seconds}
-        return told | {"skipped": sorted(set(self.run.parallel.gather(sorted(self.skipped))))}
+        return Gathered(summary=self.summary, bytes=self.bytes, listening=self.listening, seconds=seconds, skipped=skipped)
 
     def _start_over(self) -> None:
         # cross-entropy, correct, pictures, penalty, architecture steps, pictures skipped

@@ -8,6 +8,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from dnal_dist.architecture import Architecture
+from dnal_dist.checkpoint import Gathered
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.receipts import Receipt
@@ -59,8 +60,9 @@ class Run:
     """Samples that could not be used and have been named."""
     receipt: Receipt = field(default_factory=Receipt)
     """Of the pass over the training set that is under way."""
-    meter: dict | None = None
-    """What the meter of the phase begins with, on a resume in its midst (meter.Meter.packed)."""
+    meter: tuple[Gathered, Tensor, bool] | None = None
+    """What the meter of the phase begins with, on a resume in its midst: with this process's sums, and whether its processes and
+    backend are the same."""
     mask: str | None = None
     """The keep mask as cost.pack writes it, once there is one."""
     small: nn.Module | None = None

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import compact
-from dnal_dist.checkpoint import Checkpoint, State, name
+from dnal_dist.checkpoint import Checkpoint, Gathered, State, name
 from dnal_dist.meter import Meter
 from dnal_dist.receipts import Receipt
 from dnal_dist.recipe import InputError
@@ -39,7 +39,7 @@ def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> C
     settle(run)
     parallel, own = run.parallel, _own(run, meter)
     ranks = {kind: parallel.gather_tensor(tensor) for kind, tensor in own.items()}
-    packed = None if meter is None else meter.packed()
+    gathered = None if meter is None else meter.gathered()
     if not parallel.main:
         return None
     tensors = {f"network.{key}": _copy(tensor) for key, tensor in run.network.state_dict().items()}
@@ -54,7 +54,7 @@ def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> C
     else:
         _combine(statistics, [(f"network.{name}", norm) for name, norm in _norms(run)], tensors)
     tensors |= {f"ranks.{kind}": _copy(tensor) for kind, tensor in ranks.items()}
-    return Checkpoint(tensors, _state(run, packed))
+    return Checkpoint(tensors, _state(run, gathered))
 
 
 def settle(run: Run) -> None:
@@ -62,7 +62,7 @@ def settle(run: Run) -> None:
     run.receipt.settle(run.parallel.gather, run.parallel.main, run.global_step, run.train.steps_per_epoch)
 
 
-def _state(run: Run, meter: dict | None) -> State:
+def _state(run: Run, meter: Gathered | None) -> State:
     return State(
         **{key: getattr(run, key) for key in SAME},
         seconds=dict(run.seconds),
@@ -134,6 +134,10 @@ def restore(run: Run, saved: Checkpoint) -> None:
 
 
 def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
+    if wrong := [k for k, t in tensors.items() if not k.startswith("ranks.") and not t.is_floating_point() and t.numel() > 1]:
+        raise ValueError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
+    if (state.compact is None) != (state.phase in ("pretrain", "search", "prune")):
+        raise ValueError(f"phase {state.phase} {'without' if state.compact is None else 'with'} a compact network")
     part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
     if state.compact is not None:
         run.small = compact.restored(state.compact, part["network."]).to(run.parallel.device)
@@ -178,6 +182,6 @@ def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
     if state.meter is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.parallel.main else torch.zeros_like(sums[0])
-        known = {"summary": "", "bytes": {}, "listening": 0, "seconds": 0.0, "skipped": []}
-        topology = same and state.backend == run.parallel.backend
-        run.meter = known | state.meter | {"sums": own, "same_topology": topology}
+        if own.shape != (6,):
+            raise ValueError(f"sums of {tuple(sums.shape)}")
+        run.meter = state.meter, own, same and state.backend == run.parallel.backend

@@ -13,7 +13,6 @@ given is wrong (the last line says what), 3 trained, but the target was missed, 
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import multiprocessing
 import platform
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, saving, stopping
+from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.parallel import Parallel
@@ -136,29 +135,11 @@ def assemble(
     """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
-    data = settings.data
-    try:
-        network = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
-    classes = settings.model.num_classes or network.num_classes
-    rank, world_size = parallel.rank, parallel.world_size
-    pin = parallel.device.type == "cuda"
-    if data.decode == "cuda":
-        nvjpeg.require(parallel.device)
-    cache = (data.cache, data.cache_gb)
-    train = Stream(Shards(data.train, "data.train", classes, *cache), data, settings.seed, True, rank, world_size, pin)
-    val = Stream(Shards(data.val, "data.val", classes, *cache), data, settings.seed, False, rank, world_size, pin)
-    for shards in (train.shards, val.shards):
-        _same_shards(shards, parallel)
-    _refuse_search_without_architecture(settings, train.steps_per_epoch)
-    parts = parallel.parts(data)
-    _try_network(network, data, data.global_batch // world_size // parts)
-    # Raises if the target is out of reach.
-    budget.budget(settings.architecture, network, data.image_size)
+    network = _network(settings.model)
+    train, val = _streams(settings, network, parallel)
+    for stream in (train, val):
+        refusals.shards_that_differ(stream.shards, parallel)
+    _refuse(settings, network, train, parallel)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = parallel.from_main(overwrite or not has_checkpoints(folder))
@@ -169,13 +150,14 @@ def assemble(
     keep = None if saved is None or finished else saved.state.records
     track = Track(folder, settings, parallel, keep, saved and saved.state.tracker_run)
     if parallel.idle_gpus:
-        faults.append(f"{parallel.idle_gpus} GPU for {world_size} processes: they run on the CPU; start fewer by --num_processes")
+        few = f"{parallel.idle_gpus} GPU for {parallel.world_size} processes"
+        faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     if given is not None:
         faults += given.warnings
         track.say(f"the first weights are those of {given.origin}")
     for fault in (*faults, *dict.fromkeys(parallel.gather([*train.shards.warnings, *val.shards.warnings]))):
         track.warn(fault)
-    private_temp(folder, rank, world_size)
+    private_temp(folder, parallel.rank, parallel.world_size)
     supernet = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     saver = Saver(folder / "checkpoints", settings.checkpoint, track)
@@ -195,9 +177,9 @@ def assemble(
         saved is not None,
     )
     if saved is not None:
-        _refuse_other_shards(run, saved.state.shards, allowed)
+        refusals.other_shards(run, saved.state.shards, allowed)
         saving.restore(run, saved)
-        _refuse_shorter_phase(run)
+        refusals.shorter_phase(run)
         if parallel.main:
             write_recipe(folder, settings)
     if finished:
@@ -207,70 +189,42 @@ def assemble(
     return run
 
 
+def _network(model: recipe.Network) -> nets.GatedNetwork:
+    try:
+        return nets.build(model.name, model.num_classes, model.width)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
+
+
+def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, parallel: Parallel) -> tuple[Stream, Stream]:
+    """Of training and of validation."""
+    data, classes = settings.data, settings.model.num_classes or network.num_classes
+    if data.decode == "cuda":
+        nvjpeg.require(parallel.device)
+
+    def stream(key: str, train: bool) -> Stream:
+        shards = Shards(getattr(data, key), f"data.{key}", classes, data.cache, data.cache_gb)
+        pin = parallel.device.type == "cuda"
+        return Stream(shards, data, settings.seed, train, parallel.rank, parallel.world_size, pin)
+
+    return stream("train", True), stream("val", False)
+
+
+def _refuse(settings: recipe.Recipe, network: nets.GatedNetwork, train: Stream, parallel: Parallel) -> None:
+    """Raise InputError for what would only fail in training."""
+    refusals.search_without_architecture(settings, train.steps_per_epoch)
+    share = settings.data.global_batch // parallel.world_size // parallel.parts(settings.data)
+    refusals.unfit_pictures(network, settings.data, share)
+    # Raises if the target is out of reach.
+    budget.budget(settings.architecture, network, settings.data.image_size)
+
+
 def _digests(train: Stream, val: Stream) -> dict[str, str]:
     found = {"data.train": train.shards.fingerprints(), "data.val": val.shards.fingerprints()}
     return {key: hashlib.sha256("\n".join(lines).encode()).hexdigest() for key, lines in found.items()}
-
-
-def _refuse_other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
-    """Raise InputError if the order of samples would not go on as it began."""
-    for key, digest in run.shards.items():
-        if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
-            raise InputError(
-                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed "
-                f"{key}, or begin anew by --overwrite"
-            )
-
-
-def _refuse_shorter_phase(run: Run) -> None:
-    phase = getattr(run.recipe.phases, run.phase, None)
-    if phase is not None and run.step > (total := phase.iterations(run.train.steps_per_epoch)):
-        raise InputError(
-            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; "
-            "make it longer"
-        )
-
-
-def _same_shards(shards: Shards, parallel: Parallel) -> None:
-    """Raise InputError, on all processes, if one of them finds other shards than the main process."""
-    first, *others = parallel.gather([shards.fingerprints()])
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            one, two = next((a, b) for a, b in itertools.zip_longest(first, other, fillvalue="nothing more") if a != b)
-            raise InputError(
-                f"key '{shards.key}': process {rank} finds other shards than process 0 ({two}; not {one}); "
-                f"copy the same files, with their index, to every machine"
-            )
-
-
-def _refuse_search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None:
-    phase = settings.phases.search
-    if phase.iterations(per_epoch) <= phase.weight_steps:
-        raise InputError(
-            f"key 'phases.search.weight_steps': a cycle begins with {phase.weight_steps} weight steps, but the search has only "
-            f"{phase.iterations(per_epoch)} iterations, so no gate would ever move; lower it or lengthen the search"
-        )
-
-
-def _try_network(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
-    """Raise InputError if pictures of the recipe's size, or so few of them in each process, cannot pass through `network`."""
-    size = data.image_size
-    with torch.no_grad(), nets.resting_statistics(network.train()):
-        try:
-            network(torch.zeros(2, 3, size, size))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"key 'data.image_size': the network cannot take pictures of {size}x{size} pixels "
-                f"({str(error).splitlines()[0]}); change it or key 'model.name'"
-            ) from None
-        try:
-            if share == 1:
-                network(torch.zeros(1, 3, size, size))
-        except ValueError as error:
-            raise InputError(
-                f"key 'data.global_batch': {data.global_batch} leaves one picture to a process at a time, too few for BatchNorm "
-                f"({error}); raise it, or key 'data.per_device_batch_limit' if that is what divides it"
-            ) from None
 
 
 def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:

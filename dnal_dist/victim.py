@@ -44,7 +44,7 @@ PLACES = (
 # Of these a process is always at one; a kill cannot be aimed at them by name, since it does not enter them.
 ALWAYS = ("start-up", "between steps")
 # Where the run stands; before it is set up, and from its last step on, as well.
-STAGES = ("start-up", "pretrain", "search", "prune", "finetune", "done")
+STAGES = ("start-up", *checkpoint.PHASES)
 FIELDS = [
     ("pid", "i8"),
     ("where", "i1", 2),  # of the main thread and of any other; -1: nowhere

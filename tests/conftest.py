@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from faulty import FEW, samples, write_tar
+from runs import SHORT, arguments
 
 from data_tools import make_shards
 
@@ -31,7 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
 LONGEST_FIRST = (
     "distributed/test_backends.py", "distributed/test_runs.py", "distributed/test_resumes.py", "distributed/test_plan.py",
-    "test_recipes.py", "test_exact_resume.py", "test_stop_and_resume.py", "distributed/test_skipped_samples.py", "test_train.py",
+    "test_recipes.py", "test_exact_resume.py", "test_stopping.py", "distributed/test_skipped_samples.py", "test_train.py",
     "test_receipts.py", "test_bad_input.py",
 )  # fmt: skip
 
@@ -119,6 +121,19 @@ def train_here():
     yield run
     # Or modules that keep count complain, at the end of the process, of what was left of them.
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def finished(train_here, digits, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+    return run
+
+
+@pytest.fixture
+def short(finished, tmp_path):
+    """A finished short run, to be done with as one likes."""
+    return shutil.copytree(finished, tmp_path / "short")
 
 
 @pytest.fixture

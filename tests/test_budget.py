@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_stop_and_resume import SHORT, arguments, records, tensors, told
+from runs import SHORT, Killed, arguments, records, tensors, told
 
 from dnal_dist import budget, compact, cost, nets, recipe, saving
 from dnal_dist.architecture import Architecture
@@ -233,9 +233,6 @@ def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, t
 
 def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path, monkeypatch):
     """Killed in the middle of its search, of 22 iterations an epoch."""
-
-    class Killed(BaseException):
-        pass
 
     longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
     whole, run, save = tmp_path / "whole", tmp_path / "run", saving.save

@@ -95,45 +95,51 @@ class Crash(BaseException):
     """As if the process were killed."""
 
 
-@pytest.mark.parametrize("operation, when", [*MOMENTS, ("write", "half"), ("shutil.rmtree", "half")])
-def test_killed_within_a_save_the_newest_whole_one_is_found(tmp_path, monkeypatch, operation, when):
-    """At each call of each operation that touches the disk: what is found is the one before or the new one, and whole."""
+def failing_at(patch, operation: str, number: int, when: str, error: type) -> None:
+    """`error` at the `number`-th call of an operation: before it is done, halfway or afterwards."""
     holder, _, attribute = operation.rpartition(".")
     holder = getattr(durable, holder) if holder else durable
-    original = getattr(holder, attribute)
-    for number in range(20):
-        folder = tmp_path / f"{number}"
-        older, newest = made(1), made(2)
-        write(folder, older, last=1)
-        calls = iter(range(100))
+    original, calls = getattr(holder, attribute), iter(range(100))
 
-        def dying(path, *more, number=number, calls=calls, **options):
-            if next(calls) != number:
-                return original(path, *more, **options)
-            if when == "after":
-                original(path, *more, **options)
-            if when == "half" and operation == "write":
-                path.write_bytes(more[0][: len(more[0]) // 2])
-            if when == "half" and operation == "shutil.rmtree" and path.exists():
-                next(path.iterdir()).unlink()
-            raise Crash
+    def failing(path, *more, **options):
+        fails = next(calls) == number
+        if not fails or when == "after":
+            original(path, *more, **options)
+        if fails and when == "half" and operation == "write":
+            path.write_bytes(more[0][: len(more[0]) // 2])
+        if fails and when == "half" and operation == "shutil.rmtree" and path.exists():
+            next(path.iterdir()).unlink()
+        if fails:
+            raise error
 
-        with monkeypatch.context() as patch:
-            patch.setattr(holder, attribute, dying)
-            try:
-                write(folder, newest, last=1)
-            except Crash:
-                pass
-            else:
-                assert number >= OPERATIONS[operation]
-                break
+    patch.setattr(holder, attribute, failing)
+
+
+def write_failing(folder: Path, new: Checkpoint, error: type, *where, **kept) -> bool:
+    """Whether the write came to the place where it is to fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(patch, *where, error)
+        try:
+            write(folder, new, **kept)
+        except error:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("operation, when", [*MOMENTS, ("write", "half"), ("shutil.rmtree", "half")])
+def test_killed_within_a_save_the_newest_whole_one_is_found(tmp_path, operation, when):
+    """At each call of each operation that touches the disk: what is found is the one before or the new one, and whole."""
+    older, newest, number = made(1), made(2), 0
+    write(tmp_path / "0", older, last=1)
+    while write_failing(folder := tmp_path / f"{number}", newest, Crash, operation, number, when, last=1):
         _, found, damaged = checkpoint.latest(folder)
         assert not damaged and (same(found, newest) or same(found, older))
         durable.clean(folder)
         write(folder, newest, last=1)
         assert same(checkpoint.latest(folder)[1], newest) and names(folder) == ["step-00000002-search"]
-    else:
-        pytest.fail("there is no end of it")
+        number += 1
+        write(tmp_path / f"{number}", older, last=1)
+    assert number >= OPERATIONS[operation]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -147,39 +153,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("operation", ["write", "to_disk", "rename", "os.rename", "shutil.rmtree"])
 @pytest.mark.parametrize("error", [Crash, OSError])
-def test_one_of_the_same_name_is_replaced_and_never_lost(tmp_path, monkeypatch, operation, when, error):
+def test_one_of_the_same_name_is_replaced_and_never_lost(tmp_path, operation, when, error):
     """The only one there is: after a stop within an evaluation, the epoch's end is at the same step."""
-    holder, _, attribute = operation.rpartition(".")
-    holder = getattr(durable, holder) if holder else durable
-    original = getattr(holder, attribute)
-    for number in range(20):
-        folder = tmp_path / f"{number}"
-        first, second = made(3), made(3)
-        write(folder, first)
-        calls = iter(range(100))
-
-        def failing(path, *more, number=number, calls=calls, **options):
-            fails = next(calls) == number
-            if not fails or when == "after":
-                original(path, *more, **options)
-            if fails:
-                raise error
-
-        with monkeypatch.context() as patch:
-            patch.setattr(holder, attribute, failing)
-            try:
-                write(folder, second, last=1, best=0)
-            except error:
-                pass
-            else:
-                assert number > 0
-                break
+    first, second, number = made(3), made(3), 0
+    write(tmp_path / "0", first)
+    while write_failing(folder := tmp_path / f"{number}", second, error, operation, number, when, last=1, best=0):
         durable.clean(folder)
         assert names(folder) == ["step-00000003-search"]
         assert any(same(checkpoint.latest(folder)[1], one) for one in (first, second))
-    else:
-        pytest.fail("there is no end of it")
-    assert same(checkpoint.latest(folder)[1], second) and len(names(folder)) == 1
+        number += 1
+        write(tmp_path / f"{number}", first)
+    assert number > 0 and same(checkpoint.latest(folder)[1], second) and names(folder) == ["step-00000003-search"]
 
 
 def rewritten(path: Path, **changes) -> None:

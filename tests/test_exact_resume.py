@@ -5,9 +5,11 @@ import itertools
 
 import pytest
 import torch
-from test_stop_and_resume import arguments, records, tensors, told
+from runs import Killed, arguments, records, tensors, told
 
-from dnal_dist import checkpoint, evaluate, loop, phases, pruning, saving, stopping
+from dnal_dist import checkpoint, evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist.meter import Meter
+from dnal_dist.parallel import Parallel
 from dnal_dist.stopping import STOPPED, Stopped
 
 # Four iterations an epoch, so that phases begin and end within epochs.
@@ -21,10 +23,6 @@ KINDS = {
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
     "a supernet with noise": ("model.name=supernet_digits", "model.width=0.5", "data.global_batch=120"),
 }
-
-
-class Killed(BaseException):
-    """Ends a run at once."""
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +163,75 @@ def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch,
     ended = train_here(*arguments(digits, run, *TINY))
     assert ended.code == 0 and "resumed in prune after 0 steps" in ended.out
     compare(run, whole("plain"))
+
+
+def test_all_that_is_saved_comes_back(digits, tmp_path):
+    """Also what the runs above do not come to: a guard that has acted, samples that were skipped."""
+    settings = recipe.load("recipes/digits.yaml", [*arguments(digits, tmp_path / "run", *TINY)[1:]])
+    run = train.assemble(settings, Parallel())
+    told = {
+        "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_rests": True,
+        "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
+        "skipped": {"a picture", "another"},
+    }  # fmt: skip
+    for key, value in told.items():
+        assert getattr(run, key) != value
+        setattr(run, key, value)
+    torch.nn.init.normal_(run.architecture.alpha)
+    momentum = {name: torch.randn_like(p) for name, p in run.supernet.named_parameters()}
+    meter = Meter(run)
+    meter.sums += torch.arange(6)
+    meter.skipped, meter.summary, meter.bytes, meter.listening = {"a picture"}, "loss 1", {"comm/bytes_weight_step": 7}, 2
+    run.receipt.take((5, 6), 90, [])
+    saving.save(run, momentum, meter)
+    random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
+    assert run.saver.finish()
+    run.track.close()
+    run.close()
+
+    again = train.assemble(settings, Parallel())
+    assert {key: getattr(again, key) for key in told} == told
+    assert again.architecture.alpha.equal(run.architecture.alpha)
+    assert again.momentum.keys() == momentum.keys() and all(again.momentum[key].equal(momentum[key]) for key in momentum)
+    assert again.receipt == run.receipt and again.receipt.samples == 90
+    assert torch.rand(3).equal(random)
+    came = Meter(again)
+    assert came.sums.equal(meter.sums) and came.gathered().model_dump(exclude={"seconds"}) == meter.gathered().model_dump(
+        exclude={"seconds"}
+    )
+    again.track.close()
+    again.close()
+
+
+INCONSISTENT = {
+    "a phase before pruning with a compact network": lambda t, s: s.update(compact=[["Flatten", []]]),
+    "a finetune without one": lambda t, s: s.update(phase="finetune"),
+    "weights of another network": lambda t, s: t.update({"network.more": torch.zeros(3)}),
+    "weights of another kind": lambda t, s: t.update({"network.classifier.0.weight": t["network.classifier.0.weight"].char()}),
+    "momentum of another kind": lambda t, s: t.update({"momentum.classifier.0.weight": t["network.classifier.0.weight"].char()}),
+    "momentum of nothing": lambda t, s: t.update({"momentum.more": torch.zeros(3)}),
+    "no alpha": lambda t, s: t.pop("alpha"),
+    "too few alphas": lambda t, s: t.update(alpha=t["alpha"][:5].clone()),
+    "no generator": lambda t, s: t.pop("ranks.random"),
+    "an empty generator": lambda t, s: t.update({"ranks.random": torch.zeros(1, 0, dtype=torch.uint8)}),
+    "no sums": lambda t, s: t.pop("ranks.sums"),
+    "sums of another form": lambda t, s: t.update({"ranks.sums": torch.zeros(1, 2, dtype=torch.float64)}),
+    "a receipt of another form": lambda t, s: s.update(receipt={"epoch": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", INCONSISTENT)
+def test_a_checkpoint_that_does_not_fit_itself_is_refused_in_a_line(train_here, digits, tmp_path, kind):
+    """Whoever writes one can make its manifest fit."""
+    run = tmp_path / "run"
+    assert train_here(*arguments(digits, run, *TINY), "--max-time=1s").code == STOPPED
+    _, (tensors, state), _ = checkpoint.latest(run / "checkpoints")
+    changed = state.model_dump()
+    INCONSISTENT[kind](tensors, changed)
+    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, checkpoint.State(**changed)), checkpoint.Kept(9, 0))
+    if changed["phase"] != state.phase:
+        assert checkpoint.latest(run / "checkpoints")[1].state.phase == changed["phase"]
+    ended = train_here(*arguments(digits, run, *TINY))
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"error: {run}: the checkpoint of step 1 does not fit the recipe or itself (")

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from launching import launch, succeed
+from runs import records, told
 from safetensors.torch import load_file
-from test_stop_and_resume import records, told
 
 from data_tools import make_shards
 

@@ -1,6 +1,5 @@
 """Whole runs under `accelerate launch`, on the configs that ship."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 import psutil
 import pytest
 from launching import launch, succeed
+from runs import records
 
 from data_tools import make_shards
 
@@ -26,11 +26,6 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     make_shards.digits(folder)
     return [f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar"]
-
-
-def records(run, *kinds: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if not kinds or record["kind"] in kinds]
 
 
 @pytest.fixture(scope="module")

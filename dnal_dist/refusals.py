@@ -1,0 +1,73 @@
+"""What a run is refused for before it trains, each by an InputError that names the key and the remedy."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from dnal_dist import nets, recipe
+from dnal_dist.parallel import Parallel
+from dnal_dist.recipe import InputError
+from dnal_dist.run import Run
+from dnal_dist.shards import Shards
+
+
+def other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
+    """Raise InputError if the order of samples would not go on as it began."""
+    for key, digest in run.shards.items():
+        if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
+            raise InputError(
+                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed "
+                f"{key}, or begin anew by --overwrite"
+            )
+
+
+def shorter_phase(run: Run) -> None:
+    phase = getattr(run.recipe.phases, run.phase, None)
+    if phase is not None and run.step > (total := phase.iterations(run.train.steps_per_epoch)):
+        raise InputError(
+            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; "
+            "make it longer"
+        )
+
+
+def shards_that_differ(shards: Shards, parallel: Parallel) -> None:
+    """Raise InputError, on all processes, if one of them finds other shards than the main process."""
+    first, *others = parallel.gather([shards.fingerprints()])
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            one, two = next((a, b) for a, b in itertools.zip_longest(first, other, fillvalue="nothing more") if a != b)
+            raise InputError(
+                f"key '{shards.key}': process {rank} finds other shards than process 0 ({two}; not {one}); "
+                f"copy the same files, with their index, to every machine"
+            )
+
+
+def search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None:
+    phase = settings.phases.search
+    if phase.iterations(per_epoch) <= phase.weight_steps:
+        raise InputError(
+            f"key 'phases.search.weight_steps': a cycle begins with {phase.weight_steps} weight steps, but the search has only "
+            f"{phase.iterations(per_epoch)} iterations, so no gate would ever move; lower it or lengthen the search"
+        )
+
+
+def unfit_pictures(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
+    """Raise InputError if pictures of the recipe's size, or so few of them in each process, cannot pass through `network`."""
+    size = data.image_size
+    with torch.no_grad(), nets.resting_statistics(network.train()):
+        try:
+            network(torch.zeros(2, 3, size, size))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"key 'data.image_size': the network cannot take pictures of {size}x{size} pixels "
+                f"({str(error).splitlines()[0]}); change it or key 'model.name'"
+            ) from None
+        try:
+            if share == 1:
+                network(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            raise InputError(
+                f"key 'data.global_batch': {data.global_batch} leaves one picture to a process at a time, too few for BatchNorm "
+                f"({error}); raise it, or key 'data.per_device_batch_limit' if that is what divides it"
+            ) from None

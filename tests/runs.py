@@ -1,0 +1,78 @@
+"""What tests do with whole runs of the digits: begin one, watch it, and compare what two of them tell."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+# 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
+SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none")
+
+
+LONG = (*SMALL, "phases.pretrain.epochs=3", "phases.search.epochs=3", "phases.finetune.epochs=3")
+
+
+SHORT = (*SMALL, "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4")
+
+
+def arguments(digits: Path, run: Path, *changes: str) -> list[str]:
+    shards = [f"data.train={digits}/train-000000.tar", f"data.val={digits}/val-000000.tar", f"output={run}"]
+    return ["recipes/digits.yaml", *shards, *changes]
+
+
+def records(run: Path, *kinds: str) -> list[dict]:
+    """All records of these kinds (of all kinds, if none are given); every line must be one."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if not kinds or record["kind"] in kinds]
+
+
+def told(run: Path) -> list[dict]:
+    """What a run tells about its training, without what depends on the clock, and without the notes of starts and warnings."""
+    clock = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds")
+    kept = records(run, "train", "eval", "gates", "prune", "phase", "end")
+    return [{key: value for key, value in record.items() if key not in clock} for record in kept]
+
+
+def tensors(run: Path) -> bytes:
+    return (run / "compact" / "weights.safetensors").read_bytes()
+
+
+def reach(process, run: Path, phase: str, step: int) -> None:
+    """Wait until the command has taken `step` iterations of `phase`."""
+    path = run / "metrics.jsonl"
+    for _ in range(20_000):
+        lines = path.read_text().splitlines() if path.exists() else []
+        # The last line may be only half there.
+        if any(f'"phase": "{phase}", "step": {step},' in line for line in lines if '"kind": "train"' in line):
+            return
+        if process.poll() is not None:
+            pytest.fail(f"it ended before {phase} {step}: {process.communicate()}")
+        time.sleep(0.005)
+    pytest.fail(f"it never came to {phase} {step}")
+
+
+def family(process) -> list[psutil.Process]:
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()
+    return not alive
+
+
+class Killed(BaseException):
+    """Ends a run at once."""
+
+
+def die():
+    raise Killed
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -1,0 +1,181 @@
+"""What the same command makes of a run folder, and what may have changed meanwhile."""
+
+import re
+import shutil
+
+import pytest
+from runs import SHORT, SMALL, Killed, arguments, die, reach, records, tensors, told
+
+from dnal_dist import checkpoint, loop, saving, stopping
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("which", range(5))
+def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, monkeypatch, which, when):
+    """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
+    are those at its start and at the ends of its phases; killed before the first, it begins anew."""
+    count, save = iter(range(100)), saving.save
+
+    def save_or_die(*state):
+        number = next(count)
+        if when == "after" or number != which:
+            save(*state)
+        if number == which:
+            raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(saving, "save", save_or_die)
+        train_here(*arguments(digits, run, *SHORT))
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 0, ended.err
+    assert told(run) == told(short)
+    assert tensors(run) == tensors(short)
+    anew = f"{run}: the run ended before its first checkpoint; it begins anew"
+    assert (anew in ended.out) == (which == 0 and when == "before")
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "metrics.jsonl and an empty recipe.yaml", "half a recipe.yaml"])
+def test_a_run_killed_when_it_began_begins_anew(train_here, digits, tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    if "recipe" in left:
+        (run / "recipe.yaml").write_text("name: di" if "half" in left else "")
+    (run / ".compact.unfinished").mkdir()
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 0 and [r["resumed"] for r in records(run, "start")] == [False]
+    assert not list(run.glob(".*.unfinished"))
+
+
+def test_a_finished_run_is_told_again_and_not_trained_again(train_here, short, digits):
+    before, weights = (short / "metrics.jsonl").read_bytes(), tensors(short)
+    (short / "report.html").unlink()
+    ended = train_here(*arguments(digits, short, *SHORT), "--resume")
+    assert ended.code == 0, ended.err
+    assert "this run is finished" in ended.out and "accuracy after finetune" in ended.out
+    assert (short / "metrics.jsonl").read_bytes() == before and tensors(short) == weights
+    assert (short / "report.html").exists()
+
+
+def test_a_run_killed_before_its_last_record_gets_it(train_here, short, digits):
+    whole = told(short)
+    lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert '"kind": "end"' in lines[-1]
+    (short / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    assert train_here(*arguments(digits, short, *SHORT), "--resume").code == 0
+    assert told(short) == whole
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("architecture.penalty_weight=0.5", ("architecture.penalty_weight", (0.037, 0.5))),
+        ("seed=1", ("seed", (0, 1))),
+        ("phases.finetune.steps=5", ("phases.finetune.steps", (4, 5))),
+        ("phases.search.schedule={kind: cosine, offset: 3.0}", ("phases.search.schedule.kind", ("constant", "cosine"))),
+        ("data.augmentation.padding=2", ("data.augmentation.padding", (1, 2))),
+    ],
+)
+def test_another_recipe_is_shown_and_refused(train_here, short, digits, change, key):
+    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+    ended = train_here(*arguments(digits, short, *SHORT, change))
+    assert ended.code == 2
+    first, *diff, last = ended.err.splitlines()
+    assert first == f"error: {short}: the recipe has changed since the run began:"
+    name, values = key
+    assert diff[:2] == [f"  - {name}: {values[0]}", f"  + {name}: {values[1]}"]
+    assert last.startswith(f"undo that, or go on by --allow-changed {name}")
+    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
+    """The finetune is made longer; not that of a run that is finished."""
+    before = (short / "recipe.yaml").read_bytes()
+    longer = (*arguments(digits, short, *SHORT, "phases.finetune.steps=6"), "--allow-changed", "phases.finetune")
+    ended = train_here(*longer)
+    assert ended.code == 2 and (short / "recipe.yaml").read_bytes() == before
+    assert f"error: {short}: this run is finished, and nothing of phases.finetune.steps can change any more; undo" in ended.err
+    shutil.rmtree(checkpoint.found(short / "checkpoints")[0])
+    ended = train_here(*longer)
+    assert ended.code == 0 and "changed: phases.finetune.steps: 4 -> 6" in ended.out, ended
+    assert records(short, "start")[-1]["changed"] == {"phases.finetune.steps": [4, 6]}
+    assert records(short, "train")[-1]["global_step"] == 14
+    # It is the run's recipe from then on.
+    assert "this run is finished" in train_here(*longer[:-2]).out and "steps: 6" in (short / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, allowed, told",
+    [
+        ("model.width=0.5", ["model.width"], r"- model\.width: 1\.0\n  \+ model\.width: 0\.5\nundo that, or begin anew"),
+        ("seed=1", ["sed"], r"--allow-changed sed: no such key in the recipe"),
+        ("seed=1", ["phases"], r"undo that, or go on by --allow-changed seed, or"),
+    ],
+)
+def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told):
+    options = [word for key in allowed for word in ("--allow-changed", key)]
+    ended = train_here(*arguments(digits, short, *SHORT, change), *options)
+    assert ended.code == 2 and re.search(told, ended.err), ended.err
+
+
+def test_a_phase_cannot_become_shorter_than_it_is(train_here, digits, tmp_path, monkeypatch):
+    run, longer = tmp_path / "run", (*SHORT, "phases.pretrain.steps=9")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "_is_time_to_save", lambda run: die() if run.step == 6 else True)
+        train_here(*arguments(digits, run, *longer))
+    ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--allow-changed", "phases.pretrain")
+    assert ended.code == 2
+    assert "key 'phases.pretrain': the run has taken 5 of its iterations already, so 3 are too few; make it longer" in ended.err
+
+
+def test_shards_may_move_but_not_change(train_here, short, digits, tmp_path):
+    """The order of samples would not go on as it began, and nobody would see it."""
+    moved = shutil.copytree(digits, tmp_path / "moved")
+    ended = train_here(*arguments(moved, short, *SHORT))
+    assert ended.code == 0 and "this run is finished" in ended.out, ended.err
+    shutil.copy(digits / "train-000001.tar", moved / "train-000000.tar")
+    (moved / "index.json").unlink()
+    before = (short / "recipe.yaml").read_bytes()
+    ended = train_here(*arguments(moved, short, *SHORT))
+    assert ended.code == 2 and (short / "recipe.yaml").read_bytes() == before
+    assert "error: key 'data.train': the shards are not those that the run began with; put those back, or go on by" in ended.err
+    assert train_here(*arguments(moved, short, *SHORT), "--allow-changed", "data").code == 0
+
+
+def test_what_has_no_say_in_the_result_may_change(train_here, short, digits):
+    moved = short.rename(short.parent / "moved")
+    others = ("data.workers=1", "data.cache_gb=5", "tracking.log_every=3")
+    assert train_here(*arguments(digits, moved, *SHORT, *others), "--resume").code == 0
+
+
+def test_two_runs_do_not_share_a_folder(train_command, train_here, digits, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    process = train_command.start(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"))
+    reach(process, run, "pretrain", 3)
+    monkeypatch.setattr("dnal_dist.folder.LOCK_SECONDS", 0.2)
+    for option in ((), ("--overwrite",)):
+        ended = train_here(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"), *option)
+        assert ended.code == 2
+        assert ended.err.startswith(
+            f"error: key 'output': another process trains in {run}; wait for its end, or name another folder"
+        )
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == stopping.STOPPED
+    assert checkpoint.latest(run / "checkpoints")[1].state.phase == "pretrain"
+
+
+def test_the_tracker_goes_on_with_the_same_run(train_here, digits, tmp_path):
+    run, tracked = tmp_path / "run", [change for change in SHORT if "tracker" not in change]
+    assert train_here(*arguments(digits, run, *tracked), "--max-time=1s").code == stopping.STOPPED
+    assert train_here(*arguments(digits, run, *tracked)).code == 0
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert {part.name.split("-")[-1] for part in parts} == {r["tracker_run"] for r in records(run, "start")}
+
+
+def test_resuming_what_never_began_begins_it(train_here, digits, tmp_path):
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), "--resume")
+    assert ended.code == 0, ended.err
+    assert [r["resumed"] for r in records(tmp_path / "run", "start")] == [False]

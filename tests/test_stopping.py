@@ -1,0 +1,213 @@
+"""A run that is stopped, however it is stopped, says where it stands, leaves no process, and goes on as if nothing had happened."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
+
+from dnal_dist import checkpoint, ending, saving, stopping
+
+
+@pytest.fixture
+def one_core():
+    """The number of threads decides how sums are rounded, so commands that are to be bit-equal run on as many cores."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, one_core, digits, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    stops = (("pretrain", signal.SIGINT), ("search", signal.SIGKILL), ("search", signal.SIGUSR1), ("finetune", signal.SIGTERM))
+    for number, (phase, kind) in enumerate(stops):
+        # Loader processes have no say in what is learned, so a resumed run may have another number of them.
+        workers = f"data.workers={0 if kind == signal.SIGKILL else 1}"
+        process = train_command.start(*arguments(digits, run, *LONG, workers))
+        reach(process, run, phase, 30 + number)
+        processes = family(process)
+        # A loader for each of its two streams; a run that goes on may not have evaluated yet.
+        assert len(processes) in ({1} if kind == signal.SIGKILL else {3} if number == 0 else {2, 3})
+        if kind == signal.SIGTERM:
+            # A cluster may send it to all processes of a job; the loaders are for the training process to end.
+            for one in processes[1:]:
+                one.send_signal(kind)
+        process.send_signal(kind)
+        out, err = process.communicate(timeout=60)
+        assert all_gone(processes)
+        assert ("resumed in" in out) == (number > 0)
+        last = records(run, "train")[-1]
+        assert last["phase"] == phase
+        if kind == signal.SIGKILL:
+            assert process.returncode == -kind
+            continue
+        assert process.returncode == stopping.STOPPED, (out, err)
+        where = f"in {phase} after {last['step']} steps ({last['global_step']} in all)"
+        assert err.strip() == f"stopped ({kind.name}) {where}; the same command goes on from here"
+        (stop,) = (r for r in records(run, "stop") if r["global_step"] == last["global_step"])
+        assert (stop["reason"], stop["phase"], stop["step"]) == (kind.name, phase, last["step"])
+    ended = train_here(*arguments(digits, run, *LONG, "data.workers=0"))
+    assert ended.code == 0 and f"resumed in finetune after {last['step']} steps" in ended.out, ended
+
+    assert train_here(*arguments(digits, whole, *LONG)).code == 0
+    assert [r["global_step"] for r in records(run, "train")] == list(range(1, 199))
+    assert told(run) == told(whole)
+    assert tensors(run) == tensors(whole)
+    assert [r["resumed"] for r in records(run, "start")] == [False, True, True, True, True]
+    assert len({r["tracker_run"] for r in records(run, "start")}) == 1
+
+
+def test_a_second_ctrl_c_is_heeded_at_once(train_command, digits, tmp_path):
+    """Where it does not come to an edge: here it waits for a batch, since its loader stands still."""
+    process = train_command.start(*arguments(digits, tmp_path / "run", *SMALL, "data.workers=1", "phases.pretrain.epochs=1000"))
+    reach(process, tmp_path / "run", "pretrain", 3)
+    processes = family(process)
+    for loader in processes[1:]:
+        loader.suspend()
+    # What was loaded ahead is used up.
+    told = -1
+    while told != (told := len(records(tmp_path / "run"))):
+        time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(stopping.IMPATIENT + 1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "; the same command goes on from step-" in err and "Traceback" not in err, err
+    assert all_gone(processes)
+
+
+def test_a_signal_before_training_ends_it_there(train_command, digits, tmp_path):
+    process = train_command.start(*arguments(digits, tmp_path / "run", *SMALL))
+    until = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+    # torch is loaded; what is left of the start takes another second at least.
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (stopping.STOPPED, -signal.SIGTERM), err
+    assert "Traceback" not in err
+
+
+def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits, tmp_path):
+    run = tmp_path / "run"
+    ended = train_command(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", "25s")
+    assert ended.returncode == stopping.STOPPED and "s are left of the time limit) in pretrain" in ended.stderr, ended.stderr
+    # At the stop; the checkpoint was written after it.
+    assert float(re.search(r"\((\d+) s are left", ended.stderr)[1]) >= 4
+    assert checkpoint.latest(run / "checkpoints")[1].state.global_step == records(run, "train")[-1]["global_step"]
+
+
+def test_a_limit_that_has_passed_lets_a_step_be_taken(train_here, digits, tmp_path):
+    """Or a job with too little time would be tried again for ever, without getting on."""
+    steps = []
+    for _ in range(3):
+        ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), "--max-time", "1s")
+        assert ended.code == stopping.STOPPED
+        steps.append(checkpoint.latest(tmp_path / "run" / "checkpoints")[1].state.global_step)
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("3h30m", 12_600), ("90m", 5400), ("1d", 86_400), ("45s", 45), ("3:30:00", 12_600), ("1-12:00:00", 129_600)]
+)
+def test_times_are_read(text, seconds):
+    assert stopping.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "soon", "0s", "3h 30m x", "-1h", "30m3h"])
+def test_what_is_no_time_is_refused(train_here, text):
+    ended = train_here("recipes/digits.yaml", f"--max-time={text}")
+    assert ended.code == 2 and ended.err.startswith("error: --max-time: expected a time such as 3h30m, 90m, 1d or 3:30:00, found ")
+
+
+def test_the_end_of_a_slurm_job_is_a_limit(monkeypatch, tmp_path):
+    for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert stopping.limit(None) is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1900000000")
+    assert stopping.limit(None) == 1_900_000_000
+    assert stopping.limit("1h") < time.time() + 3600
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    # Older releases tell it only when they are asked.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "squeue").write_text('#!/bin/sh\n[ "$*" = "--noheader --jobs 7 --format %e" ] && echo 2030-03-17T17:46:40\n')
+    (tmp_path / "squeue").chmod(0o755)
+    assert stopping.limit(None) == time.mktime((2030, 3, 17, 17, 46, 40, 0, 0, -1))
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho N/A\n")
+    assert stopping.limit(None) is None
+
+
+def test_a_stop_file_ends_it_politely_and_is_taken_away(train_command, digits, tmp_path):
+    run = tmp_path / "run"
+    process = train_command.start(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"))
+    reach(process, run, "pretrain", 25)
+    (run / "stop").touch()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == stopping.STOPPED and f"stopped ({run}/stop is there) in pretrain" in err
+    assert not (run / "stop").exists()
+
+
+def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits, tmp_path, monkeypatch):
+    """As the kernel does where memory is short."""
+
+    def kill(_):
+        for loader in multiprocessing.active_children():
+            loader.kill()
+            loader.join()
+
+    save, count = saving.save, iter(range(100))
+    monkeypatch.setattr(ending, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(saving, "save", lambda *state: save(*state) if next(count) != 1 else kill(state))
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "data.workers=1"))
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert re.match(r"error: key 'data\.workers': a loader process died \(DataLoader worker \(.*\) .*\); lower it, or give", line)
+
+
+@pytest.mark.parametrize("whom", ["Ctrl-C to all", "SIGTERM to the launcher", "SIGUSR1 to one process", "SIGKILL to the launcher"])
+def test_two_processes_stop_together(train_command, train_here, digits, tmp_path, whom):
+    run = tmp_path / "run"
+    process = train_command.start(*arguments(digits, run, *LONG, "data.workers=1"), processes=2)
+    reach(process, run, "pretrain", 30)
+    processes = family(process)
+    # The launcher, and on each rank the training with a loader for each of its two streams.
+    assert len(processes) == 7
+    if whom == "Ctrl-C to all":
+        # A terminal sends it to every process of the foreground job.
+        for one in processes:
+            one.send_signal(signal.SIGINT)
+    elif whom == "SIGUSR1 to one process":
+        ranks = [one for one in processes if one.ppid() == process.pid and one.environ().get("RANK") == "1"]
+        ranks[0].send_signal(signal.SIGUSR1)
+    elif whom == "SIGTERM to the launcher":
+        process.terminate()
+    else:
+        process.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert all_gone(processes)
+    last = records(run, "train")[-1]
+    (stand,) = [line for line in err.splitlines() if line.startswith("stopped ")]
+    assert stand.endswith(f" in pretrain after {last['step']} steps ({last['step']} in all); the same command goes on from here"), (
+        err
+    )
+    # Between processes only one may have heard it.
+    assert stand.split(")")[0].split("(")[1] in ("SIGINT", "SIGTERM", "SIGUSR1", "a signal", "the launcher is gone")
+    # The launcher shows where it was itself; the processes do not.
+    assert "/train.py" not in err and "KeyboardInterrupt" not in err, err
+    assert checkpoint.latest(run / "checkpoints")[1].state.global_step == last["step"]
+
+    # One process goes on where two began.
+    if whom == "Ctrl-C to all":
+        ended = train_here(*arguments(digits, run, *LONG, "data.workers=0"))
+        assert ended.code == 0, ended.err
+        assert [r["global_step"] for r in records(run, "train")] == list(range(1, 199))
+        assert [r["world_size"] for r in records(run, "start")] == [2, 1]
