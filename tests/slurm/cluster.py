@@ -193,3 +193,22 @@ def _free_ports(count: int) -> int:
             continue
         return first
     raise RuntimeError("no free ports")
+
+
+def main() -> None:
+    """A cluster to try things on, until Ctrl-C: python tests/slurm/cluster.py"""
+    if why := missing():
+        sys.exit(f"error: {why}")
+    cluster = Cluster(cgroup="--cgroup" in sys.argv)
+    try:
+        print(
+            f"two nodes are idle; in another terminal:\n    export SLURM_CONF={cluster.folder}/slurm.conf\nCtrl-C ends them",
+            flush=True,
+        )
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    main()
