@@ -5,7 +5,7 @@ python slurm/submit.py recipes/proxyless.yaml --nodes 2 --gpus-per-node 8 --time
 python slurm/submit.py --sweep recipes/sweeps/resnet50_lambda.yaml --gpus-per-node 8 --time 12:00:00 --max-parallel 2
 
 The job saves and queues itself again when it is preempted or its time is over, until the run is done. What your site always wants
-goes into a file, ~/.config/dnal_dist/slurm.yaml, with the same names: "partition: gpu", "setup: [module load cuda]". See docs/slurm.md.
+goes into a file, ~/.config/dnal_dist/slurm.yaml, by the same names: partition: gpu, setup: [module load cuda]. See docs/slurm.md.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(submit, tmp_path):
     assert asked["cpus-per-task"] == "32", "a core for each of 8 processes and their 3 loaders"
     words = launch(text)
     assert "--cpus-per-task=32" in words, "srun does not take it over from sbatch"
-    pairs = dict(zip(words, words[1:], strict=False))
+    pairs = dict(pairwise(words))
     assert (pairs["--num_machines"], pairs["--num_processes"]) == ("2", "16")
     assert pairs["--main_process_ip"] == "$head" and pairs["-m"] == "dnal_dist.train"
     assert '--machine_rank "$SLURM_NODEID"' in pairs["-c"]
