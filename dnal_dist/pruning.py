@@ -28,7 +28,8 @@ def prune(run: Run) -> None:
     present = cost.present(supernet, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
     chosen_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
-    facts = {"rescued": rescued, "collapsed": collapsed, "mask": run.mask}
+    layers = cost.of_layers(supernet, image_size, keep)
+    facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.mask}
     run.track.record("prune", kept=kept, full=full, compact=small, **chosen_by, **facts)
     try:
         accuracy = look(run, epoch=0.0)

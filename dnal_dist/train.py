@@ -253,6 +253,7 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
         steps_per_epoch=train.steps_per_epoch,
         dropped_per_epoch=train.dropped,
         sites=run.supernet.gate_sites,
+        shortcuts=run.supernet.shortcuts(),
         full=full,
         versions=versions,
     )
