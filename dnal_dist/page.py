@@ -13,7 +13,7 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import explorer, ledger, markup, published, results
+from dnal_dist import accounts, explorer, markup, published, results
 from dnal_dist.results import Run
 
 
@@ -44,9 +44,9 @@ def _page(run: Run) -> str:
         _search_section(search),
         markup.section("Cost of the network", _COST_NOTE, _cost_table(result)),
         _published_section(place),
-        ledger.section(run, result),
-        ledger.environment(run),
-        ledger.receipts(run),
+        accounts.section(run, result),
+        accounts.environment(run),
+        accounts.receipts(run),
     ]
     footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {_date(run)}."
     return Template(_part("report_template.html")).substitute(
