@@ -11,8 +11,14 @@ from itertools import groupby
 
 from dnal_dist import markup
 
-WIDTH, TALLEST, HEAD, FOOT = 940, 96, 14, 16
-"""Pixels: of all blocks side by side, of the tallest box, of the room above the boxes for shortcuts, below for numbers."""
+WIDTH, GAP, LABELS = 998, 12, 34
+"""Pixels: of the page's column, between stages, of the candidates' names."""
+TALLEST, HEAD, FOOT = 96, 14, 16
+"""Pixels: of the tallest box, of the room above the boxes for shortcuts, below for numbers."""
+NUMBERED = 26
+"""Pixels of a layer from which on there is room for its number of channels."""
+LEAST = 1.5
+"""Pixels of what is filled, so that one channel of many is still seen."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ def draw(sites: dict[str, int], kept: dict[str, int], shortcuts: list[str]) -> s
     names, channels = list(sites), list(sites.values())
     stay, rows = [kept.get(site, 0) for site in names], blocks(names)
     # As wide as the page allows, within reason.
-    pitch = min(max(WIDTH / (sum(block.columns for block in rows) + 0.6 * len(rows)), 11), 52)
+    room = WIDTH - GAP * len({block.stage for block in rows}) - LABELS
+    pitch = min(max(room / (sum(block.columns for block in rows) + 0.6 * len(rows)), 10), 52)
     stages, first = "", True
     for stage, members in groupby(rows, key=lambda block: block.stage):
         svgs = ""
@@ -91,7 +98,7 @@ def draw(sites: dict[str, int], kept: dict[str, int], shortcuts: list[str]) -> s
 
 
 def _block(block: Block, channels: list[int], kept: list[int], pitch: float, shortcut: bool, labelled: bool) -> str:
-    gap, middle, left = 0.3 * pitch, HEAD + TALLEST / 2, 34 if labelled else 0
+    gap, middle, left = 0.3 * pitch, HEAD + TALLEST / 2, LABELS if labelled else 0
     width = left + pitch * block.columns + 2 * gap
     places = _stacked(block, channels, pitch, left) if block.stacked else _in_a_row(block, channels, pitch)
     begin, end = left + gap / 2, width - gap / 2
@@ -107,7 +114,7 @@ def _block(block: Block, channels: list[int], kept: list[int], pitch: float, sho
         _box(block, box, place, channels, kept, (begin, end), pitch, labelled)
         for box, place in zip(block.boxes, places, strict=True)
     )
-    height = HEAD + TALLEST + FOOT
+    height = HEAD + TALLEST + (FOOT if pitch >= NUMBERED else 4)
     size = f'width="{width:.1f}" height="{height}" viewBox="0 0 {width:.1f} {height}"'
     return f'<svg {size}><path class="wire" d="{wires}"/>{around}{boxes}</svg>'
 
@@ -148,11 +155,9 @@ def _box(
     ones down, so that the area is the share of its weights."""
     shares = [kept[i] / max(channels[i], 1) for i in box.sites]
     down, across = shares[0], shares[-1] if len(shares) > 1 else 1.0
-    middle = place.y + place.height / 2
-    fill = (
-        f'x="{place.x + place.width * (1 - across) / 2:.2f}" y="{middle - place.height * down / 2:.2f}" '
-        f'width="{place.width * across:.2f}" height="{place.height * down:.2f}"'
-    )
+    middle, width, height = place.y + place.height / 2, max(place.width * across, LEAST), max(place.height * down, LEAST)
+    corner = f'x="{place.x + (place.width - width) / 2:.2f}" y="{middle - height / 2:.2f}"'
+    fill = f'{corner} width="{width:.2f}" height="{height:.2f}"'
     hull = f'x="{place.x:.2f}" y="{place.y:.2f}" width="{place.width:.2f}" height="{place.height:.2f}"'
     name = f"{block.name}.{box.name}" if box.name else block.name
     counts = [f"{kept[i]:,} of {channels[i]:,}" for i in box.sites]
@@ -162,7 +167,7 @@ def _box(
         more += f'<path class="wire" d="M{wires[0]:.1f} {middle:.1f}H{wires[1]:.1f}"/>'
         if labelled:
             more += f'<text class="row" x="0" y="{middle + 3:.1f}">{escape(box.name)}</text>'
-    elif pitch >= 26:
+    elif pitch >= NUMBERED:
         foot = HEAD + TALLEST + FOOT - 4
         more += f'<text class="count" x="{place.x + place.width / 2:.1f}" y="{foot}">{kept[box.sites[0]]}</text>'
     state = "box" if all(kept[i] for i in box.sites) else "box closed"

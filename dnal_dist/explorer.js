@@ -13,7 +13,8 @@ function explore() {
     share: row.querySelector(".share"), strip: row.querySelector(".gates path"),
   }));
   const comma = (count) => count.toLocaleString("en-US");
-  const percent = (share) => (100 * share).toFixed(0) + "\u00a0%";
+  // Neither one channel of many is none, nor all but one of many all.
+  const percent = (share) => Math.min(Math.max(Math.round(100 * share), 1), share < 1 ? 99 : 100) + "\u00a0%";
   let at = frames.length - 1, shown = null;
 
   function bars(counts) {
@@ -34,7 +35,9 @@ function explore() {
     const { x, y, width, height } = box.hull, open = frames[at].open;
     const shares = box.sites.map((site) => open[site] / Math.max(channels[site], 1));
     const down = shares[0], across = shares.length > 1 ? shares.at(-1) : 1;
-    const place = { x: x + (width * (1 - across)) / 2, y: y + (height * (1 - down)) / 2, width: width * across, height: height * down };
+    // So that one channel of many is still seen.
+    const wide = Math.max(width * across, 1.5), high = Math.max(height * down, 1.5);
+    const place = { x: x + (width - wide) / 2, y: y + (height - high) / 2, width: wide, height: high };
     for (const [key, value] of Object.entries(place)) box.fill.setAttribute(key, value.toFixed(2));
     box.group.classList.toggle("closed", !box.sites.every((site) => open[site]));
     box.title.textContent = told(box);

@@ -63,35 +63,28 @@ def table(run: Run, sites: dict[str, int], stay: dict[str, int], counts: list | 
     """The table, and what filters it by script; arguments as those of `rows`."""
     told = rows(run, sites, stay, counts)
     priced = any(layer.cost for layer in told)
-    heads = [
-        ("layer", "layer", "text"),
-        *([("gates", "gates", "")] if counts else []),
-        ("bar", "", ""),
-        ("channels", "channels", "number"),
-    ]
-    heads.append(("share", "kept" if run.last("prune") else "open", "number"))
+    heads = [("layer", "layer", "text"), *([("gates", "gates", "")] if counts else []), ("channels", "channels", "number")]
+    heads += [("bar", "", ""), ("share", "share", "number")]
     heads += [("cost", f"{words}, {which}", "number") for which, _, words in _COSTS if priced]
     columns = "".join(
         f'<th scope="col" class="{name}" data-sort="{sort}">{words}</th>' if words else f'<td class="{name}"></td>'
         for name, words, sort in heads
     )
-    widest = max(*sites.values(), 1)
-    body = "".join(_row(layer, widest, counts is not None, priced) for layer in told)
+    body = "".join(_row(layer, counts is not None, priced) for layer in told)
     foot = _total(told, counts is not None) if priced else ""
     # As wide as the longest name needs, within reason.
-    letters = min(max(len(layer.name) for layer in told) + 2, 26)
+    letters = min(max(len(layer.name) for layer in told) + 2, 32)
     content = f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody>{foot}"
     content = f'<table class="layers" style="--name:{letters}ch">{content}</table>'
     return (_FILTER if len(told) > 1 else "") + markup.scroll("Channels and cost of each layer", content, "tall")
 
 
-def _row(layer: Layer, widest: int, strips: bool, priced: bool) -> str:
+def _row(layer: Layer, strips: bool, priced: bool) -> str:
     cells = _strip(layer.gated) if strips else ""
-    cells += '<td class="bar" aria-hidden="true"></td><td class="channels" data-value="-1">no gates</td>'
-    cells += '<td class="share" data-value="2"></td>'
+    cells += '<td class="channels" data-value="-1">no gates</td><td class="bar"></td><td class="share" data-value="2"></td>'
     data = ""
     if gated := layer.gated:
-        cells = (_strip(gated) if strips else "") + _channels(gated, widest)
+        cells = (_strip(gated) if strips else "") + _channels(gated)
         data = f' data-site="{gated.number}"' + (" data-rescued" if gated.rescued else "")
     costs = _costs(layer.cost) if priced else ""
     name = f'<th scope="row" data-value="{escape(layer.name)}">{markup.breakable(layer.name)}</th>'
@@ -116,16 +109,20 @@ def strip(counts: list[float]) -> str:
     return bars
 
 
-def _channels(gated: Gated, widest: int) -> str:
-    """The bar is as long as the full layer is wide, and filled as far as channels stay."""
-    bar = f'<span style="width:{100 * gated.channels / widest:.2f}%"><i style="width:{100 * gated.share:.2f}%"></i></span>'
-    fate = markup.text(results.percent(gated.share, 0)) if gated.left else "closed"
-    flag, fate = (" flag", "rescued") if gated.rescued else ("", fate)
+def _channels(gated: Gated) -> str:
+    bar = f'<span><i style="width:{100 * gated.share:.2f}%"></i></span>'
+    flag, fate = (" flag", "rescued") if gated.rescued else ("", _percent(gated) if gated.left else "closed")
     return (
-        f'<td class="bar" aria-hidden="true">{bar}</td>'
         f'<td class="channels" data-value="{gated.left}">{gated.left:,} of {gated.channels:,}</td>'
+        f'<td class="bar" aria-hidden="true">{bar}</td>'
         f'<td class="share{flag}" data-value="{gated.share:.6f}">{fate}</td>'
     )
+
+
+def _percent(gated: Gated) -> str:
+    """Neither one channel of many is none, nor all but one of many all."""
+    whole = min(max(round(100 * gated.share), 1), 99 if gated.left < gated.channels else 100)
+    return f"{whole}&nbsp;%"
 
 
 def _costs(cost: dict) -> str:
@@ -133,7 +130,8 @@ def _costs(cost: dict) -> str:
     for which, key, words in _COSTS:
         value = cost.get(which, {}).get(key)
         told = "" if value is None else markup.text(results.amount(value))
-        cells += f'<td class="cost" data-label="{words}, {which}" data-value="{-1 if value is None else value}">{told}</td>'
+        label, sorts = words if which == "full" else which, -1 if value is None else value
+        cells += f'<td class="cost" data-label="{label}" data-value="{sorts}">{told}</td>'
     return cells
 
 
@@ -142,5 +140,5 @@ def _total(told: list[Layer], strips: bool) -> str:
     for which, key, _ in _COSTS:
         sums[which][key] = sum(layer.cost.get(which, {}).get(key, 0) for layer in told)
     empty = '<td class="gates"></td>' if strips else ""
-    empty += '<td class="bar"></td><td class="channels"></td><td class="share"></td>'
+    empty += '<td class="channels"></td><td class="bar"></td><td class="share"></td>'
     return f'<tfoot><tr><th scope="row">all layers</th>{empty}{_costs(sums)}</tr></tfoot>'
