@@ -85,7 +85,7 @@ def draw(sites: dict[str, int], kept: dict[str, int], shortcuts: list[str]) -> s
     stay, rows = [kept.get(site, 0) for site in names], blocks(names)
     # As wide as the page allows, within reason.
     room = WIDTH - GAP * len({block.stage for block in rows}) - LABELS
-    pitch = min(max(room / (sum(block.columns for block in rows) + 0.6 * len(rows)), 10), 52)
+    pitch = min(max(room / (sum(block.columns for block in rows) + 0.6 * len(rows)), 10), 72)
     stages, first = "", True
     for stage, members in groupby(rows, key=lambda block: block.stage):
         svgs = ""

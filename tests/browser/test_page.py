@@ -165,7 +165,6 @@ def test_without_a_script_the_last_state_and_all_tables_are_there(opened, pages)
         script, plain = (numbers(one.locator(part).all()) for one in (moved, page))
         assert script and script == pytest.approx(plain, abs=0.02)
     assert not page.locator(".slider").is_visible() and not page.locator(".filter").is_visible()
-    assert page.get_by_text("The figures need JavaScript").is_visible()
 
 
 def test_play_goes_from_the_beginning_to_the_end(opened, pages):
