@@ -134,10 +134,8 @@ def receipts(run: Run) -> str:
     ]
     head = ["epoch", "batches", "samples", "skipped", "digest of samples", "digest of their order"]
     skipped = [one for record in told for one in record.get("skipped") or [] if isinstance(one, list)]
-    note = (
-        f"{sum(record.get('samples', 0) for record in told):,} samples in {len(told):,} {'pass' if len(told) == 1 else 'passes'}, skipped: {len(skipped):,}. "
-        f"Prove them: python -m dnal_dist.stream --audit RUN"
-    )
+    samples, passes = sum(record.get("samples", 0) for record in told), "1 pass" if len(told) == 1 else f"{len(told):,} passes"
+    note = f"{samples:,} samples in {passes}, skipped: {len(skipped):,}. Prove them: python -m dnal_dist.stream --audit RUN"
     lost = [[*map(str, one), *[""] * 5][:5] for one in skipped[:500]]
     lost_head = ["number", "shard", "byte", "key", "reason"]
     return markup.section(
