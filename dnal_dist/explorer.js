@@ -6,15 +6,19 @@ function explore() {
   const boxes = [...document.querySelectorAll(".network .box")].map((group) => ({
     group, name: group.dataset.name, sites: group.dataset.sites.split(" ").map(Number), title: group.querySelector("title"),
     hull: Object.fromEntries(["x", "y", "width", "height"].map((key) => [key, Number(group.querySelector(".hull").getAttribute(key))])),
-    fill: group.querySelector(".fill"), count: group.querySelector(".count"),
+    fill: group.querySelector(".fill"), pale: group.querySelector(".pale"), count: group.querySelector(".count"),
   }));
   const rows = [...document.querySelectorAll(".layers tbody tr[data-site]")].map((row) => ({
-    row, site: Number(row.dataset.site), bar: row.querySelector(".bar i"), channels: row.querySelector(".channels"),
+    row, site: Number(row.dataset.site), bar: row.querySelector(".bar i"), pale: row.querySelector(".bar b"), channels: row.querySelector(".channels"),
     share: row.querySelector(".share"), strip: row.querySelector(".gates path"),
   }));
   const comma = (count) => count.toLocaleString("en-US");
   // Neither one channel of many is none, nor all but one of many all.
-  const percent = (share) => Math.min(Math.max(Math.round(100 * share), 1), share < 1 ? 99 : 100) + "\u00a0%";
+  const percent = (left, of) =>
+    Math.min(Math.max(Math.round((100 * left) / of), Math.min(left, 1)), left < of ? 99 : 100) + "\u00a0%";
+  const undecided = (site) => frames[at].undecided?.[site] ?? 0;
+  const share = (site) => frames[at].open[site] / Math.max(channels[site], 1);
+  const possible = (site) => (frames[at].open[site] + undecided(site)) / Math.max(channels[site], 1);
   let at = frames.length - 1, shown = null;
 
   function bars(counts) {
@@ -26,41 +30,50 @@ function explore() {
   }
 
   function told({ name, sites }) {
-    const counts = sites.map((site) => `${comma(frames[at].open[site])} of ${comma(channels[site])}`);
-    if (counts.length === 1) return `${name}: ${counts[0]} channels`;
-    return `${name}: ${counts[0]} hidden channels, ${counts.at(-1)} output channels`;
+    const words = (site, what) =>
+      `${comma(frames[at].open[site])} of ${comma(channels[site])} ${what}` +
+      (undecided(site) ? `, ${comma(undecided(site))} undecided` : "");
+    if (sites.length === 1) return `${name}: ${words(sites[0], "channels")}`;
+    return `${name}: ${words(sites[0], "hidden channels")}; ${words(sites.at(-1), "output channels")}`;
+  }
+
+  // As the page was written: amid the outline, the least of it still seen.
+  function resize(rect, { x, y, width, height }, shares) {
+    const down = shares[0], across = shares.length > 1 ? shares.at(-1) : 1, seen = down > 0 && across > 0;
+    const wide = seen ? Math.max(width * across, 1.5) : 0, high = seen ? Math.max(height * down, 1.5) : 0;
+    const place = { x: x + (width - wide) / 2, y: y + (height - high) / 2, width: wide, height: high };
+    for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value.toFixed(2));
   }
 
   function drawBox(box) {
-    const { x, y, width, height } = box.hull, open = frames[at].open;
-    const shares = box.sites.map((site) => open[site] / Math.max(channels[site], 1));
-    const down = shares[0], across = shares.length > 1 ? shares.at(-1) : 1;
-    // So that one channel of many is still seen.
-    const wide = Math.max(width * across, 1.5), high = Math.max(height * down, 1.5);
-    const place = { x: x + (width - wide) / 2, y: y + (height - high) / 2, width: wide, height: high };
-    for (const [key, value] of Object.entries(place)) box.fill.setAttribute(key, value.toFixed(2));
-    box.group.classList.toggle("closed", !box.sites.every((site) => open[site]));
+    resize(box.pale, box.hull, box.sites.map(possible));
+    resize(box.fill, box.hull, box.sites.map(share));
+    box.group.classList.toggle("closed", !box.sites.every(possible));
     box.title.textContent = told(box);
-    if (box.count) box.count.textContent = comma(open[box.sites[0]]);
+    if (box.count) box.count.textContent = comma(frames[at].open[box.sites[0]]);
   }
 
-  function drawRow({ row, site, bar, channels: cell, share: fate, strip }) {
-    const left = frames[at].open[site], share = left / Math.max(channels[site], 1), counts = frames[at].counts;
+  function drawRow({ row, site, bar, pale, channels: cell, share: fate, strip }) {
+    const left = frames[at].open[site], counts = frames[at].counts;
     const rescued = at === frames.length - 1 && "rescued" in row.dataset;
-    bar.style.width = 100 * share + "%";
+    bar.style.width = 100 * share(site) + "%";
+    pale.style.width = 100 * (possible(site) - share(site)) + "%";
     cell.textContent = `${comma(left)} of ${comma(channels[site])}`;
     cell.dataset.value = left;
-    fate.textContent = rescued ? "rescued" : left ? percent(share) : "closed";
+    fate.textContent = rescued ? "rescued" : possible(site) ? percent(left, channels[site]) : "closed";
     fate.classList.toggle("flag", rescued);
-    fate.dataset.value = share;
+    fate.dataset.value = share(site);
+    row.dataset.state = !possible(site) ? "closed" : left < channels[site] ? "thinned" : "whole";
     if (strip) strip.setAttribute("d", counts ? bars(counts[site]) : "");
   }
 
   function show(position) {
     at = Math.min(Math.max(position, 0), frames.length - 1);
-    slider.value = at;
-    slider.setAttribute("aria-valuetext", frames[at].words);
-    words.textContent = frames[at].words;
+    if (slider) {
+      slider.value = at;
+      slider.setAttribute("aria-valuetext", frames[at].words);
+      words.textContent = frames[at].words;
+    }
     boxes.forEach(drawBox);
     rows.forEach(drawRow);
     if (shown) readout.textContent = told(shown);
@@ -103,16 +116,13 @@ function explore() {
     });
   });
 
-  const isState = {
-    closed: (share) => share === 0, thinned: (share) => share > 0 && share < 1, whole: (share) => share === 1,
-  };
   const every = [...document.querySelectorAll(".layers tbody tr")];
   function filter() {
     if (!byId("filter")) return;
     const part = byId("filter").value.trim().toLowerCase(), state = byId("state").value;
     for (const row of every) {
       const named = row.querySelector("th").dataset.value.toLowerCase().includes(part);
-      row.hidden = !named || (state !== "" && !isState[state](Number(row.querySelector(".share").dataset.value)));
+      row.hidden = !named || (state !== "" && row.dataset.state !== state);
     }
     const left = every.filter((row) => !row.hidden).length;
     const told = left === every.length ? "" : `${comma(left)} of ${comma(every.length)} layers`;
@@ -155,8 +165,8 @@ function explore() {
       show(Number(slider.value));
     });
     play.addEventListener("click", () => (timer ? stop() : start()));
-    // A browser that goes back to the page may remember where the slider stood.
-    show(at);
   }
+  // A browser that goes back to the page may remember where the slider stood.
+  show(at);
 }
 if (run.explorer) explore();

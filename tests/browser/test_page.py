@@ -103,10 +103,8 @@ def shown(page) -> dict:
         "words": page.inner_text("#words"),
         "spoken": page.get_attribute("#position", "aria-valuetext"),
         "channels": page.locator(".layers tbody tr[data-site] .channels").all_inner_texts(),
-        "filled": [
-            float(box.get_attribute("height") or 0) * (1 if "closed" not in box.locator("..").get_attribute("class") else 0)
-            for box in page.locator(".network .fill").all()
-        ],
+        "filled": [float(box.get_attribute("height")) for box in page.locator(".network .fill").all()],
+        "pale": [float(box.get_attribute("height")) for box in page.locator(".network .pale").all()],
         "strips": [path.get_attribute("d") for path in page.locator(".layers .gates path").all()],
     }
 
@@ -129,15 +127,16 @@ def test_the_keyboard_moves_through_the_search(opened, pages):
     page.focus("#position")
     page.keyboard.press("Home")
     first = shown(page)
-    assert first["words"] == first["spoken"] == "epoch 0 of 3, delta 1: 0 of 40 gates open"
+    assert first["words"] == first["spoken"] == "epoch 0 of 3, delta 1: 0 of 40 gates open, 40 undecided"
     assert (first["value"], first["channels"], first["filled"]) == ("0", ["0 of 8", "0 of 16", "0 of 16"], [0, 0, 0])
     assert all(strip.count("M") == 1 for strip in first["strips"])
     page.keyboard.press("ArrowRight")
     second = shown(page)
     assert (second["value"], second["channels"]) == ("1", ["3 of 8", "8 of 16", "1 of 16"])
     assert [strip.count("M") for strip in second["strips"]] == [4, 4, 3]
-    # Boxes are as high as the root of their channels: half of 16 fills half of the highest.
-    assert second["filled"][1] == pytest.approx(96 / 2, abs=0.1)
+    # The box of 16 channels is the highest: half of them fill half of it, and those that are not decided yet stand out around.
+    assert second["filled"][1:] == pytest.approx([96 / 2, 96 / 16], abs=0.1)
+    assert second["pale"][1:] == pytest.approx([96 * 12 / 16, 96 * 8 / 16], abs=0.1)
     page.keyboard.press("End")
     assert shown(page) == after
 
@@ -213,18 +212,21 @@ def test_layers_are_filtered_and_sorted(opened, pages):
     page.select_option("#state", "closed")
     page.focus("#position")
     page.keyboard.press("Home")
-    assert visible(page) == ["conv0", "conv1", "conv2"]
+    assert visible(page) == []
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert visible(page) == ["conv2"]
 
 
 def test_the_picture_tells_numbers_by_pointer_and_keyboard(opened, pages):
     page = opened(pages["supernet"])
     box = page.locator('.box[data-name="stages.1.cells.2.k5e6"]')
     box.hover()
-    assert page.inner_text("#readout") == "stages.1.cells.2.k5e6: 4 of 48 hidden channels, 2 of 24 output channels"
+    assert page.inner_text("#readout") == "stages.1.cells.2.k5e6: 4 of 48 hidden channels; 2 of 24 output channels"
     assert box.locator("title").text_content() == page.inner_text("#readout")
     page.focus("#position")
     page.keyboard.press("Home")
-    assert page.inner_text("#readout").endswith("48 of 48 hidden channels, 24 of 24 output channels")
+    assert page.inner_text("#readout").endswith("48 of 48 hidden channels; 24 of 24 output channels")
     page.keyboard.press("Tab")
     assert page.inner_text("#readout").startswith("first.depthwise: 32 of 32 channels")
     page.keyboard.press("End")
