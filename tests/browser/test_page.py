@@ -294,6 +294,14 @@ def test_hostile_names_are_only_text(opened, pages):
     assert page.locator("img").count() == 0 and page.locator("script").count() == 3
 
 
+def test_the_page_may_ask_for_nothing(opened, pages):
+    page = opened(pages["finished"])
+    tried = page.evaluate("fetch('https://example.org/').then(() => 'answered', () => 'refused')")
+    assert (tried, page.evaluate("violations.splice(0)")) == ("refused", ["connect-src"])
+    complaints = [opened.complaints.pop() for _ in range(len(opened.complaints))]
+    assert complaints and all("Content Security Policy" in one for one in complaints)
+
+
 # Texts whose colour stands out too little from what lies behind them: 4.5 to 1, large ones 3 to 1 (WCAG 2, level AA).
 FAINT = """() => {
   const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
