@@ -59,8 +59,9 @@ def disk(case: Case) -> Finding:
     number = keep.last + keep.best + 1
     there = sum(path.stat().st_size for path in case.folder.glob("checkpoints/*/*") if path.is_file())
     free = disk_usage(case.place).free
-    told = f"checkpoints take up to {short(number * case.tensor_bytes)} ({number} of {short(case.tensor_bytes)}), {short(free)} are free"
-    if free + there < number * case.tensor_bytes:
+    needed = number * case.tensor_bytes
+    told = f"checkpoints take up to {short(needed)} ({number} of {short(case.tensor_bytes)}), {short(free)} are free"
+    if free + there < needed:
         return fails(told, "make room, name another key 'output', or lower keys 'checkpoint.keep.last' and 'checkpoint.keep.best'")
     return passes(told)
 
@@ -83,9 +84,9 @@ def saving(case: Case) -> Finding:
 
 def _like(case: Case) -> Checkpoint:
     """One of the search, of numbers that no file system can make smaller."""
-    weights = {name: torch.rand(p.shape) for name, p in case.network.named_parameters()}
+    weights = dict(case.network.named_parameters())
     buffers = {name: torch.rand(b.shape) if b.is_floating_point() else b.clone() for name, b in case.network.named_buffers()}
-    tensors = {f"{part}.{name}": t for part in ("network", "momentum") for name, t in weights.items()}
+    tensors = {f"{part}.{name}": torch.rand(p.shape) for part in ("network", "momentum") for name, p in weights.items()}
     tensors |= {f"network.{name}": t for name, t in buffers.items()}
     gates = case.network.num_gates
     tensors |= {"alpha": torch.rand(gates), "alpha_momentum": torch.rand(gates)}

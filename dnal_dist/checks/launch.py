@@ -24,9 +24,9 @@ class Launch:
     def __init__(self, case: Case):
         self.case, self.processes = case, min(case.processes, PROBED)
         self.begun, self.process = time.monotonic(), None
-        self.said: IO[bytes] = tempfile.TemporaryFile()
 
     def __enter__(self) -> "Launch":
+        self.said: IO[bytes] = tempfile.TemporaryFile()
         if not self.case.quick and (self.case.config is not None or self.processes == 1):
             self.process = self._start()
         return self

@@ -64,8 +64,8 @@ def gpus(case: Case) -> Finding:
     built, found, seen = torch.version.cuda, gpu_facts(), torch.cuda.device_count()
     if not found and not seen:
         return warns(
-            "no GPU here: this looks like a login node, so neither CUDA, NCCL nor a driver were looked at, and the run of "
-            "the steps was on the CPU over gloo",
+            "no GPU here: this looks like a login node, so neither CUDA, NCCL nor a driver were looked at, and steps "
+            "are tried on the CPU over gloo",
             "ask again on a node of the job (`srun --gres=gpu:1 ...`), unless the CPU is what you train on",
         )
     names = ", ".join(dict.fromkeys(one["name"] for one in found)) or "unknown"
