@@ -20,6 +20,8 @@ from dnal_dist.results import duration
 CLOCKS = 2.0
 # Share of the time between two checkpoints that writing one may take; they would wait for each other.
 BUSY = 0.5
+# Bytes that are written to measure it.
+MEASURED = 256 << 20
 # Seconds that importing, reading the index and joining the processes may take before a run takes its first step.
 START = 120.0
 
@@ -67,7 +69,7 @@ def disk(case: Case) -> Finding:
 
 
 def saving(case: Case) -> Finding:
-    """A checkpoint as large as the run's is written for real, beside the run folder, and held against the time that there is."""
+    """A checkpoint as large as the run's, up to MEASURED, is written for real, beside the run folder, and held against the time that there is."""
     if case.quick:
         return passes("not measured, by --quick")
     if disk_usage(case.place).free < 2 * case.tensor_bytes:
@@ -76,23 +78,24 @@ def saving(case: Case) -> Finding:
     parent = case.place.parent
     beside = os.access(parent, os.W_OK) and parent.stat().st_dev == case.place.stat().st_dev
     with tempfile.TemporaryDirectory(prefix=".dnal_dist-doctor-", dir=parent if beside else case.place) as place:
+        written = _like(case)
         begun = time.monotonic()
-        checkpoint.write(Path(place, "checkpoints"), _like(case), Kept(1, 0))
+        size = checkpoint.write(Path(place, "checkpoints"), written, Kept(1, 0))
         seconds = time.monotonic() - begun
-    return _judged(case, seconds)
+    if size > 0.9 * case.tensor_bytes:
+        return _judged(case, seconds, f"one of {short(size)} took {seconds:.2f} s to write and to read back")
+    told = f"{short(size)} of a checkpoint's {short(case.tensor_bytes)} took {seconds:.2f} s to write and to read back"
+    return _judged(case, seconds * case.tensor_bytes / size, told)
 
 
 def _like(case: Case) -> Checkpoint:
-    """One of the search, of numbers that no file system can make smaller."""
-    weights = dict(case.network.named_parameters())
-    buffers = {name: torch.rand(b.shape) if b.is_floating_point() else b.clone() for name, b in case.network.named_buffers()}
-    tensors = {f"{part}.{name}": torch.rand(p.shape) for part in ("network", "momentum") for name, p in weights.items()}
-    tensors |= {f"network.{name}": t for name, t in buffers.items()}
-    gates = case.network.num_gates
-    tensors |= {"alpha": torch.rand(gates), "alpha_momentum": torch.rand(gates)}
-    if case.ranks > 1:
-        statistics = sum(b.numel() for b in buffers.values() if b.is_floating_point())
-        tensors["ranks.statistics"] = torch.rand(case.ranks, statistics)
+    """One of the search, or as much of it as is written in time, of numbers that no file system can make smaller."""
+    tensors, size = {"alpha": torch.rand(case.network.num_gates)}, 0
+    for name, p in case.network.named_parameters():
+        for part in ("network", "momentum"):
+            rows = max(1, min(len(p), (MEASURED - size) * len(p) // (4 * p.numel())))
+            tensors[f"{part}.{name}"] = torch.rand(p.shape)[:rows]
+            size += 4 * tensors[f"{part}.{name}"].numel()
     state = State(phase="search", step=1, global_step=1, recipe=case.settings.model_dump(mode="json"))
     return Checkpoint(tensors, state)
 
@@ -103,9 +106,9 @@ def limit_of(case: Case) -> float | None:
     return case.seconds if end is None else max(0.0, end - time.time())
 
 
-def _judged(case: Case, seconds: float) -> Finding:
+def _judged(case: Case, seconds: float, told: str) -> Finding:
+    """seconds: that one checkpoint takes."""
     settings, limit = case.settings.checkpoint, limit_of(case)
-    told = f"one of {short(case.tensor_bytes)} took {seconds:.2f} s to write and to read back"
     # What stopping.Edges leaves of the time for the last one, and as much as a run needs to begin.
     needed = START + 2 * seconds + 5
     every = None if settings.every_minutes is None else 60 * settings.every_minutes

@@ -4,8 +4,10 @@ python -m dnal_dist.checks.probe RECIPE.yaml RESULT.json SIZE
 """
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,9 +30,13 @@ def main() -> None:
     try:
         settings = recipe.load(path)
         parallel = Parallel()
-        found = probe(settings, parallel, int(largest))
-        if parallel.main:
-            Path(result).write_text(json.dumps(found))
+
+        def tell(found: dict) -> None:
+            if parallel.main:
+                Path(f"{result}.new").write_text(json.dumps(found))
+                os.replace(f"{result}.new", result)
+
+        probe(settings, parallel, int(largest), tell)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if parallel is not None:
@@ -40,8 +46,9 @@ def main() -> None:
     parallel.leave(0)
 
 
-def probe(settings: Recipe, parallel: Parallel, largest: int) -> dict:
-    """What the processes are, as they turned out; {kind of step: (loss, seconds)}; and what was made smaller for it."""
+def probe(settings: Recipe, parallel: Parallel, largest: int, tell: Callable[[dict], None]) -> None:
+    """Tells what the processes are, as they turned out, and what was made smaller; after each step {its kind: (loss, seconds)}; at
+    last whether all processes have the same weights."""
     torch.manual_seed(settings.seed)
     network = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
     size = _size(network, settings.data, largest)
@@ -53,15 +60,18 @@ def probe(settings: Recipe, parallel: Parallel, largest: int) -> dict:
     network = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     trained = parallel.wrap(network, settings.phases.search.optimizer, {}, training)
-    steps = _steps(settings, parallel, trained, network, architecture, size)
-    backend = obtained(trained)
+    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
+    facts = {"backend": obtained(trained), "world_size": parallel.world_size, "device": device, "precision": parallel.precision}
+    facts |= {"steps": {}, "reduced": reduced}
+    tell(facts)
+    for kind, loss, seconds in _steps(settings, parallel, trained, network, architecture, size):
+        facts["steps"][kind] = loss, seconds
+        tell(facts)
     with trained.gathered():
         weights = {name: p.detach().cpu() for name, p in network.named_parameters()}
-        alike = _alike(parallel, weights | {"alpha": architecture.alpha.detach().cpu()})
+        facts["alike"] = _alike(parallel, weights | {"alpha": architecture.alpha.detach().cpu()})
+    tell(facts)
     trained.close()
-    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
-    facts = {"backend": backend, "world_size": parallel.world_size, "device": device, "precision": parallel.precision}
-    return facts | {"steps": steps, "alike": alike, "reduced": reduced}
 
 
 def obtained(trained: Trained) -> str:
@@ -88,7 +98,8 @@ def _size(network: nets.GatedNetwork, data: recipe.Data, largest: int) -> int:
 
 def _steps(
     settings: Recipe, parallel: Parallel, trained: Trained, network: nets.GatedNetwork, architecture: Architecture, size: int
-) -> dict[str, tuple[float, float]]:
+) -> Iterator[tuple[str, float, float]]:
+    """Kind, loss (the mean over processes) and seconds of each step."""
     asked, device = settings.architecture, parallel.device
     optimizer = torch.optim.SGD(architecture.parameters(), asked.optimizer.lr, asked.optimizer.momentum)
     generator = torch.Generator().manual_seed(parallel.rank)
@@ -116,12 +127,10 @@ def _steps(
             trained, architecture, optimizer, images, labels, PICTURES, delta, kind, weight, average, share, clip_norm=clip
         )
 
-    found = {}
     for name, step in {"pretrain": pretrain, "weights": weights, "architecture": gates}.items():
         begun = time.monotonic()
         loss = parallel.average_(step().cross_entropy.detach().double().cpu().to(device)) / PICTURES
-        found[name] = (float(loss), time.monotonic() - begun)
-    return found
+        yield name, float(loss), time.monotonic() - begun
 
 
 def _alike(parallel: Parallel, tensors: dict[str, torch.Tensor]) -> bool:
