@@ -69,7 +69,7 @@ def disk(case: Case) -> Finding:
 
 
 def saving(case: Case) -> Finding:
-    """A checkpoint as large as the run's, up to MEASURED, is written for real, beside the run folder, and held against the time that there is."""
+    """A checkpoint of the run's size, up to MEASURED, is written beside the run folder and held against the time that there is."""
     if case.quick:
         return passes("not measured, by --quick")
     if disk_usage(case.place).free < 2 * case.tensor_bytes:
