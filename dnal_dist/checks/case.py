@@ -166,8 +166,10 @@ class Case:
 
 
 def refused(error: InputError) -> Finding:
-    found, _, remedy = str(error).rpartition("; ")
-    return fails(found or remedy, remedy if found else "")
+    """The message ends with the remedy: behind its last semicolon, or on its last line."""
+    lines = str(error).splitlines()
+    found, _, remedy = lines[0].rpartition("; ") if len(lines) == 1 else (" ".join(" ".join(lines[:-1]).split()), "", lines[-1])
+    return fails(found or remedy, remedy if found else "correct it")
 
 
 def bounded(check: Callable[[Case], Finding], case: Case, seconds: float) -> Finding:

@@ -90,8 +90,8 @@ class Launch:
             return fails(f"{precision} was asked for; found {told}", f"{remedy}: mixed_precision")
         if wrong := [kind for kind, (loss, _) in found["steps"].items() if not abs(loss) < float("inf")]:
             return fails(
-                f"the {wrong[0]} step's loss is no finite number: {told}",
-                "lower key 'phases.*.optimizer.lr', or mixed_precision no",
+                f"the loss of the {wrong[0]} step is no finite number: {told}",
+                "lower keys 'phases.*.optimizer.lr', or set mixed_precision to no",
             )
         if "alike" not in found:
             told = f"no more of its steps came to an end in time: {told}"
