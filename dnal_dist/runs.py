@@ -111,14 +111,17 @@ def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
 
 def _progress(run: results.Run) -> dict:
     summary, train, last = results.summary(run), run.last("train"), run.records[-1]
-    here = train if train.get("phase") == summary.get("phase") else {}
+    phase = summary.get("phase")
+    # A checkpoint tells the phase that begins with it; behind the last there is none.
+    phase = train.get("phase") if phase == "done" else phase
+    here = train if train.get("phase") == phase else {}
     ratio = summary.get("macs_ratio")
     full = summary.get("full", {}).get("exact", {}).get("macs")
     if ratio is None and full and train.get("expected_macs") is not None:
         ratio = train["expected_macs"] / full
     return {
         "name": run.name,
-        "phase": summary.get("phase"),
+        "phase": phase,
         "step": here.get("step"),
         "phase_steps": here.get("phase_steps"),
         "accuracy": run.last("eval").get("accuracy"),
