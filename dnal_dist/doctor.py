@@ -162,6 +162,8 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    # On a login node others are at work, and threads that wait for one another then take many times as long as one does.
+    torch.set_num_threads(1)
     found = examine(asked, LIMIT - (time.monotonic() - begun))
     if args.json:
         print(json.dumps([{"check": name, **one._asdict()} for name, one in found.items()], indent=1))

@@ -223,7 +223,13 @@ def _tell(folder: Path, found: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dnal_dist.runs",
+        description=__doc__,
+        epilog="states: "
+        + "; ".join(STATES.values())
+        + ". A run seems to run if its disk is shared with other machines, where its "
+        f"lock may not be seen, and its last record is younger than {SILENT / 60:.0f} minutes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for example runs")
     parser.add_argument("--json", action="store_true", help="print a list of objects")

@@ -9,25 +9,10 @@ from pathlib import Path
 import pytest
 from runs import arguments
 
-from dnal_dist import doctor, recipe
+from dnal_dist import doctor
 from dnal_dist.checks import Case, Finding, launch
 from dnal_dist.checks.case import Config, read_config
 from dnal_dist.recipe import InputError
-
-
-@pytest.fixture
-def case_of(digits, tmp_path):
-    """A case of the demo on its shards, with changes to the recipe and facts of the launch."""
-    made = []
-
-    def make(*changes: str, **facts) -> Case:
-        shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/none/run"]
-        made.append(Case(recipe.load("recipes/digits.yaml", [*shards, "tracking.tracker=none", *changes]), **facts))
-        return made[-1]
-
-    yield make
-    for case in made:
-        case.close()
 
 
 def test_accelerate_configs_are_read():

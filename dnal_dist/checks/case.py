@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class Case:
     partition: str | None = None
     account: str | None = None
     quick: bool = False
+    made: list[Path] = field(default_factory=list)
+    """What is to be taken away again."""
 
     @property
     def ranks(self) -> int:
@@ -136,8 +138,7 @@ class Case:
 
     @functools.cached_property
     def scratch(self) -> Path:
-        """A folder that is gone when the doctor leaves."""
-        return Path(tempfile.mkdtemp(prefix="dnal_dist-doctor-"))
+        return self.folder_in(Path(tempfile.gettempdir()))
 
     @functools.cached_property
     def splits(self) -> dict[str, Shards | InputError]:
@@ -151,9 +152,16 @@ class Case:
         except InputError as error:
             return error
 
+    def folder_in(self, place: Path) -> Path:
+        """A new folder in `place`, gone when the doctor leaves, even if a check still writes there."""
+        self.made.append(Path(tempfile.mkdtemp(prefix=".dnal_dist-doctor-", dir=place)))
+        return self.made[-1]
+
     def close(self) -> None:
-        if "scratch" in self.__dict__:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        for path in self.made:
+            # What is written meanwhile may be in the way of the first attempts.
+            for _ in range(3):
+                shutil.rmtree(path, ignore_errors=True)
 
     @functools.cached_property
     def tensor_bytes(self) -> int:

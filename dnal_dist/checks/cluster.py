@@ -103,9 +103,10 @@ def wandb(case: Case) -> Finding:
         return passes(f"not used, since tracking.tracker is {tracking.tracker}")
     if find_spec("wandb") is None:
         return fails("not installed", "pip install wandb, or tracking.tracker=none")
-    mode, host = os.environ.get("WANDB_MODE") or tracking.mode, _host()
+    host = _host()
     known = bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(host)
     login = "logged in" if known else "not logged in"
+    mode = tracking.mode or os.environ.get("WANDB_MODE") or ("online" if known else "offline")
     if mode != "online":
         return passes(f"{mode}, {login} to {host}; runs lie in the run folder, and `wandb sync` sends them")
     if not known:

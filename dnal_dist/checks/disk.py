@@ -1,9 +1,9 @@
 """Checks of the run folder and its disk. All that is written is taken away again, and nothing is put among a run's own files."""
 
 import os
+import shutil
 import tempfile
 import time
-from pathlib import Path
 from shutil import disk_usage
 
 import torch
@@ -77,11 +77,13 @@ def saving(case: Case) -> Finding:
     # Beside rather than in it, where that is the same disk.
     parent = case.place.parent
     beside = os.access(parent, os.W_OK) and parent.stat().st_dev == case.place.stat().st_dev
-    with tempfile.TemporaryDirectory(prefix=".dnal_dist-doctor-", dir=parent if beside else case.place) as place:
-        written = _like(case)
+    place, written = case.folder_in(parent if beside else case.place), _like(case)
+    try:
         begun = time.monotonic()
-        size = checkpoint.write(Path(place, "checkpoints"), written, Kept(1, 0))
+        size = checkpoint.write(place / "checkpoints", written, Kept(1, 0))
         seconds = time.monotonic() - begun
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
     if size > 0.9 * case.tensor_bytes:
         return _judged(case, seconds, f"one of {short(size)} took {seconds:.2f} s to write and to read back")
     told = f"{short(size)} of a checkpoint's {short(case.tensor_bytes)} took {seconds:.2f} s to write and to read back"

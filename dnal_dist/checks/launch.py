@@ -42,7 +42,7 @@ class Launch:
             words += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m"]
         words += ["dnal_dist.checks.probe", str(path), str(self.result), str(SIZE)]
         paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # On a login node others are at work, and threads that wait for one another then take many times as long as one does.
+        # As in the doctor itself (see doctor.main).
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         return subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=self.said, stderr=self.said, start_new_session=True

@@ -44,8 +44,9 @@ def memory(case: Case) -> Finding:
         device, told = min(gpu["memory"] for gpu in gpus), " (this machine's)"
     precision = "bf16" if case.config is not None and case.config.precision in ("bf16", "fp16") else "no"
     backend = "ddp" if case.backend == "single" else case.backend
-    parts, share = _parts(case), case.settings.data.global_batch // case.ranks
+    # First, since it refuses what cannot be divided.
     found = plan.plan(case.settings, case.ranks, None, precision)["backends"][backend]
+    parts, share = _parts(case), case.settings.data.global_batch // case.ranks
     kept = plan.plan(case.settings, case.ranks, device, precision)["backends"][backend] if device else found
     needs = found["memory"]["total"] if parts == found["parts"] else None
     at_a_time = share // parts
