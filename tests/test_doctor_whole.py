@@ -1,9 +1,9 @@
 """The doctor's launch of real processes, and all of the doctor as a command."""
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -63,7 +63,7 @@ def test_a_config_that_is_refused(case_of, tmp_path):
     path.write_text(Path("recipes/accelerate/fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
     case = case_of(processes=2, config=read_config(path))
     with launch.Launch(case) as one:
-        told = one.finding(120)
+        told = one.finding(400)
         # It is waited for, and nothing of it is left.
         assert one.process.poll() is not None
     assert told.status == "fail" and "FSDP in its first version" in told.found and "fsdp1.yaml" in told.remedy, told
@@ -77,25 +77,34 @@ def test_a_launch_that_takes_too_long_is_ended(case_of):
     assert told.status == "fail" and "did not come together" in told.found, told
 
 
-def run(*words, **environment) -> subprocess.CompletedProcess:
+def run(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "dnal_dist.doctor", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_the_whole_doctor_with_a_launch_on_two_processes(digits, tmp_path):
+def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monkeypatch):
+    """With more time than the command takes: this machine may have other things to do."""
     scratch, parent = tmp_path / "scratch", tmp_path / "runs"
     scratch.mkdir()
     parent.mkdir()
-    before = sorted(parent.rglob("*"))
-    words = [*arguments(digits, parent / "run"), "tracking.tracker=none", "--config-file", "recipes/accelerate/zero2.yaml"]
-    ended = run(*words, "--time", "12:00:00", "--device-memory", "24GiB", "--json", TMPDIR=str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(doctor, "EACH", 100.0)
+    config = read_config(Path("recipes/accelerate/zero2.yaml"))
+    facts = {"processes": 2, "config": config, "seconds": 43_200.0, "device_memory": 24 << 30}
+    told = doctor.examine(case_of(f"output={parent}/run", **facts), 400)
+    assert list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
+    assert not [one for one in told.values() if one.status == "fail"], told
+    assert told["launch"].status == "pass" and told["launch"].found.startswith("zero2 on 2 of 2 processes")
+    assert all(f"{kind} " in told["launch"].found for kind in ("pretrain", "weights", "architecture"))
+    assert not list(parent.iterdir()) and not list(scratch.glob("*doctor*"))
+
+
+def test_the_list_for_programs(digits, tmp_path):
+    ended = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
     told = {one.pop("check"): one for one in json.loads(ended.stdout)}
-    assert list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"], ended.stderr
-    assert all(set(one) == {"status", "found", "remedy"} for one in told.values())
-    assert not [one for one in told.values() if one["status"] == "fail"] and ended.returncode == 0
-    assert told["launch"]["status"] == "pass" and told["launch"]["found"].startswith("zero2 on 2 of 2 processes")
-    assert all(f"{kind} " in told["launch"]["found"] for kind in ("pretrain", "weights", "architecture"))
-    assert before == sorted(parent.rglob("*")) and not list(scratch.glob("dnal_dist-*"))
+    assert ended.returncode == 0 and list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"], ended.stderr
+    assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in told.values())
+    assert "--quick" in told["launch"]["found"] and "--quick" in told["saving"]["found"]
 
 
 def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(digits, tmp_path):
