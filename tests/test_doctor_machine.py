@@ -108,11 +108,14 @@ def slurm(tmp_path, monkeypatch):
         ({"partition": "gpu", "nodes": 3}, "fail", "the largest partition has 2", "--nodes 2"),
         ({"partition": "short", "seconds": 3600.0}, "fail", "short gives 30 min 00 s", "--time 0:30:00"),
         ({"account": "vision"}, "pass", "account vision", ""),
+        ({"partition": "gpu", "account": "vision"}, "pass", "partition gpu, account vision", ""),
+        ({"partition": "gpu", "account": "speech"}, "fail", "is for accounts vision,sound, not for speech", "--account"),
         ({"account": "visions"}, "fail", "has no account visions (but speech, vision)", "--account"),
     ],
 )
 def test_what_is_asked_of_slurm(case_of, slurm, facts, status, words, remedy):
-    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech")
+    allowed = 'echo "PartitionName=$3 AllowGroups=ALL AllowAccounts=vision,sound AllowQos=ALL"'
+    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech", scontrol=allowed)
     found(cluster.slurm, case_of(**facts), status, words, remedy)
 
 

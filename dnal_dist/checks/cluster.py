@@ -81,6 +81,14 @@ def _clock(seconds: float) -> str:
 def _account(case: Case) -> Finding | None:
     if case.account is None:
         return None
+    if case.partition is not None:
+        told = output_of(["scontrol", "show", "partition", case.partition, "--oneliner"], ANSWER) or ""
+        allowed = next((word.partition("=")[2] for word in told.split() if word.startswith("AllowAccounts=")), "ALL")
+        if allowed != "ALL" and case.account not in allowed.split(","):
+            return fails(
+                f"partition {case.partition} is for accounts {allowed}, not for {case.account}",
+                "another --account or --partition",
+            )
     told = output_of(["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={_user()}", "format=account"], ANSWER)
     if told is None:
         return warns(f"whether {_user()} may use account {case.account} could not be asked", "`sacctmgr show assoc`, by hand")

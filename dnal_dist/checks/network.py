@@ -1,6 +1,5 @@
 """Checks of the recipe and of the network that it names: what a run would be refused for, and what it needs of a device."""
 
-import subprocess
 from pathlib import Path
 
 from dnal_dist import budget, plan, refusals
@@ -79,25 +78,17 @@ def gpu_facts() -> list[dict]:
 
 def code(case: Case) -> Finding:
     """The version of the code, so that a result can be traced to it."""
-
-    def git(*words: str) -> str | None:
-        return output_of(["git", "-C", str(CHECKOUT), *words])
-
-    commit, branch = git("rev-parse", "--short=12", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
+    # A virtual environment may lie in a checkout of something else; and looking at one must not write to it.
+    git = ["git", "--no-optional-locks", "-C", str(CHECKOUT)]
+    commit = output_of([*git, "rev-parse", "--short=12", "HEAD"]) if (CHECKOUT / ".git").exists() else None
     if commit is None:
         return _installed()
-    try:
-        changed = subprocess.run(
-            ["git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=8,
-        ).stdout.splitlines()
-    except subprocess.TimeoutExpired:
-        return warns(f"commit {commit}; whether it was changed could not be found out in time", "git status")
+    changed = output_of([*git, "status", "--porcelain", "--untracked-files=no"], 8)
+    if changed is None:
+        return warns(f"commit {commit}; whether it was changed could not be found out", "git status")
     if changed:
-        return warns(f"commit {commit} of {branch}, with {many(len(changed), 'changed file')}", "git commit, or git stash")
-    return passes(f"commit {commit} of {branch}, unchanged")
+        return warns(f"commit {commit}, with {many(len(changed.splitlines()), 'changed file')}", "git commit, or git stash")
+    return passes(f"commit {commit}, unchanged")
 
 
 def _installed() -> Finding:
