@@ -36,6 +36,9 @@ STATES = {
     "missed": "finished, missed its target",
     "broken": "broken",
 }
+# SLURM's states of a job that has its nodes, and of one that will have them.
+BUSY = ("RUNNING", "COMPLETING", "CONFIGURING")
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
 COLOURS = {"running": "green", "seems to run": "green", "queued": "cyan", "stopped": "yellow", "killed": "red", "broken": "red"}
 
 
@@ -91,15 +94,13 @@ def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
     and job_state (SLURM's), why (it is broken). queued: see queue.
     """
     facts = {"run": str(folder), "name": folder.resolve().name}
-    job = next(reversed(jobs_of(folder)), None)
-    facts |= {"job": job, "job_state": (queued or {}).get(job)} if job else {}
-    waits = facts.get("job_state") in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+    job, there = _job(folder, queued or {})
+    facts |= {"job": job, "job_state": there}
     try:
         run = results.load(folder)
-        facts |= _progress(run) | {"state": _state(run, waits)}
+        facts |= _progress(run) | {"state": _state(run, there)}
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        state = "queued" if waits else "running" if facts.get("job_state") == "RUNNING" or occupied(folder) else "broken"
-        facts["state"] = state
+        state = facts["state"] = "running" if there in BUSY or occupied(folder) else "queued" if there in WAITS else "broken"
         if state == "broken":
             facts["why"] = results.printable(" ".join(str(error).split())) or type(error).__name__
             if job and not (folder / "metrics.jsonl").exists():
@@ -107,6 +108,15 @@ def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
     if (saved := _saved(folder)) is not None:
         facts["checkpoint_age"] = round(max(0.0, time.time() - saved), 1)
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _job(folder: Path, queued: dict[str, str]) -> tuple[str | None, str | None]:
+    """The job of a run that is at work, else one that waits, else the newest; and its state. Of a chain, the last ones wait for the
+    first."""
+    jobs = jobs_of(folder)
+    known = [job for states in (BUSY, WAITS) for job in jobs if queued.get(job) in states]
+    job = next(iter([*known, *reversed(jobs)]), None)
+    return job, queued.get(job) if job else None
 
 
 def _progress(run: results.Run) -> dict:
@@ -132,13 +142,14 @@ def _progress(run: results.Run) -> dict:
     }
 
 
-def _state(run: results.Run, waits: bool) -> str:
+def _state(run: results.Run, job: str | None) -> str:
+    """job: SLURM's state of it."""
     taken = occupied(run.folder)
-    if taken:
+    if taken or (job in BUSY and not run.last("end")):
         return "running"
     if run.last("end"):
         return "missed" if _missed(run) else "finished"
-    if waits:
+    if job in WAITS:
         return "queued"
     if taken is None and run.last("start").get("host") not in (socket.gethostname(), socket.getfqdn()):
         # A lock that is held on another machine may not be seen here: what is left is how long nothing was heard.

@@ -163,6 +163,11 @@ def test_jobs_that_wait_in_slurms_queue(tmp_path, short, monkeypatch):
         "short": "queued",
     }
     assert found["new"]["job"] == "12" and found["short"]["job_state"] == "PENDING" and "job 99" in found["gone"]["why"]
+    # A chain: the newest waits for the one that is at work.
+    with (short / "submit" / "jobs.jsonl").open("a") as lines:
+        lines.write('{"job": "20_3", "time": 3}\n{"job": "12", "time": 4}\n')
+    one = {Path(one["run"]).name: one for one in runs.listed(tmp_path)}["short"]
+    assert (one["state"], one["job"], one["job_state"]) == ("running", "20_3", "RUNNING")
     squeue.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(runs, "ANSWER", 0.2)
     assert runs.queue() is None and runs.listed(tmp_path)[0]["state"] == "killed"
