@@ -22,7 +22,7 @@ import torch
 
 from dnal_dist import plan, recipe, stopping
 from dnal_dist.checks import cluster, data, disk, machine, network
-from dnal_dist.checks.case import Case, Finding, bounded, read_config
+from dnal_dist.checks.case import Case, Finding, bounded, fails, read_config, warns
 from dnal_dist.checks.launch import Launch
 from dnal_dist.recipe import InputError
 
@@ -31,6 +31,8 @@ LIMIT, EACH = 55.0, 20.0
 # What the launch leaves of them to the check behind it.
 SAVING = 12.0
 LAUNCH = "launch"
+# Too late they only tell that this machine is busy.
+COMPUTED = (network.network, network.memory)
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 SHIPPED = network.CHECKOUT / "recipes" / "accelerate" / "ddp.yaml"
 
@@ -67,7 +69,8 @@ def examine(asked: Case, limit: float = LIMIT) -> dict[str, Finding]:
             for name, check in CHECKS.items():
                 if name == "saving":
                     found[LAUNCH] = launch.finding(until - time.monotonic() - SAVING)
-                found[name] = bounded(check, asked, min(EACH, until - time.monotonic()))
+                late = warns if check in COMPUTED else fails
+                found[name] = bounded(check, asked, min(EACH, until - time.monotonic()), late)
     finally:
         asked.close()
     return found
@@ -164,13 +167,16 @@ def main() -> None:
         sys.exit(2)
     # On a login node others are at work, and threads that wait for one another then take many times as long as one does.
     torch.set_num_threads(1)
-    found = examine(asked, LIMIT - (time.monotonic() - begun))
+    try:
+        found = examine(asked, LIMIT - (time.monotonic() - begun))
+    except (SystemExit, KeyboardInterrupt) as ended:
+        # Without Python's own end, which waits for a check that hangs in a disk or a server.
+        os._exit(128 + signal.SIGINT if isinstance(ended, KeyboardInterrupt) else ended.code)
     if args.json:
         print(json.dumps([{"check": name, **one._asdict()} for name, one in found.items()], indent=1))
     else:
         _tell(found, time.monotonic() - begun)
     sys.stdout.flush()
-    # Without Python's own end, which waits for a check that hangs in a disk or a server.
     os._exit(int(any(one.status == "fail" for one in found.values())))
 
 

@@ -1,9 +1,12 @@
 """The doctor's launch of real processes, and all of the doctor as a command."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -48,8 +51,9 @@ def launched(case: Case, **changes) -> Finding:
             "phases.*.optimizer.lr",
         ),
         ({"alike": False}, "fail", "do not have the same weights", "network"),
-        ({"alike": None}, "fail", "came to an end in time", "NCCL_DEBUG"),
-        ({"alike": None, "device": "CPU"}, "warn", "came to an end in time", "a node with a GPU"),
+        ({"alike": None}, "fail", "did not all come to an end: fsdp2 on 2", "NCCL_DEBUG"),
+        ({"alike": None, "device": "CPU"}, "warn", "did not all come to an end: fsdp2 on 2", "a node with a GPU"),
+        ({"alike": None, "backend": None, "steps": {}}, "fail", "not yet wrapped: 2 of 16 processes", "NCCL_DEBUG"),
     ],
 )
 def test_what_a_launch_came_to(case_of, changes, status, words, remedy):
@@ -97,6 +101,19 @@ def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monk
     assert told["launch"].status == "pass" and told["launch"].found.startswith("zero2 on 2 of 2 processes")
     assert all(f"{kind} " in told["launch"].found for kind in ("pretrain", "weights", "architecture"))
     assert not list(parent.iterdir()) and not list(scratch.glob("*doctor*"))
+
+
+def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    words = [*arguments(digits, tmp_path / "run"), "--config-file", "recipes/accelerate/ddp.yaml"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    process = subprocess.Popen([sys.executable, "-m", "dnal_dist.doctor", *words], stdout=subprocess.DEVNULL, env=environment)
+    while process.poll() is None and not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*/recipe.yaml")):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch"]
+    assert not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*"))
 
 
 def test_the_list_for_programs(digits, tmp_path):

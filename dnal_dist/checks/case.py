@@ -180,15 +180,15 @@ def refused(error: InputError) -> Finding:
     return fails(found or remedy, remedy if found else "correct it")
 
 
-def bounded(check: Callable[[Case], Finding], case: Case, seconds: float) -> Finding:
-    """What `check` finds, or that it did not come to an end in time: a file system or a server may never answer."""
+def bounded(check: Callable[[Case], Finding], case: Case, seconds: float, late: Callable[[str, str], Finding] = fails) -> Finding:
+    """What `check` finds, or `late` if it did not come to an end in time: a file system or a server may never answer."""
     found: list[Finding] = []
     thread = threading.Thread(target=lambda: found.append(_judged(check, case)), daemon=True)
     thread.start()
     thread.join(max(0.1, seconds))
     if found:
         return found[0]
-    return fails(f"no answer within {seconds:.0f} s", "see whether its disk, its server or this machine hangs, then ask again")
+    return late(f"no answer within {seconds:.0f} s", "see whether its disk, its server or this machine hangs, then ask again")
 
 
 def _judged(check: Callable[[Case], Finding], case: Case) -> Finding:

@@ -76,11 +76,11 @@ class Launch:
         asked = "single" if config is None else config.expected(self.processes)
         precision = "float32" if config is None else PRECISIONS.get(config.precision, config.precision)
         losses = ", ".join(f"{kind} {loss:.3g} in {took:.1f} s" for kind, (loss, took) in found["steps"].items())
-        told = (
-            f"{found['backend']} on {found['world_size']} of {case.ranks} processes, {found['device']}, {found['precision']}; "
-            f"loss of a step {losses}"
-        )
-        told += f" ({', '.join(found['reduced'])}; {self.seconds:.0f} s with the start)"
+        told = f"{found['world_size']} of {case.ranks} processes, {found['device']}, {found['precision']}; loss of a step "
+        told += f"{losses or 'not known'} ({', '.join([*found.get('reduced', ()), f'{self.seconds:.0f} s with the start'])})"
+        if "backend" not in found:
+            return self._late(f"the network was not yet wrapped: {told}", found)
+        told = f"{found['backend']} on {told}"
         remedy = f"correct {config.path}" if config else "give --config-file"
         if found["backend"] != asked:
             return fails(f"{asked} was asked for; found {told}", f"{remedy}: distributed_type, zero_stage or fsdp_version")
@@ -94,13 +94,16 @@ class Launch:
                 "lower keys 'phases.*.optimizer.lr', or set mixed_precision to no",
             )
         if "alike" not in found:
-            told = f"no more of its steps came to an end in time: {told}"
-            remedy = "look at GPU and network with nvidia-smi and NCCL_DEBUG=INFO"
-            # Small operations by the thousand, on processors that others may be using.
-            return warns(told, "try the steps on a node with a GPU") if found["device"] == "CPU" else fails(told, remedy)
+            return self._late(f"the steps did not all come to an end: {told}", found)
         if not found["alike"]:
             return fails(f"the processes do not have the same weights after a step: {told}", "look at the network between GPUs")
         return passes(told)
+
+    def _late(self, told: str, found: dict) -> Finding:
+        # Small operations by the thousand, on processors that others may be using.
+        if found["device"] == "CPU":
+            return warns(told, "look at it on a node with a GPU, or when this machine is less busy")
+        return fails(told, "look at GPU and network with nvidia-smi and NCCL_DEBUG=INFO")
 
     def _last(self) -> str:
         """The line that says why, of all that the launcher and its processes printed."""

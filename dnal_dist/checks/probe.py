@@ -49,6 +49,9 @@ def main() -> None:
 def probe(settings: Recipe, parallel: Parallel, largest: int, tell: Callable[[dict], None]) -> None:
     """Tells what the processes are, as they turned out, and what was made smaller; after each step {its kind: (loss, seconds)}; at
     last whether all processes have the same weights."""
+    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
+    facts = {"world_size": parallel.world_size, "device": device, "precision": parallel.precision, "steps": {}}
+    tell(facts)
     torch.manual_seed(settings.seed)
     network = nets.build(settings.model.name, settings.model.num_classes, settings.model.width)
     size = _size(network, settings.data, largest)
@@ -60,9 +63,7 @@ def probe(settings: Recipe, parallel: Parallel, largest: int, tell: Callable[[di
     network = network.to(parallel.device)
     architecture = Architecture(network.num_gates).to(parallel.device)
     trained = parallel.wrap(network, settings.phases.search.optimizer, {}, training)
-    device = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
-    facts = {"backend": obtained(trained), "world_size": parallel.world_size, "device": device, "precision": parallel.precision}
-    facts |= {"steps": {}, "reduced": reduced}
+    facts |= {"backend": obtained(trained), "reduced": reduced}
     tell(facts)
     for kind, loss, seconds in _steps(settings, parallel, trained, network, architecture, size):
         facts["steps"][kind] = loss, seconds
