@@ -81,9 +81,29 @@ def test_a_launch_that_takes_too_long_is_ended(case_of):
     assert told.status == "fail" and "did not come together" in told.found, told
 
 
-def run(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "dnal_dist.doctor", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+class Left(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in the test's own process, which spares the seconds of importing torch: exit code and stdout."""
+
+    def leave(code: int):
+        raise Left(code)
+
+    def run(*words) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["doctor", *map(str, words)])
+        monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(doctor.os, "_exit", leave)
+        # Counted from the start of this process.
+        monkeypatch.setattr(doctor, "LIMIT", 1e6)
+        monkeypatch.setattr(doctor, "EACH", 100.0)
+        with pytest.raises(Left) as left:
+            doctor.main()
+        return left.value.args[0], capsys.readouterr().out
+
+    return run
 
 
 def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monkeypatch):
@@ -116,18 +136,18 @@ def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
     assert not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*"))
 
 
-def test_the_list_for_programs(digits, tmp_path):
-    ended = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
-    told = {one.pop("check"): one for one in json.loads(ended.stdout)}
-    assert ended.returncode == 0 and list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"], ended.stderr
+def test_the_list_for_programs(run, digits, tmp_path):
+    code, out = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
+    told = {one.pop("check"): one for one in json.loads(out)}
+    assert code == 0 and list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
     assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in told.values())
     assert "--quick" in told["launch"]["found"] and "--quick" in told["saving"]["found"]
 
 
-def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(digits, tmp_path):
-    ended = run(*arguments(digits, tmp_path / "run", "data.global_batch=5000"), "--quick")
-    assert ended.returncode == 1
-    lines = ended.stdout.splitlines()
+def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_path):
+    code, out = run(*arguments(digits, tmp_path / "run", "data.global_batch=5000"), "--quick")
+    assert code == 1
+    lines = out.splitlines()
     (failed,) = [line for line in lines if line.startswith("fail  training shards")]
     assert "a step takes 5000 pictures" in failed and "remedy: lower it or add shards" in lines[lines.index(failed) + 1]
     assert " 1 failed" in lines[-1] and not (tmp_path / "run").exists()
