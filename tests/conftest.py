@@ -153,3 +153,22 @@ def train(train_here, folder):
         return train_here(recipe, *shards, *FEW, *changes)
 
     return run
+
+
+@pytest.fixture
+def case_of(digits, tmp_path):
+    """A case of the demo on its shards, with changes to the recipe and facts of the launch."""
+    # As late as torch in all tests.
+    from dnal_dist import recipe
+    from dnal_dist.checks import Case
+
+    made = []
+
+    def make(*changes: str, **facts):
+        shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/none/run"]
+        made.append(Case(recipe.load("recipes/digits.yaml", [*shards, "tracking.tracker=none", *changes]), **facts))
+        return made[-1]
+
+    yield make
+    for case in made:
+        case.close()
