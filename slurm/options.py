@@ -37,6 +37,8 @@ class Options(BaseModel):
     """memory of each machine, SLURM's --mem"""
     cpus_per_node: int | None = Field(None, ge=1)
     """cores of each machine; without it, one for each process and one for each of its loaders (data.workers)"""
+    device_memory: str | None = None
+    """memory of one GPU, for example 80GB, for the doctor's estimate; a login node has none"""
     sbatch: list[str] = []
     """any other option of sbatch, for example --sbatch=--reservation=lecture; may be given again"""
     config_file: str = "recipes/accelerate/ddp.yaml"

@@ -152,9 +152,9 @@ def _ask_doctor(path: str, member: Member, options: Options) -> None:
     """Raise InputError if a check of the first run failed."""
     command = [sys.executable, "-m", "dnal_dist.doctor", path, *member.overrides, "--nodes", str(options.nodes)]
     command += ["--processes-per-node", str(options.processes), "--config-file", options.config_file, "--time", options.time]
-    for option in ("partition", "account"):
+    for option in ("partition", "account", "device_memory"):
         if value := getattr(options, option):
-            command += [f"--{option}", value]
+            command += [f"--{option.replace('_', '-')}", value]
     if subprocess.run(command).returncode:
         raise InputError("the doctor has found a fault (above); mend it, or submit by --skip-doctor")
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from dnal_dist import recipe
 from dnal_dist.checks.case import PRECISIONS, PROBED, Case, Finding, fails, passes, warns
-from dnal_dist.checks.network import CHECKOUT
+from dnal_dist.checks.network import CHECKOUT, gpu_facts
 
 # The probe's pictures are no larger than this, where the network takes such ones.
 SIZE = 64
@@ -22,7 +22,8 @@ class Launch:
     """The probe (probe.py), started in the background; `finding` waits for it. Leaving the context ends what is left of it."""
 
     def __init__(self, case: Case):
-        self.case, self.processes = case, min(case.processes, PROBED)
+        # Of several nodes with one process each two are tried here, unless they would share a GPU and train on the CPU.
+        self.case, self.processes = case, min(case.processes if gpu_facts() else case.ranks, PROBED)
         self.begun, self.process = time.monotonic(), None
 
     def __enter__(self) -> "Launch":

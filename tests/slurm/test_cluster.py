@@ -38,9 +38,10 @@ def changes(digits, tmp_path_factory):
 class Job:
     """A run that was submitted."""
 
-    def __init__(self, cluster: Cluster, run, *arguments):
+    def __init__(self, cluster: Cluster, run, *arguments, doctor: bool = False):
         self.cluster, self.run = cluster, run
-        self.printed = cluster.submit("--skip-doctor", *arguments).stdout
+        skip = () if doctor else ("--skip-doctor",)
+        self.printed = cluster.submit(*skip, *arguments).stdout
         jobs = [json.loads(line)["job"] for line in (run / "submit" / "jobs.jsonl").read_text().splitlines()]
         self.number = jobs[-1]
         assert self.number.partition("_")[0] in self.printed
@@ -80,15 +81,15 @@ class Job:
         return "\n".join(path.read_text() for path in sorted(self.run.glob("submit/*/log*.txt")))
 
 
-def two_nodes(cluster, run, changes, *options) -> Job:
-    return Job(cluster, run, RECIPE, "--nodes", "2", f"output={run}", *changes, *options)
+def two_nodes(cluster, run, changes, *options, doctor: bool = False) -> Job:
+    return Job(cluster, run, RECIPE, "--nodes", "2", f"output={run}", *changes, *options, doctor=doctor)
 
 
 @pytest.fixture(scope="module")
 def whole(cluster, changes, tmp_path_factory):
     """A run on both nodes that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    job = two_nodes(cluster, run, changes)
+    job = two_nodes(cluster, run, changes, doctor=True)
     assert job.ended() == "COMPLETED", job.log
     return job
 
@@ -103,6 +104,7 @@ def test_two_nodes_train_one_run(whole):
     assert (start["world_size"], start["backend"]) == (2, "ddp")
     assert whole.cluster.show(whole.number)["NumNodes"] == "2"
     assert f"rendezvous at {NODES[0]}:{10_000 + int(whole.number)}" in whole.log
+    assert "ddp on 2 of 2 processes" in whole.printed and " 0 failed" in whole.printed, "the doctor was asked first"
     snapshot = whole.run / "submit" / "001"
     assert (snapshot / "0.yaml").read_text() == (whole.run / "recipe.yaml").read_text()
     assert (snapshot / "code.txt").read_text().startswith("commit: ")
@@ -233,6 +235,12 @@ def test_a_run_is_in_the_queue_once(cluster, changes, tmp_path):
     found = cluster.submit("--skip-doctor", RECIPE, f"output={first.run}", *changes, check=False)
     cluster.run("scancel", first.number)
     assert found.returncode == 2 and f"job {first.number} for this run is in the queue" in found.stderr
+
+
+def test_what_the_doctor_finds_is_not_submitted(cluster, changes, tmp_path):
+    found = cluster.submit(RECIPE, f"output={tmp_path}/run", *changes, "model.num_classes=4", check=False)
+    assert found.returncode == 2 and "the doctor has found a fault" in found.stderr
+    assert "fail  labels" in found.stdout and not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(missing(cgroup=True) is not None, reason=f"SLURM with cgroups: {missing(cgroup=True)}")
