@@ -4,12 +4,11 @@ import json
 import math
 import os
 import re
-from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from string import Template
 
 from plotly.offline import get_plotlyjs
@@ -35,7 +34,7 @@ def write(run: str | Path | Run) -> Path:
 
 
 def _page(run: Run) -> str:
-    result, phases, curves, search = results.result_of(run), _phases(run), _curves(run), _search(run)
+    result, phases, curves, search = results.result_of(run), results.spans(run), _curves(run), _search(run)
     place = published.place(run, result)
     numbers = {"phases": phases, "curves": curves, "search": search, "published": place.figure() if place else None}
     sections = [
@@ -47,13 +46,13 @@ def _page(run: Run) -> str:
         _section("Time", _TIME_NOTE, _time_table(run, result)),
         _section("Recipe and environment", "", _recipe(run), _environment(run)),
     ]
-    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {_date(run)}."
+    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {results.date(run)}."
     template = files("dnal_dist").joinpath("report_template.html").read_text("utf-8")
     return Template(template).substitute(
         title=escape(f"{run.name}: run report"),
         name=escape(run.name),
-        about=_text(_about(run)),
-        result=_text(_headline(run, result)),
+        about=_text(results.about(run)),
+        result=_text(results.headline(run, result)),
         notices=_notices(run, result),
         tiles=_tiles(run, result),
         sections="\n".join(sections),
@@ -64,36 +63,17 @@ def _page(run: Run) -> str:
     )
 
 
-def _phases(run: Run) -> list[tuple[str, int, int]]:
-    """Each phase that trained, with the iterations of the run at which it began (exclusive) and at which it stands."""
-    steps: dict[str, list[dict]] = {}
-    for record in run.of("train"):
-        steps.setdefault(str(record.get("phase")), []).append(record)
-    return [
-        (phase, records[0]["global_step"] - records[0].get("step", 1), records[-1]["global_step"])
-        for phase, records in steps.items()
-    ]
-
-
-def _thinned(series: tuple[list[float], list[float]], limit: int = 1500) -> tuple[list[float], list[float]]:
-    """At most `limit` points, means of equal blocks: a long run's page stays light and no trend is hidden."""
-    xs, ys = series
-    block = math.ceil(len(xs) / limit) or 1
-    starts = range(0, len(xs), block)
-    return [mean(xs[i : i + block]) for i in starts], [mean(ys[i : i + block]) for i in starts]
-
-
 def _curves(run: Run) -> dict:
     """Points [xs, ys] over the iterations of the run: {accuracy, cross_entropy: {train, held_out, prune}, loss}."""
     curves: dict = {
         key: {
-            "train": _thinned(run.series("train", "global_step", key)),
+            "train": results.thinned(run.series("train", "global_step", key)),
             "held_out": run.series("eval", "global_step", key),
             "prune": run.series("eval", "global_step", key, "prune"),
         }
         for key in ("accuracy", "cross_entropy")
     }
-    return curves | {"loss": _thinned(run.series("train", "global_step", "loss", "search"))}
+    return curves | {"loss": results.thinned(run.series("train", "global_step", "loss", "search"))}
 
 
 def _search(run: Run, limit: int = 240) -> dict | None:
@@ -120,8 +100,8 @@ def _search(run: Run, limit: int = 240) -> dict | None:
         "counts": [r["histogram"] for r in records],
         # After a budget it is not the gates' own height that decides.
         "threshold": None if driven else prune.get("threshold", run.setting("architecture", "threshold")),
-        "open": _thinned(opened),
-        "macs": _thinned(expected),
+        "open": results.thinned(opened),
+        "macs": results.thinned(expected),
         "full": full["exact"]["macs"] if full else None,
         "compact": prune["compact"]["exact"]["macs"] if "compact" in prune else None,
     }
@@ -174,32 +154,6 @@ def _table(name: str, label: str, head: list[str], rows: list[list[str]], own: i
         body += f'<tr class="own">{cells}</tr>' if number == own else f"<tr>{cells}</tr>"
     head_row = f"<thead><tr>{columns}</tr></thead>" if head else ""
     return _scroll(label, f'<table class="{name}">{head_row}<tbody>{body}</tbody></table>')
-
-
-def _date(run: Run) -> str:
-    told = [r["time"] for r in run.records if "time" in r]
-    return f"{datetime.fromtimestamp(told[-1], UTC):%Y-%m-%d %H:%M} UTC" if told else "an unknown time"
-
-
-def _about(run: Run) -> str:
-    start, model = run.last("start"), run.setting("model", "name")
-    parts = [str(model)] if model else []
-    if "train_samples" in start:
-        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out pictures")
-    if "world_size" in start:
-        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
-        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
-    return ", ".join([*parts, _date(run)])
-
-
-def _headline(run: Run, result: dict) -> str:
-    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
-    if result["finished"] and accuracy is not None and "macs_ratio" in result:
-        macs, params = results.percent(result["macs_ratio"]), results.percent(result["params_ratio"])
-        kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
-        return f"{results.percent(accuracy, 2)} top-1 accuracy with {kept}."
-    reached = "" if accuracy is None else f" Top-1 accuracy {results.percent(accuracy, 2)} {results.when(result, phase)}."
-    return ("Finished." if result["finished"] else results.where(run)) + reached
 
 
 def _notices(run: Run, result: dict) -> str:

@@ -4,8 +4,10 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import yaml
 
@@ -201,6 +203,54 @@ def where(run: Run) -> str:
         return "Not finished: no iteration is on record yet."
     steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
     return f"Not finished: at {steps} of {train.get('phase')}."
+
+
+def date(run: Run) -> str:
+    """When the run's last record was written."""
+    told = [r["time"] for r in run.records if "time" in r]
+    return f"{datetime.fromtimestamp(told[-1], UTC):%Y-%m-%d %H:%M} UTC" if told else "an unknown time"
+
+
+def about(run: Run) -> str:
+    """Network, pictures, processes and date in a line."""
+    start, model = run.last("start"), run.setting("model", "name")
+    parts = [str(model)] if model else []
+    if "train_samples" in start:
+        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out pictures")
+    if "world_size" in start:
+        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
+        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
+    return ", ".join([*parts, date(run)])
+
+
+def headline(run: Run, result: dict) -> str:
+    """What the run came to, in a sentence, or where it stands; `result` is its `result_of`."""
+    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
+    if result["finished"] and accuracy is not None and "macs_ratio" in result:
+        macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
+        kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
+        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
+    reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
+    return ("Finished." if result["finished"] else where(run)) + reached
+
+
+def spans(run: Run) -> list[tuple[str, int, int]]:
+    """Each phase that trained, with the iterations of the run at which it began (exclusive) and at which it stands."""
+    steps: dict[str, list[dict]] = {}
+    for record in run.of("train"):
+        steps.setdefault(str(record.get("phase")), []).append(record)
+    return [
+        (phase, records[0]["global_step"] - records[0].get("step", 1), records[-1]["global_step"])
+        for phase, records in steps.items()
+    ]
+
+
+def thinned(series: tuple[list[float], list[float]], most: int = 1500) -> tuple[list[float], list[float]]:
+    """At most `most` points, means of equal blocks: what shows a long run stays light and no trend is hidden."""
+    xs, ys = series
+    block = math.ceil(len(xs) / most) or 1
+    starts = range(0, len(xs), block)
+    return [mean(xs[i : i + block]) for i in starts], [mean(ys[i : i + block]) for i in starts]
 
 
 def collapse(run: Run) -> str:
