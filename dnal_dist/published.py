@@ -1,7 +1,7 @@
 """The paper's tables, arXiv 2103.02126, as data, and a run's place among their rows. No torch."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 
@@ -12,11 +12,14 @@ from dnal_dist.results import Run
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
 OWN = "this run"
+OWNS = "ours"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table; each figure is the text that the paper prints, empty where it prints none."""
+    """One row of a table; each figure is the text that the paper prints, empty where it prints none.
+
+    stds {column: figure} are the standard deviations of a row that is the mean of several runs."""
 
     method: str
     cite: str = ""
@@ -30,15 +33,17 @@ class Row:
     search: str = ""
     epochs: str = ""
     note: str = ""
+    stds: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         return f"{self.method} {self.penalty_weight}".rstrip()
 
     def cell(self, column: str) -> str:
-        """A figure with its ratio, as the paper prints the two; a dash where it prints none."""
+        """A figure with its standard deviation, if any, and its ratio, as the paper prints the two; a dash where it prints none."""
         ratio = getattr(self, f"{column}_ratio", "")
-        return (getattr(self, column) or "-") + (f" ({ratio}x)" if ratio else "")
+        spread = f" ± {self.stds[column]}" if column in self.stds else ""
+        return (getattr(self, column) or "-") + spread + (f" ({ratio}x)" if ratio else "")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,12 @@ class Table:
         unit = self.columns.get(column)
         return f"{HEADS[column]} ({unit})" if unit in ("G", "M", "%") else HEADS[column]
 
+    def lines(self, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+        """Rows of it in words, under their head."""
+        columns = [column for column in HEADS if column in self.columns or column == "epochs"]
+        body = [[row.label, *(row.cell(column) for column in columns)] for row in rows]
+        return ["method, penalty weight", *map(self.head, columns)], body
+
 
 @dataclass(frozen=True)
 class Place:
@@ -81,9 +92,7 @@ class Place:
 
     def lines(self) -> tuple[list[str], list[list[str]], int | None]:
         """The table in words: its head, its rows, and which of these is the run's own."""
-        columns = [column for column in HEADS if column in self.table.columns or column == "epochs"]
-        body = [[row.label, *(row.cell(column) for column in columns)] for row in self.rows]
-        return ["method, penalty weight", *map(self.table.head, columns)], body, self.rows.index(self.own) if self.own else None
+        return *self.table.lines(self.rows), self.rows.index(self.own) if self.own else None
 
     def figure(self) -> dict:
         """Accuracy against size: {axis, log, comparable, points: {kind: [xs, ys, labels]}}; rows without top-1 are left out."""

@@ -8,11 +8,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import published, results
+from dnal_dist import page, plots, published, report_md, results
 from dnal_dist.page import write
 from dnal_dist.results import Run, load, summary
 
-__all__ = ["Run", "load", "print_table", "summary", "write"]
+__all__ = ["Run", "load", "print_table", "summary", "write", "write_all"]
+
+
+def write_all(run: str | Path | Run) -> None:
+    """Write RUN/report.html, RUN/report.md and RUN/plots/*.svg and *.png; each file appears whole or not at all.
+
+    Raises ValueError as `load` does, OSError if the folder cannot be written.
+    """
+    run = run if isinstance(run, Run) else load(run)
+    page.write(run)
+    result = results.result_of(run)
+    report_md.write(run, result, plots.write(run, result))
 
 
 def print_table(run: str | Path | Run, console=None) -> None:
@@ -71,7 +82,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")
     try:
         run = load(args.run)
-        write(run)
+        write_all(run)
         print_table(run)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

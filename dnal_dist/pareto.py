@@ -1,0 +1,136 @@
+"""Accuracy against cost as a figure: runs among published rows, and which of them no other dominates. No torch."""
+
+from dataclasses import dataclass
+
+from dnal_dist import canvas
+from dnal_dist.published import OWN, OWNS, Row, Table
+
+KINDS = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own", OWNS: "own"}
+NAMES = {"others": "other methods", "dnal": "DNAL, by penalty weight", "baseline": "full network", "own": "these runs"}
+# In points from the mark, with the part of the label that is put there.
+_PLACES = (
+    *((0, 5, "center", "bottom"), (0, -5, "center", "top"), (6, 0, "left", "center"), (-6, 0, "right", "center")),
+    *((5, 3, "left", "bottom"), (-5, 3, "right", "bottom"), (5, -3, "left", "top"), (-5, -3, "right", "top")),
+    *((0, 13, "center", "bottom"), (0, -13, "center", "top"), (12, 8, "left", "bottom"), (-12, 8, "right", "bottom")),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark: its kind (others, dnal, baseline or own), cost and top-1 accuracy in percent, with their standard deviations."""
+
+    kind: str
+    label: str
+    cost: float
+    accuracy: float
+    cost_std: float = 0.0
+    accuracy_std: float = 0.0
+    comparable: bool = True
+
+
+def of_row(row: Row, table: Table, comparable: bool = True) -> Point | None:
+    """The mark of a row of a published table; None if the row lacks accuracy or cost."""
+    size = float(getattr(row, table.axis) or 0)
+    if not row.top1 or not size:
+        return None
+    kind = KINDS.get(row.method, "others")
+    # The legend names the full network and a run that is alone.
+    label = "" if row.method == OWN or kind == "baseline" else row.method if kind == "others" else row.penalty_weight
+    stds = {f"{mine}_std": float(row.stds.get(its, 0)) for mine, its in (("cost", table.axis), ("accuracy", "top1"))}
+    return Point(kind, label, size, float(row.top1), **stds, comparable=comparable or kind != "own")
+
+
+def of_table(rows: list[Row], table: Table, comparable: bool) -> list[Point]:
+    """The marks of a published table with the rows of runs among it; `comparable` tells whether these may be held against it."""
+    return [point for row in rows if (point := of_row(row, table, comparable))]
+
+
+def front(points: list[Point]) -> list[Point]:
+    """Those that no other one dominates, which has at least the accuracy for at most the cost; cheapest first.
+
+    Runs that are not comparable with the published rows are judged among themselves, and the published rows not at all.
+    """
+    judged = [point for point in points if not point.comparable] or points
+    best, found = float("-inf"), []
+    for point in sorted(judged, key=lambda point: (point.cost, -point.accuracy)):
+        if point.accuracy > best or (found and (point.cost, point.accuracy) == (found[-1].cost, found[-1].accuracy)):
+            best = point.accuracy
+            found.append(point)
+    return found
+
+
+def draw(axes, points: list[Point], size: str, names: dict[str, str] | None = None) -> None:
+    """Draw `points`, at least one, on empty axes, costs in the unit that `size` names; `names` {kind: what the legend calls it}."""
+    names, undominated = NAMES | (names or {}), front(points)
+    costs = [point.cost for point in points]
+    if max(costs) / max(min(costs), 1e-12) > 3:
+        axes.set_xscale("log")
+    if len(undominated) > 1:
+        xs, ys = [point.cost for point in undominated], [point.accuracy for point in undominated]
+        axes.plot(xs, ys, drawstyle="steps-post", color=canvas.RULE, linewidth=1.1, zorder=1, label="not dominated")
+    for kind in ("others", "baseline", "dnal", "own"):
+        _marks(axes, [point for point in points if point.kind == kind], kind, names[kind], undominated)
+    axes.margins(0.08, 0.1)
+    axes.set_xlabel(size)
+    axes.set_ylabel("top-1 accuracy (%)")
+    if axes.get_xscale() == "log":
+        canvas.plain_log(axes.xaxis)
+    if max(costs) >= 1e4:
+        canvas.amounts(axes.xaxis)
+    canvas.legend(axes, above=True)
+    _labels(axes, sorted(points, key=lambda point: ("own", "baseline", "dnal", "others").index(point.kind)))
+
+
+def _marks(axes, points: list[Point], kind: str, name: str, undominated: list[Point]) -> None:
+    shape, area = {"own": ("D", 30), "baseline": ("s", 26), "dnal": ("o", 24), "others": ("o", 18)}[kind]
+    colour = {"own": canvas.SECOND, "dnal": canvas.ACCENT}.get(kind, canvas.MUTED)
+    if not points:
+        return
+    hollow = not points[0].comparable
+    spread = [point for point in points if point.cost_std or point.accuracy_std]
+    for point in spread:
+        # On a logarithmic axis a bar cannot reach zero.
+        lower = min(point.cost_std, 0.99 * point.cost)
+        bars = {"xerr": [[lower], [point.cost_std]], "yerr": point.accuracy_std}
+        axes.errorbar(point.cost, point.accuracy, **bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
+    rings = [canvas.INK if point in undominated and len(undominated) > 1 else colour for point in points]
+    xs, ys = [point.cost for point in points], [point.accuracy for point in points]
+    label = f"{name}, not comparable" if hollow else name
+    fill = "white" if hollow else colour
+    axes.scatter(xs, ys, area, marker=shape, facecolors=fill, edgecolors=rings, linewidths=1, zorder=4, label=label)
+
+
+def _labels(axes, points: list[Point]) -> None:
+    """Name each mark at the first place that covers no mark and no other name; a name without room is left out."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    frame, pixels = axes.get_window_extent(), axes.figure.dpi / 72
+    marks = axes.transData.transform([(point.cost, point.accuracy) for point in points])
+    taken = [Bbox.from_bounds(x - 3 * pixels, y - 3 * pixels, 6 * pixels, 6 * pixels) for x, y in marks]
+    inks = {"own": canvas.SECOND, "dnal": canvas.ACCENT, "baseline": canvas.INK, "others": canvas.MUTED}
+    for point in points:
+        if not point.label:
+            continue
+        text = axes.annotate(
+            canvas.words(point.label, 32), (point.cost, point.accuracy), (0, 0), textcoords="offset points",
+            color=inks[point.kind], fontsize=7, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        # A label that stays must have no say in the layout, which is final.
+        text.set_in_layout(False)
+        for across, up, horizontal, vertical in _PLACES:
+            text.set(position=(across, up), ha=horizontal, va=vertical)
+            box = text.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            text.remove()
+
+
+def unit(table: Table) -> str:
+    """What the horizontal axis of a published table counts."""
+    words = {"flops": "FLOPs, the paper's rule", "params": "parameters, the paper's rule"}[table.axis]
+    return f"{words} ({table.columns[table.axis]})"

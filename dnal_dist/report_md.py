@@ -1,0 +1,162 @@
+"""A run's report.md, for a pull request or a paper, from its folder alone. No torch."""
+
+import math
+import shlex
+from pathlib import Path
+
+from dnal_dist import durable, markdown, published, results
+from dnal_dist.markdown import code, text
+from dnal_dist.results import Run
+
+# What a phase took: its key in the records, the head of its column, and how it is told.
+LEDGER = {
+    "seconds": ("time", results.duration),
+    "device_seconds": ("device hours", lambda seconds: f"{seconds / 3600:,.3g}"),
+    "images": ("training pictures", lambda images: f"{images:,.0f}"),
+    "bytes_sent": ("sent by each process", lambda sent: f"{results.amount(sent)}B" if sent >= 999.5 else f"{sent:.0f} B"),
+    "energy_kwh": ("energy (kWh)", lambda energy: f"{energy:,.3g}"),
+}
+CONFIGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def write(run: Run, result: dict, figures: dict[str, str]) -> Path:
+    """Write RUN/report.md, `figures` being what `plots.write` drew, and give its path. Raises OSError."""
+    path = run.folder / "report.md"
+    durable.replace(path, render(run, result, figures).encode())
+    return path
+
+
+def render(run: Run, result: dict, figures: dict[str, str]) -> str:
+    """The report as Markdown that GitHub renders; `result` is the run's `results.result_of`."""
+    parts = [
+        f"# {text(run.name)}",
+        text(results.about(run)),
+        f"**{text(results.headline(run, result))}**",
+        *_notices(run, result),
+        "## Results",
+        markdown.table([" ", "value"], [[text(label), text(value)] for label, value in results.rows(result)]),
+        _accuracy(run, result),
+        *_published(run, result),
+        *_ledger(run, result),
+        *(["## Figures"] if figures else []),
+        *(f"{title}:\n\n[![{title}](plots/{name}.png)](plots/{name}.svg)" for name, title in figures.items()),
+        *_channels(run),
+        "## Environment",
+        _environment(run),
+        "## Again",
+        _again(run),
+        f"Derived from `metrics.jsonl` and `recipe.yaml`: {len(run.records):,} records, up to {results.date(run)}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notices(run: Run, result: dict) -> list[str]:
+    notices = [f"> **The architecture collapsed.** {text(results.collapse(run))}"] if result["collapsed"] else []
+    return notices + [f"> Warning: {text(message)}" for message in results.counted(result["warnings"])]
+
+
+def _accuracy(run: Run, result: dict) -> str:
+    rows = []
+    for phase in result["accuracy"]:
+        record = run.last("eval", phase)
+        shares = [results.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
+        entropy = f"{record['cross_entropy']:.4f}" if "cross_entropy" in record else ""
+        pictures = f"{record['samples']:,}" if "samples" in record else ""
+        rows.append([text(results.when(result, phase)), results.NETWORKS.get(phase, ""), *shares, entropy, pictures])
+    return markdown.table(["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"], rows) if rows else ""
+
+
+def _published(run: Run, result: dict) -> list[str]:
+    place = published.place(run, result)
+    if place is None:
+        return []
+    head, rows, own = place.lines()
+    cells = [[f"**{text(cell)}**" if number == own else text(cell) for cell in row] for number, row in enumerate(rows)]
+    note = f"{place.table.title}, as published in arXiv 2103.02126. {' '.join(place.remarks)}"
+    return ["## Among the published results", text(note), markdown.table(head, cells)]
+
+
+def ledger(run: Run) -> dict[str, dict[str, float]]:
+    """What each phase took, as far as the records tell: {phase: {key of LEDGER: number}}; seconds are always there."""
+    told = {str(record["phase"]): record for record in run.of("phase") if "phase" in record}
+    told |= {str(phase): entry for phase, entry in run.last("end").get("ledger", {}).items()}
+    spent = {phase: {"seconds": seconds} for phase, seconds in results.summary(run)["phase_seconds"].items()}
+    for phase, entry in told.items():
+        known = {key: entry.get(key) for key in LEDGER}
+        finite = {key: value for key, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
+        spent[phase] = spent.get(phase, {}) | finite
+    return spent
+
+
+def _ledger(run: Run, result: dict) -> list[str]:
+    spent = ledger(run)
+    if not spent:
+        return []
+    rows = [
+        [text(phase), *(tell(entry[key]) if key in entry else "" for key, (_, tell) in LEDGER.items())]
+        for phase, entry in spent.items()
+    ]
+    # A sum over some of the phases would pass for the whole run's.
+    whole = {key: sum(entry[key] for entry in spent.values()) for key in LEDGER if all(key in entry for entry in spent.values())}
+    whole["seconds"] = result["seconds"]
+    rows.append(["whole run", *(tell(whole[key]) if key in whole else "" for key, (_, tell) in LEDGER.items())])
+    return ["## What each phase took", markdown.table(["phase", *(head for head, _ in LEDGER.values())], rows)]
+
+
+def _channels(run: Run) -> list[str]:
+    sites, prune = run.last("start").get("sites") or {}, run.last("prune")
+    kept = prune.get("kept") or run.last("gates").get("open")
+    if not sites or kept is None:
+        return []
+    rescued = set(prune.get("rescued", []))
+    rows = []
+    for site, channels in sites.items():
+        left = kept.get(site, 0)
+        fate = "rescued" if site in rescued else "" if left else "closed"
+        rows.append([code(site), f"{channels:,}", f"{left:,}", results.percent(left / max(channels, 1)), fate])
+    words = f"{sum(kept.values()):,} of {sum(sites.values()):,} channels in {len(sites):,} layers"
+    words += " kept" if prune else " have gates above the threshold so far"
+    return ["## Channels", markdown.details(words, markdown.table(["layer", "channels", "kept", "share", " "], rows))]
+
+
+def _environment(run: Run) -> str:
+    start = run.last("start")
+    words = {
+        "device": "device", "backend": "backend", "world_size": "processes", "precision": "precision", "code": "code (commit)",
+        "init_from": "weights to begin with", "host": "host", "slurm_job": "SLURM job",
+    }  # fmt: skip
+    rows = [[label, text(start[key])] for key, label in words.items() if key in start]
+    for part in ("versions", "environment"):
+        told = start.get(part)
+        rows += [[text(name), text(version)] for name, version in (told.items() if isinstance(told, dict) else ())]
+    resumes = sum(bool(record.get("resumed")) for record in run.of("start"))
+    if resumes:
+        rows.append(["resumed", "once" if resumes == 1 else f"{resumes:,} times"])
+    return markdown.table([" ", "value"], rows)
+
+
+def _again(run: Run) -> str:
+    """The commands that train the same again, and the recipe."""
+    start, output = run.last("start"), str(run.recipe.get("output") or run.folder)
+    recipe, again = (shlex.quote(results.printable(path)) for path in (f"{output}/recipe.yaml", f"{output}-again"))
+    lines = []
+    commit = str(start.get("code") or "").rstrip("+")
+    if commit.isalnum():
+        changed = "   # and the changes that it had then, which are not in it" if str(start["code"]).endswith("+") else ""
+        lines.append(f"git checkout {commit}{changed}")
+    lines.append(f"{_launch(start)} -m dnal_dist.train {recipe} output={again}")
+    commands = markdown.fence("\n".join(lines), "sh")
+    if not run.recipe_text:
+        return f"{commands}\n\n`recipe.yaml` is not in the run folder."
+    return f"{commands}\n\n{markdown.details('The recipe, with all its defaults', markdown.fence(run.recipe_text, 'yaml'))}"
+
+
+def _launch(start: dict) -> str:
+    processes, precision = start.get("world_size", 1), PRECISIONS.get(start.get("precision", ""))
+    if processes == 1 and precision is None:
+        return "python"
+    backend = start.get("backend")
+    config = f" --config_file recipes/accelerate/{backend}.yaml" if backend in CONFIGS else ""
+    mixed = f" --mixed_precision {precision}" if precision else ""
+    return f"accelerate launch{config} --num_processes {int(processes)}{mixed}"
