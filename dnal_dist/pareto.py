@@ -1,6 +1,6 @@
 """Accuracy against cost as a figure: runs among published rows, and which of them no other dominates. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dnal_dist import canvas
 from dnal_dist.published import OWN, OWNS, Row, Table
@@ -48,9 +48,10 @@ def of_table(rows: list[Row], table: Table, comparable: bool) -> list[Point]:
 def front(points: list[Point]) -> list[Point]:
     """Those that no other one dominates, which has at least the accuracy for at most the cost; cheapest first.
 
-    Runs that are not comparable with the published rows are judged among themselves, and the published rows not at all.
+    Where a run is not comparable with the published rows, runs are judged among themselves, and the published rows not at all.
     """
-    judged = [point for point in points if not point.comparable] or points
+    apart = not all(point.comparable for point in points)
+    judged = [point for point in points if point.kind == "own" or not apart]
     best, found = float("-inf"), []
     for point in sorted(judged, key=lambda point: (point.cost, -point.accuracy)):
         if point.accuracy > best or (found and (point.cost, point.accuracy) == (found[-1].cost, found[-1].accuracy)):
@@ -59,26 +60,49 @@ def front(points: list[Point]) -> list[Point]:
     return found
 
 
-def draw(axes, points: list[Point], size: str, names: dict[str, str] | None = None) -> None:
-    """Draw `points`, at least one, on empty axes, costs in the unit that `size` names; `names` {kind: what the legend calls it}."""
-    names, undominated = NAMES | (names or {}), front(points)
-    costs = [point.cost for point in points]
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: what its horizontal axis counts, its marks (at least one), names {kind: in the legend}, and a title."""
+
+    size: str
+    points: list[Point]
+    names: dict[str, str] = field(default_factory=dict)
+    title: str = ""
+
+
+def figure(panels: list[Panel]):
+    """A Figure of the diagrams, one below the other. Call it within `canvas.drawing`."""
+    whole = canvas.figure(3.8 * len(panels))
+    axes = [part.subplots() for part in whole.subfigures(len(panels), 1, squeeze=False)[:, 0]]
+    for here, panel in zip(axes, panels, strict=True):
+        _draw(here, panel)
+    # What is named has its place now.
+    whole.draw_without_rendering()
+    for here, panel in zip(axes, panels, strict=True):
+        _labels(here, sorted(panel.points, key=lambda point: ("own", "baseline", "dnal", "others").index(point.kind)))
+    return whole
+
+
+def _draw(axes, panel: Panel) -> None:
+    names, undominated, costs = NAMES | panel.names, front(panel.points), [point.cost for point in panel.points]
     if max(costs) / max(min(costs), 1e-12) > 3:
         axes.set_xscale("log")
     if len(undominated) > 1:
         xs, ys = [point.cost for point in undominated], [point.accuracy for point in undominated]
         axes.plot(xs, ys, drawstyle="steps-post", color=canvas.RULE, linewidth=1.1, zorder=1, label="not dominated")
     for kind in ("others", "baseline", "dnal", "own"):
-        _marks(axes, [point for point in points if point.kind == kind], kind, names[kind], undominated)
+        for comparable in (True, False):
+            mine = [point for point in panel.points if (point.kind, point.comparable) == (kind, comparable)]
+            _marks(axes, mine, kind, names[kind], undominated)
     axes.margins(0.08, 0.1)
-    axes.set_xlabel(size)
+    axes.set_xlabel(panel.size)
     axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(panel.title, fontsize=8.5, loc="left", fontweight="bold")
     if axes.get_xscale() == "log":
         canvas.plain_log(axes.xaxis)
     if max(costs) >= 1e4:
         canvas.amounts(axes.xaxis)
     canvas.legend(axes, above=True)
-    _labels(axes, sorted(points, key=lambda point: ("own", "baseline", "dnal", "others").index(point.kind)))
 
 
 def _marks(axes, points: list[Point], kind: str, name: str, undominated: list[Point]) -> None:
@@ -105,7 +129,6 @@ def _labels(axes, points: list[Point]) -> None:
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()
     frame, pixels = axes.get_window_extent(), axes.figure.dpi / 72
     marks = axes.transData.transform([(point.cost, point.accuracy) for point in points])
     taken = [Bbox.from_bounds(x - 3 * pixels, y - 3 * pixels, 6 * pixels, 6 * pixels) for x, y in marks]

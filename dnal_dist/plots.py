@@ -189,9 +189,7 @@ def cost(run: Run, result: dict):
     if not any(point.kind == "own" for point in points):
         return None
     size = pareto.unit(place.table) if place and place.own else "multiply-adds for one picture"
-    figure = canvas.figure(3.8)
-    pareto.draw(figure.subplots(), points, size, {"own": canvas.words(run.name)})
-    return figure
+    return pareto.figure([pareto.Panel(size, points, {"own": canvas.words(run.name)})])
 
 
 def _own_points(result: dict) -> list[pareto.Point]:

@@ -73,6 +73,10 @@ class Table:
         unit = self.columns.get(column)
         return f"{HEADS[column]} ({unit})" if unit in ("G", "M", "%") else HEADS[column]
 
+    def among(self, own: list[Row]) -> list[Row]:
+        """All its rows with those of runs, largest first; the sort is stable: among equals a run comes last."""
+        return sorted([*self.rows, *own], key=lambda row: -float(getattr(row, self.axis)))
+
     def lines(self, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         """Rows of it in words, under their head."""
         columns = [column for column in HEADS if column in self.columns or column == "epochs"]
@@ -139,10 +143,9 @@ def place(run: Run, result: dict) -> Place | None:
     if table is None:
         return None
     own = _own(run, result, table) if _priced(result) else None
-    # The sort is stable: among equals the run comes last.
-    rows = sorted([*table.rows, *([own] if own else [])], key=lambda row: -float(getattr(row, table.axis)))
-    differences = _differences(run, table)
-    return Place(table, rows, own, differences, _remarks(run, result, table, differences))
+    rows = table.among([own] if own else [])
+    found = differences(run, table)
+    return Place(table, rows, own, found, _remarks(run, result, table, found))
 
 
 def _priced(result: dict) -> bool:
@@ -152,24 +155,44 @@ def _priced(result: dict) -> bool:
 
 
 def _own(run: Run, result: dict, table: Table) -> Row:
-    """The run as a row, its costs by the paper's rule."""
-    costs = {}
+    found = accuracy(run)
+    figures = {which: result[which]["paper"] for which in ("full", "compact")}
+    return own_row(run, table, **figures, top1=found.get("accuracy"), top5=found.get("top5"))
+
+
+def own_row(
+    run: Run,
+    table: Table,
+    full: dict,
+    compact: dict,
+    top1: float | None,
+    top5: float | None,
+    stds: dict | None = None,
+    label: str = "",
+) -> Row:
+    """A run as a row, or several that are set up as `run`, of means.
+
+    full, compact: {"macs", "params"} by the paper's rule; top1, top5: shares, None where not known. stds: the standard
+    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what tells these runs from others.
+    """
+    costs, spreads, stds = {}, {}, stds or {}
     for column, key in (("flops", "macs"), ("params", "params")):
         if column in table.columns:
-            full, compact = (result[which]["paper"][key] for which in ("full", "compact"))
-            unit = {"G": 1e9, "M": 1e6}[table.columns[column]]
-            costs[column] = _figure(compact / unit, getattr(table.baseline, column))
-            if compact and getattr(table.baseline, f"{column}_ratio"):
-                costs[f"{column}_ratio"] = f"{full / compact:.2f}"
+            unit, like = {"G": 1e9, "M": 1e6}[table.columns[column]], getattr(table.baseline, column)
+            costs[column] = _figure(compact[key] / unit, like)
+            if compact[key] and getattr(table.baseline, f"{column}_ratio"):
+                costs[f"{column}_ratio"] = f"{full[key] / compact[key]:.2f}"
+            if key in stds:
+                spreads[column] = f"{stds[key] / unit:.2g}"
     weight = run.setting("architecture", "penalty_weight")
-    found = _accuracy(run)
     return Row(
-        method=OWN,
-        penalty_weight=_weight(weight) if isinstance(weight, int | float) else "",
-        top1=f"{100 * found['accuracy']:.2f}" if "accuracy" in found else "",
-        top5=f"{100 * found['top5']:.2f}" if "top5" in found else "",
+        method=OWNS if label else OWN,
+        penalty_weight=label or (weight_text(weight) if isinstance(weight, int | float) else ""),
+        top1="" if top1 is None else f"{100 * top1:.2f}",
+        top5="" if top5 is None else f"{100 * top5:.2f}",
         search="gradient" if "search" in table.columns else "",
         epochs=_epochs(run),
+        stds=spreads | {key: f"{100 * stds[key]:.2f}" for key in ("top1", "top5") if key in stds},
         **costs,
     )
 
@@ -179,12 +202,12 @@ def _figure(value: float, like: str) -> str:
     return f"{value:.{len(like.partition('.')[2])}f}" if value >= 0.1 else f"{value:#.2g}"
 
 
-def _weight(weight: float) -> str:
+def weight_text(weight: float) -> str:
     """Small ones as the paper writes them, 1e-4."""
     return re.sub(r"\.?0*e-0*", "e-", f"{weight:e}") if 0 < weight < 0.001 else f"{weight:g}"
 
 
-def _accuracy(run: Run) -> dict:
+def accuracy(run: Run) -> dict:
     """The last evaluation of the compact network, empty if there is none yet."""
     return run.last("eval", "finetune") or run.last("eval", "prune")
 
@@ -196,7 +219,7 @@ def _epochs(run: Run) -> str:
     return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
 
 
-def _differences(run: Run, table: Table) -> list[str]:
+def differences(run: Run, table: Table) -> list[str]:
     """How the run's set-up differs from the published one, as far as its folder tells."""
     start, found = run.last("start"), []
     for key, expected in table.pictures.items():
@@ -230,7 +253,7 @@ def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> li
         f"The run is placed by the paper's rule, {paper['macs']:,} FLOPs and {paper['params']:,} parameters; "
         f"by the exact rule it has {exact['macs']:,} multiply-adds and {exact['params']:,} parameters."
     )
-    found = _accuracy(run)
+    found = accuracy(run)
     if not found:
         remarks.append("Its accuracy is not known yet.")
     elif not result["finished"]:

@@ -19,6 +19,10 @@ NETWORKS = {
 }
 
 
+class NoRecord(ValueError):
+    """A run folder in which nothing is told yet."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder in memory: the recipe as a dictionary and as text, the records of metrics.jsonl in their order."""
@@ -93,7 +97,7 @@ def _records(path: Path, lines: list[bytes]) -> list[dict]:
             raise ValueError(f"{path}, line {number}: not a JSON object; remove this line and try again")
         records.append(record)
     if not records:
-        raise ValueError(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
+        raise NoRecord(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
     return records
 
 
@@ -160,6 +164,20 @@ def amount(count: float, like: float | None = None) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
+
+
+def spread(mean: float, std: float | None) -> str:
+    """A mean and, if there is one, its standard deviation, in one unit: 0.198 ± 0.012 M."""
+    told, _, unit = amount(mean).partition(" ")
+    if std is None:
+        return amount(mean)
+    scale = {"G": 1e9, "M": 1e6, "k": 1e3}.get(unit, 1)
+    return f"{told} ± {std / scale:.2g} {unit}".rstrip()
+
+
+def percents(mean: float, std: float | None, digits: int = 2) -> str:
+    """Likewise, for shares: 99.27 ± 0.15 %."""
+    return percent(mean, digits) if std is None else f"{100 * mean:.{digits}f} ± {100 * std:.{digits}f} %"
 
 
 def number(value: float) -> str:
