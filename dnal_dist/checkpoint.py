@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dnal_dist import durable
+from dnal_dist.ledger import Spent
 
 FORMAT = 1
 PHASES = ("pretrain", "search", "prune", "finetune", "done")
@@ -40,6 +41,10 @@ class Gathered(BaseModel):
     """Steps that are still listened to."""
     seconds: float
     skipped: list[str]
+    steps: dict[str, int] = {}
+    """How many steps of each kind were taken on the present processes and backend."""
+    sent: int | None = None
+    """Bytes that the steps before those communicated; None where that is not known."""
 
 
 class State(BaseModel):
@@ -62,6 +67,8 @@ class State(BaseModel):
     """State of what drives the penalty: see phases.Penalty."""
     seconds: dict[str, float] = {}
     """Wall time of each phase so far."""
+    spent: dict[str, Spent] = {}
+    """What else each phase took so far."""
     records: int = Field(0, ge=0)
     """Records of metrics.jsonl that were told by then."""
     mask: str | None = None

@@ -5,7 +5,9 @@ from pathlib import Path
 
 # Records about what was trained. Those of starts, stops, warnings and checkpoints tell how often a run was interrupted.
 TRAINED = ("train", "eval", "gates", "prune", "receipt", "phase", "end")
-CLOCK = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds")
+CLOCK = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds", "device_seconds", "energy_kwh")
+# The library's allocator keeps what it likes; a resumed run begins with less.
+CLOCK += ("device_memory_bytes",)
 
 
 def told(run: Path) -> list[dict]:
@@ -17,8 +19,13 @@ def told(run: Path) -> list[dict]:
         except ValueError:
             raise ValueError(f"metrics.jsonl: line {number} is no record: {line[:60]}") from None
         if record["kind"] in TRAINED:
-            records.append({key: value for key, value in record.items() if key not in CLOCK})
+            records.append(timeless(record))
     return records
+
+
+def timeless(record: dict) -> dict:
+    """A record, or a part of one, without what depends on the clock."""
+    return {k: timeless(v) if isinstance(v, dict) else v for k, v in record.items() if k not in CLOCK}
 
 
 def same(run: Path, whole: Path) -> list[str]:

@@ -113,6 +113,17 @@ def both_rules(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -
     return {rule: count(net, image_size, keep, rule)._asdict() for rule in ("exact", "paper")}
 
 
+def of_layers(net: GatedNetwork, image_size: int, keep: Tensor) -> dict[str, dict[str, dict[str, int]]]:
+    """The exact cost of each layer by its path, of the full network and with the channels of `keep`, bool (N,), as a run's records
+    hold it."""
+    tables = {"full": by_layer(net, image_size), "compact": by_layer(net, image_size, keep)}
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for which, rows in tables.items():
+        for row in rows:
+            found.setdefault(row["layer"], {})[which] = {key: row[key] for key in Cost._fields}
+    return found
+
+
 def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
     """Exact multiply-adds and parameters if each gate, (N,) floating, is the probability that its channel stays.
 

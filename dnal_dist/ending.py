@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from dnal_dist import budget, checkpoint, report, stopping
+from dnal_dist import budget, checkpoint, ledger, report, stopping
 from dnal_dist.parallel import remove_temp
 from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
@@ -25,7 +25,8 @@ def finish(run: Run) -> str | None:
     if not track.ended:
         per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
         images = run.global_step * run.recipe.data.global_batch
-        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images)
+        spent = {phase: ledger.told(run, phase) for phase in run.seconds}
+        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
         if run.saver.writes:
             track.say(run.saver.told())
     track.close()

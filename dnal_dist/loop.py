@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from dnal_dist import saving, schedule
+from dnal_dist import ledger, saving, schedule
 from dnal_dist.backends import Trained
 from dnal_dist.evaluate import evaluate
 from dnal_dist.feed import Fed, feed
+from dnal_dist.ledger import Clock
 from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.receipts import Receipt
 from dnal_dist.run import Run
@@ -41,7 +42,7 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
     trained = parallel.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
     meter = Meter(run)
     result = meter.summary
-    clock = _Clock(run)
+    clock = Clock(run)
     track.begin(run.phase, total, run.step)
     try:
         while True:
@@ -72,7 +73,7 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
         raise
     trained.close()
     track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
-    track.record("phase", phase=run.phase, seconds=round(run.seconds[run.phase], 3))
+    track.record("phase", phase=run.phase, **ledger.told(run, run.phase))
 
 
 def ends_epoch(run: Run, total: int) -> bool:
@@ -80,23 +81,13 @@ def ends_epoch(run: Run, total: int) -> bool:
     return run.step > 0 and (run.step % run.train.steps_per_epoch == 0 or run.step == total)
 
 
-class _Clock:
-    """Wall time of the phase, with that of its parts before a stop."""
-
-    def __init__(self, run: Run):
-        self.run, self.begun, self.before = run, time.monotonic(), run.seconds.get(run.phase, 0.0)
-
-    def tell(self) -> None:
-        self.run.seconds[self.run.phase] = self.before + time.monotonic() - self.begun
-
-
-def _end_epoch(run: Run, trained: Trained, meter: Meter, clock: _Clock, total: int) -> str:
+def _end_epoch(run: Run, trained: Trained, meter: Meter, clock: Clock, total: int) -> str:
     """Evaluate, and save unless the phase ends here, which has a checkpoint of its own. Returns what the progress line says."""
     with meter.pause(), trained.gathered() as momentum:
         accuracy = look(run, run.step / run.train.steps_per_epoch)
         run.evaluated, run.accuracy = run.global_step, accuracy
         result = f"accuracy {accuracy:.2%}  {meter.summary}"
-        clock.tell()
+        clock.tell(meter.bytes_sent() if run.step == total else None)
         if run.step < total:
             run.track.progress(run.step, result)
             saving.save(run, momentum, meter)
@@ -114,7 +105,7 @@ def _is_time_to_save(run: Run) -> bool:
     return asked or (settings.every_steps is not None and run.global_step % settings.every_steps == 0)
 
 
-def _save(run: Run, trained: Trained, meter: Meter, clock: _Clock) -> None:
+def _save(run: Run, trained: Trained, meter: Meter, clock: Clock) -> None:
     begun = time.monotonic()
     with meter.pause(), trained.gathered() as momentum:
         clock.tell()
@@ -159,6 +150,7 @@ def record_gates(run: Run, delta: float) -> None:
         epoch=round(run.step / run.train.steps_per_epoch, 4),
         delta=delta,
         histogram=torch.histc(gates, 20, 0, 1).int().tolist(),
+        by_site={site: torch.histc(part, 10, 0, 1).int().tolist() for site, part in run.supernet.by_site(gates).items()},
         open={site: int(part.sum()) for site, part in run.supernet.by_site(kept).items()},
     )
 

@@ -46,6 +46,22 @@ def check_finite(run, cross_entropy: float) -> None:
         )
 
 
+def total_bytes(sent: int | None, steps: dict[str, int], heard: dict[str, int]) -> int | None:
+    """What steps communicated, of which so many of each kind were taken after others that came to `sent`; None if not known."""
+    if sent is None or not steps.keys() <= heard.keys():
+        return None
+    return sent + sum(number * heard[kind] for kind, number in steps.items())
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors took on a GPU since this was asked last."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 class Meter:
     """Sums over the iterations since the last record; one collective when they are told."""
 
@@ -59,6 +75,10 @@ class Meter:
         # The very first steps have more to say than all that follow. A compiled step would not compile while it is listened to.
         deaf = run.recipe.training.compile or run.parallel.backend == "single"
         self.listening, self.heard = 0 if deaf else 3 * cycle, None
+        self.steps: dict[str, int] = {}
+        """How many steps of each kind these processes took."""
+        self.sent: int | None = 0
+        """Bytes that steps communicated before, on other processes."""
         self._start_over()
         if run.meter is not None:
             self._go_on(*run.meter)
@@ -70,13 +90,22 @@ class Meter:
         self.skipped.update(gathered.skipped)
         self.summary, self.since = gathered.summary, self.since - gathered.seconds
         if same_topology:
-            self.bytes, self.listening = dict(gathered.bytes), gathered.listening
+            # The first steps after a start say more than others: where it listened still, it listens to as many again.
+            self.bytes, self.listening = dict(gathered.bytes), self.listening if gathered.listening else 0
+            self.steps, self.sent = dict(gathered.steps), gathered.sent
+        else:
+            self.sent = total_bytes(gathered.sent, gathered.steps, gathered.bytes)
 
     def gathered(self) -> Gathered:
         """What there is for the next record so far; `sums` is apart, since each process has its own. All processes come here."""
         skipped = sorted(set(self.run.parallel.gather(sorted(self.skipped))))
         seconds = time.monotonic() - self.since - self.paused
-        return Gathered(summary=self.summary, bytes=self.bytes, listening=self.listening, seconds=seconds, skipped=skipped)
+        sent = {"steps": dict(self.steps), "sent": self.sent}
+        return Gathered(summary=self.summary, bytes=self.bytes, listening=self.listening, seconds=seconds, skipped=skipped, **sent)
+
+    def bytes_sent(self) -> int | None:
+        """What all steps of the phase so far communicated, by each process; None where nothing was or nobody listened."""
+        return total_bytes(self.sent, self.steps, self.bytes) or None
 
     def _start_over(self) -> None:
         # cross-entropy, correct, pictures, penalty, architecture steps, pictures skipped
@@ -106,8 +135,10 @@ class Meter:
     def add(self, outcome: Outcome) -> None:
         self.sums[0] += outcome.cross_entropy
         self.sums[1] += outcome.correct
+        kind = f"comm/bytes_{'weight' if outcome.penalty is None else 'architecture'}_step"
+        if self.run.parallel.world_size > 1:
+            self.steps[kind] = self.steps.get(kind, 0) + 1
         if self.heard is not None:
-            kind = f"comm/bytes_{'weight' if outcome.penalty is None else 'architecture'}_step"
             # Not the last: the second step after a start has more to say under DDP, and a resumed run starts anywhere.
             self.bytes[kind], self.heard = min(self.heard.bytes, self.bytes.get(kind, self.heard.bytes)), None
         if outcome.penalty is not None:
@@ -145,6 +176,7 @@ class Meter:
             "images_per_second": round(pictures / (time.monotonic() - self.since - self.paused), 1),
             "data_wait_seconds": round(self.waited, 4),
             "bad_samples": int(skipped),
+            "device_memory_bytes": _peak_memory(run.parallel.device),
             **self.bytes,
         }
         self.summary = f"loss {values['loss']:.4f}"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist import budget, compact, cost
+from dnal_dist import budget, compact, cost, ledger
+from dnal_dist.ledger import Clock
 from dnal_dist.loop import fed, look
 from dnal_dist.run import Run
 from dnal_dist.stopping import Stopped
@@ -14,7 +15,7 @@ from dnal_dist.stopping import Stopped
 
 def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
-    recipe, supernet = run.recipe, run.supernet
+    recipe, supernet, clock = run.recipe, run.supernet, Clock(run)
     image_size, settings = recipe.data.image_size, recipe.architecture
     target = budget.budget(settings, supernet, image_size)
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
@@ -28,7 +29,8 @@ def prune(run: Run) -> None:
     present = cost.present(supernet, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
     chosen_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
-    facts = {"rescued": rescued, "collapsed": collapsed, "mask": run.mask}
+    layers = cost.of_layers(supernet, image_size, keep)
+    facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.mask}
     run.track.record("prune", kept=kept, full=full, compact=small, **chosen_by, **facts)
     try:
         accuracy = look(run, epoch=0.0)
@@ -36,6 +38,8 @@ def prune(run: Run) -> None:
         # What it goes on from is the checkpoint before: pruning is done again.
         run.track.record("stop", phase="prune", step=0, reason=str(stopped))
         raise
+    clock.tell()
+    run.track.record("phase", phase="prune", **ledger.told(run, "prune"))
     share = small["exact"]["macs"] / full["exact"]["macs"]
     run.track.begin("prune", 1, 1)
     run.track.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {share:.1%} of the multiply-adds")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dnal_dist.architecture import Architecture
 from dnal_dist.checkpoint import Gathered
+from dnal_dist.ledger import Spent
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.receipts import Receipt
@@ -69,6 +70,8 @@ class Run:
     """The compact network, once there is one."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each phase so far."""
+    spent: dict[str, Spent] = field(default_factory=dict)
+    """What else each phase took so far."""
 
     def __post_init__(self):
         settings = self.recipe.architecture.optimizer

@@ -66,6 +66,7 @@ def _state(run: Run, meter: Gathered | None) -> State:
     return State(
         **{key: getattr(run, key) for key in SAME},
         seconds=dict(run.seconds),
+        spent=dict(run.spent),
         compact=None if run.small is None else compact.describe(run.small),
         receipt=run.receipt.packed(),
         skipped=sorted(run.skipped),
@@ -157,7 +158,7 @@ def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
     for key in SAME:
         setattr(run, key, getattr(state, key))
-    run.seconds, run.skipped = dict(state.seconds), set(state.skipped)
+    run.seconds, run.spent, run.skipped = dict(state.seconds), dict(state.spent), set(state.skipped)
     if run.parallel.main and state.receipt:
         # The other processes begin with nothing taken, however many there are now.
         run.receipt = Receipt.unpacked(state.receipt)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, cost, ending, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping
+from dnal_dist import budget, cost, ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.parallel import Parallel
@@ -253,8 +253,10 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
         steps_per_epoch=train.steps_per_epoch,
         dropped_per_epoch=train.dropped,
         sites=run.supernet.gate_sites,
+        shortcuts=run.supernet.shortcuts(),
         full=full,
         versions=versions,
+        **(environment.facts(parallel.device) if parallel.main else {}),
     )
     track.say(
         f"{run.recipe.name}: {run.recipe.model.name}, {full['exact']['macs'] / 1e6:,.2f} M multiply-adds, "

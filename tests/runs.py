@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dnal_dist import compare
+
 # 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
 SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none")
 
@@ -30,9 +32,7 @@ def records(run: Path, *kinds: str) -> list[dict]:
 
 def told(run: Path) -> list[dict]:
     """What a run tells about its training, without what depends on the clock, and without the notes of starts and warnings."""
-    clock = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds")
-    kept = records(run, "train", "eval", "gates", "prune", "phase", "end")
-    return [{key: value for key, value in record.items() if key not in clock} for record in kept]
+    return [compare.timeless(record) for record in records(run, "train", "eval", "gates", "prune", "phase", "end")]
 
 
 def tensors(run: Path) -> bytes:

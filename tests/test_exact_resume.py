@@ -8,6 +8,7 @@ import torch
 from runs import Killed, arguments, records, tensors, told
 
 from dnal_dist import checkpoint, evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist.ledger import Spent
 from dnal_dist.meter import Meter
 from dnal_dist.parallel import Parallel
 from dnal_dist.stopping import STOPPED, Stopped
@@ -65,7 +66,7 @@ def compare(run, reference) -> None:
     (ours, theirs) = (checkpoint.latest(one / "checkpoints")[1] for one in (run, reference))
     assert ours.tensors.keys() == theirs.tensors.keys() >= {"alpha", "alpha_momentum"}
     assert all(ours.tensors[key].equal(theirs.tensors[key]) for key in ours.tensors)
-    counted = {"seconds", "records", "tracker_run", "recipe"}
+    counted = {"seconds", "spent", "records", "tracker_run", "recipe"}
     assert ours.state.model_dump(exclude=counted) == theirs.state.model_dump(exclude=counted)
     trained = [r["global_step"] for r in records(run, "train")]
     assert trained == sorted(set(trained))
@@ -172,6 +173,7 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     told = {
         "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_rests": True,
         "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
+        "spent": {"pretrain": Spent(images=80, device_seconds=5.0, energy_kwh=0.25, bytes_sent=7)},
         "skipped": {"a picture", "another"},
     }  # fmt: skip
     for key, value in told.items():
@@ -181,7 +183,8 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     momentum = {name: torch.randn_like(p) for name, p in run.supernet.named_parameters()}
     meter = Meter(run)
     meter.sums += torch.arange(6)
-    meter.skipped, meter.summary, meter.bytes, meter.listening = {"a picture"}, "loss 1", {"comm/bytes_weight_step": 7}, 2
+    meter.skipped, meter.summary, meter.bytes = {"a picture"}, "loss 1", {"comm/bytes_weight_step": 7}
+    meter.steps, meter.sent = {"comm/bytes_weight_step": 3}, 100
     run.receipt.take((5, 6), 90, [])
     saving.save(run, momentum, meter)
     random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))

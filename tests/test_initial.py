@@ -375,7 +375,7 @@ def test_a_run_without_pretrain_has_a_report(source, begins, tmp_path):
     assert list(found["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
     assert found["finished"] and not found["warnings"]
     assert records(tmp_path, "end")[0]["phase_seconds"].keys() == {"search", "finetune"}
-    assert [r["phase"] for r in records(tmp_path, "phase")] == ["search", "finetune"]
+    assert [r["phase"] for r in records(tmp_path, "phase")] == ["search", "prune", "finetune"]
     assert {r["phase"] for r in records(tmp_path, "train")} == {"search", "finetune"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "at the start" in page and "weights to begin with" in page and str(source[0]) in page

@@ -83,7 +83,7 @@ def test_recipe_goes_through_its_phases_on_two_processes(path, finished):
     _, saved, damaged = checkpoint.latest(folder / "checkpoints")
     assert (saved.state.phase, saved.state.global_step, damaged) == ("done", 8, {})
     assert list(report.summary(folder)["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
-    assert [r["phase"] for r in run.of("phase")] == ["pretrain", "search", "finetune"]
+    assert [r["phase"] for r in run.of("phase")] == ["pretrain", "search", "prune", "finetune"]
     assert all(0 <= r["accuracy"] <= r["top5"] <= 1 for r in run.of("eval"))
 
 

@@ -310,7 +310,7 @@ def test_channels_of_every_layer_are_told(tmp_path):
     many = {f"blocks.{i}.expand": 48 for i in range(255)}
     records = changed(made_up_run(), "start", sites=many)
     page = page_of(save(tmp_path, changed(records, "prune", kept=dict.fromkeys(many, 12), rescued=[])))
-    assert page.count("12 of 48") == 255 and "3,060 of 12,240 channels in 255 layers" in page
+    assert page.count(">12 of 48</td>") == 255 and "3,060 of 12,240 channels in 255 layers" in page
 
 
 def test_a_loss_that_is_not_a_number_leaves_a_gap(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -174,6 +175,16 @@ class GatedNetwork(nn.Module):
         """Every Conv2d and Linear in forward order, for pictures of `image_size` x `image_size`."""
         raise NotImplementedError
 
+    def shortcuts(self) -> list[str]:
+        """Module paths of the blocks with a way around them, in forward order."""
+        layers, found = self.layers(1), {}
+        branch_of = {layer.path: layer.branch for layer in layers}
+        for layer in layers:
+            if any(feed.around for feed in layer.feeds):
+                last = [site for feed in layer.feeds if not feed.around for site in branch_of[feed.writer]]
+                found[_shared(last)] = None
+        return [block for block in found if block]
+
     def split(self, gates: Tensor | None) -> list[tuple[Tensor | None, ...]]:
         """One tuple of gates for each unit, views of the flat vector."""
         if gates is None:
@@ -190,6 +201,12 @@ class GatedNetwork(nn.Module):
     @property
     def num_gates(self) -> int:
         return sum(self.gate_sites.values())
+
+
+def _shared(paths: list[str]) -> str:
+    """The module path that all paths begin with."""
+    parts = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts))
 
 
 def halve(size: int) -> int:

@@ -1,0 +1,40 @@
+"""Where a run takes place: machine, code, SLURM job, and the software beneath torch."""
+
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+
+import pynvml
+import torch
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def facts(device: torch.device) -> dict[str, str | dict[str, str] | None]:
+    """`host`, `code`, `slurm_job` and `environment`, as metrics.jsonl tells them; None for what is not there."""
+    beneath = {"os": platform.platform(), "cpus": str(os.cpu_count())}
+    if device.type == "cuda":
+        beneath |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+        with contextlib.suppress(AttributeError, RuntimeError):  # a build without NCCL
+            beneath["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        beneath["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"host": socket.gethostname(), "code": code(), "slurm_job": job, "environment": beneath}
+
+
+def code(checkout: Path = CHECKOUT) -> str | None:
+    """Commit of the checkout that this package lies in, with "+" behind it if tracked files differ; None where it is in none."""
+    # A virtual environment may lie in a checkout of something else.
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=quiet)
+        return found.stdout.strip() or None
+    return None
