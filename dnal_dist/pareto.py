@@ -30,7 +30,7 @@ class Point:
 
 def of_row(row: Row, table: Table, comparable: bool = True) -> Point | None:
     """The mark of a row of a published table; None if the row lacks accuracy or cost."""
-    size = float(getattr(row, table.axis) or 0)
+    size = table.size(row)
     if not row.top1 or not size:
         return None
     kind = KINDS.get(row.method, "others")

@@ -75,7 +75,11 @@ class Table:
 
     def among(self, own: list[Row]) -> list[Row]:
         """All its rows with those of runs, largest first; the sort is stable: among equals a run comes last."""
-        return sorted([*self.rows, *own], key=lambda row: -float(getattr(row, self.axis)))
+        return sorted([*self.rows, *own], key=lambda row: -self.size(row))
+
+    def size(self, row: Row) -> float:
+        """A row's FLOPs, or its parameters where the table tells no FLOPs, in the table's unit; 0 if it has none."""
+        return float(getattr(row, self.axis) or 0)
 
     def lines(self, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         """Rows of it in words, under their head."""
@@ -94,15 +98,15 @@ class Place:
     differences: list[str]
     remarks: list[str]
 
-    def lines(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The table in words: its head, its rows, and which of these is the run's own."""
-        return *self.table.lines(self.rows), self.rows.index(self.own) if self.own else None
+    def lines(self) -> tuple[list[str], list[list[str]], list[int]]:
+        """The table in words: its head, its rows, and which of these is the run's own, if one is."""
+        return *self.table.lines(self.rows), [self.rows.index(self.own)] if self.own else []
 
     def figure(self) -> dict:
         """Accuracy against size: {axis, log, comparable, points: {kind: [xs, ys, labels]}}; rows without top-1 are left out."""
         points: dict[str, list[list]] = {kind: [[], [], []] for kind in ("others", "dnal", "baseline", "own")}
         for row in self.rows:
-            size = float(getattr(row, self.table.axis))
+            size = self.table.size(row)
             if row.top1 and size:
                 kind = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own"}.get(row.method, "others")
                 label = row.penalty_weight if kind == "dnal" else row.method

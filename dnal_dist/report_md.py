@@ -1,20 +1,17 @@
 """A run's report.md, for a pull request or a paper, from its folder alone. No torch."""
 
-import math
 import shlex
 from pathlib import Path
 
-from dnal_dist import durable, markdown, published, results
+from dnal_dist import accounts, durable, markdown, published, results
 from dnal_dist.markdown import code, text
 from dnal_dist.results import Run
 
-# What a phase took: its key in the records, the head of its column, and how it is told.
-LEDGER = {
-    "seconds": ("time", results.duration),
-    "device_seconds": ("device hours", lambda seconds: f"{seconds / 3600:,.3g}"),
-    "images": ("training pictures", lambda images: f"{images:,.0f}"),
-    "bytes_sent": ("sent by each process", lambda sent: f"{results.amount(sent)}B" if sent >= 999.5 else f"{sent:.0f} B"),
-    "energy_kwh": ("energy (kWh)", lambda energy: f"{energy:,.3g}"),
+HEADS = {
+    "device_seconds": "device time",
+    "images": "training pictures",
+    "bytes_sent": "sent by each process",
+    "energy_kwh": "energy",
 }
 CONFIGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
@@ -38,7 +35,8 @@ def render(run: Run, result: dict, figures: dict[str, str]) -> str:
         markdown.table([" ", "value"], [[text(label), text(value)] for label, value in results.rows(result)]),
         _accuracy(run, result),
         *_published(run, result),
-        *_ledger(run, result),
+        "## What each phase took",
+        _ledger(run, result),
         *(["## Figures"] if figures else []),
         *(f"{title}:\n\n[![{title}](plots/{name}.png)](plots/{name}.svg)" for name, title in figures.items()),
         *_channels(run),
@@ -72,36 +70,23 @@ def _published(run: Run, result: dict) -> list[str]:
     if place is None:
         return []
     head, rows, own = place.lines()
-    cells = [[f"**{text(cell)}**" if number == own else text(cell) for cell in row] for number, row in enumerate(rows)]
+    cells = [[f"**{text(cell)}**" if number in own else text(cell) for cell in row] for number, row in enumerate(rows)]
     note = f"{place.table.title}, as published in arXiv 2103.02126. {' '.join(place.remarks)}"
     return ["## Among the published results", text(note), markdown.table(head, cells)]
 
 
-def ledger(run: Run) -> dict[str, dict[str, float]]:
-    """What each phase took, as far as the records tell: {phase: {key of LEDGER: number}}; seconds are always there."""
-    told = {str(record["phase"]): record for record in run.of("phase") if "phase" in record}
-    told |= {str(phase): entry for phase, entry in run.last("end").get("ledger", {}).items()}
-    spent = {phase: {"seconds": seconds} for phase, seconds in results.summary(run)["phase_seconds"].items()}
-    for phase, entry in told.items():
-        known = {key: entry.get(key) for key in LEDGER}
-        finite = {key: value for key, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
-        spent[phase] = spent.get(phase, {}) | finite
-    return spent
-
-
-def _ledger(run: Run, result: dict) -> list[str]:
-    spent = ledger(run)
-    if not spent:
-        return []
+def _ledger(run: Run, result: dict) -> str:
+    known = accounts.entries(run, result)
+    whole = {key: total for key in HEADS if (total := accounts.total(known, key)) is not None}
     rows = [
-        [text(phase), *(tell(entry[key]) if key in entry else "" for key, (_, tell) in LEDGER.items())]
-        for phase, entry in spent.items()
+        [
+            text(name),
+            results.duration(entry.get("seconds", 0.0)),
+            *(accounts.TOLD[key](entry[key]) if key in entry else "" for key in HEADS),
+        ]
+        for name, entry in [*known.items(), ("whole run", whole | {"seconds": result["seconds"]})]
     ]
-    # A sum over some of the phases would pass for the whole run's.
-    whole = {key: sum(entry[key] for entry in spent.values()) for key in LEDGER if all(key in entry for entry in spent.values())}
-    whole["seconds"] = result["seconds"]
-    rows.append(["whole run", *(tell(whole[key]) if key in whole else "" for key, (_, tell) in LEDGER.items())])
-    return ["## What each phase took", markdown.table(["phase", *(head for head, _ in LEDGER.values())], rows)]
+    return markdown.table(["phase", "time", *HEADS.values()], rows)
 
 
 def _channels(run: Run) -> list[str]:
