@@ -60,11 +60,10 @@ class Row:
         )
 
     def label(self, keys: list[str]) -> str:
-        """What tells it from the other rows, in few words."""
-        told = [(key, self.settings[key]) for key in keys if self.settings.get(key) is not None]
-        if [key for key, _ in told] == ["architecture.penalty_weight"]:
-            return value_text(told[0][1])
-        words = [f"{key.rpartition('.')[2]}={value_text(value)}" for key, value in told]
+        """What tells it from rows that differ from it in `keys`, in few words; its first run's name if there are no keys."""
+        told = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
+        bare = ("model.name", "architecture.penalty_weight") if len(keys) < 3 else ("model.name",)
+        words = [value if key in bare else f"{key.rpartition('.')[2]}={value}" for key, value in told]
         return results.printable(", ".join(words) or self.runs[0].name)
 
 
@@ -96,7 +95,8 @@ class Comparison:
     def among(self, name: str) -> list[tuple[published.Row, Row | None]]:
         """The rows of a published table with those of its network's runs among them, largest first."""
         table = self.tables[name]
-        mine = [(_published_row(row, table, row.label(self.keys)), row) for row in self._of(name)]
+        keys = [key for key in self.keys if key != "model.name"]
+        mine = [(_published_row(row, table, "" if self.keys and not keys else row.label(keys)), row) for row in self._of(name)]
         return sorted([*((row, None) for row in table.rows), *mine], key=lambda pair: -table.size(pair[0]))
 
     def _of(self, name: str) -> list[Row]:
@@ -121,21 +121,29 @@ class Comparison:
         networks = {row.settings.get("model.name") for row in rows}
         name = networks.pop()
         if networks or name not in self.tables:
-            return Diagram([(_point(row, self.keys), row) for row in rows], "multiply-adds for one picture", title)
+            return Diagram([(self._point(row), row) for row in rows], "multiply-adds for one picture", title)
         table, comparable = self.tables[name], not self.differences(name)
         told = [(pareto.of_row(mark, table, comparable), row) for mark, row in self.among(name) if row is None or row in rows]
         return Diagram([(point, row) for point, row in told if point], pareto.unit(table), title)
+
+    def _point(self, row: Row) -> Point:
+        series, keys = self.series, [key for key in self.keys if key != self.series]
+        label = "" if series and not keys else row.label(keys)
+        stds = {"cost_std": row.std("macs") or 0.0, "accuracy_std": 100 * (row.std("accuracy") or 0.0)}
+        named = value_text(row.settings.get(series)) if series else ""
+        return Point("own", label, row.mean("macs"), 100 * row.mean("accuracy"), **stds, series=named)
+
+    @cached_property
+    def series(self) -> str:
+        """The key by which marks of runs look different: the network's, if there are a few; else none."""
+        networks = {json.dumps(row.settings.get("model.name")) for row in self.rows}
+        return "model.name" if 1 < len(networks) <= pareto.MOST_SERIES else ""
 
     @cached_property
     def front(self) -> list[Row]:
         """The rows that no other one of their diagram dominates."""
         best = [(pareto.front([point for point, _ in diagram.marks]), diagram) for diagram in self.diagrams]
         return [row for points, diagram in best for point, row in diagram.marks if row is not None and point in points]
-
-
-def _point(row: Row, keys: list[str]) -> Point:
-    stds = {"cost_std": row.std("macs") or 0.0, "accuracy_std": 100 * (row.std("accuracy") or 0.0)}
-    return Point("own", row.label(keys), row.mean("macs"), 100 * row.mean("accuracy"), **stds)
 
 
 def _published_row(row: Row, table: published.Table, label: str) -> published.Row:
@@ -274,4 +282,4 @@ def value_text(value: object) -> str:
 def validation(run: Run) -> str:
     """What names a run's validation set: its shards and how many pictures they hold."""
     samples = run.last("start").get("val_samples")
-    return f"{run.setting('data', 'val')}" + (f" ({samples:,})" if isinstance(samples, int) else "")
+    return str(run.setting("data", "val") or "unnamed") + (f" ({samples:,})" if isinstance(samples, int) else "")

@@ -37,11 +37,12 @@ def write(found: Comparison, folder: Path) -> None:
 
 def figure(found: Comparison):
     """Accuracy against cost, a diagram for each validation set; at least one must be there. Call it within `canvas.drawing`."""
-    by = f", by {canvas.words(found.keys[0].rpartition('.')[2].replace('_', ' '))}" if len(found.keys) == 1 else ""
+    keys = [key.rpartition(".")[2].replace("_", " ") for key in found.keys if key != found.series]
+    by = f", by {canvas.words(keys[0])}" if len(keys) == 1 else ""
     panels = []
     for diagram in found.diagrams:
         points = [point for point, _ in diagram.marks]
-        panels.append(pareto.Panel(diagram.size, points, {"own": f"these runs{by}"}, canvas.words(diagram.title, 90)))
+        panels.append(pareto.Panel(diagram.size, points, title=canvas.words(diagram.title, 90), by=by))
     return pareto.figure(panels)
 
 
@@ -207,7 +208,8 @@ _PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>
 $css
-.picture { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; background: #fff; border-radius: 6px; }
+.picture { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; }
+.picture { background: #fff; border-radius: 6px; }
 .remarks { margin: 1rem 0 0; padding-left: 1.2rem; font-size: 0.9rem; overflow-wrap: anywhere; }
 </style>
 </head>

@@ -9,7 +9,7 @@ def text(words: object) -> str:
     """Words that stay words: no markup, no HTML, no end of a table's cell, no mention and no reference."""
     plain = results.printable(str(words))
     # An entity is never read as markup; what stands within a word (penalty_weight, 1-2) is none anyway.
-    marked = re.sub(r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)|^\s*(?:[#+=-]+|\d+[.)])(?=\s|$)", lambda found: _entity(found[0]), plain)
+    marked = re.sub(r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)|^\s*(?:[#+=-]+|\d+[.)])(?=\s+\S)", lambda found: _entity(found[0]), plain)
     return re.sub(r"(?<!&)([@#])(?=\w)", r"\1<!-- -->", marked)
 
 

@@ -26,6 +26,8 @@ class Point:
     cost_std: float = 0.0
     accuracy_std: float = 0.0
     comparable: bool = True
+    series: str = ""
+    """Runs of one series look alike."""
 
 
 def of_row(row: Row, table: Table, comparable: bool = True) -> Point | None:
@@ -62,12 +64,14 @@ def front(points: list[Point]) -> list[Point]:
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram: what its horizontal axis counts, its marks (at least one), names {kind: in the legend}, and a title."""
+    """One diagram: what its horizontal axis counts, its marks (at least one), names {kind: in the legend}, a title, and what the
+    legend adds to runs that are labelled by something."""
 
     size: str
     points: list[Point]
     names: dict[str, str] = field(default_factory=dict)
     title: str = ""
+    by: str = ""
 
 
 def figure(panels: list[Panel]):
@@ -84,16 +88,18 @@ def figure(panels: list[Panel]):
 
 
 def _draw(axes, panel: Panel) -> None:
-    names, undominated, costs = NAMES | panel.names, front(panel.points), [point.cost for point in panel.points]
+    undominated, costs = front(panel.points), [point.cost for point in panel.points]
     if max(costs) / max(min(costs), 1e-12) > 3:
         axes.set_xscale("log")
     if len(undominated) > 1:
         xs, ys = [point.cost for point in undominated], [point.accuracy for point in undominated]
         axes.plot(xs, ys, drawstyle="steps-post", color=canvas.RULE, linewidth=1.1, zorder=1, label="not dominated")
-    for kind in ("others", "baseline", "dnal", "own"):
-        for comparable in (True, False):
-            mine = [point for point in panel.points if (point.kind, point.comparable) == (kind, comparable)]
-            _marks(axes, mine, kind, names[kind], undominated)
+    looks, ranks = _looks(panel.points), list(_KINDS)
+    for kind, series, comparable in sorted(looks, key=lambda look: -ranks.index(look[0])):
+        mine = [point for point in panel.points if _look(point) == (kind, series, comparable)]
+        name = f"{series}{panel.by}" if series else (NAMES | panel.names).get(kind, kind) + (panel.by if kind == "own" else "")
+        label = name if comparable else f"{name}, not comparable"
+        _marks(axes, mine, looks[kind, series, comparable], label, undominated)
     axes.margins(0.08, 0.1)
     axes.set_xlabel(panel.size)
     axes.set_ylabel("top-1 accuracy (%)")
@@ -105,23 +111,45 @@ def _draw(axes, panel: Panel) -> None:
     canvas.legend(axes, above=True)
 
 
-def _marks(axes, points: list[Point], kind: str, name: str, undominated: list[Point]) -> None:
-    shape, area = {"own": ("D", 30), "baseline": ("s", 26), "dnal": ("o", 24), "others": ("o", 18)}[kind]
-    colour = {"own": canvas.SECOND, "dnal": canvas.ACCENT}.get(kind, canvas.MUTED)
-    if not points:
-        return
-    hollow = not points[0].comparable
-    spread = [point for point in points if point.cost_std or point.accuracy_std]
-    for point in spread:
-        # On a logarithmic axis a bar cannot reach zero.
-        lower = min(point.cost_std, 0.99 * point.cost)
-        bars = {"xerr": [[lower], [point.cost_std]], "yerr": point.accuracy_std}
-        axes.errorbar(point.cost, point.accuracy, **bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
+# Symbol, size in square points and colour; the series of runs by number. No two have one symbol.
+_KINDS = {
+    "own": ("D", 30, canvas.SECOND),
+    "baseline": ("s", 26, canvas.MUTED),
+    "dnal": ("o", 24, canvas.ACCENT),
+    "others": ("o", 18, canvas.MUTED),
+}
+_SERIES = (_KINDS["own"], ("^", 36, "#00735c"), ("v", 36, "#7a3b9e"), ("P", 36, "#6b5900"), ("X", 36, "#a3261c"))
+MOST_SERIES = len(_SERIES)
+
+
+def _look(point: Point) -> tuple[str, str, bool]:
+    return point.kind, point.series, point.comparable
+
+
+def _looks(points: list[Point]) -> dict[tuple[str, str, bool], tuple[str, int, str]]:
+    """{kind, series, comparable: its look}."""
+    series = list(dict.fromkeys(point.series for point in points if point.kind == "own"))
+    own = {name: _SERIES[number % MOST_SERIES] for number, name in enumerate(series)}
+    return {_look(point): own[point.series] if point.kind == "own" else _KINDS[point.kind] for point in points}
+
+
+def _marks(axes, points: list[Point], look: tuple[str, int, str], label: str, undominated: list[Point]) -> None:
+    shape, area, colour = look
+    for point in points:
+        if point.cost_std or point.accuracy_std:
+            # On a logarithmic axis a bar cannot reach zero.
+            bars = {"xerr": [[_left(point)], [point.cost_std]], "yerr": point.accuracy_std}
+            axes.errorbar(point.cost, point.accuracy, **bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
     rings = [canvas.INK if point in undominated and len(undominated) > 1 else colour for point in points]
     xs, ys = [point.cost for point in points], [point.accuracy for point in points]
-    label = f"{name}, not comparable" if hollow else name
-    fill = "white" if hollow else colour
-    axes.scatter(xs, ys, area, marker=shape, facecolors=fill, edgecolors=rings, linewidths=1, zorder=4, label=label)
+    fill = colour if points[0].comparable else "white"
+    axes.scatter(
+        xs, ys, area, marker=shape, facecolors=fill, edgecolors=rings, linewidths=1, zorder=4, label=canvas.words(label, 60)
+    )
+
+
+def _left(point: Point) -> float:
+    return min(point.cost_std, 0.99 * point.cost)
 
 
 def _labels(axes, points: list[Point]) -> None:
@@ -129,16 +157,14 @@ def _labels(axes, points: list[Point]) -> None:
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    frame, pixels = axes.get_window_extent(), axes.figure.dpi / 72
-    marks = axes.transData.transform([(point.cost, point.accuracy) for point in points])
-    taken = [Bbox.from_bounds(x - 3 * pixels, y - 3 * pixels, 6 * pixels, 6 * pixels) for x, y in marks]
-    inks = {"own": canvas.SECOND, "dnal": canvas.ACCENT, "baseline": canvas.INK, "others": canvas.MUTED}
+    frame, pixels, looks = axes.get_window_extent(), axes.figure.dpi / 72, _looks(points)
+    taken = [Bbox(corners) for point in points for corners in _covered(axes, point, 3 * pixels)]
     for point in points:
         if not point.label:
             continue
         text = axes.annotate(
             canvas.words(point.label, 32), (point.cost, point.accuracy), (0, 0), textcoords="offset points",
-            color=inks[point.kind], fontsize=7, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
+            color=looks[_look(point)][2], fontsize=7, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
         # A label that stays must have no say in the layout, which is final.
         text.set_in_layout(False)
@@ -151,6 +177,15 @@ def _labels(axes, points: list[Point]) -> None:
                 break
         else:
             text.remove()
+
+
+def _covered(axes, point: Point, reach: float) -> list[list[tuple[float, float]]]:
+    """Two corners, in pixels, of a mark that is `reach` wide to each side and of its two error bars."""
+    low = (point.cost - _left(point), point.accuracy - point.accuracy_std)
+    high = (point.cost + point.cost_std, point.accuracy + point.accuracy_std)
+    (x, y), (left, below), (right, above) = axes.transData.transform([(point.cost, point.accuracy), low, high])
+    mark = [(x - reach, y - reach), (x + reach, y + reach)]
+    return [mark, [(left, y - 1), (right, y + 1)], [(x - 1, below), (x + 1, above)]]
 
 
 def unit(table: Table) -> str:

@@ -187,11 +187,12 @@ def own_row(
             if compact[key] and getattr(table.baseline, f"{column}_ratio"):
                 costs[f"{column}_ratio"] = f"{full[key] / compact[key]:.2f}"
             if key in stds:
-                spreads[column] = f"{stds[key] / unit:.2g}"
+                spreads[column] = f"{stds[key] / unit:.{len(costs[column].partition('.')[2])}f}"
     weight = run.setting("architecture", "penalty_weight")
+    told = weight_text(weight) if isinstance(weight, int | float) else ""
     return Row(
-        method=OWNS if label else OWN,
-        penalty_weight=label or (weight_text(weight) if isinstance(weight, int | float) else ""),
+        method=OWN if label is None else OWNS,
+        penalty_weight=told if label is None else label,
         top1="" if top1 is None else f"{100 * top1:.2f}",
         top5="" if top5 is None else f"{100 * top5:.2f}",
         search="gradient" if "search" in table.columns else "",

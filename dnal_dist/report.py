@@ -86,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.report",
         description="One run: write RUN/report.html, a page that needs no network, RUN/report.md and RUN/plots/, and print the "
-        "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and on "
-        "those that were stopped.",
+        "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
+        "on those that were stopped.",
     )
     parser.add_argument("run", nargs="+", metavar="RUN", help="run folder, for example runs/digits, or a sweep's, which holds runs")
     parser.add_argument("--output", metavar="FOLDER", help="where a comparison goes; default: the closest folder of all its runs")

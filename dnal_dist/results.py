@@ -167,12 +167,13 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def spread(mean: float, std: float | None) -> str:
-    """A mean and, if there is one, its standard deviation, in one unit: 0.198 ± 0.012 M."""
-    told, _, unit = amount(mean).partition(" ")
-    if std is None:
+    """A mean and, if there is one, its standard deviation, in one unit and to the same digit: 0.198 ± 0.012 M."""
+    if std is None or not mean:
         return amount(mean)
+    unit = amount(mean).partition(" ")[2]
     scale = {"G": 1e9, "M": 1e6, "k": 1e3}.get(unit, 1)
-    return f"{told} ± {std / scale:.2g} {unit}".rstrip()
+    digits = max(0, 2 - math.floor(math.log10(mean / scale)))
+    return f"{mean / scale:.{digits}f} ± {std / scale:.{digits}f} {unit}".rstrip()
 
 
 def percents(mean: float, std: float | None, digits: int = 2) -> str:
