@@ -208,6 +208,8 @@ _PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>
 $css
+main, footer { max-width: 78rem; }
+table.comparison :is(th, td) { padding-inline: 0.6rem; }
 .picture { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; }
 .picture { background: #fff; border-radius: 6px; }
 .remarks { margin: 1rem 0 0; padding-left: 1.2rem; font-size: 0.9rem; overflow-wrap: anywhere; }

@@ -172,12 +172,13 @@ def own_row(
     top1: float | None,
     top5: float | None,
     stds: dict | None = None,
-    label: str = "",
+    label: str | None = None,
 ) -> Row:
     """A run as a row, or several that are set up as `run`, of means.
 
     full, compact: {"macs", "params"} by the paper's rule; top1, top5: shares, None where not known. stds: the standard
-    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what tells these runs from others.
+    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what tells these runs
+    from others; None for a run that is alone.
     """
     costs, spreads, stds = {}, {}, stds or {}
     for column, key in (("flops", "macs"), ("params", "params")):
