@@ -69,10 +69,13 @@ def figure(height: float):
 
 def save(figure, stem: Path) -> None:
     """Write STEM.svg and STEM.png, each whole or not at all; equal figures give equal files. Raises OSError."""
+    # The layout is slow, and the same for both.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix[1:], metadata=metadata)
-        durable.replace(stem.with_name(stem.name + suffix), content.getvalue())
+        durable.put(stem.with_name(stem.name + suffix), content.getvalue())
 
 
 def words(text: object, most: int = 40) -> str:

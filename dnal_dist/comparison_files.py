@@ -30,9 +30,9 @@ def write(found: Comparison, folder: Path) -> None:
     else:
         for suffix in ("svg", "png"):
             (folder / f"pareto.{suffix}").unlink(missing_ok=True)
-    durable.replace(folder / "comparison.csv", as_csv(found).encode())
-    durable.replace(folder / "comparison.md", as_markdown(found).encode())
-    durable.replace(folder / "comparison.html", as_html(found, picture).encode())
+    durable.put(folder / "comparison.csv", as_csv(found).encode())
+    durable.put(folder / "comparison.md", as_markdown(found).encode())
+    durable.put(folder / "comparison.html", as_html(found, picture).encode())
 
 
 def figure(found: Comparison):

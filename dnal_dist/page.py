@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
@@ -11,7 +10,7 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import accounts, explorer, markup, published, results
+from dnal_dist import accounts, durable, explorer, markup, published, results
 from dnal_dist.results import Run
 
 
@@ -22,12 +21,7 @@ def write(run: str | Path | Run) -> Path:
     """
     run = run if isinstance(run, Run) else results.load(run)
     page = run.folder / "report.html"
-    draft = page.with_name(f".report.html.{os.getpid()}")
-    try:
-        draft.write_text(_page(run), encoding="utf-8")
-        os.replace(draft, page)
-    finally:
-        draft.unlink(missing_ok=True)
+    durable.put(page, _page(run).encode(errors="replace"))
     return page
 
 

@@ -33,7 +33,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
     Raises ValueError as `load` does.
     """
     run = run if isinstance(run, Run) else load(run)
-    say = _teller(console)
+    say = teller(console)
     result = results.result_of(run)
     rows = results.rows(result)
     width = max(len(label) for label, _ in rows)
@@ -69,10 +69,10 @@ def compare(given: list[str], output: str | None = None, console=None) -> None:
     found = comparison.compare(given)
     folder = Path(output) if output else found.parent
     comparison_files.write(found, folder)
-    comparison_files.tell(found, folder, _teller(console))
+    comparison_files.tell(found, folder, teller(console))
 
 
-def _teller(console=None) -> Callable:
+def teller(console=None) -> Callable:
     """What prints words, or (words, style), uncut; plain where stdout is no terminal."""
     from rich.console import Console
     from rich.text import Text

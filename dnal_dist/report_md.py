@@ -20,7 +20,7 @@ PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
 def write(run: Run, result: dict, figures: dict[str, str]) -> Path:
     """Write RUN/report.md, `figures` being what `plots.write` drew, and give its path. Raises OSError."""
     path = run.folder / "report.md"
-    durable.replace(path, render(run, result, figures).encode())
+    durable.put(path, render(run, result, figures).encode())
     return path
 
 

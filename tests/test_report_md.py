@@ -17,11 +17,15 @@ PLOTS = ("channels", "cost", "curves", "search")
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
 
 
+def markdown_of(folder) -> str:
+    run = report.load(folder)
+    return report_md.render(run, results.result_of(run), plots.TITLES)
+
+
 def rendered(folder) -> Tags:
-    report.write_all(folder)
-    return Tags(
-        MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render((folder / "report.md").read_text())
-    )
+    render = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render
+    # What keeps names from being mentions is no text.
+    return Tags(render(markdown_of(folder).replace("<!-- -->", "")))
 
 
 def words(tags: Tags) -> str:
@@ -36,14 +40,22 @@ def ledgers(records: list[dict]) -> list[dict]:
 def test_the_report_tells_what_the_records_say(tmp_path):
     tags = rendered(save(tmp_path, made_up_run()))
     text = words(tags)
-    for part in ("99.44 % top-1 accuracy with 11.6 % of the full network's multiply-adds and 9.8 % of its parameters.",
-                 "accuracy after pruning 93.00 %", "2.42 M -> 0.281 M, 11.6 %, 8.6x fewer", "after finetune compact 99.44 % 99.90 % 0.1000 355",
-                 "5 of 40 channels in 3 layers kept", "conv1 16 4 25.0 %", "conv0 8 1 12.5 % rescued", "conv2 16 0 0.0 % closed",
-                 "processes 2", "python 3.11.7", "whole run 1 min 30 s"):  # fmt: skip
+    for part in (
+        "99.44 % top-1 accuracy with 11.6 % of the full network's multiply-adds and 9.8 % of its parameters.",
+        "accuracy after pruning 93.00 %",
+        "2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
+        "after finetune compact 99.44 % 99.90 % 0.1000 355",
+        "5 of 40 channels in 3 layers kept",
+        "conv1 16 4 25.0 %",
+        "conv0 8 1 12.5 % rescued",
+        "conv2 16 0 0.0 % closed",
+        "processes 2",
+        "python 3.11.7",
+        "whole run 1 min 30 s",
+    ):
         assert part in text, part
     assert tags.tags.count("h1") == 1 and tags.tags.count("details") == 2
     assert [value for name, value in tags.attributes if name == "src"] == [f"plots/{name}.png" for name in plots.TITLES]
-    assert all((tmp_path / value).exists() for name, value in tags.attributes if name in ("src", "href"))
 
 
 def test_the_ledger_has_the_columns_that_are_told(tmp_path):
@@ -68,11 +80,14 @@ def test_names_stay_words(tmp_path, hostile):
     shown = " ".join(results.printable(hostile).split())
     # The device, both cells of the version, the site, the warning, the title, and the network.
     assert words(evil).count(shown) >= 7
-    assert "@someone" not in (tmp_path / "evil" / "report.md").read_text().split("```")[0]
+    assert "@someone" not in markdown_of(tmp_path / "evil").split("```")[0]
 
 
 def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
     report.write_all(save(tmp_path, made_up_run()))
+    assert (tmp_path / "report.md").read_text() == markdown_of(tmp_path)
+    links = [value for name, value in rendered(tmp_path).attributes if name in ("src", "href")]
+    assert len(links) == 8 and all((tmp_path / link).exists() for link in links)
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(f"{n}.{s}" for n in PLOTS for s in ("png", "svg"))
     for name in PLOTS:
         root = ElementTree.parse(tmp_path / "plots" / f"{name}.svg").getroot()
@@ -84,9 +99,25 @@ def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
 
 def test_equal_runs_have_equal_plots(tmp_path):
     for name in "ab":
-        report.write_all(save(tmp_path / name, made_up_run()))
+        run = report.load(save(tmp_path / name, made_up_run()))
+        plots.write(run, results.result_of(run))
     for path in (tmp_path / "a" / "plots").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "plots" / path.name).read_bytes(), path.name
+
+
+def test_what_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
+    run = report.load(save(tmp_path, made_up_run()))
+    report_md.write(run, results.result_of(run), {})
+    before = (tmp_path / "report.md").read_bytes()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dnal_dist.durable.os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        report_md.write(run, results.result_of(run), plots.TITLES)
+    assert (tmp_path / "report.md").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.md"]
 
 
 def drawn(run, name):
@@ -114,16 +145,18 @@ def test_plots_draw_the_records(tmp_path):
     assert sorted(points) == [(281_344, 93.0), (281_344, 99.44), (2_421_376, 97.0)]
 
 
-@pytest.mark.parametrize("count", range(1, len(made_up_run()) + 1, 3))
+@pytest.mark.parametrize("count", range(1, len(made_up_run()) + 1, 7))
 def test_a_run_may_end_after_any_record(tmp_path, count):
     records = [{key: value for key, value in r.items() if key != "versions"} for r in made_up_run()[:count]]
-    text = words(rendered(save(tmp_path, records, recipe=None)))
+    report.write_all(save(tmp_path, records, recipe=None))
+    text = words(rendered(tmp_path))
     assert "recipe.yaml is not in the run folder" in text
     assert "Not finished" in text or count == len(made_up_run())
 
 
 def test_a_plot_without_records_goes(tmp_path):
-    report.write_all(save(tmp_path, made_up_run()))
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "search.svg").write_text("old")
     report.write_all(save(tmp_path, made_up_run()[:2]))
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["curves.png", "curves.svg"]
     assert "search.png" not in (tmp_path / "report.md").read_text()
@@ -138,7 +171,7 @@ def test_a_run_on_more_processes_names_its_launcher(tmp_path):
     assert "git checkout 0123abc   # and the changes" in told
     alone = [start | {"world_size": 1, "backend": "single", "code": "$(reboot)"}, *rest]
     told = report_md.render(report.load(save(tmp_path, alone, recipe=recipe)), *result(tmp_path))
-    assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in told and "reboot" not in told
+    assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in told and "reboot" not in told.partition("```sh")[2]
 
 
 def result(folder) -> tuple[dict, dict]:
@@ -148,7 +181,10 @@ def result(folder) -> tuple[dict, dict]:
 def test_a_name_is_no_formula_and_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.write_all(save(tmp_path, changed(made_up_run(), "start", name="$\\frac{1}{$ \u6f22\U0001f600\ud800")))
+        run = report.load(save(tmp_path, changed(made_up_run(), "start", name="$\\frac{1}{$ \u6f22\U0001f600\ud800")))
+        with canvas.drawing():
+            canvas.save(plots.cost(run, results.result_of(run)), tmp_path / "cost")
+    report.write(run)
 
 
 def test_matplotlib_waits_for_the_first_figure():
