@@ -13,7 +13,7 @@ _NOTE = (
     "Waiting is time in which training stood still for want of data."
 )
 TOLD = {
-    "device_seconds": lambda value: f"{value / 3600:,.3g} h",
+    "device_seconds": results.duration,
     "images": lambda value: f"{value:,}",
     "bytes_sent": lambda value: f"{results.amount(value)}B" if value >= 999.5 else f"{value:,.0f} B",
     "energy_kwh": lambda value: f"{value:,.3g} kWh",
@@ -86,12 +86,17 @@ def _starts(run: Run) -> str:
                 f"{many} x {record.get('device', 'unnamed device')}" if many else "",
                 ", ".join(str(record[key]) for key in ("backend", "precision") if record.get(key)),
                 str(record.get("slurm_job") or ""),
-                str(record.get("code") or ""),
+                _commit(str(record.get("code") or "")),
                 "; ".join(f"{key}: {_change(change)}" for key, change in changed.items()),
             ]
         )
     head = ["when", "", "at iteration", "host", "processes", "backend", "SLURM job", "code", "changed"]
     return markup.table("starts", "Starts of the run", head, rows, size="tall")
+
+
+def _commit(code: str) -> str:
+    """Short, with the mark of a changed checkout."""
+    return code if len(code) < 40 else code[:12] + code[40:]
 
 
 def _change(change: object) -> str:
@@ -129,10 +134,8 @@ def receipts(run: Run) -> str:
     ]
     head = ["epoch", "batches", "samples", "skipped", "digest of samples", "digest of their order"]
     skipped = [one for record in told for one in record.get("skipped") or [] if isinstance(one, list)]
-    note = (
-        f"{sum(record.get('samples', 0) for record in told):,} samples in {len(told):,} passes, skipped: {len(skipped):,}. "
-        f"Prove them: python -m dnal_dist.stream --audit {run.folder}"
-    )
+    samples, passes = sum(record.get("samples", 0) for record in told), "1 pass" if len(told) == 1 else f"{len(told):,} passes"
+    note = f"{samples:,} samples in {passes}, skipped: {len(skipped):,}. Prove them: python -m dnal_dist.stream --audit RUN"
     lost = [[*map(str, one), *[""] * 5][:5] for one in skipped[:500]]
     lost_head = ["number", "shard", "byte", "key", "reason"]
     return markup.section(

@@ -13,8 +13,8 @@ BINS = 10
 
 def frames(run: Run, limit: int = 240) -> list[dict]:
     """The states that the slider goes through, at most `limit` of the search, evenly taken, and the pruned network behind them:
-    {words, open [channels of each site], counts [[gates in each of 10 bins] of each site]}, the last one absent in runs that were
-    made before the records told it."""
+    {words, open [channels of each site], counts [[gates in each of 10 bins] of each site], undecided [gates of each site that are
+    neither open nor below 0.1]}, the last two absent in runs that were made before the records told them."""
     sites = _sites(run)
     records = [r for r in run.of("gates") if isinstance(r.get("open"), dict)]
     # A search that was stopped looks again where it goes on.
@@ -41,11 +41,14 @@ def _frame(run: Run, record: dict, sites: dict[str, int]) -> dict:
     total = epochs.get("epochs") if isinstance(epochs, dict) else None
     where = f"epoch {record.get('epoch', 0):.4g}" + (f" of {total:g}" if isinstance(total, int | float) else "")
     delta = f", delta {results.number(record['delta'])}" if "delta" in record else ""
-    frame = {"words": f"{where}{delta}: {sum(opened):,} of {sum(sites.values()):,} gates open", "open": opened}
-    told = record.get("by_site")
-    if isinstance(told, dict) and all(len(told.get(site, [])) == BINS for site in sites):
-        frame["counts"] = [told[site] for site in sites]
-    return frame
+    words, told = f"{where}{delta}: {sum(opened):,} of {sum(sites.values()):,} gates open", record.get("by_site")
+    if not isinstance(told, dict) or any(len(told.get(site, [])) != BINS for site in sites):
+        return {"words": words, "open": opened}
+    counts = [told[site] for site in sites]
+    undecided = [max(sum(bins[1:]) - left, 0) for bins, left in zip(counts, opened, strict=True)]
+    if any(undecided):
+        words += f", {sum(undecided):,} undecided"
+    return {"words": words, "open": opened, "counts": counts, "undecided": undecided}
 
 
 def numbers(run: Run) -> dict | None:
@@ -58,28 +61,28 @@ def section(run: Run, told: dict | None) -> str:
     """The whole part, from what `numbers` gave."""
     if told is None:
         return ""
-    sites, prune, found = _sites(run), run.last("prune"), told["frames"]
-    stay = dict(zip(sites, found[-1]["open"], strict=True))
-    picture = diagram.draw(sites, stay, run.last("start").get("shortcuts") or [])
+    prune, found = run.last("prune"), told["frames"]
+    undecided = found[-1].get("undecided") or [0] * len(told["channels"])
+    sites = [diagram.Site(*site) for site in zip(_sites(run), told["channels"], found[-1]["open"], undecided, strict=True)]
+    picture = diagram.draw(sites, run.last("start").get("shortcuts") or [])
     readout = '<p class="note" id="readout" aria-live="polite"></p>'
     counts = next((frame["counts"] for frame in reversed(found) if "counts" in frame), None)
-    table = layers.table(run, sites, stay, counts)
-    note = _note(sites, stay, prune, bool(prune or run.of("gates")))
-    return markup.section("The architecture", note, _slider(found), picture, readout, table)
+    note = _note(sites, prune, bool(prune or run.of("gates")), any("undecided" in frame for frame in found))
+    return markup.section("The architecture", note, _slider(found), picture, readout, layers.table(run, sites, counts))
 
 
-def _note(sites: dict[str, int], stay: dict[str, int], prune: dict, searched: bool) -> str:
-    total = f"{sum(sites.values()):,} channels in {len(sites):,} layers"
+def _note(sites: list[diagram.Site], prune: dict, searched: bool, graded: bool) -> str:
+    total = f"{sum(site.channels for site in sites):,} channels in {len(sites):,} layers"
     if not searched:
         return f"{total} with gates; the search has not begun."
-    closed = sum(not stay[site] for site in sites)
-    note = f"{sum(stay.values()):,} of {total}" + ("." if prune else ": gates above the threshold so far.")
+    closed = sum(site.closed for site in sites)
+    note = f"{sum(site.left for site in sites):,} of {total}" + ("." if prune else ": gates above the threshold so far.")
     note += f" Closed as a whole: {closed:,}." if closed else ""
     note += " Rescued: the layer would have closed, and keeps its strongest channel." if prune.get("rescued") else ""
     note += " An outline is a layer with all its channels, filled as far as they stay"
-    stacked = any(block.stacked for block in diagram.blocks(list(sites)))
+    stacked = any(block.stacked for block in diagram.blocks([site.name for site in sites]))
     note += ": of a candidate, hidden channels down and output channels across." if stacked else "."
-    return note
+    return note + (" Pale: not decided yet, above 0.1 and not open." if graded else "")
 
 
 def _slider(found: list[dict]) -> str:

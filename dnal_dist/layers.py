@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from dnal_dist import markup, results
+from dnal_dist.diagram import Site
 from dnal_dist.results import Run
 
 _COSTS = [
@@ -20,17 +21,12 @@ _FILTER = (
 
 @dataclass(frozen=True)
 class Gated:
-    """What the gates of a layer say: its site's number, its channels, those that stay, and the histogram where it is told."""
+    """A layer's gates: its site and that one's number, the histogram where it is told."""
 
     number: int
-    channels: int
-    left: int
+    site: Site
     counts: list[float] | None
     rescued: bool
-
-    @property
-    def share(self) -> float:
-        return self.left / max(self.channels, 1)
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,13 @@ class Layer:
     cost: dict = field(default_factory=dict)
 
 
-def rows(run: Run, sites: dict[str, int], stay: dict[str, int], counts: list | None) -> list[Layer]:
+def rows(run: Run, sites: list[Site], counts: list | None) -> list[Layer]:
     """Every layer in forward order, or every site where the run did not tell what each layer costs.
 
-    sites: {site: channels}; stay: {site: channels that stay}; counts: a histogram of the gates of each site, if known.
+    counts: a histogram of the gates of each site, if known.
     """
     rescued = set(run.last("prune").get("rescued") or [])
-    gated = {
-        site: Gated(i, channels, stay.get(site, 0), counts[i] if counts else None, site in rescued)
-        for i, (site, channels) in enumerate(sites.items())
-    }
+    gated = {site.name: Gated(i, site, counts[i] if counts else None, site.name in rescued) for i, site in enumerate(sites)}
     costs = run.last("prune").get("layers")
     if not isinstance(costs, dict):
         return [Layer(site, one) for site, one in gated.items()]
@@ -59,9 +52,9 @@ def rows(run: Run, sites: dict[str, int], stay: dict[str, int], counts: list | N
     return [Layer(name, gated.get(name), costs[path]) for path, name in names.items()]
 
 
-def table(run: Run, sites: dict[str, int], stay: dict[str, int], counts: list | None) -> str:
+def table(run: Run, sites: list[Site], counts: list | None) -> str:
     """The table, and what filters it by script; arguments as those of `rows`."""
-    told = rows(run, sites, stay, counts)
+    told = rows(run, sites, counts)
     priced = any(layer.cost for layer in told)
     heads = [("layer", "layer", "text"), *([("gates", "gates", "")] if counts else []), ("channels", "channels", "number")]
     heads += [("bar", "", ""), ("share", "share", "number")]
@@ -110,18 +103,21 @@ def strip(counts: list[float]) -> str:
 
 
 def _channels(gated: Gated) -> str:
-    bar = f'<span><i style="width:{100 * gated.share:.2f}%"></i></span>'
-    flag, fate = (" flag", "rescued") if gated.rescued else ("", _percent(gated) if gated.left else "closed")
+    site = gated.site
+    bar = (
+        f'<span><i style="width:{100 * site.share:.2f}%"></i><b style="width:{100 * (site.possible - site.share):.2f}%"></b></span>'
+    )
+    flag, fate = (" flag", "rescued") if gated.rescued else ("", "closed" if site.closed else _percent(site))
     return (
-        f'<td class="channels" data-value="{gated.left}">{gated.left:,} of {gated.channels:,}</td>'
+        f'<td class="channels" data-value="{site.left}">{site.left:,} of {site.channels:,}</td>'
         f'<td class="bar" aria-hidden="true">{bar}</td>'
-        f'<td class="share{flag}" data-value="{gated.share:.6f}">{fate}</td>'
+        f'<td class="share{flag}" data-value="{site.share:.6f}">{fate}</td>'
     )
 
 
-def _percent(gated: Gated) -> str:
+def _percent(site: Site) -> str:
     """Neither one channel of many is none, nor all but one of many all."""
-    whole = min(max(round(100 * gated.share), 1), 99 if gated.left < gated.channels else 100)
+    whole = min(max(round(100 * site.share), min(site.left, 1)), 99 if site.left < site.channels else 100)
     return f"{whole}&nbsp;%"
 
 

@@ -90,7 +90,7 @@ def _search(run: Run, limit: int = 240) -> dict | None:
     opened, expected = (run.series("train", "epoch", key, "search") for key in ("open_share", "expected_macs"))
     epochs = [r["epoch"] for r in records]
     # Each column reaches halfway to its neighbours: a record is the gates at one moment.
-    end = max(epochs[-1], *opened[0], *expected[0]) if len(epochs) > 1 else epochs[0] + 1
+    end = max([epochs[-1], *opened[0], *expected[0]]) if len(epochs) > 1 else epochs[0] + 1
     prune, full = run.last("prune"), run.last("prune").get("full") or run.last("start").get("full")
     driven = run.setting("architecture", "target") is not None
     return {

@@ -69,6 +69,8 @@ function search() {
     type: "line", xref, yref, x0: edges[0], x1: edges.at(-1), y0: y, y1: y,
     line: { color: colour(name), width: 1.5, dash: "dot" },
   });
+  // Axes without any point have no place, which the heatmap's axis shares: a search that has just begun needs one.
+  const some = (series) => (series[0].length ? series : [[edges[0]], [null]]);
   const solid = { line: { color: colour("accent"), width: 2 } };
   const data = [{
     // The colour is a logarithm, so that a single gate still shows beside thousands.
@@ -82,8 +84,8 @@ function search() {
       tickvals: powers, ticktext: powers.map((power) => ["1", "10", "100", "1k", "10k", "100k"][power]),
     },
   },
-  line(open, "open gates", { yaxis: "y2", hovertemplate: "%{y:.1%}", ...solid }),
-  line(macs, "expected multiply-adds", { yaxis: "y3", hovertemplate: "%{y:.3s}", ...solid })];
+  line(some(open), "open gates", { yaxis: "y2", hovertemplate: "%{y:.1%}", ...solid }),
+  line(some(macs), "expected multiply-adds", { yaxis: "y3", hovertemplate: "%{y:.3s}", ...solid })];
   if (compact !== null) {
     data.push(line([[edges.at(-1)], [compact]], "compact network", {
       yaxis: "y3", mode: "markers", marker: diamond(), cliponaxis: false, hovertemplate: "%{y:.3s}",

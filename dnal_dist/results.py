@@ -144,10 +144,12 @@ def _elapsed(run: Run) -> dict[str, float]:
     """Seconds of each phase ("" outside of any), as the run told them, else from the times of its records."""
     told = {r["phase"]: r["seconds"] for r in run.of("phase")} | run.last("end").get("phase_seconds", {})
     seconds: dict[str, float] = {}
+    phase = ""
     for before, record in pairwise(run.records):
+        # A receipt tells no phase: the time before it is of the one at hand.
+        phase = record.get("phase", phase)
         # The time between a stop and its resume is nobody's.
         if record.get("kind") != "start" and "time" in before and "time" in record:
-            phase = record.get("phase", "")
             seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]
     return seconds | told
 

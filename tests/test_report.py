@@ -181,6 +181,16 @@ def test_time_between_a_stop_and_its_resume_does_not_count(tmp_path):
     assert ran <= report.summary(save(tmp_path, records))["seconds"] < 60
 
 
+def test_time_before_a_record_without_a_phase_is_of_the_phase_at_hand(tmp_path):
+    records = made_up_run()[:7]
+    receipts = [
+        {"kind": "receipt", "time": r["time"] - 1, "global_step": r["global_step"]} for r in records[2:] if r["kind"] == "train"
+    ]
+    whole = sorted([*records, *receipts], key=lambda record: record["time"])
+    result = report.summary(save(tmp_path, whole))
+    assert result["seconds"] == sum(result["phase_seconds"].values()) == records[-1]["time"] - records[0]["time"]
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [

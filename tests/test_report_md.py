@@ -63,7 +63,7 @@ def test_the_ledger_has_the_columns_that_are_told(tmp_path):
     assert "device time" not in text and "energy" not in text and "search 30.0 s" in text
     text = words(rendered(save(tmp_path / "with", ledgers(made_up_run()))))
     assert "phase time device time training pictures sent by each process energy" in text
-    assert "search 30.0 s 2 h 1,280 4 MB 0.25 kWh" in text and "whole run 1 min 30 s 6 h 3,840 12 MB 0.75 kWh" in text
+    assert "search 30.0 s 2 h 00 min 1,280 4 MB 0.25 kWh" in text and "whole run 1 min 30 s 6 h 00 min 3,840 12 MB 0.75 kWh" in text
 
 
 @pytest.mark.parametrize("hostile", [HOSTILE, MARKUP, "`" * 5 + "\n```\n<b>x</b>"])
