@@ -33,7 +33,7 @@ def finish(run: Run) -> str | None:
     if run.parallel.main:
         _take_away_stop(run)
         try:
-            report.write_all(run.folder)
+            report.write_all(run.folder, draw=run.recipe.tracking.plots)
             report.print_table(run.folder)
         # Whatever is wrong with a report, the run that it is about is not.
         except Exception as error:

@@ -16,15 +16,15 @@ from dnal_dist.results import Run, load, summary
 __all__ = ["Run", "compare", "load", "print_table", "summary", "write", "write_all"]
 
 
-def write_all(run: str | Path | Run) -> None:
-    """Write RUN/report.html, RUN/report.md and RUN/plots/*.svg and *.png; each file appears whole or not at all.
+def write_all(run: str | Path | Run, draw: bool = True) -> None:
+    """Write RUN/report.html, RUN/report.md and, to `draw`, RUN/plots/*.svg and *.png; each file appears whole or not at all.
 
     Raises ValueError as `load` does, OSError if the folder cannot be written.
     """
     run = run if isinstance(run, Run) else load(run)
     page.write(run)
     result = results.result_of(run)
-    report_md.write(run, result, plots.write(run, result))
+    report_md.write(run, result, plots.write(run, result) if draw else {})
 
 
 def print_table(run: str | Path | Run, console=None) -> None:

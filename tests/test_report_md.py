@@ -12,6 +12,7 @@ from PIL import Image
 from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
 from dnal_dist import canvas, ending, plots, report, report_md, results
+from dnal_dist.recipe import load
 
 PLOTS = ("channels", "cost", "curves", "search")
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
@@ -209,6 +210,8 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
         folder, global_step, parallel = save(tmp_path, made_up_run()), 90, Main()
         track = type("Track", (), {"ended": True, "close": lambda self: None})()
         saver = type("Saver", (), {"finish": lambda self: None})()
+
+        recipe = load("recipes/digits.yaml")
 
     monkeypatch.setattr(ending, "_missed", lambda run: None)
     monkeypatch.setattr(plots, "curves", fail)
