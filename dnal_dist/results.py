@@ -148,6 +148,8 @@ def _elapsed(run: Run) -> dict[str, float]:
     for before, record in pairwise(run.records):
         # A receipt tells no phase: the time before it is of the one at hand.
         phase = record.get("phase", phase)
+        # The last checkpoint's, which belongs to no phase.
+        phase = "" if phase == "done" else phase
         # The time between a stop and its resume is nobody's.
         if record.get("kind") != "start" and "time" in before and "time" in record:
             seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]

@@ -67,6 +67,14 @@ def test_the_ledger_has_the_columns_that_are_told(tmp_path):
     assert "search 30.0 s 2 h 00 min 1,280 4 MB 0.25 kWh" in text and "whole run 1 min 30 s 6 h 00 min 3,840 12 MB 0.75 kWh" in text
 
 
+def test_the_last_checkpoint_is_no_phase(tmp_path):
+    *records, end = ledgers(made_up_run())
+    last = {"kind": "checkpoint", "phase": "done", "step": 0, "global_step": 90, "time": end["time"] + 5}
+    end["time"] += 6
+    text = words(rendered(save(tmp_path, [*records, last, end])))
+    assert "done" not in text and "whole run 1 min 30 s 6 h 00 min" in text
+
+
 @pytest.mark.parametrize("hostile", [HOSTILE, MARKUP, "`" * 5 + "\n```\n<b>x</b>"])
 def test_names_stay_words(tmp_path, hostile):
     plain = rendered(save(tmp_path / "plain", made_up_run(), recipe=yaml.safe_dump({"name": "x", "model": {"name": "y"}})))
