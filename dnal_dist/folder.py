@@ -80,31 +80,16 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
     lock = None
     try:
         found = _found(folder)
-        if found and PRODUCTS[-1] not in found:
-            raise InputError(
-                f"key 'output': {folder} holds {', '.join(found)}, but no {PRODUCTS[-1]}, so it may be no run's; "
-                f"name another folder, or remove what is in the way"
-            )
+        _refuse_strangers(folder, found)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         # Once more: whoever had it may have written since.
         found = _found(folder)
         for place in (folder, folder / "checkpoints"):
             durable.clean(place)
-        path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
-        changed, faults = {}, [*damaged.values()]
+        path, saved, damaged, changed, faults = _judged(folder, found, settings, overwrite, allowed)
         if saved is not None:
-            changed = _changed(folder, saved.state.recipe, settings, allowed)
-            if changed and saved.state.phase == "done":
-                raise InputError(
-                    f"{folder}: this run is finished, and nothing of {', '.join(changed)} can change any more; undo that, or name "
-                    "another output=..."
-                )
             faults = [_set_aside(*one) for one in damaged.items()]
-        elif faults:
-            raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
-        elif found and not overwrite:
-            faults = _begin_anew(folder, found, settings, allowed)
         if saved is None:
             for old in map(folder.joinpath, found):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
@@ -120,6 +105,49 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
         why = getattr(error, "strerror", None) or error
         raise InputError(f"key 'output': {folder} cannot be written ({why}); name another folder") from None
     return path, Opened(saved, faults, changed, lock)
+
+
+def look(folder: Path, settings: recipe.Recipe, overwrite: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """What a run of `settings` would go on from in `folder`, and what it would find damaged or begin anew. Nothing is written, no
+    lock is taken. Raises InputError as open_folder does, OSError if the folder cannot be looked at."""
+    found = _found(folder)
+    _refuse_strangers(folder, found)
+    _, saved, _, _, faults = _judged(folder, found, settings, overwrite, ())
+    return saved, faults
+
+
+def _refuse_strangers(folder: Path, found: list[str]) -> None:
+    if found and PRODUCTS[-1] not in found:
+        raise InputError(
+            f"key 'output': {folder} holds {', '.join(found)}, but no {PRODUCTS[-1]}, so it may be no run's; "
+            f"name another folder, or remove what is in the way"
+        )
+
+
+class _Judged(NamedTuple):
+    path: Path | None
+    saved: Checkpoint | None
+    damaged: dict[Path, str]
+    changed: dict[str, list]
+    faults: list[str]
+
+
+def _judged(folder: Path, found: list[str], settings: recipe.Recipe, overwrite: bool, allowed: Sequence[str]) -> _Judged:
+    """Whether a run goes on or begins. Only looks. Raises InputError."""
+    path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
+    changed, faults = {}, [*damaged.values()]
+    if saved is not None:
+        changed = _changed(folder, saved.state.recipe, settings, allowed)
+        if changed and saved.state.phase == "done":
+            raise InputError(
+                f"{folder}: this run is finished, and nothing of {', '.join(changed)} can change any more; undo that, or name "
+                "another output=..."
+            )
+    elif faults:
+        raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
+    elif found and not overwrite:
+        faults = _begin_anew(folder, found, settings, allowed)
+    return _Judged(path, saved, damaged, changed, faults)
 
 
 def write_recipe(folder: Path, settings: recipe.Recipe) -> None:

@@ -134,3 +134,14 @@ def _entry(entry: dict) -> dict:
         if not rising or len(ends) != samples + 1 or ends[0] < 0 or ends[-1] > size:
             raise ValueError(f"offsets of {entry['file']} that are not those of {samples} samples in {size} bytes")
     return {"samples": samples, "bytes": size, "offsets": offsets, "sha256": entry.get("sha256")}
+
+
+def class_names(folder: Path | Url) -> list[str]:
+    """The names of the classes that folder/index.json has; [] if it or they are not there."""
+    where = f"{folder}/index.json"
+    try:
+        content = json.loads(_remote_index(where) if isinstance(folder, Url) else Path(where).read_text())
+        names = content.get("classes")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

@@ -329,7 +329,8 @@ def write(settings: recipe.Recipe, page: Path) -> None:
     page.write_text(f"{before}{MARKS[0]}\n{table(settings)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Bytes in three digits and a unit, 2.42 MB."""
     units = iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while number >= 999.5 and unit != "TB":
@@ -352,10 +353,10 @@ def _tell(found: dict) -> None:
         sent.add_column(name, justify="left" if " in " in name else "right", no_wrap=True)
     for backend, one in found["backends"].items():
         fitting = f"{one['parts']} x {one['pictures_at_a_time']}" if one["fits"] else "does not fit"
-        kept.add_row(backend, *(_short(one["memory"][name]) for name in columns), fitting)
+        kept.add_row(backend, *(short(one["memory"][name]) for name in columns), fitting)
         steps = [one["weight_step"], one["architecture_step"]]
         sent.add_row(backend, *(_spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
-    device = f" in devices of {_short(found['device_memory'])}" if found["device_memory"] else ""
+    device = f" in devices of {short(found['device_memory'])}" if found["device_memory"] else ""
     ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
     console.print(f"{found['network']}, pictures of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
     console.print(f"{found['share']} pictures of each step for a rank, mixed precision: {found['precision']}\n", highlight=False)

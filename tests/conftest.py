@@ -34,7 +34,7 @@ def pytest_xdist_auto_num_workers() -> int:
 LONGEST_FIRST = (
     "distributed/test_backends.py", "distributed/test_runs.py", "distributed/test_resumes.py", "distributed/test_plan.py",
     "test_recipes.py", "test_exact_resume.py", "test_stopping.py", "distributed/test_skipped_samples.py", "test_train.py",
-    "test_receipts.py", "test_bad_input.py",
+    "test_receipts.py", "browser/test_page.py", "test_bad_input.py",
 )  # fmt: skip
 
 
@@ -153,3 +153,22 @@ def train(train_here, folder):
         return train_here(recipe, *shards, *FEW, *changes)
 
     return run
+
+
+@pytest.fixture
+def case_of(digits, tmp_path):
+    """A case of the demo on its shards, with changes to the recipe and facts of the launch."""
+    # As late as torch in all tests.
+    from dnal_dist import recipe
+    from dnal_dist.checks import Case
+
+    made = []
+
+    def make(*changes: str, **facts):
+        shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/none/run"]
+        made.append(Case(recipe.load("recipes/digits.yaml", [*shards, "tracking.tracker=none", *changes]), **facts))
+        return made[-1]
+
+    yield make
+    for case in made:
+        case.close()

@@ -1,0 +1,129 @@
+"""A real launch: `accelerate launch` with the config that the run will have, and one real step of each kind in its processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO
+
+from dnal_dist import recipe
+from dnal_dist.checks.case import PRECISIONS, PROBED, Case, Finding, fails, passes, warns
+from dnal_dist.checks.network import CHECKOUT
+
+# The probe's pictures are no larger than this, where the network takes such ones.
+SIZE = 64
+
+
+class Launch:
+    """The probe (probe.py), started in the background; `finding` waits for it. Leaving the context ends what is left of it."""
+
+    def __init__(self, case: Case):
+        self.case, self.processes = case, min(case.processes, PROBED)
+        self.begun, self.process = time.monotonic(), None
+
+    def __enter__(self) -> "Launch":
+        self.said: IO[bytes] = tempfile.TemporaryFile()
+        if not self.case.quick and (self.case.config is not None or self.processes == 1):
+            self.process = self._start()
+        return self
+
+    def _start(self) -> subprocess.Popen:
+        path, self.result = self.case.scratch / "recipe.yaml", self.case.scratch / "probe.json"
+        path.write_text(recipe.dump(self.case.settings), "utf-8")
+        words = [sys.executable, "-m"]
+        if self.case.config is not None:
+            words += ["accelerate.commands.launch", "--config_file", str(self.case.config.path)]
+            words += ["--num_processes", str(self.processes), "--num_machines", "1", "--machine_rank", "0"]
+            # Of the whole job only this machine is here; its port may be another's.
+            words += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m"]
+        words += ["dnal_dist.checks.probe", str(path), str(self.result), str(SIZE)]
+        paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # As in the doctor itself (see doctor.main).
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        return subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=self.said, stderr=self.said, start_new_session=True
+        )
+
+    def finding(self, seconds: float) -> Finding:
+        """Waits so many seconds at most."""
+        case = self.case
+        if case.quick:
+            return passes("not started, by --quick")
+        if self.process is None:
+            return warns(
+                f"{case.ranks} processes, but no Accelerate config to start them with", "--config-file recipes/accelerate/ddp.yaml"
+            )
+        try:
+            code = self.process.wait(max(0.1, seconds))
+        except subprocess.TimeoutExpired:
+            self._end()
+            code = None
+        self.seconds = time.monotonic() - self.begun
+        found = json.loads(self.result.read_text()) if self.result.is_file() else None
+        if code:
+            return fails(f"exit code {code}: {self._last()}", self._remedy())
+        if found is None:
+            told = f"the processes did not come together within {self.seconds:.0f} s: {self._last()}"
+            return fails(told, "start recipes/digits.yaml with the same config to see where it hangs")
+        return self._judged(found)
+
+    def _judged(self, found: dict) -> Finding:
+        case, config = self.case, self.case.config
+        asked = "single" if config is None else config.expected(self.processes)
+        precision = "float32" if config is None else PRECISIONS.get(config.precision, config.precision)
+        losses = ", ".join(f"{kind} {loss:.3g} in {took:.1f} s" for kind, (loss, took) in found["steps"].items())
+        told = f"{found['world_size']} of {case.ranks} processes, {found['device']}, {found['precision']}; loss of a step "
+        told += f"{losses or 'not known'} ({', '.join([*found.get('reduced', ()), f'{self.seconds:.0f} s with the start'])})"
+        if "backend" not in found:
+            return self._late(f"the network was not yet wrapped: {told}", found)
+        told = f"{found['backend']} on {told}"
+        remedy = f"correct {config.path}" if config else "give --config-file"
+        if found["backend"] != asked:
+            return fails(f"{asked} was asked for; found {told}", f"{remedy}: distributed_type, zero_stage or fsdp_version")
+        if found["world_size"] != self.processes:
+            return fails(f"{self.processes} processes were asked for; found {told}", f"{remedy}: num_processes, use_cpu")
+        if found["precision"] != precision:
+            return fails(f"{precision} was asked for; found {told}", f"{remedy}: mixed_precision")
+        if wrong := [kind for kind, (loss, _) in found["steps"].items() if not abs(loss) < float("inf")]:
+            return fails(
+                f"the loss of the {wrong[0]} step is no finite number: {told}",
+                "lower keys 'phases.*.optimizer.lr', or set mixed_precision to no",
+            )
+        if "alike" not in found:
+            return self._late(f"the steps did not all come to an end: {told}", found)
+        if not found["alike"]:
+            return fails(f"the processes do not have the same weights after a step: {told}", "look at the network between GPUs")
+        return passes(told)
+
+    def _late(self, told: str, found: dict) -> Finding:
+        # Small operations by the thousand, on processors that others may be using.
+        if found["device"] == "CPU":
+            return warns(told, "look at it on a node with a GPU, or when this machine is less busy")
+        return fails(told, "look at GPU and network with nvidia-smi and NCCL_DEBUG=INFO")
+
+    def _last(self) -> str:
+        """The line that says why, of all that the launcher and its processes printed."""
+        self.said.seek(0)
+        lines = [line.strip() for line in self.said.read().decode(errors="replace").splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith("error: ")]
+        errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+        # The launcher's own comes last, and only tells that a process failed.
+        return (own or errors or lines[-1:] or ["nothing was printed"])[0][:300]
+
+    def _remedy(self) -> str:
+        path = self.case.config.path if self.case.config else "an Accelerate config"
+        return f"correct what it names, in the recipe or in {path}"
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __exit__(self, *_) -> None:
+        if self.process is not None:
+            self._end()
+        self.said.close()

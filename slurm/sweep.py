@@ -1,0 +1,73 @@
+"""Sweeps: one recipe, trained once for each combination of some values."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dnal_dist import recipe
+from dnal_dist.recipe import InputError, Recipe
+
+
+class Member(NamedTuple):
+    """One run of a sweep, or the only one."""
+
+    recipe: Recipe
+    overrides: list[str]
+    """Of the recipe's file."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output).absolute()
+
+
+class Sweep(BaseModel):
+    """A file of recipes/sweeps/."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    recipe: str
+    """File of the recipe."""
+    output: str = Field(min_length=1)
+    """Folder in which each run has one of its own, named after what is varied."""
+    vary: dict[str, list[str]] = Field(min_length=1)
+    """Keys of the recipe, each with its values; every combination is a run."""
+    set: dict[str, str] = {}
+    """Keys of the recipe that are the same in all runs, but not in the recipe's file."""
+
+
+def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
+    """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest; `overrides` go for all.
+    Raises InputError."""
+    try:
+        # Words as they stand: each value goes to the recipe as an override does.
+        sweep = Sweep.model_validate(yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sweep; the ones that ship with the project are in recipes/sweeps/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path}: {key}: {first['msg'].lower()}; keys are {', '.join(Sweep.model_fields)}") from None
+    for key, values in sweep.vary.items():
+        if not values or len({*values}) < len(values):
+            raise InputError(f"{path}: key 'vary.{key}': expected a list of different values, such as [5e-5, 1e-4]")
+    if output := [word for word in [*overrides, *sweep.vary, *sweep.set] if word.partition("=")[0] == "output"]:
+        raise InputError(f"{output[0]}: each run of a sweep has a folder of its own in {sweep.output} (key 'output' of {path})")
+    common = [f"{key}={value}" for key, value in sweep.set.items()] + overrides
+    members = []
+    for values in itertools.product(*sweep.vary.values()):
+        varied = [f"{key}={value}" for key, value in zip(sweep.vary, values, strict=True)]
+        changes = [*common, *varied, f"output={Path(sweep.output, _name(varied))}"]
+        members.append(Member(recipe.load(sweep.recipe, changes), changes))
+    return sweep, members
+
+
+def _name(varied: list[str]) -> str:
+    """penalty_weight=5e-5,seed=1"""
+    parts = (f"{key.rpartition('.')[2]}={value}" for key, _, value in (word.partition("=") for word in varied))
+    return re.sub(r"[^\w.,=+-]", "_", ",".join(parts))

@@ -1,0 +1,251 @@
+"""Runs on a real SLURM: two nodes, submitted, preempted, requeued, chained, lost, and refused."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+from cluster import NODES, Cluster, missing
+from runs import records, tensors, told
+
+from data_tools import index
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing()}")
+RECIPE = "recipes/digits.yaml"
+PHASES = ("phases.pretrain.epochs=2", "phases.search.epochs=2", "phases.finetune.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    found = Cluster()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def changes(digits, tmp_path_factory):
+    """Of the recipe: phases of some seconds in 22 iterations an epoch, and evaluations long enough to be stopped in."""
+    folder = tmp_path_factory.mktemp("digits")
+    shutil.copy(digits / "train-000000.tar", folder)
+    for number in range(20):
+        shutil.copy(digits / "val-000000.tar", folder / f"val-{number:06d}.tar")
+    index.make(index.find([str(folder)]), None, None, 1)
+    data = (f"data.train={folder}/train-000000.tar", f"data.val={folder}/val-*.tar", "data.global_batch=16")
+    return (*data, "data.per_device_batch_limit=2", "tracking.log_every=1", "tracking.tracker=none", *PHASES)
+
+
+class Job:
+    """A run that was submitted."""
+
+    def __init__(self, cluster: Cluster, run, *arguments):
+        self.cluster, self.run = cluster, run
+        self.printed = cluster.submit("--skip-doctor", *arguments).stdout
+        jobs = [json.loads(line)["job"] for line in (run / "submit" / "jobs.jsonl").read_text().splitlines()]
+        self.number = jobs[-1]
+        assert self.number.partition("_")[0] in self.printed
+
+    def reach(self, *words: str) -> None:
+        """Wait until the record with these words is told."""
+        path = self.run / "metrics.jsonl"
+
+        def is_told() -> bool:
+            assert self.cluster.state(self.number) in ("PENDING", "RUNNING", "COMPLETING"), self.log
+            lines = path.read_text().splitlines() if path.exists() else []
+            return any(all(word in line for word in words) for line in lines)
+
+        self.cluster.wait(is_told, 120, f"{words} of {self.run}\n{self.log}")
+
+    def signal(self, name: str = "USR1") -> None:
+        """To the batch script alone, as SLURM does before it takes a job's nodes."""
+        self.cluster.run("scancel", "--batch", f"--signal={name}", self.number)
+
+    def stopped(self, times: int) -> str:
+        """Wait for so many polite stops, and give the phase of the last."""
+        found = []
+
+        def are_told() -> bool:
+            # A launcher repeats what a process said last.
+            found[:] = re.findall(r"(?m)^(?:error: )?stopped \(.*\) in (\w+) after", self.log)
+            return self.log.count("; requeued") >= times
+
+        self.cluster.wait(are_told, 60, f"stop {times}\n{self.log}")
+        return found[-1]
+
+    def ended(self) -> str:
+        return self.cluster.ended(self.number)
+
+    @property
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.run.glob("submit/*/log*.txt")))
+
+
+def two_nodes(cluster, run, changes, *options) -> Job:
+    return Job(cluster, run, RECIPE, "--nodes", "2", f"output={run}", *changes, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, changes, tmp_path_factory):
+    """A run on both nodes that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    job = two_nodes(cluster, run, changes)
+    assert job.ended() == "COMPLETED", job.log
+    return job
+
+
+def equals(run, whole) -> None:
+    assert tensors(run) == tensors(whole.run)
+    assert told(run) == told(whole.run)
+
+
+def test_two_nodes_train_one_run(whole):
+    (start,) = records(whole.run, "start")
+    assert (start["world_size"], start["backend"]) == (2, "ddp")
+    assert whole.cluster.show(whole.number)["NumNodes"] == "2"
+    assert f"rendezvous at {NODES[0]}:{10_000 + int(whole.number)}" in whole.log
+    snapshot = whole.run / "submit" / "001"
+    assert (snapshot / "0.yaml").read_text() == (whole.run / "recipe.yaml").read_text()
+    assert (snapshot / "code.txt").read_text().startswith("commit: ")
+    assert "torch==" in (snapshot / "code.txt").read_text()
+
+
+def test_preempted_in_every_phase_it_ends_as_if_it_had_not_been(cluster, changes, whole, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes)
+    moments = [("pretrain", '"step": 9,'), ("search", '"step": 9,'), ("prune", '"mask"'), ("finetune", '"step": 9,')]
+    for times, (phase, moment) in enumerate(moments, 1):
+        job.reach(*(('"kind": "prune"',) if phase == "prune" else (f'"phase": "{phase}"',)), moment)
+        job.signal()
+        assert job.stopped(times) == phase
+    assert job.ended() == "COMPLETED", job.log
+    assert cluster.show(job.number)["Restarts"] == "4"
+    assert job.log.count("requeued") == 4 and "attempt 5" in job.log, "the logs of all attempts stand in one file"
+    assert [record["resumed"] for record in records(job.run, "start")] == [False, True, True, True, True]
+    assert not (job.run / "stop").exists()
+    equals(job.run, whole)
+
+
+def test_a_node_that_goes_down_costs_what_came_after_the_last_checkpoint(cluster, changes, whole, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, "checkpoint.every_steps=10")
+    job.reach('"phase": "search"', '"step": 15,')
+    cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
+    # It is taken back as soon as its daemon answers (ReturnToService).
+    assert job.ended() == "COMPLETED", job.log
+    assert cluster.show(job.number)["Restarts"] == "1"
+    equals(job.run, whole)
+
+
+SHORT = ("data.per_device_batch_limit=16", "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4")
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2"])
+def test_other_backends_on_two_nodes(cluster, changes, backend, tmp_path):
+    config = ("--config-file", f"recipes/accelerate/{backend}.yaml")
+    job = two_nodes(cluster, tmp_path / "run", [*changes, *SHORT], *config)
+    assert job.ended() == "COMPLETED", job.log
+    assert [(r["backend"], r["world_size"]) for r in records(job.run, "start")] == [(backend, 2)]
+
+
+def test_a_chain_goes_on_where_requeueing_is_not_allowed(cluster, changes, whole, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, "--chain", "3")
+    first, second, third = (json.loads(line)["job"] for line in (job.run / "submit" / "jobs.jsonl").read_text().splitlines())
+    assert cluster.show(second)["Dependency"].startswith(f"afterany:{first}")
+    job.number = first
+    job.reach('"phase": "search"', '"step": 9,')
+    job.signal()
+    assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "75:0", job.log
+    assert cluster.ended(second) == "COMPLETED", job.log
+    begun = time.monotonic()
+    assert cluster.ended(third) == "COMPLETED" and time.monotonic() - begun < 20, job.log
+    assert "is finished" in job.log and cluster.show(first)["Restarts"] == "0"
+    assert len(records(job.run, "start")) == 2
+    equals(job.run, whole)
+
+
+def test_what_a_person_stops_or_cancels_stays_so(cluster, changes, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes)
+    job.reach('"phase": "pretrain"', '"step": 9,')
+    (job.run / "stop").touch()
+    assert job.ended() == "FAILED" and cluster.show(job.number)["ExitCode"] == "75:0", job.log
+    assert "stopped on request" in job.log and cluster.show(job.number)["Restarts"] == "0"
+    again = two_nodes(cluster, job.run, changes)
+    again.reach('"kind": "start"', '"resumed": true')
+    again.reach('"phase": "pretrain"', '"step": 20,')
+    cluster.run("scancel", again.number)
+    assert again.ended() == "CANCELLED"
+    time.sleep(2)
+    assert cluster.state(again.number) == "CANCELLED" and cluster.show(again.number)["Restarts"] == "0"
+    assert {path.name for path in (job.run / "submit").iterdir()} == {"001", "002", "jobs.jsonl"}
+
+
+def test_preempted_by_a_job_of_more_weight(cluster, changes, tmp_path):
+    """SLURM sends TERM, and takes the nodes after the partition's grace time."""
+    job = two_nodes(cluster, tmp_path / "run", [*changes, "phases.pretrain.epochs=4"], "--partition", "scrap")
+    job.reach('"phase": "pretrain"', '"step": 9,')
+    other = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+    ).stdout.strip()
+    assert job.stopped(1) == "pretrain"
+    assert cluster.ended(other) == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.log
+    assert cluster.show(job.number)["Restarts"] == "1"
+
+
+def test_a_sweep_is_an_array_of_jobs(cluster, changes, tmp_path):
+    sweep = tmp_path / "two seeds.yaml"
+    sweep.write_text(f"recipe: {RECIPE}\noutput: {tmp_path}/sweep\nvary: {{architecture.penalty_weight: [0.02], seed: [0, 1]}}\n")
+    cluster.submit("--skip-doctor", "--sweep", sweep, *changes, *SHORT)
+    runs = [tmp_path / "sweep" / f"penalty_weight=0.02,seed={seed}" for seed in (0, 1)]
+    for number, run in enumerate(runs):
+        (line,) = (run / "submit" / "jobs.jsonl").read_text().splitlines()
+        job = json.loads(line)["job"]
+        assert job.endswith(f"_{number}")
+        assert cluster.ended(job) == "COMPLETED", (tmp_path / "sweep" / "submit" / "001" / f"log-{number}.txt").read_text()
+        assert f"seed: {number}\n" in (run / "recipe.yaml").read_text()
+    assert tensors(runs[0]) != tensors(runs[1])
+
+
+def test_a_run_that_fails_is_not_tried_again(cluster, changes, tmp_path):
+    run = tmp_path / "run"
+    job = two_nodes(cluster, run, [*changes, "data.train=nowhere/train-*.tar"], "--chain", "2")
+    first, second = (json.loads(line)["job"] for line in (run / "submit" / "jobs.jsonl").read_text().splitlines())
+    assert cluster.ended(first) == "FAILED" and cluster.ended(second) == "FAILED", job.log
+    assert "nowhere" in job.log and "before it got any further" in job.log and "not started" in job.log
+    assert job.log.count("attempt 1") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--partition", "nope"], ["--partition", "there are main, scrap, vision"]),
+        (["--partition", "vision", "--account", "history"], ["account", "--account"]),
+        (["--nodes", "3"], ["sbatch", "Node count"]),
+    ],
+)
+def test_what_slurm_refuses_is_told_and_leaves_nothing(cluster, changes, tmp_path, arguments, words):
+    found = cluster.submit("--skip-doctor", RECIPE, f"output={tmp_path}/run", *changes, *arguments, check=False)
+    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert all(word in found.stderr for word in words), found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_in_the_queue_once(cluster, changes, tmp_path):
+    first = two_nodes(cluster, tmp_path / "run", changes, "--sbatch=--hold")
+    found = cluster.submit("--skip-doctor", RECIPE, f"output={first.run}", *changes, check=False)
+    cluster.run("scancel", first.number)
+    assert found.returncode == 2 and f"job {first.number} for this run is in the queue" in found.stderr
+
+
+@pytest.mark.skipif(missing(cgroup=True) is not None, reason=f"SLURM with cgroups: {missing(cgroup=True)}")
+def test_under_cgroup_process_tracking(changes, whole, tmp_path):
+    """Where a signal to all of a job kills the launcher before any process of the training has seen it."""
+    cluster = Cluster(cgroup=True)
+    try:
+        job = two_nodes(cluster, tmp_path / "run", changes)
+        job.reach('"phase": "search"', '"step": 9,')
+        job.signal()
+        assert job.stopped(1) == "search"
+        assert job.ended() == "COMPLETED", job.log
+        assert cluster.show(job.number)["Restarts"] == "1"
+        equals(job.run, whole)
+    finally:
+        cluster.stop()

@@ -1,0 +1,205 @@
+"""What slurm/submit.py writes, without a cluster: the script, what it refuses, sweeps, the site's file."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dnal_dist import recipe
+
+ROOT = Path(__file__).parent.parent.parent
+DIGITS = "recipes/digits.yaml"
+JOB = ("--nodes", "2", "--gpus-per-node", "8", "--time", "12:00:00")
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """The command, in a home of its own and without SLURM on the path."""
+
+    def run(*arguments):
+        environment = {**os.environ, "HOME": str(tmp_path / "home"), "PATH": "/usr/bin/nothing"}
+        command = [sys.executable, "slurm/submit.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    return run
+
+
+def script(found) -> str:
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def directives(text: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+def launch(text: str) -> list[str]:
+    """The words that srun gets."""
+    start = text.index("srun --kill-on-bad-exit")
+    return shlex.split(text[start : text.index(" &\n", start)].replace("\\\n", " "))
+
+
+def is_bash(text: str) -> None:
+    assert subprocess.run(["/bin/bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(submit, tmp_path):
+    text = script(submit(DIGITS, *JOB, f"output={tmp_path}/run", "data.workers=3", "--account", "vision", "--dry-run"))
+    is_bash(text)
+    assert not (tmp_path / "run").exists()
+    asked = directives(text)
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"], asked["time"]) == ("2", "1", "8", "12:00:00")
+    assert asked["account"] == "vision" and "partition" not in asked
+    assert asked["signal"] == "B:USR1@300" and asked["open-mode"] == "append" and "requeue" in asked
+    assert asked["cpus-per-task"] == "32", "a core for each of 8 processes and their 3 loaders"
+    words = launch(text)
+    assert "--cpus-per-task=32" in words, "srun does not take it over from sbatch"
+    pairs = dict(pairwise(words))
+    assert (pairs["--num_machines"], pairs["--num_processes"]) == ("2", "16")
+    assert pairs["--main_process_ip"] == "$head" and pairs["-m"] == "dnal_dist.train"
+    assert '--machine_rank "$SLURM_NODEID"' in pairs["-c"]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_every_accelerate_config(submit, tmp_path, backend):
+    config = f"recipes/accelerate/{backend}.yaml"
+    words = launch(script(submit(DIGITS, *JOB, f"output={tmp_path}/run", "--config-file", config, "--dry-run")))
+    assert str(ROOT / config) in words
+    assert ("--deepspeed_multinode_launcher" in words) == backend.startswith("zero")
+
+
+def test_names_with_blanks_and_quotes_reach_bash_whole(submit, tmp_path):
+    folder = tmp_path / "it's 100% $HOME `x`"
+    text = script(submit(DIGITS, *JOB, f"output={folder}", "--dry-run"))
+    is_bash(text)
+    (line,) = [line for line in text.splitlines() if line.startswith("run=")]
+    told = subprocess.run(["/bin/bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True).stdout
+    assert told == str(folder)
+    assert "100%% " in directives(text)["output"], "a percent sign is a pattern of SLURM's"
+
+
+def test_the_site_s_file_is_heeded_and_the_command_line_comes_first(submit, tmp_path):
+    site = tmp_path / "home" / ".config" / "dnal_dist" / "slurm.yaml"
+    site.parent.mkdir(parents=True)
+    settings = {"partition": "gpu", "account": "vision", "time": "1-00:00:00", "gpus_per_node": 4}
+    site.write_text(yaml.safe_dump(settings | {"setup": ["module load cuda"], "sbatch": ["--qos=low"], "requeue": False}))
+    text = script(submit(DIGITS, f"output={tmp_path}/run", "--account", "mine", "--setup", "ulimit -n 4096", "--dry-run"))
+    asked = directives(text)
+    assert (asked["partition"], asked["account"], asked["time"], asked["qos"]) == ("gpu", "mine", "1-00:00:00", "low")
+    assert "no-requeue" in asked
+    assert text.index("module load cuda\nulimit -n 4096\n") < text.index("srun ")
+    other = tmp_path / "other.yaml"
+    other.write_text("time: 12:00:00\ngpus_per_node: 1\n")
+    asked = directives(script(submit(DIGITS, f"output={tmp_path}/run", "--site", other, "--dry-run")))
+    assert asked["time"] == "12:00:00" and "partition" not in asked, "YAML reads 43 200 there"
+
+
+def test_containers(submit, tmp_path):
+    run = (DIGITS, *JOB, f"output={tmp_path}/run", "--dry-run", "--container-mounts", "/data:/data", "--container")
+    words = launch(script(submit(*run, "registry/image:1")))
+    assert "--container-image=registry/image:1" in words and f"--container-mounts={ROOT}:{ROOT},/data:/data" in words
+    text = script(submit(*run, "my image.sif"))
+    is_bash(text)
+    inner = launch(text)[launch(text).index("-c") + 1]
+    assert shlex.split(inner)[:5] == ["exec", "apptainer", "exec", "--nv", "--bind"] and "my image.sif" in shlex.split(inner)
+
+
+def test_a_sweep_is_every_combination(submit, tmp_path):
+    sweep = tmp_path / "grid.yaml"
+    sweep.write_text(
+        f"recipe: {DIGITS}\noutput: {tmp_path}/grid\nset: {{data.workers: 0}}\n"
+        "vary: {architecture.target.macs: [0.5x, 0.25x], seed: [0, 1, 2]}\n"
+    )
+    text = script(submit("--sweep", sweep, *JOB, "--max-parallel", "2", "tracking.tracker=none", "--dry-run"))
+    is_bash(text)
+    assert directives(text)["array"] == "0-5%2" and directives(text)["output"].endswith("log-%a.txt")
+    runs = re.search(r"runs=\(\n(.*?)\n\)", text, re.DOTALL)[1].split()
+    assert runs[0] == f"{tmp_path}/grid/macs=0.5x,seed=0" and runs[5] == f"{tmp_path}/grid/macs=0.25x,seed=2" and len(runs) == 6
+
+
+def test_the_sweeps_that_ship(submit):
+    for path in sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")):
+        is_bash(script(submit("--sweep", path.relative_to(ROOT), *JOB, "--dry-run")))
+
+
+def test_the_sweep_of_resnet50_is_the_paper_s():
+    sys.path.insert(0, str(ROOT / "slurm"))
+    try:
+        import sweep
+    finally:
+        sys.path.pop(0)
+    _, members = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
+    published = yaml.safe_load((ROOT / "dnal_dist" / "published.yaml").read_text())["tables"]["resnet50_imagenet"]["rows"]
+    weights = sorted(float(row["penalty_weight"]) for row in published if "penalty_weight" in row)
+    assert sorted(member.recipe.architecture.penalty_weight for member in members) == weights
+    assert len({member.folder for member in members}) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((DIGITS, "--time", "12:00:00"), ["--gpus-per-node"]),
+        ((DIGITS, "--gpus-per-node", "8"), ["--time"]),
+        ((DIGITS, *JOB[:4], "--time", "12h"), ["--time", "[DAYS-]HH:MM:SS", "12h"]),
+        ((DIGITS, *JOB[:4], "--time", "00:08:00"), ["--grace", "lower it"]),
+        ((DIGITS, *JOB, "--nodes", "none"), ["--nodes", "integer"]),
+        ((DIGITS, *JOB, "--config-file", "nowhere.yaml"), ["--config-file nowhere.yaml", "recipes/accelerate/"]),
+        ((DIGITS, *JOB, "--config-file", DIGITS), ["--config-file", "no Accelerate config"]),
+        ((DIGITS, *JOB, "data.worker=3"), [DIGITS, "data.worker", "did you mean"]),
+        ((DIGITS, *JOB, "--setup", "a\nb"), ["--setup", "one line"]),
+        (("nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/"]),
+        (("--sweep", "nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/sweeps/"]),
+        (("--sweep", DIGITS, *JOB), [DIGITS, "recipe, output, vary, set"]),
+        ((DIGITS, *JOB, "--site", "nowhere.yaml"), ["nowhere.yaml", "cannot be read"]),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(submit, arguments, words):
+    found = submit(*arguments, "--dry-run")
+    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr
+    assert all(word in found.stderr for word in words), found.stderr
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("vary: {seed: [0, 0]}", ["vary.seed", "different"]),
+        ("vary: {seed: []}", ["vary.seed"]),
+        ("vary: {}", ["vary"]),
+        ("vary: {output: [a, b]}", ["output"]),
+        ("vary: {seeds: [0]}", ["seeds"]),
+        ("vary: {seed: 0}", ["vary.seed"]),
+        ("", ["vary"]),
+    ],
+)
+def test_a_sweep_that_is_wrong(submit, tmp_path, text, words):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"recipe: {DIGITS}\noutput: {tmp_path}/sweep\n{text}\n")
+    found = submit("--sweep", path, *JOB, "--dry-run")
+    assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
+    assert all(word in found.stderr for word in words), found.stderr
+
+
+def test_a_site_s_file_with_an_unknown_key(submit, tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("partitions: gpu\n")
+    found = submit(DIGITS, *JOB, "--site", site, "--dry-run")
+    assert found.returncode == 2 and f"{site}: unknown key 'partitions'" in found.stderr
+
+
+def test_without_slurm_it_says_so_and_leaves_nothing(submit, tmp_path):
+    found = submit(DIGITS, *JOB, f"output={tmp_path}/run", "--skip-doctor")
+    assert found.returncode == 2 and "squeue is not here" in found.stderr and "--dry-run" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_teaches(submit):
+    told = script(submit("--help"))
+    assert "--chain" in told and "docs/slurm.md" in told and "~/.config/dnal_dist/slurm.yaml" in told
+    assert recipe.InputError.__name__ not in told

@@ -1,0 +1,137 @@
+"""The doctor's checks of the network, the machine and the cluster, brought to fail by what they are there for."""
+
+import resource
+import shutil
+import subprocess
+import time
+
+import pytest
+from examining import found
+
+from dnal_dist.checks import bounded, cluster, machine, network
+
+
+def test_networks_that_cannot_train(case_of):
+    found(network.network, case_of(), "pass", "digits: vgg_digits, 448 gates, pictures of 8x8, 64 a step")
+    found(network.network, case_of("model.name=vgg17"), "fail", "no network is called 'vgg17'", "there are")
+    found(network.network, case_of("data.image_size=2"), "fail", "cannot take pictures of 2x2", "key 'model.name'")
+    found(network.network, case_of("architecture.target={macs: 1}"), "fail", "architecture.target", "")
+    found(network.network, case_of("model.init_from=runs/none"), "fail", "there is no runs/none", ".safetensors")
+
+
+def test_memory_of_a_device(case_of):
+    found(network.memory, case_of(device_memory=80 * 10**9), "pass", "a device has 80 GB")
+    found(network.memory, case_of(device_memory=10**6), "fail", "one picture at a time does not fit", "more processes")
+    case = case_of(device_memory=5 * 10**6)
+    limit = network.memory(case).remedy.partition(",")[0]
+    assert limit.startswith("data.per_device_batch_limit=")
+    found(network.memory, case_of(limit, device_memory=5 * 10**6), "pass", "pictures at a time of 64")
+
+
+def test_code_that_was_changed(case_of, tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("no git here")
+    monkeypatch.setattr(network, "CHECKOUT", tmp_path)
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b.c")
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    found(network.code, case_of(), "pass", "unchanged")
+    (tmp_path / "file").write_text("two")
+    found(network.code, case_of(), "warn", "with 1 changed file", "git commit")
+
+
+def test_versions_out_of_bounds(case_of, monkeypatch):
+    found(machine.versions, case_of(), "pass", "torch ")
+    monkeypatch.setattr(
+        machine, "_requirements", lambda: ["torch>=99", "no-package-of-this-name>=1", 'tomli>=2; python_version<"3"']
+    )
+    found(machine.versions, case_of(), "fail", "is not >=99, no-package-of-this-name is missing (>=1)", "constraints.txt")
+
+
+def test_limits_of_the_machine(case_of):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    case = case_of("data.workers=8")
+    assert case.splits
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        found(machine.open_files, case, "fail", "300 for a process, which may open 448", "ulimit -n 4096")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    found(machine.shared_memory, case_of("data.workers=0"), "pass", "data.workers is 0")
+    large = case_of("data.workers=64", "data.image_size=40000", "data.global_batch=4096")
+    found(machine.shared_memory, large, "fail", "free in /dev/shm", "--shm-size")
+    found(machine.cores, case_of("data.workers=5000"), "warn", "for 1 x 5001 processes", "data.workers=")
+
+
+def test_trackers(case_of, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1")
+    online = ("tracking.tracker=wandb", "tracking.mode=online")
+    found(cluster.wandb, case_of(), "pass", "not used")
+    found(cluster.wandb, case_of("tracking.tracker=wandb", "tracking.mode=offline"), "pass", "offline, not logged in")
+    found(cluster.wandb, case_of(*online), "fail", "not logged in to 127.0.0.1", "wandb login")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password none\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    found(cluster.wandb, case_of(*online), "warn", "is not reached from here", "tracking.mode=offline")
+
+
+SINFO = "echo 'gpu|1-00:00:00|2|up'; echo 'short|30:00|8|up'; echo 'old|infinite|4|down'"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands with SLURM's names and short answers."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(**answers: str) -> None:
+        for name in (*cluster.COMMANDS, "sacctmgr"):
+            (folder / name).write_text(f"#!/bin/sh\n{answers.get(name, 'true')}\n")
+            (folder / name).chmod(0o755)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "words", "remedy"),
+    [
+        ({"partition": "gpu", "nodes": 2, "seconds": 86_400.0}, "pass", "partition gpu", ""),
+        ({}, "pass", "partitions gpu, short, old", ""),
+        ({"partition": "gpus"}, "fail", "there is no partition gpus", "one of gpu, short, old"),
+        ({"partition": "old"}, "fail", "partition old is down", "another of"),
+        ({"partition": "gpu", "nodes": 3}, "fail", "the largest partition has 2", "--nodes 2"),
+        ({"partition": "short", "seconds": 3600.0}, "fail", "short gives 30 min 00 s", "--time 0:30:00"),
+        ({"account": "vision"}, "pass", "account vision", ""),
+        ({"partition": "gpu", "account": "vision"}, "pass", "partition gpu, account vision", ""),
+        ({"partition": "gpu", "account": "speech"}, "fail", "is for accounts vision,sound, not for speech", "--account"),
+        ({"account": "visions"}, "fail", "has no account visions (but speech, vision)", "--account"),
+    ],
+)
+def test_what_is_asked_of_slurm(case_of, slurm, facts, status, words, remedy):
+    allowed = 'echo "PartitionName=$3 AllowGroups=ALL AllowAccounts=vision,sound AllowQos=ALL"'
+    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech", scontrol=allowed)
+    found(cluster.slurm, case_of(**facts), status, words, remedy)
+
+
+def test_slurm_that_does_not_answer(case_of, slurm, monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "ANSWER", 0.3)
+    slurm(sinfo="exec sleep 60")
+    found(cluster.slurm, case_of(), "warn", "does not answer", "scontrol ping")
+    slurm(sinfo=SINFO, sacctmgr="exit 1")
+    found(cluster.slurm, case_of(account="vision"), "warn", "could not be asked", "sacctmgr")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found(cluster.slurm, case_of(), "pass", "nothing of it is asked for")
+    found(cluster.slurm, case_of(partition="gpu"), "fail", "commands are not here", "--partition")
+
+
+def test_a_check_that_hangs_or_breaks(case_of):
+    hung = bounded(lambda case: time.sleep(30), case_of(), 0.1)
+    assert hung.status == "fail" and "no answer within" in hung.found
+    broken = bounded(lambda case: 1 // 0, case_of(), 5)
+    assert broken.status == "fail" and "ZeroDivisionError" in broken.found

@@ -1,0 +1,181 @@
+"""The doctor's launch of real processes, and all of the doctor as a command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from runs import arguments
+
+from dnal_dist import doctor
+from dnal_dist.checks import Case, Finding, launch
+from dnal_dist.checks.case import Config, read_config
+from dnal_dist.recipe import InputError
+
+
+def test_accelerate_configs_are_read():
+    found = {path.stem: read_config(path) for path in Path("recipes/accelerate").glob("*.yaml")}
+    assert {name: config.backend for name, config in found.items()} == {name: name for name in found}
+    assert len(found) == 5 and all(config.processes == 2 and config.precision == "no" for config in found.values())
+    assert found["ddp"].expected(1) == "single" and found["zero1"].expected(1) == "zero1"
+    with pytest.raises(InputError, match="not an Accelerate config"):
+        read_config(Path("README.md"))
+
+
+def launched(case: Case, **changes) -> Finding:
+    """What is said of a probe that found this."""
+    one = launch.Launch(case)
+    one.processes, one.seconds = 2, 5.0
+    facts = {"backend": "fsdp2", "world_size": 2, "device": "one H100", "precision": "float32", "reduced": ["2 pictures"]}
+    steps = {kind: (1.0, 0.1) for kind in ("pretrain", "weights", "architecture")}
+    facts |= {"steps": steps, "alike": True} | changes
+    return one._judged({key: value for key, value in facts.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words", "remedy"),
+    [
+        ({}, "pass", "fsdp2 on 2 of 16 processes", ""),
+        ({"backend": "ddp"}, "fail", "fsdp2 was asked for; found ddp", "distributed_type"),
+        ({"world_size": 1}, "fail", "2 processes were asked for; found fsdp2 on 1", "num_processes"),
+        ({"precision": "bfloat16"}, "fail", "float32 was asked for", "mixed_precision"),
+        (
+            {"steps": {"weights": (float("nan"), 0.1)}},
+            "fail",
+            "loss of the weights step is no finite number",
+            "phases.*.optimizer.lr",
+        ),
+        ({"alike": False}, "fail", "do not have the same weights", "network"),
+        ({"alike": None}, "fail", "did not all come to an end: fsdp2 on 2", "NCCL_DEBUG"),
+        ({"alike": None, "device": "CPU"}, "warn", "did not all come to an end: fsdp2 on 2", "a node with a GPU"),
+        ({"alike": None, "backend": None, "steps": {}}, "fail", "not yet wrapped: 2 of 16 processes", "NCCL_DEBUG"),
+    ],
+)
+def test_what_a_launch_came_to(case_of, changes, status, words, remedy):
+    case = case_of(nodes=2, processes=8, config=Config(Path("fsdp2.yaml"), 8, "fsdp2", "no", 1))
+    one = launched(case, **changes)
+    assert one.status == status and words in one.found and remedy in one.remedy, one
+
+
+def test_a_config_that_is_refused(case_of, tmp_path):
+    path = tmp_path / "fsdp1.yaml"
+    path.write_text(Path("recipes/accelerate/fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
+    case = case_of(processes=2, config=read_config(path))
+    with launch.Launch(case) as one:
+        told = one.finding(400)
+        # It is waited for, and nothing of it is left.
+        assert one.process.poll() is not None
+    assert told.status == "fail" and "FSDP in its first version" in told.found and "fsdp1.yaml" in told.remedy, told
+
+
+def test_a_launch_that_takes_too_long_is_ended(case_of):
+    case = case_of(processes=2, config=read_config(Path("recipes/accelerate/ddp.yaml")))
+    with launch.Launch(case) as one:
+        told = one.finding(0.5)
+        assert one.process.poll() is not None
+    assert told.status == "fail" and "did not come together" in told.found, told
+
+
+class Left(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in the test's own process, which spares the seconds of importing torch: exit code and stdout."""
+
+    def leave(code: int):
+        raise Left(code)
+
+    def run(*words) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["doctor", *map(str, words)])
+        monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(doctor.os, "_exit", leave)
+        # Counted from the start of this process.
+        monkeypatch.setattr(doctor, "LIMIT", 1e6)
+        monkeypatch.setattr(doctor, "EACH", 100.0)
+        with pytest.raises(Left) as left:
+            doctor.main()
+        return left.value.args[0], capsys.readouterr().out
+
+    return run
+
+
+def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monkeypatch):
+    """With more time than the command takes: this machine may have other things to do."""
+    scratch, parent = tmp_path / "scratch", tmp_path / "runs"
+    scratch.mkdir()
+    parent.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(doctor, "EACH", 100.0)
+    config = read_config(Path("recipes/accelerate/zero2.yaml"))
+    facts = {"processes": 2, "config": config, "seconds": 43_200.0, "device_memory": 24 << 30}
+    told = doctor.examine(case_of(f"output={parent}/run", **facts), 400)
+    assert list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
+    assert not [one for one in told.values() if one.status == "fail"], told
+    assert told["launch"].status == "pass" and told["launch"].found.startswith("zero2 on 2 of 2 processes")
+    assert all(f"{kind} " in told["launch"].found for kind in ("pretrain", "weights", "architecture"))
+    assert not list(parent.iterdir()) and not list(scratch.glob("*doctor*"))
+
+
+def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    words = [*arguments(digits, tmp_path / "run"), "--config-file", "recipes/accelerate/ddp.yaml"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    process = subprocess.Popen([sys.executable, "-m", "dnal_dist.doctor", *words], stdout=subprocess.DEVNULL, env=environment)
+    while process.poll() is None and not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*/recipe.yaml")):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch"]
+    assert not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*"))
+
+
+def test_the_list_for_programs(run, digits, tmp_path):
+    code, out = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
+    told = {one.pop("check"): one for one in json.loads(out)}
+    assert code == 0 and list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
+    assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in told.values())
+    assert "--quick" in told["launch"]["found"] and "--quick" in told["saving"]["found"]
+
+
+def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_path):
+    code, out = run(*arguments(digits, tmp_path / "run", "data.global_batch=5000"), "--quick")
+    assert code == 1
+    lines = out.splitlines()
+    (failed,) = [line for line in lines if line.startswith("fail  training shards")]
+    assert "a step takes 5000 pictures" in failed and "remedy: lower it or add shards" in lines[lines.index(failed) + 1]
+    assert " 1 failed" in lines[-1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recipes/none.yaml"], "recipes/none.yaml: no such recipe"),
+        (["recipes/digits.yaml", "seeds=3"], "unknown key 'seeds'"),
+        (["recipes/digits.yaml", "--nodes", "0"], "--nodes 0: expected at least 1"),
+        (["recipes/digits.yaml", "--time", "soon"], "--time: expected a time"),
+        (["recipes/digits.yaml", "--device-memory", "80"], "--device-memory 80: expected an amount"),
+        (["recipes/digits.yaml", "--config-file", "none.yaml"], "--config-file none.yaml: not an Accelerate config"),
+    ],
+)
+def test_what_cannot_be_read_gives_2(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["doctor", *words])
+    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("30:00", 1800), ("12:00:00", 43_200), ("1-12", 129_600), ("1-12:30", 131_400), ("2d", 172_800)],
+)
+def test_times_as_sbatch_takes_them(text, seconds):
+    assert doctor._minutes(text) == seconds
