@@ -12,7 +12,7 @@ _NOTE = (
     "Speed is the median over a phase's records, evaluations not counted. "
     "Waiting is time in which training stood still for want of data."
 )
-_TOLD = {
+TOLD = {
     "device_seconds": results.duration,
     "images": lambda value: f"{value:,}",
     "bytes_sent": lambda value: f"{results.amount(value)}B" if value >= 999.5 else f"{value:,.0f} B",
@@ -26,7 +26,7 @@ def entries(run: Run, result: dict) -> dict[str, dict[str, float]]:
     found = {phase: {"seconds": seconds} for phase, seconds in result["phase_seconds"].items()}
     told = {record.get("phase"): record for record in run.of("phase")}
     for phase, record in {**told, **(run.last("end").get("ledger") or {})}.items():
-        values = {key: value for key in _TOLD if isinstance(value := record.get(key), int | float) and math.isfinite(value)}
+        values = {key: value for key in TOLD if isinstance(value := record.get(key), int | float) and math.isfinite(value)}
         found[phase] = found.get(phase, {}) | values
     # What is on record between phases, or of one that took no time, is no row.
     return {phase: entry for phase, entry in found.items() if len(entry) > 1 or entry.get("seconds", 0) >= 0.05}
@@ -42,16 +42,16 @@ def section(run: Run, result: dict) -> str:
         _, speeds = run.series("train", "step", "images_per_second", phase)
         _, waits = run.series("train", "step", "data_wait_seconds", phase)
         waiting = f"{results.duration(sum(waits))}, {results.percent(sum(waits) / seconds)}" if waits and seconds else ""
-        told = [write(entry[key]) if key in entry else "" for key, write in _TOLD.items()]
+        told = [write(entry[key]) if key in entry else "" for key, write in TOLD.items()]
         rows.append([str(phase), results.duration(seconds), *told, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
     if rows:
-        totals = [write(_total(known, key)) if _total(known, key) is not None else "" for key, write in _TOLD.items()]
+        totals = [write(total(known, key)) if total(known, key) is not None else "" for key, write in TOLD.items()]
         rows.append(["whole run", results.duration(result["seconds"]), *totals, "", "", ""])
     head = ["phase", "time", "device time", "training pictures", "sent by a process", "energy", "iterations", "pictures/s"]
     return markup.section("Cost of the run", _NOTE, markup.table("time", "Cost of each phase", [*head, "waiting for data"], rows))
 
 
-def _total(known: dict[str, dict[str, float]], key: str) -> float | None:
+def total(known: dict[str, dict[str, float]], key: str) -> float | None:
     """The sum over the phases that trained, if each of them tells it."""
     values = [entry.get(key) for phase, entry in known.items() if phase != "prune" or key in entry]
     return sum(values) if values and None not in values else None

@@ -224,7 +224,7 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> int:
     if taken := [one for one in args.overrides if one.startswith(("output=", "tracking.tracker="))]:
         raise InputError(f"override '{taken[0]}': chaos runs into folders of its own, without a tracker; leave it out")
-    overrides = (*args.overrides, "tracking.tracker=none")
+    overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
     settings = recipe.load(args.recipe, list(overrides))
     if args.config_file is not None and not Path(args.config_file).is_file():
         raise InputError(f"--config_file {args.config_file}: no such file; see recipes/accelerate/")

@@ -17,6 +17,16 @@ def replace(path: Path, content: bytes) -> None:
     rename(unfinished, path)
 
 
+def put(path: Path, content: bytes) -> None:
+    """Likewise, but without waiting for the disk: for what can be made again. What was there stays if it cannot be finished."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def folder(final: Path) -> Iterator[Path]:
     """A folder to fill inside. It is on disk and called `final` afterwards, in place of what was there; or gone, after an error."""

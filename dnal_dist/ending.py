@@ -33,11 +33,12 @@ def finish(run: Run) -> str | None:
     if run.parallel.main:
         _take_away_stop(run)
         try:
-            report.write(run.folder)
+            report.write_all(run.folder, draw=run.recipe.tracking.plots)
             report.print_table(run.folder)
-        except (OSError, ValueError) as error:
+        # Whatever is wrong with a report, the run that it is about is not.
+        except Exception as error:
             print(
-                f"warning: {run.folder / 'report.html'} cannot be written ({getattr(error, 'strerror', None) or error}); later: "
+                f"warning: the report in {run.folder} cannot be written ({getattr(error, 'strerror', None) or error}); later: "
                 f"python -m dnal_dist.report {run.folder}",
                 file=sys.stderr,
             )

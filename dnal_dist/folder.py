@@ -21,7 +21,7 @@ from dnal_dist.recipe import InputError
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
 # without it holds no run, whatever else is in it.
-PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "wandb", "tensorboard", "metrics.jsonl")
+PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "report.md", "plots", "wandb", "tensorboard", "metrics.jsonl")
 # Seconds that a run which was killed may take to let go of its folder: its loaders notice after a few.
 LOCK_SECONDS = 60
 # What has no say in the result. Of shards it is what they hold that has, which is compared elsewhere (train.assemble).

@@ -1,6 +1,7 @@
 """Pieces of the run's page: escaped text, sections, tables, places for figures. Whatever comes from a run is escaped here."""
 
 import re
+from collections.abc import Collection
 from html import escape
 
 _UNITS = r"(\d) (?=(?:k?Wh|[kMGT]?B|[kMGsh]|min|UTC)\b|%)"
@@ -33,8 +34,8 @@ def scroll(label: str, content: str, size: str = "") -> str:
     return f'<div class="scroll {size}" role="region" tabindex="0" aria-label="{label}">{content}</div>'
 
 
-def table(name: str, label: str, head: list[str], rows: list[list[str]], own: int | None = None, size: str = "") -> str:
-    """A table, its first column the rows' names; `own` is the row to make stand out. Columns without any content are left out."""
+def table(name: str, label: str, head: list[str], rows: list[list[str]], own: Collection[int] = (), size: str = "") -> str:
+    """A table, its first column the rows' names; `own` are the rows to make stand out. Columns without any content are left out."""
     if not rows:
         return ""
     used = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows)]
@@ -43,6 +44,6 @@ def table(name: str, label: str, head: list[str], rows: list[list[str]], own: in
     for number, row in enumerate(rows):
         first, *rest = (row[i] for i in used)
         cells = f'<th scope="row">{text(first)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in rest)}'
-        body += f'<tr class="own">{cells}</tr>' if number == own else f"<tr>{cells}</tr>"
+        body += f'<tr class="own">{cells}</tr>' if number in own else f"<tr>{cells}</tr>"
     head_row = f"<thead><tr>{columns}</tr></thead>" if head else ""
     return scroll(label, f'<table class="{name}">{head_row}<tbody>{body}</tbody></table>', size)

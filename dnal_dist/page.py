@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import accounts, explorer, markup, published, results
+from dnal_dist import accounts, durable, explorer, markup, published, results
 from dnal_dist.results import Run
 
 
@@ -24,17 +21,12 @@ def write(run: str | Path | Run) -> Path:
     """
     run = run if isinstance(run, Run) else results.load(run)
     page = run.folder / "report.html"
-    draft = page.with_name(f".report.html.{os.getpid()}")
-    try:
-        draft.write_text(_page(run), encoding="utf-8")
-        os.replace(draft, page)
-    finally:
-        draft.unlink(missing_ok=True)
+    durable.put(page, _page(run).encode(errors="replace"))
     return page
 
 
 def _page(run: Run) -> str:
-    result, phases, curves, search = results.result_of(run), _phases(run), _curves(run), _search(run)
+    result, phases, curves, search = results.result_of(run), results.spans(run), _curves(run), _search(run)
     place, explored = published.place(run, result), explorer.numbers(run)
     figure = place.figure() if place else None
     numbers = {"phases": phases, "curves": curves, "search": search, "published": figure, "explorer": explored}
@@ -48,13 +40,13 @@ def _page(run: Run) -> str:
         accounts.environment(run),
         accounts.receipts(run),
     ]
-    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {_date(run)}."
-    return Template(_part("report_template.html")).substitute(
+    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {results.date(run)}."
+    return Template(part("report_template.html")).substitute(
         title=escape(f"{run.name}: run report"),
-        css=_part("report.css"),
+        css=part("report.css"),
         name=escape(run.name),
-        about=markup.text(_about(run)),
-        result=markup.text(_headline(run, result)),
+        about=markup.text(results.about(run)),
+        result=markup.text(results.headline(run, result)),
         notices=_notices(run, result),
         tiles=_tiles(run, result),
         sections="\n".join(sections),
@@ -62,44 +54,26 @@ def _page(run: Run) -> str:
         # Without "<" no text of the run can end the script element that holds it.
         numbers=json.dumps(numbers, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         plotly=get_plotlyjs(),
-        js=_part("report.js") + _part("explorer.js"),
+        js=part("report.js") + part("explorer.js"),
     )
 
 
-def _part(name: str) -> str:
+def part(name: str) -> str:
+    """A file of which pages are made, as text."""
     return files("dnal_dist").joinpath(name).read_text("utf-8")
-
-
-def _phases(run: Run) -> list[tuple[str, int, int]]:
-    """Each phase that trained, with the iterations of the run at which it began (exclusive) and at which it stands."""
-    steps: dict[str, list[dict]] = {}
-    for record in run.of("train"):
-        steps.setdefault(str(record.get("phase")), []).append(record)
-    return [
-        (phase, records[0]["global_step"] - records[0].get("step", 1), records[-1]["global_step"])
-        for phase, records in steps.items()
-    ]
-
-
-def _thinned(series: tuple[list[float], list[float]], limit: int = 1500) -> tuple[list[float], list[float]]:
-    """At most `limit` points, means of equal blocks: a long run's page stays light and no trend is hidden."""
-    xs, ys = series
-    block = math.ceil(len(xs) / limit) or 1
-    starts = range(0, len(xs), block)
-    return [mean(xs[i : i + block]) for i in starts], [mean(ys[i : i + block]) for i in starts]
 
 
 def _curves(run: Run) -> dict:
     """Points [xs, ys] over the iterations of the run: {accuracy, cross_entropy: {train, held_out, prune}, loss}."""
     curves: dict = {
         key: {
-            "train": _thinned(run.series("train", "global_step", key)),
+            "train": results.thinned(run.series("train", "global_step", key)),
             "held_out": run.series("eval", "global_step", key),
             "prune": run.series("eval", "global_step", key, "prune"),
         }
         for key in ("accuracy", "cross_entropy")
     }
-    return curves | {"loss": _thinned(run.series("train", "global_step", "loss", "search"))}
+    return curves | {"loss": results.thinned(run.series("train", "global_step", "loss", "search"))}
 
 
 def _search(run: Run, limit: int = 240) -> dict | None:
@@ -126,8 +100,8 @@ def _search(run: Run, limit: int = 240) -> dict | None:
         "counts": [r["histogram"] for r in records],
         # After a budget it is not the gates' own height that decides.
         "threshold": None if driven else prune.get("threshold", run.setting("architecture", "threshold")),
-        "open": _thinned(opened),
-        "macs": _thinned(expected),
+        "open": results.thinned(opened),
+        "macs": results.thinned(expected),
         "full": full["exact"]["macs"] if full else None,
         "compact": prune["compact"]["exact"]["macs"] if "compact" in prune else None,
     }
@@ -142,32 +116,6 @@ _LABELS = {
     "search": "Charts over the epochs of the search: gates by value, share of open gates, expected multiply-adds",
     "published": "Chart of top-1 accuracy against size, the published rows and this run; the table below gives its values",
 }
-
-
-def _date(run: Run) -> str:
-    told = [r["time"] for r in run.records if "time" in r]
-    return f"{datetime.fromtimestamp(told[-1], UTC):%Y-%m-%d %H:%M} UTC" if told else "an unknown time"
-
-
-def _about(run: Run) -> str:
-    start, model = run.last("start"), run.setting("model", "name")
-    parts = [str(model)] if model else []
-    if "train_samples" in start:
-        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out pictures")
-    if "world_size" in start:
-        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
-        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
-    return ", ".join([*parts, _date(run)])
-
-
-def _headline(run: Run, result: dict) -> str:
-    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
-    if result["finished"] and accuracy is not None and "macs_ratio" in result:
-        macs, params = results.percent(result["macs_ratio"]), results.percent(result["params_ratio"])
-        kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
-        return f"{results.percent(accuracy, 2)} top-1 accuracy with {kept}."
-    reached = "" if accuracy is None else f" Top-1 accuracy {results.percent(accuracy, 2)} {results.when(result, phase)}."
-    return ("Finished." if result["finished"] else results.where(run)) + reached
 
 
 def _notices(run: Run, result: dict) -> str:

@@ -1,7 +1,7 @@
 """The paper's tables, arXiv 2103.02126, as data, and a run's place among their rows. No torch."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 
@@ -12,11 +12,14 @@ from dnal_dist.results import Run
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
 OWN = "this run"
+OWNS = "ours"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table; each figure is the text that the paper prints, empty where it prints none."""
+    """One row of a table; each figure is the text that the paper prints, empty where it prints none.
+
+    stds {column: figure} are the standard deviations of a row that is the mean of several runs."""
 
     method: str
     cite: str = ""
@@ -30,15 +33,17 @@ class Row:
     search: str = ""
     epochs: str = ""
     note: str = ""
+    stds: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         return f"{self.method} {self.penalty_weight}".rstrip()
 
     def cell(self, column: str) -> str:
-        """A figure with its ratio, as the paper prints the two; a dash where it prints none."""
+        """A figure with its standard deviation, if any, and its ratio, as the paper prints the two; a dash where it prints none."""
         ratio = getattr(self, f"{column}_ratio", "")
-        return (getattr(self, column) or "-") + (f" ({ratio}x)" if ratio else "")
+        spread = f" ± {self.stds[column]}" if column in self.stds else ""
+        return (getattr(self, column) or "-") + spread + (f" ({ratio}x)" if ratio else "")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,20 @@ class Table:
         unit = self.columns.get(column)
         return f"{HEADS[column]} ({unit})" if unit in ("G", "M", "%") else HEADS[column]
 
+    def among(self, own: list[Row]) -> list[Row]:
+        """All its rows with those of runs, largest first; the sort is stable: among equals a run comes last."""
+        return sorted([*self.rows, *own], key=lambda row: -self.size(row))
+
+    def size(self, row: Row) -> float:
+        """A row's FLOPs, or its parameters where the table tells no FLOPs, in the table's unit; 0 if it has none."""
+        return float(getattr(row, self.axis) or 0)
+
+    def lines(self, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+        """Rows of it in words, under their head."""
+        columns = [column for column in HEADS if column in self.columns or column == "epochs"]
+        body = [[row.label, *(row.cell(column) for column in columns)] for row in rows]
+        return ["method, penalty weight", *map(self.head, columns)], body
+
 
 @dataclass(frozen=True)
 class Place:
@@ -79,17 +98,15 @@ class Place:
     differences: list[str]
     remarks: list[str]
 
-    def lines(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The table in words: its head, its rows, and which of these is the run's own."""
-        columns = [column for column in HEADS if column in self.table.columns or column == "epochs"]
-        body = [[row.label, *(row.cell(column) for column in columns)] for row in self.rows]
-        return ["method, penalty weight", *map(self.table.head, columns)], body, self.rows.index(self.own) if self.own else None
+    def lines(self) -> tuple[list[str], list[list[str]], list[int]]:
+        """The table in words: its head, its rows, and which of these is the run's own, if one is."""
+        return *self.table.lines(self.rows), [self.rows.index(self.own)] if self.own else []
 
     def figure(self) -> dict:
         """Accuracy against size: {axis, log, comparable, points: {kind: [xs, ys, labels]}}; rows without top-1 are left out."""
         points: dict[str, list[list]] = {kind: [[], [], []] for kind in ("others", "dnal", "baseline", "own")}
         for row in self.rows:
-            size = float(getattr(row, self.table.axis))
+            size = self.table.size(row)
             if row.top1 and size:
                 kind = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own"}.get(row.method, "others")
                 label = row.penalty_weight if kind == "dnal" else row.method
@@ -130,10 +147,9 @@ def place(run: Run, result: dict) -> Place | None:
     if table is None:
         return None
     own = _own(run, result, table) if _priced(result) else None
-    # The sort is stable: among equals the run comes last.
-    rows = sorted([*table.rows, *([own] if own else [])], key=lambda row: -float(getattr(row, table.axis)))
-    differences = _differences(run, table)
-    return Place(table, rows, own, differences, _remarks(run, result, table, differences))
+    rows = table.among([own] if own else [])
+    found = differences(run, table)
+    return Place(table, rows, own, found, _remarks(run, result, table, found))
 
 
 def _priced(result: dict) -> bool:
@@ -143,24 +159,46 @@ def _priced(result: dict) -> bool:
 
 
 def _own(run: Run, result: dict, table: Table) -> Row:
-    """The run as a row, its costs by the paper's rule."""
-    costs = {}
+    found = accuracy(run)
+    figures = {which: result[which]["paper"] for which in ("full", "compact")}
+    return own_row(run, table, **figures, top1=found.get("accuracy"), top5=found.get("top5"))
+
+
+def own_row(
+    run: Run,
+    table: Table,
+    full: dict,
+    compact: dict,
+    top1: float | None,
+    top5: float | None,
+    stds: dict | None = None,
+    label: str | None = None,
+) -> Row:
+    """A run as a row, or several that are set up as `run`, of means.
+
+    full, compact: {"macs", "params"} by the paper's rule; top1, top5: shares, None where not known. stds: the standard
+    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what tells these runs
+    from others; None for a run that is alone.
+    """
+    costs, spreads, stds = {}, {}, stds or {}
     for column, key in (("flops", "macs"), ("params", "params")):
         if column in table.columns:
-            full, compact = (result[which]["paper"][key] for which in ("full", "compact"))
-            unit = {"G": 1e9, "M": 1e6}[table.columns[column]]
-            costs[column] = _figure(compact / unit, getattr(table.baseline, column))
-            if compact and getattr(table.baseline, f"{column}_ratio"):
-                costs[f"{column}_ratio"] = f"{full / compact:.2f}"
+            unit, like = {"G": 1e9, "M": 1e6}[table.columns[column]], getattr(table.baseline, column)
+            costs[column] = _figure(compact[key] / unit, like)
+            if compact[key] and getattr(table.baseline, f"{column}_ratio"):
+                costs[f"{column}_ratio"] = f"{full[key] / compact[key]:.2f}"
+            if key in stds:
+                spreads[column] = f"{stds[key] / unit:.{len(costs[column].partition('.')[2])}f}"
     weight = run.setting("architecture", "penalty_weight")
-    found = _accuracy(run)
+    told = weight_text(weight) if isinstance(weight, int | float) else ""
     return Row(
-        method=OWN,
-        penalty_weight=_weight(weight) if isinstance(weight, int | float) else "",
-        top1=f"{100 * found['accuracy']:.2f}" if "accuracy" in found else "",
-        top5=f"{100 * found['top5']:.2f}" if "top5" in found else "",
+        method=OWN if label is None else OWNS,
+        penalty_weight=told if label is None else label,
+        top1="" if top1 is None else f"{100 * top1:.2f}",
+        top5="" if top5 is None else f"{100 * top5:.2f}",
         search="gradient" if "search" in table.columns else "",
         epochs=_epochs(run),
+        stds=spreads | {key: f"{100 * stds[key]:.2f}" for key in ("top1", "top5") if key in stds},
         **costs,
     )
 
@@ -170,12 +208,12 @@ def _figure(value: float, like: str) -> str:
     return f"{value:.{len(like.partition('.')[2])}f}" if value >= 0.1 else f"{value:#.2g}"
 
 
-def _weight(weight: float) -> str:
+def weight_text(weight: float) -> str:
     """Small ones as the paper writes them, 1e-4."""
     return re.sub(r"\.?0*e-0*", "e-", f"{weight:e}") if 0 < weight < 0.001 else f"{weight:g}"
 
 
-def _accuracy(run: Run) -> dict:
+def accuracy(run: Run) -> dict:
     """The last evaluation of the compact network, empty if there is none yet."""
     return run.last("eval", "finetune") or run.last("eval", "prune")
 
@@ -187,7 +225,7 @@ def _epochs(run: Run) -> str:
     return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
 
 
-def _differences(run: Run, table: Table) -> list[str]:
+def differences(run: Run, table: Table) -> list[str]:
     """How the run's set-up differs from the published one, as far as its folder tells."""
     start, found = run.last("start"), []
     for key, expected in table.pictures.items():
@@ -221,7 +259,7 @@ def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> li
         f"The run is placed by the paper's rule, {paper['macs']:,} FLOPs and {paper['params']:,} parameters; "
         f"by the exact rule it has {exact['macs']:,} multiply-adds and {exact['params']:,} parameters."
     )
-    found = _accuracy(run)
+    found = accuracy(run)
     if not found:
         remarks.append("Its accuracy is not known yet.")
     elif not result["finished"]:

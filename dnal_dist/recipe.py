@@ -299,6 +299,8 @@ class Tracking(Section):
     """W&B mode; offline runs are sent later with `wandb sync`."""
     project: str = "dnal_dist"
     """W&B project."""
+    plots: bool = True
+    """Draw plots/*.svg and *.png at the run's end, in a second or two; `python -m dnal_dist.report` does it at any time."""
 
 
 class Training(Section):

@@ -4,8 +4,10 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import yaml
 
@@ -15,6 +17,10 @@ NETWORKS = {
     "prune": "compact, as cut",
     "finetune": "compact",
 }
+
+
+class NoRecord(ValueError):
+    """A run folder in which nothing is told yet."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def _records(path: Path, lines: list[bytes]) -> list[dict]:
             raise ValueError(f"{path}, line {number}: not a JSON object; remove this line and try again")
         records.append(record)
     if not records:
-        raise ValueError(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
+        raise NoRecord(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
     return records
 
 
@@ -142,6 +148,8 @@ def _elapsed(run: Run) -> dict[str, float]:
     for before, record in pairwise(run.records):
         # A receipt tells no phase: the time before it is of the one at hand.
         phase = record.get("phase", phase)
+        # The last checkpoint's, which belongs to no phase.
+        phase = "" if phase == "done" else phase
         # The time between a stop and its resume is nobody's.
         if record.get("kind") != "start" and "time" in before and "time" in record:
             seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]
@@ -160,6 +168,21 @@ def amount(count: float, like: float | None = None) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
+
+
+def spread(mean: float, std: float | None) -> str:
+    """A mean and, if there is one, its standard deviation, in one unit and to the same digit: 0.198 ± 0.012 M."""
+    if std is None or not mean:
+        return amount(mean)
+    unit = amount(mean).partition(" ")[2]
+    scale = {"G": 1e9, "M": 1e6, "k": 1e3}.get(unit, 1)
+    digits = max(0, 2 - math.floor(math.log10(mean / scale)))
+    return f"{mean / scale:.{digits}f} ± {std / scale:.{digits}f} {unit}".rstrip()
+
+
+def percents(mean: float, std: float | None, digits: int = 2) -> str:
+    """Likewise, for shares: 99.27 ± 0.15 %."""
+    return percent(mean, digits) if std is None else f"{100 * mean:.{digits}f} ± {100 * std:.{digits}f} %"
 
 
 def number(value: float) -> str:
@@ -203,6 +226,54 @@ def where(run: Run) -> str:
         return "Not finished: no iteration is on record yet."
     steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
     return f"Not finished: at {steps} of {train.get('phase')}."
+
+
+def date(run: Run) -> str:
+    """When the run's last record was written."""
+    told = [r["time"] for r in run.records if "time" in r]
+    return f"{datetime.fromtimestamp(told[-1], UTC):%Y-%m-%d %H:%M} UTC" if told else "an unknown time"
+
+
+def about(run: Run) -> str:
+    """Network, pictures, processes and date in a line."""
+    start, model = run.last("start"), run.setting("model", "name")
+    parts = [str(model)] if model else []
+    if "train_samples" in start:
+        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out pictures")
+    if "world_size" in start:
+        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
+        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
+    return ", ".join([*parts, date(run)])
+
+
+def headline(run: Run, result: dict) -> str:
+    """What the run came to, in a sentence, or where it stands; `result` is its `result_of`."""
+    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
+    if result["finished"] and accuracy is not None and "macs_ratio" in result:
+        macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
+        kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
+        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
+    reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
+    return ("Finished." if result["finished"] else where(run)) + reached
+
+
+def spans(run: Run) -> list[tuple[str, int, int]]:
+    """Each phase that trained, with the iterations of the run at which it began (exclusive) and at which it stands."""
+    steps: dict[str, list[dict]] = {}
+    for record in run.of("train"):
+        steps.setdefault(str(record.get("phase")), []).append(record)
+    return [
+        (phase, records[0]["global_step"] - records[0].get("step", 1), records[-1]["global_step"])
+        for phase, records in steps.items()
+    ]
+
+
+def thinned(series: tuple[list[float], list[float]], most: int = 1500) -> tuple[list[float], list[float]]:
+    """At most `most` points, means of equal blocks: what shows a long run stays light and no trend is hidden."""
+    xs, ys = series
+    block = math.ceil(len(xs) / most) or 1
+    starts = range(0, len(xs), block)
+    return [mean(xs[i : i + block]) for i in starts], [mean(ys[i : i + block]) for i in starts]
 
 
 def collapse(run: Run) -> str:

@@ -10,7 +10,7 @@ import pytest
 from dnal_dist import compare
 
 # 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
-SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none")
+SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false")
 
 
 LONG = (*SMALL, "phases.pretrain.epochs=3", "phases.search.epochs=3", "phases.finetune.epochs=3")

@@ -99,12 +99,14 @@ def test_one_of_several_named_shards_is_missing(train, folder):
 def old(folder):
     """What looks like another run in the run folder, and files that are not the run's."""
     run = folder / "run"
-    for name in ("checkpoints/step-00000099", "compact", "wandb", "notes"):
+    for name in ("checkpoints/step-00000099", "compact", "plots", "wandb", "notes"):
         (run / name).mkdir(parents=True)
     for name in (
         "recipe.yaml",
         "metrics.jsonl",
         "report.html",
+        "report.md",
+        "plots/old.svg",
         "checkpoints/step-00000099/state.json",
         "compact/weights.safetensors",
     ):

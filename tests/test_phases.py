@@ -11,7 +11,13 @@ from dnal_dist import compact, cost, phases, pruning, recipe, report, train
 from dnal_dist.parallel import Parallel
 from dnal_dist.pictures import normalise
 
-FEW = ["phases.pretrain.steps=3", "phases.search.steps=6", "phases.finetune.steps=3", "tracking.tracker=none"]
+FEW = [
+    "phases.pretrain.steps=3",
+    "phases.search.steps=6",
+    "phases.finetune.steps=3",
+    "tracking.tracker=none",
+    "tracking.plots=false",
+]
 
 
 def arguments(digits, output, *changes: str) -> list[str]:

@@ -173,7 +173,7 @@ def test_the_supernets_rows_go_by_parameters(tmp_path):
     assert figure["axis"] == "parameters (M)" and len(figure["points"]["dnal"][0]) == 1
     head, body, own = place.lines()
     assert head[1:] == ["parameters (M)", "top-1 (%)", "top-5 (%)", "search", "epochs"]
-    assert body[own][1:] == ["1.2", "99.44", "99.90", "gradient", "2+3+4"]
+    assert body[own[0]][1:] == ["1.2", "99.44", "99.90", "gradient", "2+3+4"]
 
 
 @pytest.mark.parametrize(

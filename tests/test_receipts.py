@@ -16,7 +16,7 @@ from dnal_dist.receipts import Receipt, tally, without
 from dnal_dist.recipe import InputError
 
 SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
-SHORT += ("tracking.tracker=none", "data.global_batch=48")
+SHORT += ("tracking.tracker=none", "data.global_batch=48", "tracking.plots=false")
 
 
 def receipts(run: Path) -> list[dict]:

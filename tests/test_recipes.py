@@ -21,6 +21,7 @@ FEW_STEPS = [
     "phases.search.steps=4",
     "phases.finetune.steps=2",
     "tracking.tracker=none",
+    "tracking.plots=false",
     "data.workers=0",
 ]
 # ImageNet's recipes: pictures of 32 pixels, which all of their networks can take. VGG16's two Linear layers alone are 120 M

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.timeout(1000)
 SCRIPT = "tests/distributed/resumes_on_ranks.py"
 # Four iterations an epoch, so that phases begin and end within epochs.
 TINY = (
-    "data.global_batch=90", "tracking.log_every=3", "tracking.tracker=none", "architecture.recalibration_batches=2",
+    "data.global_batch=90", "tracking.log_every=3", "tracking.tracker=none", "tracking.plots=false",
+    "architecture.recalibration_batches=2",
     "phases.pretrain.steps=5", "phases.search.epochs=2", "phases.finetune.steps=6", "architecture.penalty_weight=0.2",
     "model.name=resnet_digits",
 )  # fmt: skip

@@ -16,7 +16,8 @@ from data_tools import make_shards
 pytestmark = pytest.mark.timeout(1000)
 
 SHORT = (
-    "tracking.tracker=none", "tracking.log_every=4", "phases.pretrain.steps=8", "phases.search.steps=16", "phases.finetune.steps=8",
+    "tracking.tracker=none", "tracking.plots=false", "tracking.log_every=4",
+    "phases.pretrain.steps=8", "phases.search.steps=16", "phases.finetune.steps=8",
     "architecture.penalty_weight=0.05", "architecture.optimizer.lr=0.1",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ SHORT = (
     "phases.search.steps=4",
     "phases.finetune.steps=4",
     "tracking.tracker=none",
+    "tracking.plots=false",
     "tracking.log_every=1",
 )
 

@@ -1,0 +1,285 @@
+"""Runs side by side: those that differ in nothing but seed are one row. From their folders alone, no torch."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from dnal_dist import pareto, published, results
+from dnal_dist.pareto import Point
+from dnal_dist.results import NoRecord, Run
+
+# What may differ between the seeds of one row: it has no say in the result, or is told beside it.
+WITHOUT_SAY = (
+    "name",
+    "output",
+    "seed",
+    "tracking.",
+    "checkpoint.",
+    "data.workers",
+    "data.cache",
+    "training.activation_checkpointing",
+)
+# Of the keys in which rows differ, those of these parts are told first.
+PARTS = ("model", "architecture", "phases", "training", "data")
+MOST_KEYS = 5
+# The numbers of a run that a row has means of; shares, counts, seconds.
+MEASURES = ("accuracy", "top5", "macs", "macs_ratio", "params", "params_ratio", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Runs of one recipe but for the seed. Only those that finished have a say in its numbers.
+
+    settings: {dotted key of the recipe: value}; measures: one {name: number} for each finished run.
+    """
+
+    settings: dict[str, object]
+    finished: list[Run]
+    unfinished: list[Run]
+    measures: list[dict[str, float]]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.finished, *self.unfinished]
+
+    def mean(self, name: str) -> float | None:
+        """Over the finished runs; None if one of them lacks it."""
+        values = [measures.get(name) for measures in self.measures]
+        return mean(values) if values and None not in values else None
+
+    def std(self, name: str) -> float | None:
+        """Standard deviation (n - 1) over the finished runs; None for a single one."""
+        return (
+            stdev([measures[name] for measures in self.measures])
+            if len(self.finished) > 1 and self.mean(name) is not None
+            else None
+        )
+
+    def label(self, keys: list[str]) -> str:
+        """What tells it from rows that differ from it in `keys`, in few words; its first run's name if there are no keys."""
+        told = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
+        bare = ("model.name", "architecture.penalty_weight") if len(keys) < 3 else ("model.name",)
+        words = [value if key in bare else f"{key.rpartition('.')[2]}={value}" for key, value in told]
+        return results.printable(", ".join(words) or self.runs[0].name)
+
+
+class Diagram(NamedTuple):
+    """Marks, with their rows if they are no published ones; costs are in the unit that `size` names: by the paper's rule among
+    published rows, which are there if all runs have one network, else by the exact rule."""
+
+    marks: list[tuple[Point, Row | None]]
+    size: str
+    title: str
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs that were given: rows (largest network first, those without a finished run last), the keys of the recipe in which they
+    differ, and folders of runs that have not begun."""
+
+    parent: Path
+    rows: list[Row]
+    keys: list[str]
+    waiting: list[Path]
+
+    @cached_property
+    def tables(self) -> dict[str, published.Table]:
+        """The published tables that have a row of these runs, by network."""
+        names = dict.fromkeys(row.settings.get("model.name") for row in self.rows if row.mean("paper_macs") is not None)
+        return {name: published.tables()[name] for name in names if name in published.tables()}
+
+    def among(self, name: str) -> list[tuple[published.Row, Row | None]]:
+        """The rows of a published table with those of its network's runs among them, largest first."""
+        table = self.tables[name]
+        keys = [key for key in self.keys if key != "model.name"]
+        mine = [(_published_row(row, table, "" if self.keys and not keys else row.label(keys)), row) for row in self._of(name)]
+        return sorted([*((row, None) for row in table.rows), *mine], key=lambda pair: -table.size(pair[0]))
+
+    def _of(self, name: str) -> list[Row]:
+        return [row for row in self.rows if row.settings.get("model.name") == name and row.mean("paper_macs") is not None]
+
+    def differences(self, name: str) -> list[str]:
+        """How the set-up of a network's runs differs from the published one."""
+        found = [words for row in self._of(name) for run in row.finished for words in published.differences(run, self.tables[name])]
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def diagrams(self) -> list[Diagram]:
+        """One for each validation set that a row with accuracy and cost has."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.mean("accuracy") is not None and row.mean("macs") is not None:
+                groups.setdefault(validation(row.finished[0]), []).append(row)
+        many = len(groups) > 1
+        return [self._diagram(rows, f"held-out pictures: {name}" if many else "") for name, rows in groups.items()]
+
+    def _diagram(self, rows: list[Row], title: str) -> Diagram:
+        networks = {row.settings.get("model.name") for row in rows}
+        name = networks.pop()
+        if networks or name not in self.tables:
+            return Diagram([(self._point(row), row) for row in rows], "multiply-adds for one picture", title)
+        table, comparable = self.tables[name], not self.differences(name)
+        told = [(pareto.of_row(mark, table, comparable), row) for mark, row in self.among(name) if row is None or row in rows]
+        return Diagram([(point, row) for point, row in told if point], pareto.unit(table), title)
+
+    def _point(self, row: Row) -> Point:
+        series, keys = self.series, [key for key in self.keys if key != self.series]
+        label = "" if series and not keys else row.label(keys)
+        stds = {"cost_std": row.std("macs") or 0.0, "accuracy_std": 100 * (row.std("accuracy") or 0.0)}
+        named = value_text(row.settings.get(series)) if series else ""
+        return Point("own", label, row.mean("macs"), 100 * row.mean("accuracy"), **stds, series=named)
+
+    @cached_property
+    def series(self) -> str:
+        """The key by which marks of runs look different: the network's, if there are a few; else none."""
+        networks = {json.dumps(row.settings.get("model.name")) for row in self.rows}
+        return "model.name" if 1 < len(networks) <= pareto.MOST_SERIES else ""
+
+    @cached_property
+    def front(self) -> list[Row]:
+        """The rows that no other one of their diagram dominates."""
+        best = [(pareto.front([point for point, _ in diagram.marks]), diagram) for diagram in self.diagrams]
+        return [row for points, diagram in best for point, row in diagram.marks if row is not None and point in points]
+
+
+def _published_row(row: Row, table: published.Table, label: str) -> published.Row:
+    full, compact = ({key: row.mean(f"{which}_{key}") for key in ("macs", "params")} for which in ("full", "paper"))
+    told = {"macs": "paper_macs", "params": "paper_params", "top1": "accuracy", "top5": "top5"}
+    stds = {key: std for key, name in told.items() if (std := row.std(name)) is not None}
+    top = {"top1": row.mean("accuracy"), "top5": row.mean("top5")}
+    return published.own_row(row.finished[0], table, full, compact, **top, stds=stds, label=label)
+
+
+def compare(given: list[str | Path]) -> Comparison:
+    """Compare runs, each given by its own folder or by one of a sweep, whose runs lie within (at most two folders down).
+
+    Raises ValueError naming a folder that holds no run, or what of a run cannot be read.
+    """
+    folders = gather([Path(path) for path in given])
+    runs, waiting = [], []
+    for folder in folders:
+        try:
+            runs.append(results.load(folder))
+        except NoRecord:
+            waiting.append(folder)
+        except ValueError:
+            if (folder / "metrics.jsonl").exists():
+                raise
+            waiting.append(folder)
+    if not runs:
+        raise ValueError(f"{folders[0]}: none of these runs has a record yet; wait for their first iterations")
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        # Without its recipe, nothing tells that a run is like another one.
+        groups.setdefault(json.dumps(_settings(run), sort_keys=True) if run.recipe else str(run.folder), []).append(run)
+    rows = [_row(group) for group in groups.values()]
+    rows.sort(key=lambda row: (row.mean("macs") is None, -(row.mean("macs") or 0), row.label([])))
+    return Comparison(_parent(folders), rows, differing(rows), waiting)
+
+
+def gather(given: list[Path]) -> list[Path]:
+    """The folders of runs that were given, each once. Raises ValueError naming what is, and holds, none."""
+    found: dict[Path, Path] = {}
+    for path in given:
+        if path.is_file() and path.parent.is_dir() and path.name in OUTPUTS:
+            # A shell's * meets what an earlier comparison left.
+            continue
+        within = [path] if _is_run(path) else _within(path)
+        if not within:
+            raise ValueError(f"{path}: no run folder, nor one that holds some; give folders that recipes name as 'output'")
+        for folder in within:
+            found.setdefault(folder.resolve(), folder)
+    if not found:
+        raise ValueError(f"{given[0]}: no run folder; give folders that recipes name as 'output'")
+    return list(found.values())
+
+
+OUTPUTS = ("comparison.html", "comparison.md", "comparison.csv", "pareto.svg", "pareto.png")
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether it is a folder that holds runs and is none itself."""
+    return not _is_run(path) and bool(_within(path))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "recipe.yaml").exists()
+
+
+def _within(path: Path) -> list[Path]:
+    found = []
+    for inner in sorted(folder for folder in path.glob("*") if folder.is_dir()) if path.is_dir() else []:
+        deeper = [] if _is_run(inner) else sorted(folder for folder in inner.glob("*") if folder.is_dir() and _is_run(folder))
+        found += [inner] if _is_run(inner) else deeper
+    return found
+
+
+def _parent(folders: list[Path]) -> Path:
+    """The closest folder that all of them lie in."""
+    lines = [folder.resolve().parents for folder in folders]
+    return next(parent for parent in lines[0] if all(parent in line for line in lines))
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The recipe's keys that have a say in the result, flat, with today's defaults for those that an earlier release lacked."""
+    from pydantic import ValidationError
+
+    from dnal_dist.recipe import Recipe
+
+    try:
+        tree = Recipe.model_validate(run.recipe).model_dump(mode="json")
+    except ValidationError:
+        tree = run.recipe
+    return {key: value for key, value in _flat(tree) if not key.startswith(WITHOUT_SAY)}
+
+
+def _flat(tree: dict, above: str = "") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
+    return pairs
+
+
+def differing(rows: list[Row]) -> list[str]:
+    """The keys of the recipe whose values are not the same in all rows that have a recipe."""
+    told = [row.settings for row in rows if row.settings]
+    keys = dict.fromkeys(key for settings in told for key in settings)
+    found = [key for key in keys if len({json.dumps(settings.get(key), sort_keys=True) for settings in told}) > 1]
+    return sorted(found, key=lambda key: next((i for i, part in enumerate(PARTS) if key.startswith(f"{part}.")), len(PARTS)))
+
+
+def _row(runs: list[Run]) -> Row:
+    summaries = [(run, results.summary(run)) for run in runs]
+    finished = [run for run, result in summaries if result["finished"]]
+    measures = [_measures(run, result) for run, result in summaries if result["finished"]]
+    return Row(_settings(runs[0]), finished, [run for run, result in summaries if not result["finished"]], measures)
+
+
+def _measures(run: Run, result: dict) -> dict[str, float]:
+    found = published.accuracy(run)
+    known = {"accuracy": found.get("accuracy"), "top5": found.get("top5"), "seconds": result["seconds"]}
+    for key in ("macs", "params"):
+        known |= {
+            key: result.get("compact", {}).get("exact", {}).get(key),
+            f"{key}_ratio": result.get(f"{key}_ratio"),
+            f"paper_{key}": result.get("compact", {}).get("paper", {}).get(key),
+            f"full_{key}": result.get("full", {}).get("paper", {}).get(key),
+        }
+    return {name: value for name, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def value_text(value: object) -> str:
+    """A value of a recipe in few letters: 1e-4."""
+    if isinstance(value, float):
+        return published.weight_text(value)
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def validation(run: Run) -> str:
+    """What names a run's validation set: its shards and how many pictures they hold."""
+    samples = run.last("start").get("val_samples")
+    return str(run.setting("data", "val") or "unnamed") + (f" ({samples:,})" if isinstance(samples, int) else "")

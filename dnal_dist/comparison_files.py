@@ -1,0 +1,270 @@
+"""A comparison of runs in words and files: table on the console, comparison.html, .md and .csv, pareto.svg and .png. No torch."""
+
+import base64
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from string import Template
+
+from dnal_dist import canvas, comparison, durable, markdown, markup, page, pareto, results
+from dnal_dist.comparison import Comparison, Row
+
+_NOTE = (
+    "Runs that differ in nothing but their seed are one row: mean ± standard deviation (n - 1) over those that finished. Costs are "
+    "for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included where they compare, "
+    "has at least the accuracy for at most the cost."
+)
+
+
+def write(found: Comparison, folder: Path) -> None:
+    """Write everything into `folder`, which is made if need be; each file appears whole or not at all. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = None
+    if found.diagrams:
+        with canvas.drawing():
+            canvas.save(figure(found), folder / "pareto")
+        picture = (folder / "pareto.svg").read_bytes()
+    else:
+        for suffix in ("svg", "png"):
+            (folder / f"pareto.{suffix}").unlink(missing_ok=True)
+    durable.put(folder / "comparison.csv", as_csv(found).encode())
+    durable.put(folder / "comparison.md", as_markdown(found).encode())
+    durable.put(folder / "comparison.html", as_html(found, picture).encode())
+
+
+def figure(found: Comparison):
+    """Accuracy against cost, a diagram for each validation set; at least one must be there. Call it within `canvas.drawing`."""
+    keys = [key.rpartition(".")[2].replace("_", " ") for key in found.keys if key != found.series]
+    by = f", by {canvas.words(keys[0])}" if len(keys) == 1 else ""
+    panels = []
+    for diagram in found.diagrams:
+        points = [point for point, _ in diagram.marks]
+        panels.append(pareto.Panel(diagram.size, points, title=canvas.words(diagram.title, 90), by=by))
+    return pareto.figure(panels)
+
+
+def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The head and a line for each row. What is not known is a dash."""
+    keys = found.keys[: comparison.MOST_KEYS]
+    head = [
+        *(keys or ["run"]),
+        "runs",
+        "top-1",
+        "top-5",
+        "multiply-adds",
+        "of full",
+        "parameters",
+        "of full",
+        "time",
+        "not dominated",
+    ]
+    lines = []
+    for row in found.rows:
+        who = [_setting(row, key) for key in keys] if row.settings and keys else [row.runs[0].name]
+        who += ["-"] * (max(len(keys), 1) - len(who))
+        many = f"{len(row.finished)}" if not row.unfinished else f"{len(row.finished)} of {len(row.runs)}"
+        told = [_told(row, name, results.percents) for name in ("accuracy", "top5")]
+        for key in ("macs", "params"):
+            told += [_told(row, key, results.spread), _told(row, f"{key}_ratio", _share)]
+        time = _told(row, "seconds", lambda mean, std: results.duration(mean))
+        lines.append(
+            [*map(results.printable, who), many, *told, time, "yes" if row in found.front else "no" if told[0] != "-" else "-"]
+        )
+    return head, lines
+
+
+def _setting(row: Row, key: str) -> str:
+    value = comparison.value_text(row.settings.get(key))
+    return value if len(value) <= 60 else f"{value[:59]}…"
+
+
+def _share(mean: float, std: float | None) -> str:
+    return results.percents(mean, std, 1)
+
+
+def _told(row: Row, name: str, tell: Callable[[float, float | None], str]) -> str:
+    mean = row.mean(name)
+    return "-" if mean is None else tell(mean, row.std(name))
+
+
+def published_table(found: Comparison, name: str) -> tuple[list[str], list[list[str]], list[int]]:
+    """A published table with the runs' rows among it: its head, its lines, and which of these are the runs'."""
+    pairs = found.among(name)
+    head, lines = found.tables[name].lines([told for told, _ in pairs])
+    return head, lines, [number for number, (_, row) in enumerate(pairs) if row is not None]
+
+
+def remarks(found: Comparison) -> list[str]:
+    """What to know before reading the numbers, a sentence each."""
+    rows, told = found.rows, []
+    sets = dict.fromkeys(comparison.validation(run) for row in rows for run in row.runs)
+    if len(sets) > 1:
+        told.append(f"WARNING: the runs have different validation sets, so their accuracies do not compare: {', '.join(sets)}.")
+    for row in rows:
+        told += _remarks_of_row(row, found)
+    for name, table in found.tables.items():
+        if apart := found.differences(name):
+            told.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
+    for run in (run for row in rows for run in row.unfinished):
+        stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
+        told.append(f"{where(run.folder, found)}: {results.where(run)}{stopped} It has no say in any number.")
+    told += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
+    return list(map(results.printable, told))
+
+
+def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
+    told, who = [], row.label(found.keys)
+    seeds = Counter(str(run.recipe.get("seed")) for run in row.finished if run.recipe)
+    if twice := [seed for seed, count in seeds.items() if count > 1]:
+        told.append(f"WARNING: {who}: more than one run of seed {', '.join(twice)}, which are no independent measurements.")
+    sizes = {run.last("start").get("world_size") for run in row.finished}
+    if len(sizes) > 1 and not row.settings.get("training.sync_batchnorm"):
+        many = ", ".join(sorted(map(str, sizes)))
+        told.append(f"{who}: its runs had {many} processes, each of which normalises its own part of a batch.")
+    for run in row.finished:
+        if run.last("prune").get("collapsed"):
+            told.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
+    return told
+
+
+def where(folder: Path, found: Comparison) -> str:
+    """A run's folder as seen from the closest one that all of them lie in."""
+    return results.printable(str(folder.resolve().relative_to(found.parent)))
+
+
+def title(found: Comparison) -> str:
+    runs, rows = sum(len(row.runs) for row in found.rows), len(found.rows)
+    return f"Comparison of {runs:,} run{'s' * (runs != 1)} in {rows:,} row{'s' * (rows != 1)}"
+
+
+def more_keys(found: Comparison) -> str:
+    """Names the keys for which the table has no room; empty if there is none."""
+    rest = found.keys[comparison.MOST_KEYS :]
+    return results.printable(f"The rows also differ in {', '.join(rest)}: see comparison.csv.") if rest else ""
+
+
+def as_markdown(found: Comparison) -> str:
+    """The comparison as Markdown that GitHub renders."""
+    head, lines = table(found)
+    cells = [[markdown.text(cell) for cell in line] for line in lines]
+    parts = [
+        f"# {title(found)}",
+        _NOTE,
+        markdown.table([markdown.text(cell) for cell in head], cells),
+        markdown.text(more_keys(found)),
+    ]
+    parts.append("\n".join(f"- {markdown.text(remark)}" for remark in remarks(found)))
+    if found.diagrams:
+        parts.append("[![Accuracy against cost](pareto.png)](pareto.svg)")
+    for name, told in found.tables.items():
+        names, body, own = published_table(found, name)
+        cells = [
+            [f"**{markdown.text(c)}**" if number in own else markdown.text(c) for c in line] for number, line in enumerate(body)
+        ]
+        parts += [f"## {_among(told.title)}", _BY_PAPER, markdown.table(names, cells)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_BY_PAPER = "As published in arXiv 2103.02126; costs by the paper's rule."
+
+
+def _among(title: str) -> str:
+    return f"Among the published rows of {title}"
+
+
+def as_csv(found: Comparison) -> str:
+    """Every number in full, shares between 0 and 1, and every key in which the rows differ."""
+    file, measures = io.StringIO(), comparison.MEASURES
+    writer = csv.writer(file, lineterminator="\n")
+    numbers = [f"{name}_{of}" for name in measures for of in ("mean", "std")]
+    writer.writerow([*map(_cell, found.keys), "finished", "unfinished", "seeds", *numbers, "not_dominated", "folders"])
+    for row in found.rows:
+        settings = [row.settings.get(key) for key in found.keys]
+        seeds = " ".join(str(run.recipe.get("seed", "")) for run in row.finished)
+        told = ["" if value is None else value for name in measures for value in (row.mean(name), row.std(name))]
+        folders = " ".join(where(run.folder, found) for run in row.runs)
+        values = [_cell("" if value is None else comparison.value_text(value)) for value in settings]
+        writer.writerow(
+            [*values, len(row.finished), len(row.unfinished), _cell(seeds), *told, int(row in found.front), _cell(folders)]
+        )
+    return file.getvalue()
+
+
+def _cell(words: str) -> str:
+    """Words that a spreadsheet takes for words, not for a formula."""
+    words = results.printable(words)
+    return f"'{words}" if words[:1] in ("=", "+", "@") or (words[:1] == "-" and not words[1:2].isdigit()) else words
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>$title</title>
+<style>
+$css
+main, footer { max-width: 78rem; }
+table.comparison :is(th, td) { padding-inline: 0.6rem; }
+.picture { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; }
+.picture { background: #fff; border-radius: 6px; }
+.remarks { margin: 1rem 0 0; padding-left: 1.2rem; font-size: 0.9rem; overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<main>
+<header><h1>$title</h1></header>
+$sections
+</main>
+<footer>Derived from metrics.jsonl and recipe.yaml of each run.</footer>
+</body>
+</html>
+""")
+
+
+def as_html(found: Comparison, picture: bytes | None) -> str:
+    """A page that needs no network; `picture` is its figure, an SVG."""
+    head, lines = table(found)
+    front = [number for number, row in enumerate(found.rows) if row in found.front]
+    notes = "".join(f"<li>{markup.text(remark)}</li>" for remark in remarks(found))
+    runs = markup.table("comparison", "The runs", head, lines, front)
+    sections = [
+        markup.section("Runs", f"{_NOTE} {more_keys(found)}", runs, f'<ul class="remarks">{notes}</ul>' if notes else ""),
+        markup.section("Accuracy against cost", "", _image(picture)),
+    ]
+    for name, told in found.tables.items():
+        heading = escape(_among(told.title))
+        sections.append(markup.section(heading, _BY_PAPER, markup.table("published", heading, *published_table(found, name))))
+    return _PAGE.substitute(title=escape(title(found)), css=page.part("report.css"), sections="\n".join(sections))
+
+
+def _image(picture: bytes | None) -> str:
+    if picture is None:
+        return ""
+    words = "Diagram of top-1 accuracy against cost; the table above gives the values of the runs"
+    return f'<img class="picture" alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(picture).decode()}">'
+
+
+def tell(found: Comparison, folder: Path, say: Callable[..., None]) -> None:
+    """The table, the published ones and the remarks, each line by `say`, which takes words or (words, style of rich)."""
+    say((title(found), "bold"))
+    head, lines = table(found)
+    columns(head, lines, [number for number, row in enumerate(found.rows) if row in found.front], say)
+    for name, told in found.tables.items():
+        say(f"\n{_among(told.title)} (arXiv 2103.02126):")
+        columns(*published_table(found, name), say)
+    for line in filter(None, [more_keys(found), *remarks(found)]):
+        say((line, "yellow") if line.startswith("WARNING") else line)
+    say(f"written: {', '.join(name for name in comparison.OUTPUTS if (folder / name).exists())} in {folder}")
+
+
+def columns(head: list[str], lines: list[list[str]], own: list[int], say: Callable[..., None]) -> None:
+    """A table in letters, its rows `own` marked."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    for number, (first, *rest) in enumerate([head, *lines], -1):
+        cells = "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))])
+        say((f"> {cells}", "bold") if number in own else f"  {cells}")

@@ -1,0 +1,253 @@
+"""Several runs in a row tell the mean and the spread over their seeds, each number of it computed anew here from the records."""
+
+import csv
+import io
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from rich.console import Console
+from test_report import COMPACT, FULL, HOSTILE, Tags, changed, made_up_run, save
+
+from dnal_dist import comparison, comparison_files, pareto, report
+from dnal_dist.pareto import Point
+from dnal_dist.recipe import dump, load
+
+ACCURACIES = {1e-4: (0.9375, 0.9381, 0.9369), 4e-4: (0.8990, 0.9012, 0.8995)}
+MACS = {1e-4: (160_000_000, 162_500_000, 161_000_000), 4e-4: (22_000_000, 22_500_000, 22_100_000)}
+
+
+def cost(macs: int) -> dict:
+    return {rule: {"macs": macs, "params": macs // 100} for rule in ("exact", "paper")}
+
+
+def recipe(weight: float = 1e-4, seed: int = 0, **more) -> dict:
+    data = {"image_size": 32, "val": "cifar/val.tar"}
+    return {
+        "name": "vgg",
+        "seed": seed,
+        "model": {"name": "vgg16_cifar"},
+        "architecture": {"penalty_weight": weight},
+        "data": data,
+    } | more
+
+
+def run_of(folder, told: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
+    """A made-up run of VGG16 on CIFAR-10, with this accuracy and cost at its end."""
+    records = made_up_run() if records is None else records
+    records = changed(records, "start", full=cost(313_472_778), train_samples=50_000, val_samples=val, **start)
+    records = changed(records, "prune", full=cost(313_472_778), compact=cost(macs))
+    records = [r | {"accuracy": accuracy} if r["kind"] == "eval" and r["phase"] == "finetune" else r for r in records]
+    return save(folder, records, recipe=yaml.safe_dump(told))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two penalty weights, three seeds each; the runs differ in what has no say in the result, too."""
+    for weight, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            told = recipe(weight, seed, output=f"runs/{seed}", tracking={"log_every": seed + 1}, name=f"vgg {seed}")
+            (tmp_path / "sweep").mkdir(exist_ok=True)
+            run_of(tmp_path / "sweep" / f"{weight}-{seed}", told, accuracy, MACS[weight][seed])
+    return tmp_path / "sweep"
+
+
+def told(*given) -> tuple[str, list[dict]]:
+    """What is printed, and the lines of comparison.csv."""
+    found, out = comparison.compare(given), io.StringIO()
+    console = Console(file=out, width=80)
+    comparison_files.tell(found, found.parent, report.teller(console))
+    return out.getvalue(), list(csv.DictReader(io.StringIO(comparison_files.as_csv(found))))
+
+
+def deviation(values) -> float:
+    middle = sum(values) / len(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
+
+
+def test_seeds_are_one_row_of_mean_and_deviation(sweep):
+    text, lines = told(sweep)
+    rows = {float(row["architecture.penalty_weight"]): row for row in lines}
+    assert rows.keys() == ACCURACIES.keys()
+    for weight, row in rows.items():
+        for name, values in (("accuracy", ACCURACIES[weight]), ("macs", MACS[weight])):
+            assert float(row[f"{name}_mean"]) == pytest.approx(sum(values) / 3)
+            assert float(row[f"{name}_std"]) == pytest.approx(deviation(values))
+        assert float(row["macs_ratio_mean"]) == pytest.approx(sum(MACS[weight]) / 3 / 313_472_778)
+        assert (row["finished"], row["unfinished"], row["seeds"]) == ("3", "0", "0 1 2")
+    # 161.17 +- 1.26 M and 93.75 +- 0.06 %, by hand.
+    (line,) = [line for line in text.splitlines() if line.strip("> ").startswith("1e-4") and "%" in line]
+    assert "93.75 ± 0.06 %" in line and "161 ± 1 M" in line and "51.4 ± 0.4 %" in line
+
+
+def test_rows_say_what_they_differ_in_and_only_that(sweep):
+    assert comparison.compare([sweep]).keys == ["architecture.penalty_weight"]
+
+
+def test_one_run_has_no_deviation(tmp_path):
+    paths = [run_of(tmp_path / str(weight), recipe(weight), 0.9, 10**8) for weight in (1e-4, 2e-4)]
+    text, lines = told(*paths)
+    assert len(lines) == 2 and all(row["accuracy_std"] == "" and row["accuracy_mean"] == "0.9" for row in lines)
+    assert "±" not in text
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["sweep", "a folder of sweeps"])
+def test_a_sweeps_folder_stands_for_its_runs(sweep, deep):
+    whole = comparison.compare([sweep.parent if deep else sweep])
+    assert [len(row.finished) for row in whole.rows] == [3, 3] and whole.parent == sweep
+    # Given twice, a run counts once; what an earlier comparison left is no run.
+    (sweep / "comparison.md").write_text("old")
+    again = comparison.compare([sweep, *sorted(sweep.iterdir())])
+    assert [len(row.finished) for row in again.rows] == [3, 3]
+
+
+def test_unfinished_runs_are_told_and_not_averaged(sweep):
+    run_of(sweep / "dies", recipe(1e-4, 7), 0.1, records=made_up_run()[:-2])
+    run_of(sweep / "alone", recipe(9e-4, 0), records=made_up_run()[:4])
+    (sweep / "queued").mkdir()
+    (sweep / "queued" / "recipe.yaml").write_text("name: queued\n")
+    save(sweep / "empty", [], b'{"kind": "sta')
+    text, (first, _, last) = told(sweep)
+    assert float(first["accuracy_mean"]) == pytest.approx(0.9375) and (first["finished"], first["unfinished"]) == ("3", "1")
+    assert last["accuracy_mean"] == "" and last["finished"] == "0" and last["not_dominated"] == "0"
+    assert "3 of 4" in text and "0 of 1" in text
+    assert "dies: Not finished: at iteration 40 of 40 of finetune." in text
+    assert "queued: has not begun." in text and "empty: has not begun." in text
+
+
+def test_rows_stand_among_the_published_ones(sweep):
+    text, _ = told(sweep)
+    own = [" ".join(line.split()) for line in text.splitlines() if line.startswith("> ours")]
+    macs, params = [f"{deviation([value / scale for value in MACS[1e-4]]):.2f}" for scale in (1e6, 1e8)]
+    assert own[0] == f"> ours 1e-4 161.17 ± {macs} (1.95x) 1.61 ± {params} (1.95x) 93.75 ± 0.06 99.90 ± 0.00 2+3+4"
+    macs = f"{deviation([value / 1e6 for value in MACS[4e-4]]):.2f}"
+    assert own[1] == f"> ours 4e-4 22.20 ± {macs} (14.12x) 0.22 ± 0.00 (14.12x) 89.99 ± 0.12 99.90 ± 0.00 2+3+4"
+    body = [line for line in text.splitlines() if "DNAL 1e-4" in line or "GAL-0.1" in line or "ours 1e-4" in line]
+    assert ["GAL-0.1" in body[0], "DNAL" in body[1], "ours" in body[2]] == [True] * 3, "by FLOPs"
+    assert "Not comparable" not in text
+
+
+def test_a_set_up_of_its_own_is_told_and_judged_apart(tmp_path):
+    paths = [run_of(tmp_path / str(w), recipe(w), a, m, val=500) for w, a, m in ((1e-4, 0.5, 10**8), (2e-4, 0.4, 10**7))]
+    found = comparison.compare(paths)
+    # 10 M with 40 % would be dominated by many a published row.
+    assert set(found.front) == set(found.rows)
+    assert "Not comparable with the published rows of VGG16 on CIFAR-10" in told(*paths)[0]
+
+
+def test_what_dominates_what():
+    cheap, dear = Point("own", "", 1.0, 90.0), Point("own", "", 4.0, 95.0)
+    worse, as_good = Point("own", "", 2.0, 89.0), Point("own", "", 4.0, 90.0)
+    assert pareto.front([dear, worse, cheap, as_good]) == [cheap, dear]
+    theirs = Point("others", "", 0.5, 99.0)
+    assert pareto.front([dear, cheap, theirs]) == [theirs]
+    apart = Point("own", "", 4.0, 95.0, comparable=False)
+    assert pareto.front([apart, theirs]) == [apart]
+
+
+def test_the_front_counts_published_rows(sweep):
+    # No row of VGG16's table has 93.75 % for less than 161.97 M; 4e-4 at 22.04 M has 89.92 %, DNAL's 3e-4 29.77 M 89.93 %.
+    assert len(comparison.compare([sweep]).front) == 2
+    run_of(sweep / "bad", recipe(3e-4), 0.85, 50_000_000)
+    assert [row.label(["architecture.penalty_weight"]) for row in comparison.compare([sweep]).front] == ["1e-4", "4e-4"]
+
+
+def test_other_networks_and_validation_sets_are_told(tmp_path):
+    one = run_of(tmp_path / "one", recipe())
+    other = recipe() | {"model": {"name": "vgg_digits"}, "data": {"val": "digits/val.tar"}}
+    two = save(tmp_path / "two", made_up_run(), recipe=yaml.safe_dump(other))
+    found = comparison.compare([one, two])
+    assert found.keys[0] == "model.name" and {"data.val", "data.image_size"} < set(found.keys)
+    assert len(found.diagrams) == 2
+    (warning,) = [remark for remark in comparison_files.remarks(found) if "validation sets" in remark]
+    assert warning.startswith("WARNING") and "cifar/val.tar (10,000)" in warning and "digits/val.tar (355)" in warning
+
+
+def test_what_may_mislead_is_told(tmp_path):
+    a = run_of(tmp_path / "a", recipe(seed=1), world_size=1)
+    b = run_of(tmp_path / "b", recipe(seed=1), records=changed(made_up_run(), "prune", collapsed=True), world_size=2)
+    text = "\n".join(comparison_files.remarks(comparison.compare([a, b])))
+    assert "more than one run of seed 1" in text and "had 1, 2 processes" in text and "b: the architecture collapsed" in text
+
+
+def test_runs_without_a_recipe_are_never_one_row(tmp_path):
+    paths = [save(tmp_path / name, made_up_run(), recipe=None) for name in "ab"]
+    assert [len(row.finished) for row in comparison.compare(paths).rows] == [1, 1]
+
+
+def test_a_key_that_an_earlier_release_lacked_has_its_default(tmp_path):
+    new = yaml.safe_load(dump(load("recipes/digits.yaml", ["seed=1"])))
+    whole = {key: value for key, value in new.items() if key not in ("training", "seed")}
+    assert new["training"]
+    paths = [save(tmp_path / str(i), made_up_run(), recipe=yaml.safe_dump(tree)) for i, tree in enumerate((whole, new))]
+    (row,) = comparison.compare(paths).rows
+    assert len(row.finished) == 2
+
+
+def test_all_files_are_written_whole_and_offline(sweep):
+    report.compare([sweep])
+    for name in comparison.OUTPUTS:
+        assert (sweep / name).stat().st_size > 200, name
+    page = (sweep / "comparison.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "default-src 'none'" in page
+    assert page.count('<tr class="own">') == len(comparison.compare([sweep]).front) + 2
+    assert (sweep / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    before = (sweep / "pareto.svg").read_bytes()
+    report.compare([sweep])
+    assert (sweep / "pareto.svg").read_bytes() == before and b"<dc:date>" not in before
+
+
+def test_hostile_names_stay_words(tmp_path):
+    formula = "=HYPERLINK(1)"
+    evil = [
+        run_of(tmp_path / f"$x_{i}^2$ <b>|`", recipe(1e-4, i) | {"model": {"name": name}})
+        for i, name in enumerate((HOSTILE, formula))
+    ]
+    report.compare(evil, str(tmp_path))
+    assert "\x1b" not in told(*evil)[0]
+    tags = Tags((tmp_path / "comparison.html").read_text()).tags
+    assert "script" not in tags and tags.count("img") == 1
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render((tmp_path / "comparison.md").read_text())
+    inner = Tags(html)
+    assert {"script", "b"}.isdisjoint(inner.tags) and inner.tags.count("img") == 1
+    assert "<script>alert(1)</script>" in "".join(inner.text)
+    head, *rows = csv.reader(io.StringIO((tmp_path / "comparison.csv").read_text()))
+    assert not [cell for row in [head, *rows] for cell in row if cell.startswith("=")]
+    assert "\x1b" not in (tmp_path / "pareto.svg").read_text()
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dnal_dist.report", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_command_compares_and_refuses_in_a_line(sweep):
+    done = command(*sorted(sweep.iterdir()), "--output", sweep / "out")
+    assert done.returncode == 0 and "6 runs in 2 rows" in done.stdout and not done.stderr
+    assert sorted(path.name for path in (sweep / "out").iterdir()) == sorted(comparison.OUTPUTS)
+    done = command(*sorted(sweep.iterdir()))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {sweep / 'out'}: no run folder, nor one that holds some; give folders")
+
+
+def test_bad_input_is_named(sweep, tmp_path):
+    run = next(sweep.iterdir())
+    (run / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n{"kind": "end"}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{run / 'metrics.jsonl'}, line 2: not a JSON object")):
+        comparison.compare([sweep])
+    with pytest.raises(ValueError, match="absent: no run folder"):
+        comparison.compare([sweep / "absent", run])
+    save(tmp_path / "a", [])
+    save(tmp_path / "b", [])
+    with pytest.raises(ValueError, match="none of these runs has a record yet"):
+        comparison.compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_costs_of_the_digits_run_are_told_by_the_exact_rule(tmp_path):
+    save(tmp_path / "a", made_up_run(), recipe="model: {name: vgg_digits}\nseed: 0\n")
+    (row,) = comparison.compare([tmp_path / "a"]).rows
+    assert (row.mean("macs"), row.mean("params")) == (COMPACT["exact"]["macs"], COMPACT["exact"]["params"])
+    assert row.mean("macs_ratio") == COMPACT["exact"]["macs"] / FULL["exact"]["macs"] and row.std("macs") is None
