@@ -167,6 +167,8 @@ class Parallel:
 
     def start_tracker(self, project: str, config: dict | None, settings: dict):
         """On the main process. settings: {tracker: arguments of its start}. Returns what the tracker's own library calls a run."""
+        # One that could not be started before stays there.
+        self.accelerator.trackers.clear()
         self.accelerator.init_trackers(project, config, settings)
         (tracker,) = self.accelerator.trackers
         return tracker.tracker

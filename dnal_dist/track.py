@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dnal_dist import durable, trackers
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
+from dnal_dist.sender import Sender
 
 PLAIN_LINE_SECONDS = 30
 
@@ -59,7 +60,7 @@ class Track:
                 tracker = trackers.Wandb(folder, recipe, parallel, self.tracker_run, mode)
             else:
                 tracker = trackers.TensorBoard(folder, recipe, parallel)
-            self._sender = trackers.Sender(tracker, behind)
+            self._sender = Sender(tracker, behind)
         except Exception as error:
             self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")
 

@@ -1,12 +1,10 @@
-"""What W&B and TensorBoard get of a run's records, and the thread that gives it to them."""
+"""What W&B and TensorBoard get of a run's records."""
 
 import contextlib
 import importlib.util
 import os
-import queue
 import re
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,12 @@ import numpy as np
 from dnal_dist import results
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
+from dnal_dist.sender import said
 
-# Records that may wait for a tracker; what comes while so many do is left out there.
-WAITING = 1000
-# How long a run waits for its tracker to start, and how long W&B itself tries.
-START_SECONDS, INIT_SECONDS = 20.0, 15.0
+# How long W&B tries to start; less than a run waits for that (sender.START_SECONDS).
+INIT_SECONDS = 15.0
+# How long W&B's service has to end when all is said.
+LEAVE_SECONDS = 2.0
 NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
 # What W&B shows of a series beside its last value.
 SUMMARIES = {
@@ -41,9 +40,18 @@ def require(tracker: str) -> None:
         )
 
 
+def library():
+    """The wandb module, which takes a second to import: only where it is wanted."""
+    # It would report its own errors to its maker, and wait half a minute at the end where there is no way to them.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
+
+
 def logged_in() -> bool:
     """Whether W&B would find an API key, in its environment variables or the netrc file. Nothing is sent."""
-    import wandb
+    wandb = library()
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
@@ -114,25 +122,38 @@ class Wandb:
     """A W&B run, through Accelerate."""
 
     def __init__(self, folder: Path, recipe, parallel: Parallel, run_id: str, mode: str):
-        import wandb  # takes a second to import, so only where it is wanted
-
-        self.wandb, self.parallel, self.folder = wandb, parallel, folder.resolve()
+        self.wandb, self.parallel, self.folder = library(), parallel, folder.resolve()
         self.recipe, self.id, self.mode, self.sites = recipe, run_id, mode, {}
         self.age, self.data = -1, None
 
-    def start(self, _: int) -> None:
-        settings = self.wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, x_disable_stats=True)
-        begin = {"name": self.recipe.name, "dir": str(self.folder), "mode": self.mode, "settings": settings}
+    def start(self, _: int) -> str | None:
+        remark = None
         if "WANDB_DATA_DIR" not in os.environ:
             # Copies of what is to be uploaded belong to the run; a home may be full, or not there on another machine.
             self.data = os.environ["WANDB_DATA_DIR"] = str(self.folder / "wandb" / "data")
-        begin |= {"id": self.id, "resume": "allow"}
-        self.run = self.parallel.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
+        try:
+            self._begin(self.mode)
+        except Exception as error:
+            if self.mode != "online":
+                raise
+            # There may be a key, but no way out of this machine. The service still tries.
+            self.give_up()
+            self._take_leave()
+            self._begin("offline")
+            remark = f"cannot be reached and runs offline, send the run later by `wandb sync` ({said(error)})"
         # W&B's own step only grows, but a run that goes on from an older checkpoint takes some of its steps again.
         self.run.define_metric("global_step", hidden=True)
         self.run.define_metric("*", step_metric="global_step")
         for name, kinds in SUMMARIES.items():
             self.run.define_metric(name, step_metric="global_step", summary=kinds)
+
+        return remark
+
+    def _begin(self, mode: str) -> None:
+        settings = self.wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, x_disable_stats=True)
+        begin = {"name": self.recipe.name, "dir": str(self.folder), "mode": mode, "settings": settings}
+        begin |= {"id": self.id, "resume": "allow"}
+        self.run = self.parallel.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
 
     def take(self, kind: str, values: dict, global_step: int, age: int) -> None:
         if kind == "start":
@@ -172,28 +193,32 @@ class Wandb:
             self.run.log_artifact(artifact, aliases=[self.id])
 
     def stop(self) -> None:
-        self._put_back()
+        if self.data is not None and os.environ.get("WANDB_DATA_DIR") == self.data:
+            del os.environ["WANDB_DATA_DIR"]
         try:
             self.parallel.stop_tracker()
         finally:
-            # Else Python would wait at its end, without a limit, for what W&B still has to send.
-            with contextlib.suppress(Exception, SystemExit):
-                self.wandb.teardown()
+            # Else Python would wait at its end, without a limit, for W&B's service to end.
+            leaving = threading.Thread(target=self._take_leave, daemon=True)
+            leaving.start()
+            leaving.join(LEAVE_SECONDS)
+            if leaving.is_alive():
+                self.give_up()
+                leaving.join(LEAVE_SECONDS)
+
+    def _take_leave(self) -> None:
+        with contextlib.suppress(Exception, SystemExit):
+            self.wandb.teardown()
 
     def give_up(self) -> None:
         """Have calls that wait for W&B's service fail. What they told lies in the run folder."""
         import psutil
 
-        self._put_back()
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name() == "wandb-core":
                     child.kill()
                     child.wait(1)
-
-    def _put_back(self) -> None:
-        if self.data is not None and os.environ.get("WANDB_DATA_DIR") == self.data:
-            del os.environ["WANDB_DATA_DIR"]
 
 
 class TensorBoard:
@@ -249,75 +274,3 @@ class TensorBoard:
 
     def give_up(self) -> None:
         """Nothing: whatever it waits for is a disk."""
-
-
-class Sender:
-    """Gives records to a tracker from a thread, so that training waits for none. One that fails is left alone from then on."""
-
-    def __init__(self, tracker: Wandb | TensorBoard, behind: int):
-        """behind: the global step that lies behind. Returns when the tracker has started or failed to, but after START_SECONDS at
-        the latest."""
-        self.tracker, self.dropped, self.faults, self._failed = tracker, 0, [], False
-        """faults: what went wrong and was not said yet."""
-        self._queue, self._started = queue.Queue(WAITING), threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(behind,), name="tracker", daemon=True)
-        self._thread.start()
-        self._started.wait(START_SECONDS)
-
-    def take(self, kind: str, values: dict, global_step: int, age: int) -> None:
-        """age: milliseconds since the run began."""
-        if self._failed:
-            return
-        try:
-            self._queue.put_nowait((self.tracker.take, (kind, values, global_step, age)))
-        except queue.Full:
-            self.dropped += 1
-            if self.dropped == 1:
-                self.faults.append("takes records more slowly than they come; some are left out there")
-
-    def close(self, patience: float, finished: int | None = None) -> None:
-        """Wait up to `patience` seconds until all is given, with the run's outcome if it has finished, at that global step."""
-        until = time.monotonic() + patience
-        with contextlib.suppress(queue.Full):
-            if finished is not None and not self._failed:
-                self._queue.put((self.tracker.deliver, (finished,)), timeout=patience)
-            self._queue.put(None, timeout=max(until - time.monotonic(), 0.01))
-        self._thread.join(max(until - time.monotonic(), 0.01))
-        if self._thread.is_alive():
-            self._failed = True
-            self.faults.append(f"did not take the last records in {patience:g} s")
-            self.tracker.give_up()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._queue.get_nowait()
-            self._queue.put(None)
-            self._thread.join(1.0)
-        if self.dropped:
-            self.faults.append(f"was not given {self.dropped} records, since it took others too slowly; metrics.jsonl has all")
-
-    def _work(self, behind: int) -> None:
-        try:
-            self.tracker.start(behind)
-        except Exception as error:
-            self._fail("did not start", error)
-        self._started.set()
-        while (item := self._queue.get()) is not None:
-            if self._failed:
-                continue
-            do, what = item
-            try:
-                do(*what)
-            except Exception as error:
-                self._fail("stopped taking records", error)
-        if self._failed:
-            self.tracker.give_up()
-        try:
-            self.tracker.stop()
-        except Exception as error:
-            self._fail("did not take the last records", error)
-
-    def _fail(self, what: str, error: Exception) -> None:
-        # After it was given up the error is of our own making.
-        if not self._failed:
-            self.faults.append(f"{what}; the run goes on without it ({' '.join(str(error).split())[:300] or type(error).__name__})")
-        self._failed = True

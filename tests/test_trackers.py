@@ -15,7 +15,8 @@ from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
-from dnal_dist import dashboard, loop, meter, phases, trackers
+from dnal_dist import dashboard, loop, meter, phases, sender, trackers
+from dnal_dist.sender import Sender
 from dnal_dist.stopping import STOPPED
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
@@ -191,8 +192,11 @@ def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finis
         server.accept()  # it was asked
     assert ended.code == 0, ended.err
     (warning,) = records(tmp_path / "run", "warning")
-    assert warning["message"].startswith("W&B did not start; the run goes on without it (")
+    assert warning["message"].startswith("W&B cannot be reached and runs offline, send the run later by `wandb sync` (")
     assert tensors(tmp_path / "run") == tensors(finished)
+    found = offline(tmp_path / "run")
+    assert found.series("train/loss") == [r["loss"] for r in records(tmp_path / "run", "train")]
+    assert found.artifacts.keys() >= {"digits-compact", "digits-report"}
     assert not services()
 
 
@@ -244,28 +248,42 @@ class Stuck:
 
 
 def test_a_tracker_that_is_stuck_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(trackers, "WAITING", 5)
+    monkeypatch.setattr(sender, "WAITING", 5)
     tracker = Stuck()
-    sender = trackers.Sender(tracker, 0)
-    sender.take("train", {}, 0, 0)
+    thread = Sender(tracker, 0)
+    thread.take("train", {}, 0, 0)
     tracker.entered.wait()
     for step in range(1, 20):
-        sender.take("train", {}, step, step)
-    assert sender.faults == ["takes records more slowly than they come; some are left out there"] and sender.dropped == 14
-    sender.close(0.1, 20)
-    assert sender.faults[1].startswith("did not take the last records in 0.1 s")
-    assert sender.faults[2].startswith("was not given 14 records")
+        thread.take("train", {}, step, step)
+    assert thread.faults == ["takes records more slowly than they come; some are left out there"] and thread.dropped == 14
+    thread.close(0.1, 20)
+    assert thread.faults[1].startswith("did not take the last records in 0.1 s")
+    assert thread.faults[2].startswith("was not given 14 records")
     assert tracker.taken == [("train", {}, 0, 0), "stopped"]
 
 
 def test_what_waits_is_given_before_the_end():
     tracker = Stuck()
     tracker.let_go.set()
-    sender = trackers.Sender(tracker, 0)
+    thread = Sender(tracker, 0)
     for step in range(3):
-        sender.take("train", {}, step, step)
-    sender.close(60, 3)
-    assert tracker.taken == [("train", {}, step, step) for step in range(3)] + [3, "stopped"] and not sender.faults
+        thread.take("train", {}, step, step)
+    thread.close(60, 3)
+    assert tracker.taken == [("train", {}, step, step) for step in range(3)] + [3, "stopped"] and not thread.faults
+
+
+def test_a_tracker_that_does_not_start_is_left_alone():
+    tracker = Stuck()
+
+    def refuse(behind):
+        raise OSError("no\nroom")
+
+    tracker.start = refuse
+    thread = Sender(tracker, 0)
+    assert thread.faults == ["did not start; the run goes on without it (no room)"]
+    thread.take("train", {}, 0, 0)
+    thread.close(60, 1)
+    assert tracker.taken == ["stopped"] and len(thread.faults) == 1
 
 
 def test_tensorboard_gets_the_same(train_here, digits, tmp_path, monkeypatch):
