@@ -19,8 +19,8 @@ class Sender:
     """Gives records to a tracker from a thread, so that training waits for none. One that fails is left alone from then on."""
 
     def __init__(self, tracker, behind: int):
-        """tracker: one of trackers.Wandb and trackers.TensorBoard. behind: the global step that lies behind. Returns when the tracker has started or failed to, but after START_SECONDS at
-        the latest."""
+        """tracker: a trackers.Wandb or trackers.TensorBoard. behind: the global step that lies behind. Returns when the tracker
+        has started or failed to, but after START_SECONDS at the latest."""
         self.tracker, self.dropped, self.faults, self._failed = tracker, 0, [], False
         """faults: what went wrong and was not said yet."""
         self._queue, self._started = queue.Queue(WAITING), threading.Event()
