@@ -74,8 +74,6 @@ class Sender:
                 do(*what)
             except Exception as error:
                 self._fail("stopped taking records", error)
-        if self._failed:
-            self.tracker.give_up()
         try:
             self.tracker.stop()
         except Exception as error:

@@ -216,9 +216,15 @@ class Wandb:
 
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if child.name() == "wandb-core":
-                    child.kill()
-                    child.wait(1)
+                if child.name() != "wandb-core":
+                    continue
+                # Politely first: it may still have to write what it was told.
+                child.terminate()
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    child.wait(LEAVE_SECONDS)
+                    continue
+                child.kill()
+                child.wait(1)
 
 
 class TensorBoard:
