@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist import budget, checkpoint, ledger, report, stopping
@@ -15,6 +16,9 @@ from dnal_dist.run import Run
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
 PATIENCE_SECONDS = 20
+# How long the tracker of a finished run has for its last records, the compact network and the report; and that of one that is
+# interrupted for what it was given.
+UPLOAD_SECONDS, HURRY_SECONDS = 60.0, 2.0
 
 
 def finish(run: Run) -> str | None:
@@ -29,22 +33,29 @@ def finish(run: Run) -> str | None:
         track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
         if run.saver.writes:
             track.say(run.saver.told())
-    track.close()
     if run.parallel.main:
         _take_away_stop(run)
-        try:
-            report.write_all(run.folder, draw=run.recipe.tracking.plots)
-            report.print_table(run.folder)
-        # Whatever is wrong with a report, the run that it is about is not.
-        except Exception as error:
-            print(
-                f"warning: the report in {run.folder} cannot be written ({getattr(error, 'strerror', None) or error}); later: "
-                f"python -m dnal_dist.report {run.folder}",
-                file=sys.stderr,
-            )
+        reported = _tell_of_report(run, lambda folder: report.write_all(folder, draw=run.recipe.tracking.plots))
+        # The tracker gets the report, so it is closed only now.
+        track.close(UPLOAD_SECONDS, finished=True)
+        if reported:
+            _tell_of_report(run, report.print_table)
     missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
     run.parallel.close()
     return missed
+
+
+def _tell_of_report(run: Run, do: Callable) -> bool:
+    """Whether the report could be written, or its table printed; what was trained is there anyway."""
+    try:
+        do(run.folder)
+    # Whatever is wrong with a report, the run that it is about is not.
+    except Exception as error:
+        why = getattr(error, "strerror", None) or error
+        told = f"the report in {run.folder} cannot be written ({why}); later: python -m dnal_dist.report {run.folder}"
+        print(f"warning: {told}", file=sys.stderr)
+        return False
+    return True
 
 
 def _missed(run: Run) -> str | None:
@@ -131,7 +142,7 @@ def interrupted(run, signals: stopping.Signals) -> None:
         where = "before training began" if run is None else f"in {run.phase} after {run.step} steps; {_last_checkpoint(run)}"
         print(f"\nstopped {where}", file=sys.stderr, flush=True)
         if run is not None:
-            run.track.close()
+            run.track.close(HURRY_SECONDS)
     remove_temp()
     # Without the farewells of the process group, which would wait for processes that are gone.
     sys.stdout.flush()

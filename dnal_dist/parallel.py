@@ -33,8 +33,8 @@ class Parallel:
     Raises InputError if Accelerate was asked for something that would silently not be done.
     """
 
-    def __init__(self, tracker: str = "none"):
-        """tracker: what Accelerate is to log to, a name it knows or "none"."""
+    def __init__(self, tracker: str = "none", folder: str | None = None):
+        """tracker: what Accelerate is to log to, a name it knows or "none". folder: where trackers write that write files."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         found = torch.cuda.device_count() if os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true" else 0
         on_gpu = found >= local
@@ -45,7 +45,9 @@ class Parallel:
         handlers = [InitProcessGroupKwargs(timeout=TIMEOUT)]
         # The backends are wrapped here, not by Accelerate: on a machine without a GPU it would quietly make DDP of them.
         hidden = {name: os.environ.pop(name, None) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
-        self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", kwargs_handlers=handlers, log_with=log_with)
+        self.accelerator = Accelerator(
+            cpu=not on_gpu, mixed_precision="no", kwargs_handlers=handlers, log_with=log_with, project_dir=folder
+        )
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
@@ -163,9 +165,13 @@ class Parallel:
         """The main process's value, on all processes."""
         return broadcast_object_list([value])[0] if self.world_size > 1 else value
 
-    def start_tracker(self, project: str, config: dict, settings: dict) -> None:
-        """On the main process. settings: {tracker: arguments of its start}."""
+    def start_tracker(self, project: str, config: dict | None, settings: dict):
+        """On the main process. settings: {tracker: arguments of its start}. Returns what the tracker's own library calls a run."""
+        # One that could not be started before stays there.
+        self.accelerator.trackers.clear()
         self.accelerator.init_trackers(project, config, settings)
+        (tracker,) = self.accelerator.trackers
+        return tracker.tracker
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.accelerator.log(values, step=step)

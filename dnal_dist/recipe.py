@@ -293,10 +293,11 @@ class ArchitectureSettings(Section):
 class Tracking(Section):
     log_every: int = Field(20, ge=1)
     """Iterations between two records of metrics.jsonl."""
-    tracker: Literal["wandb", "none"] = "wandb"
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     """What receives the same metrics beside metrics.jsonl, through Accelerate's trackers."""
-    mode: Literal["offline", "online"] = "offline"
-    """W&B mode; offline runs are sent later with `wandb sync`."""
+    mode: Literal["offline", "online"] | None = None
+    """W&B mode; by default what WANDB_MODE says, else online if an API key is found, else offline. Offline runs are sent later with
+    `wandb sync`."""
     project: str = "dnal_dist"
     """W&B project."""
     plots: bool = True

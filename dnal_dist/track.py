@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl always, W&B beside it, one progress line a phase."""
+"""What a run tells while it goes on: metrics.jsonl always, a tracker beside it, one progress line a phase."""
 
 import contextlib
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dnal_dist import durable
+from dnal_dist import durable, trackers
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
+from dnal_dist.sender import Sender
 
 PLAIN_LINE_SECONDS = 30
 
@@ -30,7 +31,7 @@ class Track:
         self.records, self.ended = 0, False
         """Records in metrics.jsonl, and whether the last one is the run's end."""
         self.tracker_run = tracker_run or secrets.token_hex(4)
-        self._tracker, self._line = None, None
+        self._sender, self._line, self._begun = None, None, None
         self._unwritten, self._warned, self._lock = b"", False, threading.Lock()
         if not self.main:
             return
@@ -43,20 +44,25 @@ class Track:
         self.records, self.ended = len(kept), any('"kind": "end"' in line for line in kept)
         if keep is not None and len(kept) < keep:
             self.warn(f"{folder / 'metrics.jsonl'} holds {len(kept)} of the {keep} records that were told by the checkpoint")
-        if recipe.tracking.tracker == "wandb" and not self.ended:
-            self._start_wandb(parallel, folder, recipe)
+        behind = 0
+        with contextlib.suppress(LookupError, TypeError):
+            self._begun, behind = json.loads(kept[0])["time"], json.loads(kept[-1])["global_step"]
+        if recipe.tracking.tracker != "none" and not self.ended:
+            self._tracker_name = trackers.NAMES[recipe.tracking.tracker]
+            self._start_tracker(parallel, folder, recipe, behind)
 
-    def _start_wandb(self, parallel: Parallel, folder: Path, recipe) -> None:
-        import wandb  # takes a second to import, so only where it is wanted
-
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
-        start = {"name": recipe.name, "dir": str(folder), "mode": recipe.tracking.mode, "settings": settings}
-        start |= {"id": self.tracker_run, "resume": "allow"}
+    def _start_tracker(self, parallel: Parallel, folder: Path, recipe, behind: int) -> None:
         try:
-            parallel.start_tracker(recipe.tracking.project, recipe.model_dump(mode="json"), {"wandb": start})
-            self._tracker = parallel
+            if recipe.tracking.tracker == "wandb":
+                mode, remark = trackers.wandb_mode(recipe.tracking.mode)
+                if remark:
+                    self.say(f"warning: {remark}")
+                tracker = trackers.Wandb(folder, recipe, parallel, self.tracker_run, mode)
+            else:
+                tracker = trackers.TensorBoard(folder, recipe, parallel)
+            self._sender = Sender(tracker, behind)
         except Exception as error:
-            self.warn(f"W&B did not start; the run goes on without it ({error})")
+            self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")
 
     def record(self, kind: str, **values) -> None:
         """Append a record to metrics.jsonl and send its numbers to the tracker. What is None or no finite number is left out."""
@@ -64,6 +70,7 @@ class Track:
             return
         values = {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
+        self._begun = self._begun or head["time"]
         with self._lock:
             self._unwritten += (json.dumps(head | values) + "\n").encode()
         self.records += 1
@@ -75,16 +82,10 @@ class Track:
             if not self._warned:
                 self._warned = True
                 self.say(f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on, make room")
-        if self._tracker is None:
-            return
-        try:
-            # Pruning takes no iteration: its evaluation would replace the search's last, at the same step.
-            group = "prune" if values.get("phase") == "prune" else kind
-            numbers = {f"{group}/{key}": v for key, v in values.items() if type(v) in (int, float)}
-            self._tracker.log(numbers, self.global_step)
-        except Exception as error:
-            self._tracker = None
-            self.warn(f"W&B stopped taking metrics; the run goes on without it ({error})")
+        if self._sender is not None:
+            self._sender.take(kind, values, self.global_step, int(1000 * (head["time"] - self._begun)))
+            while self._sender.faults:
+                self.warn(f"{self._tracker_name} {self._sender.faults.pop(0)}")
 
     def _flush(self) -> None:
         with self._lock:
@@ -129,7 +130,8 @@ class Track:
             self._line.abandon()
             self._line = None
 
-    def close(self) -> None:
+    def close(self, patience: float = 10.0, finished: bool = False) -> None:
+        """patience: seconds that the tracker has to take the rest, with the run's outcome if it has finished."""
         if not self.main:
             return
         self.abandon()
@@ -137,11 +139,11 @@ class Track:
         with contextlib.suppress(OSError):
             self.to_disk()
         self._file.close()
-        if self._tracker is not None:
-            try:
-                self._tracker.stop_tracker()
-            except Exception as error:
-                self.say(f"warning: W&B did not take the last metrics ({error})")
+        if self._sender is not None:
+            sender, self._sender = self._sender, None
+            sender.close(patience, self.global_step if finished else None)
+            for fault in sender.faults:
+                self.say(f"warning: {self._tracker_name} {fault}")
 
 
 def _is_no_number(value) -> bool:

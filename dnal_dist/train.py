@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, cost, ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping
+from dnal_dist import budget, cost, ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping, trackers
 from dnal_dist.architecture import Architecture
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.parallel import Parallel
@@ -49,7 +49,8 @@ def main() -> None:
         given = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
         settings = recipe.load(args.recipe, [*args.overrides, *given])
         until = stopping.limit(args.max_time)
-        parallel = Parallel(settings.tracking.tracker)
+        trackers.require(settings.tracking.tracker)
+        parallel = Parallel(settings.tracking.tracker, settings.output)
         edges = Edges(parallel, signals, Path(settings.output) / "stop", until)
         run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
         signals.training = True

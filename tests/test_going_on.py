@@ -166,15 +166,6 @@ def test_two_runs_do_not_share_a_folder(train_command, train_here, digits, tmp_p
     assert checkpoint.latest(run / "checkpoints")[1].state.phase == "pretrain"
 
 
-def test_the_tracker_goes_on_with_the_same_run(train_here, digits, tmp_path):
-    run, tracked = tmp_path / "run", [change for change in SHORT if "tracker" not in change]
-    assert train_here(*arguments(digits, run, *tracked), "--max-time=1s").code == stopping.STOPPED
-    assert train_here(*arguments(digits, run, *tracked)).code == 0
-    parts = sorted((run / "wandb").glob("offline-run-*"))
-    assert len(parts) == 2
-    assert {part.name.split("-")[-1] for part in parts} == {r["tracker_run"] for r in records(run, "start")}
-
-
 def test_resuming_what_never_began_begins_it(train_here, digits, tmp_path):
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), "--resume")
     assert ended.code == 0, ended.err

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from wandb_read import offline
 
 from dnal_dist import checkpoint, compact, phases, recipe, report, train
 from dnal_dist.evaluate import evaluate
@@ -32,7 +33,7 @@ def demo(digits, tmp_path_factory):
     """The demo on two processes, with fewer epochs."""
     output = tmp_path_factory.mktemp("demo") / "run"
     launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml", "-m"]
-    return output, start(launcher, digits, output, *REDUCED, "tracking.tracker=none")
+    return output, start(launcher, digits, output, *REDUCED, "tracking.tracker=wandb", WANDB_MODE="offline")
 
 
 def test_reduced_demo_learns_a_smaller_network(demo):
@@ -107,41 +108,23 @@ def test_accelerate_launch_without_a_config_file(digits, tmp_path):
     assert report.summary(tmp_path / "run")["finished"]
 
 
-def test_wandb_gets_the_same_metrics_offline(digits, tmp_path):
-    found = start([], digits, tmp_path / "run", *FEW, "architecture.penalty_weight=0.02", WANDB_MODE="offline")
-    assert found.returncode == 0, found.stderr
-    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    told = {}
-    for key, value in wandb_history(path):
-        told.setdefault(key, []).append(value)
-    ours = [r["cross_entropy"] for r in records(tmp_path / "run", "train")]
-    assert told["train/cross_entropy"] == pytest.approx(ours)
-    accuracy = {
-        phase: [r["accuracy"] for r in records(tmp_path / "run", "eval") if (r["phase"] == "prune") == phase] for phase in (0, 1)
-    }
-    assert told["eval/accuracy"] == pytest.approx(accuracy[0])
-    assert told["prune/accuracy"] == pytest.approx(accuracy[1])
-    assert recipe.load(tmp_path / "run" / "recipe.yaml").architecture.penalty_weight == 0.02
-
-
-def wandb_history(path):
-    """Key and value of everything logged to an offline W&B run: protobuf records in a LevelDB log of 32 KiB blocks."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, whole = path.read_bytes(), 7, b""
-    while at < len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
-            for item in record.history.item:
-                yield item.key or "/".join(item.nested_key), json.loads(item.value_json)
+def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
+    found = offline(demo[0])
+    assert len(found.ids) == 1
+    for name in ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step"):
+        kind, _, key = name.partition("/")
+        assert found.series(name) == [r[key] for r in records(demo[0], kind) if key in r] != []
+    told = {r["phase"]: r for r in records(demo[0], "phase")}
+    gates = 4 * sum(records(demo[0], "start")[0]["sites"].values())
+    for phase in ("pretrain", "search", "finetune"):
+        assert found.series(f"ledger/{phase}/bytes_sent") == [told[phase]["bytes_sent"]]
+        assert told[phase]["device_seconds"] == pytest.approx(2 * told[phase]["seconds"], abs=0.01)
+    # A weight step and an architecture step in turn.
+    last = [r for r in records(demo[0], "train") if r["phase"] == "search"][-1]
+    assert last["comm/bytes_architecture_step"] == gates
+    steps = last["phase_steps"]
+    assert told["search"]["bytes_sent"] == (steps + 1) // 2 * last["comm/bytes_weight_step"] + steps // 2 * gates
+    assert found.summary["result/bytes_sent"] == sum(r.get("bytes_sent", 0) for r in told.values())
 
 
 def run_here(digits, output, *changes: str):

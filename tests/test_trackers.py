@@ -1,0 +1,326 @@
+"""What W&B and TensorBoard get, read back from what they wrote; and that neither can stop or slow a run."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import socket
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import wandb
+from runs import SHORT, arguments, records, tensors, told
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb_read import offline
+
+from dnal_dist import dashboard, loop, meter, phases, sender, trackers
+from dnal_dist.sender import Sender
+from dnal_dist.stopping import STOPPED
+
+TRACKED = [change for change in SHORT if "tracker" not in change]
+# Told by a run on several processes alone: see test_train.
+SEVERAL = {"train/comm/bytes_weight_step", "train/comm/bytes_architecture_step"}
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """Whoever runs the tests may be logged in."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def run(train_here, digits, tmp_path_factory):
+    """A run offline that stopped once, on a machine whose GPU has a memory of its own."""
+    run = tmp_path_factory.mktemp("offline") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(meter, "_peak_memory", lambda device: 5_000)
+        first = train_here(*arguments(digits, run, *TRACKED), "--max-time=1s")
+        assert first.code == STOPPED, first.err
+        second = train_here(*arguments(digits, run, *TRACKED))
+        assert second.code == 0 and "warning" not in second.out + second.err, second.out + second.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return offline(run)
+
+
+def test_wandb_has_the_recipe_and_where_the_run_took_place(run, found):
+    assert found.config["seed"] == 0 and found.config["phases"]["search"]["steps"] == 4
+    assert found.config["start"]["host"] == records(run, "start")[-1]["host"]
+
+
+def test_it_is_one_run_and_its_steps_are_those_of_the_run(run, found):
+    (name,) = {r["tracker_run"] for r in records(run, "start")}
+    assert found.ids == [name, name]
+    assert found.metrics["*"] == "global_step"
+    # W&B would ignore rows whose own step it has seen, also after all parts are put together.
+    steps = found.series("_step")
+    assert len(steps) > 20 and steps == sorted(set(steps))
+    rows = [row for row in found.history if "train/loss" in row]
+    assert [row["global_step"] for row in rows] == list(range(1, 13))
+
+
+def test_wandb_gets_what_the_record_tells(run, found):
+    for name in ("cross_entropy", "accuracy", "learning_rate", "images_per_second", "data_wait_seconds", "expected_macs"):
+        assert found.series(f"train/{name}") == [r[name] for r in records(run, "train") if name in r]
+    assert set(found.series("train/device_memory_bytes")) == {5_000}
+    evaluated = [r["accuracy"] for r in records(run, "eval") if r["phase"] != "prune"]
+    assert found.series("eval/accuracy") == evaluated
+    (pruned,) = records(run, "prune")
+    assert found.series("prune/macs_compact") == [pruned["compact"]["exact"]["macs"]]
+    assert found.series("prune/params_full_paper_rule") == [pruned["full"]["paper"]["params"]]
+    assert found.series("prune/accuracy") == [r["accuracy"] for r in records(run, "eval") if r["phase"] == "prune"]
+    for record in records(run, "phase"):
+        for key in ("seconds", "images", "device_seconds"):
+            assert found.series(f"ledger/{record['phase']}/{key}") == [record[key]]
+
+
+def test_gates_are_a_histogram_and_shares_by_site(run, found):
+    gates, sites = records(run, "gates"), records(run, "start")[0]["sites"]
+    shown = found.series("gates/histogram")
+    assert [one["values"] for one in shown] == [r["histogram"] for r in gates]
+    assert all(one["_type"] == "histogram" and one["bins"][0] == 0 and one["bins"][-1] == 1 for one in shown)
+    for site, channels in sites.items():
+        assert found.series(f"gates/open_share/{site}") == [r["open"][site] / channels for r in gates]
+
+
+def test_channels_are_a_table(run, found):
+    (table,) = found.tables.values()
+    (pruned,), sites = records(run, "prune"), records(run, "start")[0]["sites"]
+    assert table["columns"] == ["site", "channels", "kept", "share"]
+    assert [row[:3] for row in table["data"]] == [[site, n, pruned["kept"][site]] for site, n in sites.items()]
+    assert found.series("prune/sites")[0]["_type"] == "table-file"
+
+
+def test_the_summary_has_the_final_table_and_the_best_accuracy(run, found):
+    (pruned,) = records(run, "prune")
+    full, kept = pruned["full"]["exact"], pruned["compact"]["exact"]
+    assert found.summary["result/macs_full"] == full["macs"] and found.summary["result/macs_compact"] == kept["macs"]
+    assert found.summary["result/params_ratio"] == pytest.approx(kept["params"] / full["params"])
+    for phase in ("pretrain", "search", "prune", "finetune"):
+        last = [r["accuracy"] for r in records(run, "eval") if r["phase"] == phase][-1]
+        assert found.summary[f"result/accuracy_{phase}"] == last
+    assert found.summary["result/channels_kept"] == sum(pruned["kept"].values())
+    assert found.summary["result/images"] == 3 * 64
+    assert found.summary["eval/accuracy"] == {"max": max(found.series("eval/accuracy")), "last": found.series("eval/accuracy")[-1]}
+
+
+def test_the_compact_network_and_the_report_are_artifacts(run, found):
+    (name,) = set(found.ids)
+    compact, report = found.artifacts["digits-compact"], found.artifacts["digits-report"]
+    assert (compact.type, report.type) == ("model", "report")
+    contents = {entry.path: entry for artifact in (compact, report) for entry in artifact.manifest.contents}
+    assert contents.keys() >= {"architecture.json", "weights.safetensors", "report.html", "metrics.jsonl", "recipe.yaml"}
+    for path, entry in contents.items():
+        # As they lie in the run folder, and from wherever they are sent.
+        content = Path(entry.local_path).read_bytes()
+        assert entry.local_path.startswith(f"{run}/") and entry.size == len(content), path
+        assert base64.b64decode(entry.digest) == hashlib.md5(content).digest(), path
+    assert name in compact.aliases and name in report.aliases
+    # Nothing lies outside the run folder either, which may be synced on another machine.
+    assert all(entry.local_path.startswith(f"{run}/") for one in found.artifacts.values() for entry in one.manifest.contents)
+
+
+def test_the_dashboard_shows_only_what_runs_tell(found):
+    shown = {name for panels in dashboard.SECTIONS.values() for panel in panels for name in dashboard._shown(panel)}
+    assert "gates/open_share/.*" in shown
+    shown = {name.replace(".*", "stages.0.0") for name in shown}
+    assert shown - found.names == SEVERAL
+
+
+def test_the_dashboard_is_what_wandb_takes():
+    spec = json.dumps(dashboard.spec(dashboard.workspace("team", "project", "view")))
+    for title, panels in dashboard.SECTIONS.items():
+        assert title in spec
+        for panel in panels:
+            assert all(json.dumps(name)[1:-1] in spec for name in dashboard._shown(panel)), panel
+    sections = dashboard.spec(dashboard.workspace("team", "project", "view"))["section"]["panelBankConfig"]["sections"]
+    assert [len(section["panels"]) for section in sections] == [len(panels) for panels in dashboard.SECTIONS.values()]
+
+
+@pytest.mark.parametrize(("options", "code", "says"), [
+    (["--dry-run"], 0, "open, site by site: gates/open_share/.*"),
+    (["--json"], 0, '"metricRegex": "gates/open_share/.*"'),
+    ([], 2, "error: W&B finds no API key: use `wandb login`, or set WANDB_API_KEY"),
+])  # fmt: skip
+def test_the_dashboard_command(monkeypatch, capsys, options, code, says):
+    monkeypatch.setattr("sys.argv", ["dashboard", "--entity=team", "--project=project", *options])
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it called somebody"))
+    try:
+        dashboard.main()
+        ended = 0
+    except SystemExit as exit:
+        ended = exit.code
+    out, err = capsys.readouterr()
+    assert ended == code and says in out + err
+
+
+def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it called somebody"))
+    assert trackers.wandb_mode(None) == ("offline", None)
+    mode, remark = trackers.wandb_mode("online")
+    assert mode == "offline" and "wandb login" in remark
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'k' * 40}\n")
+    assert trackers.wandb_mode(None) == trackers.wandb_mode("online") == ("online", None)
+    assert trackers.wandb_mode("offline") == ("offline", None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert trackers.wandb_mode(None) == ("offline", None)
+    assert trackers.wandb_mode("online") == ("online", None)
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert trackers.wandb_mode(None) == ("online", None)
+
+
+def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finished, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setattr(trackers, "INIT_SECONDS", 1.0)
+        ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
+        server.settimeout(1)
+        server.accept()  # it was asked
+    assert ended.code == 0, ended.err
+    (warning,) = records(tmp_path / "run", "warning")
+    assert warning["message"].startswith("W&B cannot be reached and runs offline, send the run later by `wandb sync` (")
+    assert tensors(tmp_path / "run") == tensors(finished)
+    found = offline(tmp_path / "run")
+    assert found.series("train/loss") == [r["loss"] for r in records(tmp_path / "run", "train")]
+    assert found.artifacts.keys() >= {"digits-compact", "digits-report"}
+    assert not services()
+
+
+def services() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+
+
+def test_a_run_outlives_the_service_of_wandb(train_here, digits, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    search = phases.search
+
+    def killed_before(*arguments):
+        (service,) = services()
+        service.kill()
+        service.wait()
+        search(*arguments)
+
+    monkeypatch.setattr(phases, "search", killed_before)
+    ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
+    assert ended.code == 0, ended.err
+    (warning,) = records(tmp_path / "run", "warning")
+    assert warning["message"].startswith("W&B stopped taking records; the run goes on without it (")
+    assert told(tmp_path / "run") == told(finished) and tensors(tmp_path / "run") == tensors(finished)
+    assert not services()
+
+
+class Stuck:
+    """A tracker that takes one record and never comes back."""
+
+    def __init__(self):
+        self.taken, self.let_go, self.entered = [], threading.Event(), threading.Event()
+
+    def start(self, behind: int) -> None:
+        pass
+
+    def take(self, *record) -> None:
+        self.taken.append(record)
+        self.entered.set()
+        self.let_go.wait()
+
+    def deliver(self, step: int) -> None:
+        self.taken.append(step)
+
+    def stop(self) -> None:
+        self.taken.append("stopped")
+
+    def give_up(self) -> None:
+        self.let_go.set()
+
+
+def test_a_tracker_that_is_stuck_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sender, "WAITING", 5)
+    tracker = Stuck()
+    thread = Sender(tracker, 0)
+    thread.take("train", {}, 0, 0)
+    tracker.entered.wait()
+    for step in range(1, 20):
+        thread.take("train", {}, step, step)
+    assert thread.faults == ["takes records more slowly than they come; some are left out there"] and thread.dropped == 14
+    thread.close(0.1, 20)
+    assert thread.faults[1].startswith("did not take the last records in 0.1 s")
+    assert thread.faults[2].startswith("was not given 14 records")
+    assert tracker.taken == [("train", {}, 0, 0), "stopped"]
+
+
+def test_what_waits_is_given_before_the_end():
+    tracker = Stuck()
+    tracker.let_go.set()
+    thread = Sender(tracker, 0)
+    for step in range(3):
+        thread.take("train", {}, step, step)
+    thread.close(60, 3)
+    assert tracker.taken == [("train", {}, step, step) for step in range(3)] + [3, "stopped"] and not thread.faults
+
+
+def test_a_tracker_that_does_not_start_is_left_alone():
+    tracker = Stuck()
+
+    def refuse(behind):
+        raise OSError("no\nroom")
+
+    tracker.start = refuse
+    thread = Sender(tracker, 0)
+    assert thread.faults == ["did not start; the run goes on without it (no room)"]
+    thread.take("train", {}, 0, 0)
+    thread.close(60, 1)
+    assert tracker.taken == ["stopped"] and len(thread.faults) == 1
+
+
+def test_tensorboard_gets_the_same(train_here, digits, tmp_path, monkeypatch):
+    """Stopped twice; what it had told after the checkpoint that it goes on from is not shown twice."""
+    run, save = tmp_path / "run", loop._save
+    changes = [*TRACKED, "tracking.tracker=tensorboard"]
+    with monkeypatch.context() as patch:
+        # Without a checkpoint of where it stops, so that it has to go back.
+        patch.setattr(loop, "_save", lambda *_: None)
+        assert train_here(*arguments(digits, run, *changes), "--max-time=1s").code == STOPPED
+    assert loop._save is save and not (run / "wandb").exists()
+    ended = train_here(*arguments(digits, run, *changes))
+    assert ended.code == 0 and "warning" not in ended.out + ended.err, ended.out + ended.err
+    shown = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+    for name, kind in (("loss", "train"), ("images_per_second", "train"), ("expected_macs", "train")):
+        expected = [(r["global_step"], r[name]) for r in records(run, kind) if name in r]
+        assert [(e.step, e.value) for e in shown.Scalars(f"{kind}/{name}")] == [(s, pytest.approx(v)) for s, v in expected]
+    gates, (pruned,), sites = records(run, "gates"), records(run, "prune"), records(run, "start")[0]["sites"]
+    histograms = shown.Histograms("gates/histogram")
+    assert [(e.step, e.histogram_value.bucket) for e in histograms] == [(r["global_step"], r["histogram"]) for r in gates]
+    site = next(iter(sites))
+    assert [e.value for e in shown.Scalars(f"gates/open_share/{site}")] == pytest.approx(
+        [r["open"][site] / sites[site] for r in gates]
+    )
+    (table,) = shown.Tensors("prune/sites/text_summary")
+    assert f"| {site} | {sites[site]} | {pruned['kept'][site]} | " in table.tensor_proto.string_val[0].decode()
+    assert "penalty_weight" in shown.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    (result,) = shown.Scalars("result/macs_compact")
+    assert result.value == pruned["compact"]["exact"]["macs"]
+
+
+def test_tensorboard_is_asked_for_by_name(train_here, digits, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more))
+    ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED, "tracking.tracker=tensorboard"))
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert line.startswith(
+        "error: key 'tracking.tracker': tensorboard needs the package tensorboard: pip install 'dnal-dist[tensorboard]'"
+    )
