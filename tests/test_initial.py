@@ -374,7 +374,7 @@ def test_a_run_without_pretrain_has_a_report(source, begins, tmp_path):
     found = report.summary(tmp_path / "run")
     assert list(found["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
     assert found["finished"] and not found["warnings"]
-    assert records(tmp_path, "end")[0]["phase_seconds"].keys() == {"search", "finetune"}
+    assert records(tmp_path, "end")[0]["phase_seconds"].keys() == {"search", "prune", "finetune"}
     assert [r["phase"] for r in records(tmp_path, "phase")] == ["search", "prune", "finetune"]
     assert {r["phase"] for r in records(tmp_path, "train")} == {"search", "finetune"}
     page = (tmp_path / "run" / "report.html").read_text()
