@@ -22,7 +22,7 @@ import torch
 
 from dnal_dist import plan, recipe, stopping
 from dnal_dist.checks import cluster, data, disk, machine, network
-from dnal_dist.checks.case import Case, Finding, bounded, fails, read_config, warns
+from dnal_dist.checks.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
 from dnal_dist.checks.launch import Launch
 from dnal_dist.recipe import InputError
 
@@ -88,6 +88,8 @@ def case_of(args: argparse.Namespace) -> Case:
     )
     if config is None and args.nodes * processes > 1 and SHIPPED.is_file():
         config = read_config(SHIPPED)
+    if config is not None and args.mixed_precision is not None:
+        config = config._replace(precision=args.mixed_precision)
     try:
         seconds = None if args.time is None else _minutes(args.time)
     except ValueError as error:
@@ -143,6 +145,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--config-file", type=Path, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml"
     )
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, help="in place of the Accelerate config's")
     parser.add_argument("--time", metavar="TIME", help="time limit of the job, as sbatch takes it: 12:00:00, 1-12:00:00, 90")
     parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device of the job: 80GB, 24GiB")
     parser.add_argument("--partition", help="SLURM's, which has to be there")

@@ -34,7 +34,7 @@ def render(options: Options, name: str, folders: list[Path], place: Path, comman
 
 def _directives(options: Options, name: str, jobs: int, place: Path, array: bool) -> list[str]:
     # A percent sign would be the beginning of a pattern of SLURM's.
-    log = str(place / ("log-%a.txt" if array else "log.txt")).replace("%", "%%").replace("%%a", "%a")
+    log = str(place).replace("%", "%%") + ("/log-%a.txt" if array else "/log.txt")
     asked = {
         "job-name": name,
         "nodes": options.nodes,

@@ -43,6 +43,7 @@ def main() -> None:
         if args.dry_run:
             print(_render(options, name, place / "submit" / "001", members, args.sweep), end="")
             return
+        members = _unfinished(members)
         _check_folders(members)
         if not args.skip_doctor:
             _ask_doctor(args.recipe or _recipe_of(args.sweep), members[0], options)
@@ -90,6 +91,22 @@ def _recipe_of(path: str) -> str:
 def _render(options: Options, name: str, place: Path, members: list[Member], array: bool) -> str:
     command = ["python", *sys.argv]
     return script.render(options, name, [member.folder for member in members], place, command, bool(array))
+
+
+def _unfinished(members: list[Member]) -> list[Member]:
+    """Those that are not trained yet. Raises InputError if all are."""
+    done = [member.folder for member in members if _is_finished(member.folder)]
+    if len(done) == len(members):
+        raise InputError(f"{done[0]}: this run is finished; name another output=..., or remove the folder to train it anew")
+    for folder in done:
+        print(f"{folder} is finished and left out")
+    return [member for member in members if member.folder not in done]
+
+
+def _is_finished(folder: Path) -> bool:
+    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as lines:
+        return any(b'"kind": "end"' in line for line in lines)
+    return False
 
 
 def _check_folders(members: list[Member]) -> None:
@@ -149,10 +166,10 @@ def _refusal(command: str, told: str) -> str:
 
 
 def _ask_doctor(path: str, member: Member, options: Options) -> None:
-    """Raise InputError if a check of the first run failed."""
+    """Raise InputError if a check of the first run failed. Those of a sweep differ in their settings only."""
     command = [sys.executable, "-m", "dnal_dist.doctor", path, *member.overrides, "--nodes", str(options.nodes)]
     command += ["--processes-per-node", str(options.processes), "--config-file", options.config_file, "--time", options.time]
-    for option in ("partition", "account", "device_memory"):
+    for option in ("mixed_precision", "partition", "account", "device_memory"):
         if value := getattr(options, option):
             command += [f"--{option.replace('_', '-')}", value]
     if subprocess.run(command).returncode:

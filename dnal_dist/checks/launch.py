@@ -39,6 +39,7 @@ class Launch:
         if self.case.config is not None:
             words += ["accelerate.commands.launch", "--config_file", str(self.case.config.path)]
             words += ["--num_processes", str(self.processes), "--num_machines", "1", "--machine_rank", "0"]
+            words += ["--mixed_precision", self.case.config.precision]
             # Of the whole job only this machine is here; its port may be another's.
             words += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m"]
         words += ["dnal_dist.checks.probe", str(path), str(self.result), str(SIZE)]

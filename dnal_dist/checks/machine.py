@@ -136,6 +136,6 @@ def cores(case: Case) -> Finding:
         fitting = max(0, here // case.processes - 1)
         return warns(
             f"{told}; loaders would wait for each other",
-            f"more cores for a node (--cpus-per-task={1 + workers}), or data.workers={fitting}",
+            f"{wanted} cores for a node (slurm/submit.py: --cpus-per-node), or data.workers={fitting}",
         )
     return passes(told)

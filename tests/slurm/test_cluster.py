@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 
+import psutil
 import pytest
 from cluster import NODES, Cluster, missing
 from runs import records, tensors, told
@@ -192,18 +193,42 @@ def test_preempted_by_a_job_of_more_weight(cluster, changes, tmp_path):
     assert cluster.show(job.number)["Restarts"] == "1"
 
 
-def test_a_sweep_is_an_array_of_jobs(cluster, changes, tmp_path):
-    sweep = tmp_path / "two seeds.yaml"
-    sweep.write_text(f"recipe: {RECIPE}\noutput: {tmp_path}/sweep\nvary: {{architecture.penalty_weight: [0.02], seed: [0, 1]}}\n")
-    cluster.submit("--skip-doctor", "--sweep", sweep, *changes, *SHORT)
-    runs = [tmp_path / "sweep" / f"penalty_weight=0.02,seed={seed}" for seed in (0, 1)]
-    for number, run in enumerate(runs):
-        (line,) = (run / "submit" / "jobs.jsonl").read_text().splitlines()
-        job = json.loads(line)["job"]
-        assert job.endswith(f"_{number}")
-        assert cluster.ended(job) == "COMPLETED", (tmp_path / "sweep" / "submit" / "001" / f"log-{number}.txt").read_text()
+def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, changes, tmp_path):
+    """The last task of an array has the array's own number, which stands for all of them."""
+    sweep = tmp_path / "50%a seeds.yaml"
+    output = tmp_path / "50%a"
+    sweep.write_text(f"recipe: {RECIPE}\noutput: {output}\nvary: {{architecture.penalty_weight: [0.02], seed: [0, 1]}}\n")
+    cluster.submit("--skip-doctor", "--sweep", sweep, *changes, "phases.finetune.steps=4", "phases.search.steps=4")
+    runs = [output / f"penalty_weight=0.02,seed={seed}" for seed in (0, 1)]
+    jobs = [json.loads((run / "submit" / "jobs.jsonl").read_text())["job"] for run in runs]
+    assert [job.rpartition("_")[2] for job in jobs] == ["0", "1"]
+    path = runs[1] / "metrics.jsonl"
+    cluster.wait(lambda: path.exists() and '"step": 9,' in path.read_text(), 120, f"iterations in {path}")
+    # By its other number: for that of a task, scancel of 22.05 waits a minute and a half before it returns.
+    cluster.run("scancel", "--batch", "--signal=USR1", cluster.show(jobs[1])["JobId"])
+    for number, (job, run) in enumerate(zip(jobs, runs, strict=True)):
+        log = output / "submit" / "001" / f"log-{number}.txt"
+        assert cluster.ended(job) == "COMPLETED", log.read_text()
         assert f"seed: {number}\n" in (run / "recipe.yaml").read_text()
+        assert cluster.show(job)["Restarts"] == str(number), log.read_text()
+        assert f"job {job}: attempt 1" in log.read_text()
     assert tensors(runs[0]) != tensors(runs[1])
+    found = cluster.submit("--skip-doctor", "--sweep", sweep, *changes, check=False)
+    assert found.returncode == 2 and "this run is finished" in found.stderr
+
+
+def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on(cluster, changes, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", [*changes, "checkpoint.every_steps=5"], "--grace", "20")
+    job.reach('"phase": "pretrain"', '"step": 9,')
+    stuck = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
+    stuck = [process for process in stuck if "dnal_dist.train" in process.info["cmdline"]]
+    assert len(stuck) >= 2
+    for process in stuck:
+        process.suspend()
+    job.signal()
+    job.reach('"kind": "start"', '"resumed": true')
+    assert job.ended() == "COMPLETED", job.log
+    assert cluster.show(job.number)["Restarts"] == "1"
 
 
 def test_a_run_that_fails_is_not_tried_again(cluster, changes, tmp_path):
@@ -213,6 +238,14 @@ def test_a_run_that_fails_is_not_tried_again(cluster, changes, tmp_path):
     assert cluster.ended(first) == "FAILED" and cluster.ended(second) == "FAILED", job.log
     assert "nowhere" in job.log and "before it got any further" in job.log and "not started" in job.log
     assert job.log.count("attempt 1") == 1
+
+
+def test_a_launcher_that_is_not_there_ends_the_chain(cluster, changes, tmp_path):
+    """As where an environment or a container was set up wrongly: the shell gives 127."""
+    job = two_nodes(cluster, tmp_path / "run", changes, "--chain", "2", "--container", "no.sif", "--setup", "[ -z $UNSET ]")
+    first, second = (json.loads(line)["job"] for line in (job.run / "submit" / "jobs.jsonl").read_text().splitlines())
+    assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "127:0", job.log
+    assert cluster.ended(second) == "FAILED" and "not started" in job.log
 
 
 @pytest.mark.parametrize(

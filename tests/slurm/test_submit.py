@@ -42,7 +42,7 @@ def directives(text: str) -> dict[str, str]:
 
 def launch(text: str) -> list[str]:
     """The words that srun gets."""
-    start = text.index("srun --kill-on-bad-exit")
+    start = text.index("srun --export=ALL")
     return shlex.split(text[start : text.index(" &\n", start)].replace("\\\n", " "))
 
 
