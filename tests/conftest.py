@@ -33,8 +33,8 @@ def pytest_xdist_auto_num_workers() -> int:
 # In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
 LONGEST_FIRST = (
     "distributed/test_backends.py", "slurm/test_cluster.py", "distributed/test_runs.py", "distributed/test_resumes.py",
-    "distributed/test_plan.py", "test_recipes.py", "test_exact_resume.py", "test_stopping.py", "distributed/test_skipped_samples.py", "test_train.py",
-    "test_receipts.py", "browser/test_page.py", "test_bad_input.py",
+    "distributed/test_plan.py", "test_recipes.py", "test_exact_resume.py", "test_stopping.py",
+    "distributed/test_skipped_samples.py", "test_train.py", "test_receipts.py", "browser/test_page.py", "test_bad_input.py",
 )  # fmt: skip
 
 
