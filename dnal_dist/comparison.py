@@ -8,21 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from dnal_dist import pareto, published, results
+from dnal_dist import pareto, published, results, seeds
 from dnal_dist.pareto import Point
 from dnal_dist.results import NoRecord, Run
+from dnal_dist.seeds import value_text
 
-# What may differ between the seeds of one row: it has no say in the result, or is told beside it.
-WITHOUT_SAY = (
-    "name",
-    "output",
-    "seed",
-    "tracking.",
-    "checkpoint.",
-    "data.workers",
-    "data.cache",
-    "training.activation_checkpointing",
-)
 # Of the keys in which rows differ, those of these parts are told first.
 PARTS = ("model", "architecture", "phases", "training", "data")
 MOST_KEYS = 5
@@ -32,9 +22,9 @@ MEASURES = ("accuracy", "top5", "macs", "macs_ratio", "params", "params_ratio", 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Runs of one recipe but for the seed. Only those that finished have a say in its numbers.
+    """Seeds of one setting. Only runs that finished have a say in its numbers.
 
-    settings: {dotted key of the recipe: value}; measures: one {name: number} for each finished run.
+    settings: as seeds.settings has them; measures: one {name: number} for each finished run.
     """
 
     settings: dict[str, object]
@@ -59,6 +49,11 @@ class Row:
             else None
         )
 
+    @property
+    def collapsed(self) -> list[Run]:
+        """The finished runs whose network is not the search's choice."""
+        return [run for run in self.finished if run.last("prune").get("collapsed")]
+
     def label(self, keys: list[str]) -> str:
         """What tells it from rows that differ from it in `keys`, in few words; its first run's name if there are no keys."""
         told = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
@@ -78,8 +73,8 @@ class Diagram(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Runs that were given: rows (largest network first, those without a finished run last), the keys of the recipe in which they
-    differ, and folders of runs that have not begun."""
+    """Runs that were given: rows (by the values of what they differ in), the keys of their settings in which they differ, and
+    folders of runs that have not begun."""
 
     parent: Path
     rows: list[Row]
@@ -96,7 +91,7 @@ class Comparison:
         """The rows of a published table with those of its network's runs among them, largest first."""
         table = self.tables[name]
         keys = [key for key in self.keys if key != "model.name"]
-        mine = [(_published_row(row, table, "" if self.keys and not keys else row.label(keys)), row) for row in self._of(name)]
+        mine = [(_published_row(row, table, _named(row, keys, bool(self.keys))), row) for row in self._of(name)]
         return sorted([*((row, None) for row in table.rows), *mine], key=lambda pair: -table.size(pair[0]))
 
     def _of(self, name: str) -> list[Row]:
@@ -128,10 +123,9 @@ class Comparison:
 
     def _point(self, row: Row) -> Point:
         series, keys = self.series, [key for key in self.keys if key != self.series]
-        label = "" if series and not keys else row.label(keys)
         stds = {"cost_std": row.std("macs") or 0.0, "accuracy_std": 100 * (row.std("accuracy") or 0.0)}
         named = value_text(row.settings.get(series)) if series else ""
-        return Point("own", label, row.mean("macs"), 100 * row.mean("accuracy"), **stds, series=named)
+        return Point("own", _named(row, keys, bool(series)), row.mean("macs"), 100 * row.mean("accuracy"), **stds, series=named)
 
     @cached_property
     def series(self) -> str:
@@ -144,6 +138,12 @@ class Comparison:
         """The rows that no other one of their diagram dominates."""
         best = [(pareto.front([point for point, _ in diagram.marks]), diagram) for diagram in self.diagrams]
         return [row for points, diagram in best for point, row in diagram.marks if row is not None and point in points]
+
+
+def _named(row: Row, keys: list[str], told: bool) -> str:
+    """A row's label; without one where no keys are left to differ in, and what it differs in is `told` beside."""
+    words = "" if told and not keys else row.label(keys)
+    return f"{words} (collapsed)".lstrip() if row.collapsed else words
 
 
 def _published_row(row: Row, table: published.Table, label: str) -> published.Row:
@@ -171,14 +171,15 @@ def compare(given: list[str | Path]) -> Comparison:
                 raise
             waiting.append(folder)
     if not runs:
-        raise ValueError(f"{folders[0]}: none of these runs has a record yet; wait for their first iterations")
+        many, where = len(folders), given[0] if len(given) == 1 else _parent(folders)
+        raise ValueError(f"{where}: none of its {many} runs has begun; see python -m dnal_dist.runs {where}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        # Without its recipe, nothing tells that a run is like another one.
-        groups.setdefault(json.dumps(_settings(run), sort_keys=True) if run.recipe else str(run.folder), []).append(run)
+        groups.setdefault(seeds.setting_of(run), []).append(run)
     rows = [_row(group) for group in groups.values()]
-    rows.sort(key=lambda row: (row.mean("macs") is None, -(row.mean("macs") or 0), row.label([])))
-    return Comparison(_parent(folders), rows, differing(rows), waiting)
+    keys = differing(rows)
+    rows.sort(key=lambda row: ([seeds.in_order(row.settings.get(key)) for key in keys], -(row.mean("macs") or 0), row.label([])))
+    return Comparison(_parent(folders), rows, keys, waiting)
 
 
 def gather(given: list[Path]) -> list[Path]:
@@ -189,6 +190,9 @@ def gather(given: list[Path]) -> list[Path]:
             # A shell's * meets what an earlier comparison left.
             continue
         within = [path] if _is_run(path) else _within(path)
+        if not within and path.name == "submit" and path.is_dir():
+            # So does it what slurm/submit.py keeps of a sweep.
+            continue
         if not within:
             raise ValueError(f"{path}: no run folder, nor one that holds some; give folders that recipes name as 'output'")
         for folder in within:
@@ -207,7 +211,8 @@ def is_sweep(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").exists() or (path / "recipe.yaml").exists()
+    # The last: of one that has been submitted, and waits.
+    return any((path / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "submit/jobs.jsonl"))
 
 
 def _within(path: Path) -> list[Path]:
@@ -224,28 +229,8 @@ def _parent(folders: list[Path]) -> Path:
     return next(parent for parent in lines[0] if all(parent in line for line in lines))
 
 
-def _settings(run: Run) -> dict[str, object]:
-    """The recipe's keys that have a say in the result, flat, with today's defaults for those that an earlier release lacked."""
-    from pydantic import ValidationError
-
-    from dnal_dist.recipe import Recipe
-
-    try:
-        tree = Recipe.model_validate(run.recipe).model_dump(mode="json")
-    except ValidationError:
-        tree = run.recipe
-    return {key: value for key, value in _flat(tree) if not key.startswith(WITHOUT_SAY)}
-
-
-def _flat(tree: dict, above: str = "") -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
-    return pairs
-
-
 def differing(rows: list[Row]) -> list[str]:
-    """The keys of the recipe whose values are not the same in all rows that have a recipe."""
+    """The keys of the settings whose values are not the same in all rows that have a recipe."""
     told = [row.settings for row in rows if row.settings]
     keys = dict.fromkeys(key for settings in told for key in settings)
     found = [key for key in keys if len({json.dumps(settings.get(key), sort_keys=True) for settings in told}) > 1]
@@ -256,7 +241,7 @@ def _row(runs: list[Run]) -> Row:
     summaries = [(run, results.summary(run)) for run in runs]
     finished = [run for run, result in summaries if result["finished"]]
     measures = [_measures(run, result) for run, result in summaries if result["finished"]]
-    return Row(_settings(runs[0]), finished, [run for run, result in summaries if not result["finished"]], measures)
+    return Row(seeds.settings(runs[0]), finished, [run for run, result in summaries if not result["finished"]], measures)
 
 
 def _measures(run: Run, result: dict) -> dict[str, float]:
@@ -270,13 +255,6 @@ def _measures(run: Run, result: dict) -> dict[str, float]:
             f"full_{key}": result.get("full", {}).get("paper", {}).get(key),
         }
     return {name: value for name, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
-def value_text(value: object) -> str:
-    """A value of a recipe in few letters: 1e-4."""
-    if isinstance(value, float):
-        return published.weight_text(value)
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def validation(run: Run) -> str:

@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dnal_dist import canvas, comparison, durable, markdown, markup, page, pareto, results
+from dnal_dist import canvas, comparison, durable, markdown, markup, page, pareto, results, seeds
 from dnal_dist.comparison import Comparison, Row
 
 _NOTE = (
-    "Runs that differ in nothing but their seed are one row: mean ± standard deviation (n - 1) over those that finished. Costs are "
-    "for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included where they compare, "
-    "has at least the accuracy for at most the cost."
+    "Runs that differ in nothing with a say but their seed are one row: mean ± standard deviation (n - 1) over those that "
+    "finished. Costs are for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included "
+    "where they compare, has at least the accuracy for at most the cost."
 )
 
 
@@ -70,14 +70,19 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
         for key in ("macs", "params"):
             told += [_told(row, key, results.spread), _told(row, f"{key}_ratio", _share)]
         time = _told(row, "seconds", lambda mean, std: results.duration(mean))
-        lines.append(
-            [*map(results.printable, who), many, *told, time, "yes" if row in found.front else "no" if told[0] != "-" else "-"]
-        )
+        lines.append([*map(results.printable, who), many, *told, time, _judged(row, found)])
     return head, lines
 
 
+def _judged(row: Row, found: Comparison) -> str:
+    """Whether it is dominated; and that its network is not the search's choice, which makes the answer worth little."""
+    answer = "yes" if row in found.front else "-" if row.mean("accuracy") is None else "no"
+    share = f"{len(row.collapsed)} of {len(row.finished)} " if len(row.finished) > 1 else ""
+    return f"{answer}, {share}collapsed" if row.collapsed else answer
+
+
 def _setting(row: Row, key: str) -> str:
-    value = comparison.value_text(row.settings.get(key))
+    value = seeds.value_text(row.settings.get(key))
     return value if len(value) <= 60 else f"{value[:59]}…"
 
 
@@ -117,17 +122,27 @@ def remarks(found: Comparison) -> list[str]:
 
 def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
     told, who = [], row.label(found.keys)
-    seeds = Counter(str(run.recipe.get("seed")) for run in row.finished if run.recipe)
-    if twice := [seed for seed, count in seeds.items() if count > 1]:
+    tried = Counter(str(run.recipe.get("seed")) for run in row.finished if run.recipe)
+    if twice := [seed for seed, count in tried.items() if count > 1]:
         told.append(f"WARNING: {who}: more than one run of seed {', '.join(twice)}, which are no independent measurements.")
     sizes = {run.last("start").get("world_size") for run in row.finished}
     if len(sizes) > 1 and not row.settings.get("training.sync_batchnorm"):
         many = ", ".join(sorted(map(str, sizes)))
         told.append(f"{who}: its runs had {many} processes, each of which normalises its own part of a batch.")
-    for run in row.finished:
-        if run.last("prune").get("collapsed"):
-            told.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
+    for what, key in (("code", "code"), ("backends", "backend")):
+        known = {str(start.get(key, "unknown"))[:60] for run in row.finished for start in run.of("start")}
+        if len(known) > 1:
+            told.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(_short, known)))}.")
+    if told_changes := [words for run in row.runs for words in seeds.changes(run)]:
+        told.append(f"{who}: changed on the way ({'; '.join(told_changes)}), so it is the result of no one setting.")
+    for run in row.collapsed:
+        told.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
     return told
+
+
+def _short(name: str) -> str:
+    """A commit as people write it, with the mark of a checkout that had changes."""
+    return name[:12] + name[40:] if len(name) >= 40 else name
 
 
 def where(folder: Path, found: Comparison) -> str:
@@ -137,7 +152,8 @@ def where(folder: Path, found: Comparison) -> str:
 
 def title(found: Comparison) -> str:
     runs, rows = sum(len(row.runs) for row in found.rows), len(found.rows)
-    return f"Comparison of {runs:,} run{'s' * (runs != 1)} in {rows:,} row{'s' * (rows != 1)}"
+    more = f"; {len(found.waiting):,} more not begun" if found.waiting else ""
+    return f"Comparison of {runs:,} run{'s' * (runs != 1)} in {rows:,} row{'s' * (rows != 1)}{more}"
 
 
 def more_keys(found: Comparison) -> str:
@@ -180,23 +196,27 @@ def as_csv(found: Comparison) -> str:
     file, measures = io.StringIO(), comparison.MEASURES
     writer = csv.writer(file, lineterminator="\n")
     numbers = [f"{name}_{of}" for name in measures for of in ("mean", "std")]
-    writer.writerow([*map(_cell, found.keys), "finished", "unfinished", "seeds", *numbers, "not_dominated", "folders"])
+    counts = ["finished", "unfinished", "collapsed"]
+    writer.writerow([*map(_cell, found.keys), *counts, "seeds", *numbers, "not_dominated", "folders"])
     for row in found.rows:
         settings = [row.settings.get(key) for key in found.keys]
-        seeds = " ".join(str(run.recipe.get("seed", "")) for run in row.finished)
+        tried = " ".join(str(run.recipe.get("seed", "")) for run in row.finished)
         told = ["" if value is None else value for name in measures for value in (row.mean(name), row.std(name))]
         folders = " ".join(where(run.folder, found) for run in row.runs)
-        values = [_cell("" if value is None else comparison.value_text(value)) for value in settings]
-        writer.writerow(
-            [*values, len(row.finished), len(row.unfinished), _cell(seeds), *told, int(row in found.front), _cell(folders)]
-        )
+        values = [_cell("" if value is None else seeds.value_text(value)) for value in settings]
+        many = [len(row.finished), len(row.unfinished), len(row.collapsed)]
+        writer.writerow([*values, *many, _cell(tried), *told, int(row in found.front), _cell(folders)])
     return file.getvalue()
 
 
 def _cell(words: str) -> str:
     """Words that a spreadsheet takes for words, not for a formula."""
     words = results.printable(words)
-    return f"'{words}" if words[:1] in ("=", "+", "@") or (words[:1] == "-" and not words[1:2].isdigit()) else words
+    try:
+        float(words)
+    except ValueError:
+        return f"'{words}" if words[:1] in ("=", "+", "-", "@") else words
+    return words
 
 
 _PAGE = Template("""<!doctype html>
@@ -253,18 +273,20 @@ def tell(found: Comparison, folder: Path, say: Callable[..., None]) -> None:
     """The table, the published ones and the remarks, each line by `say`, which takes words or (words, style of rich)."""
     say((title(found), "bold"))
     head, lines = table(found)
-    columns(head, lines, [number for number, row in enumerate(found.rows) if row in found.front], say)
+    columns(head, lines, [number for number, row in enumerate(found.rows) if row in found.front], "not dominated", say)
     for name, told in found.tables.items():
         say(f"\n{_among(told.title)} (arXiv 2103.02126):")
-        columns(*published_table(found, name), say)
+        columns(*published_table(found, name), "these runs", say)
     for line in filter(None, [more_keys(found), *remarks(found)]):
         say((line, "yellow") if line.startswith("WARNING") else line)
     say(f"written: {', '.join(name for name in comparison.OUTPUTS if (folder / name).exists())} in {folder}")
 
 
-def columns(head: list[str], lines: list[list[str]], own: list[int], say: Callable[..., None]) -> None:
-    """A table in letters, its rows `own` marked."""
+def columns(head: list[str], lines: list[list[str]], own: list[int], mark: str, say: Callable[..., None]) -> None:
+    """A table in letters, its rows `own` marked, and below it what the `mark` means."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     for number, (first, *rest) in enumerate([head, *lines], -1):
         cells = "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))])
         say((f"> {cells}", "bold") if number in own else f"  {cells}")
+    if own:
+        say(f"  (> {mark})")

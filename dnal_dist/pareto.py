@@ -91,7 +91,8 @@ def _draw(axes, panel: Panel) -> None:
     undominated, costs = front(panel.points), [point.cost for point in panel.points]
     if max(costs) / max(min(costs), 1e-12) > 3:
         axes.set_xscale("log")
-    if len(undominated) > 1:
+    # Between equal ones there is nothing to draw.
+    if len({(point.cost, point.accuracy) for point in undominated}) > 1:
         xs, ys = [point.cost for point in undominated], [point.accuracy for point in undominated]
         axes.plot(xs, ys, drawstyle="steps-post", color=canvas.RULE, linewidth=1.1, zorder=1, label="not dominated")
     looks, ranks = _looks(panel.points), list(_KINDS)

@@ -54,7 +54,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
 
 def _print_place(place: published.Place, say: Callable) -> None:
     say(f"\namong the published rows of {place.table.title} (arXiv 2103.02126):")
-    comparison_files.columns(*place.lines(), say)
+    comparison_files.columns(*place.lines(), "this run", say)
     for remark in place.remarks:
         say(remark)
 

@@ -171,12 +171,13 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def spread(mean: float, std: float | None) -> str:
-    """A mean and, if there is one, its standard deviation, in one unit and to the same digit: 0.198 ± 0.012 M."""
+    """A mean and, if there is one, its standard deviation, in one unit and to the same digit, the third of the mean or the first of
+    the deviation: 0.198 ± 0.012 M."""
     if std is None or not mean:
         return amount(mean)
     unit = amount(mean).partition(" ")[2]
     scale = {"G": 1e9, "M": 1e6, "k": 1e3}.get(unit, 1)
-    digits = max(0, 2 - math.floor(math.log10(mean / scale)))
+    digits = max(0, 2 - math.floor(math.log10(mean / scale)), -math.floor(math.log10(std / scale)) if std else 0)
     return f"{mean / scale:.{digits}f} ± {std / scale:.{digits}f} {unit}".rstrip()
 
 

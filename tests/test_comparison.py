@@ -39,7 +39,7 @@ def recipe(weight: float = 1e-4, seed: int = 0, **more) -> dict:
 def run_of(folder, told: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
     """A made-up run of VGG16 on CIFAR-10, with this accuracy and cost at its end."""
     records = made_up_run() if records is None else records
-    records = changed(records, "start", full=cost(313_472_778), train_samples=50_000, val_samples=val, **start)
+    records = changed(records, "start", full=cost(313_472_778), val_samples=val, **({"train_samples": 50_000} | start))
     records = changed(records, "prune", full=cost(313_472_778), compact=cost(macs))
     records = [r | {"accuracy": accuracy} if r["kind"] == "eval" and r["phase"] == "finetune" else r for r in records]
     return save(folder, records, recipe=yaml.safe_dump(told))
@@ -233,6 +233,37 @@ def test_the_command_compares_and_refuses_in_a_line(sweep):
     assert done.stderr.startswith(f"error: {sweep / 'out'}: no run folder, nor one that holds some; give folders")
 
 
+def test_what_no_recipe_tells_keeps_runs_apart(tmp_path):
+    """The launcher's precision, what the shards hold, and a recipe that was changed on the way."""
+    halfway = {"architecture.penalty_weight": [0.0, 1e-4]}
+    clean = run_of(tmp_path / "clean", recipe(seed=0), precision="float32", train_samples=50_000)
+    others = [
+        run_of(tmp_path / "bf16", recipe(seed=1), precision="bfloat16", train_samples=50_000),
+        run_of(tmp_path / "few", recipe(seed=2), precision="float32", train_samples=5_000),
+        run_of(
+            tmp_path / "changed",
+            recipe(seed=3),
+            precision="float32",
+            train_samples=50_000,
+            changed=halfway,
+        ),
+    ]
+    second = run_of(tmp_path / "second", recipe(seed=4), precision="float32", train_samples=50_000)
+    rows = comparison.compare([clean, *others, second]).rows
+    assert sorted(len(row.runs) for row in rows) == [1, 1, 1, 2]
+    found = "\n".join(told(clean, *others, second)[0].splitlines())
+    assert "changed on the way" in found
+
+
+def test_runs_that_wait_in_a_sweep_are_told(sweep):
+    """As slurm/submit.py leaves it: a folder of its own, and members that are queued."""
+    (sweep / "submit" / "001").mkdir(parents=True)
+    (sweep / "seed=9" / "submit").mkdir(parents=True)
+    (sweep / "seed=9" / "submit" / "jobs.jsonl").write_text('{"job": "1_9"}\n')
+    for given in ([sweep], sorted(sweep.iterdir())):
+        assert [folder.name for folder in comparison.compare(given).waiting] == ["seed=9"]
+
+
 def test_bad_input_is_named(sweep, tmp_path):
     run = next(sweep.iterdir())
     (run / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n{"kind": "end"}\n')
@@ -242,7 +273,7 @@ def test_bad_input_is_named(sweep, tmp_path):
         comparison.compare([sweep / "absent", run])
     save(tmp_path / "a", [])
     save(tmp_path / "b", [])
-    with pytest.raises(ValueError, match="none of these runs has a record yet"):
+    with pytest.raises(ValueError, match="none of its 2 runs has begun"):
         comparison.compare([tmp_path / "a", tmp_path / "b"])
 
 

@@ -1,0 +1,85 @@
+"""Which runs are seeds of one setting: whatever has a say in the result, of the recipe and of `start`'s records. No torch."""
+
+import json
+from itertools import pairwise
+
+from dnal_dist import published
+from dnal_dist.results import Run
+
+# What of a recipe may differ between the seeds of one setting: it has no say in the result, or is told beside it.
+WITHOUT_SAY = (
+    "name",
+    "output",
+    "seed",
+    "tracking.",
+    "checkpoint.",
+    "data.workers",
+    "data.cache",
+    "training.activation_checkpointing",
+)
+# What has a say and is in no recipe: the launcher's, and how much the shards hold that a recipe names.
+FACTS = ("precision", "train_samples", "val_samples")
+# The key under which settings tell that they did not stay what they were.
+CHANGED = "changed"
+
+
+def settings(run: Run) -> dict[str, object]:
+    """What has a say in a run's result: the keys of its recipe, flat, with today's defaults for those that an earlier release
+    lacked, the FACTS of its last start, and under CHANGED its `changes`, if any. Empty without a recipe."""
+    from pydantic import ValidationError
+
+    from dnal_dist.recipe import Recipe
+
+    if not run.recipe:
+        return {}
+    try:
+        tree = Recipe.model_validate(run.recipe).model_dump(mode="json")
+    except ValidationError:
+        tree = run.recipe
+    found = {key: value for key, value in _flat(tree) if not key.startswith(WITHOUT_SAY)}
+    start = run.last("start")
+    found |= {key: start[key] for key in FACTS if key in start}
+    return found | ({CHANGED: "; ".join(told)} if (told := changes(run)) else {})
+
+
+def changes(run: Run) -> list[str]:
+    """What of that became another when the run went on, in words: its result is that of no setting."""
+    starts, found = run.of("start"), []
+    for before, start in pairwise(starts):
+        found += [(key, before[key], start[key]) for key in FACTS if key in before and key in start]
+    for start in starts:
+        asked = start.get("changed")
+        for key, change in asked.items() if isinstance(asked, dict) else ():
+            if not key.startswith(WITHOUT_SAY) and isinstance(change, list) and len(change) == 2:
+                found.append((key, *change))
+    return [f"{key}: {value_text(old)} -> {value_text(new)}" for key, old, new in found if old != new]
+
+
+def setting_of(run: Run) -> str:
+    """Equal for runs that are seeds of one setting, and for no others. Without its recipe, nothing tells that a run is like
+    another one; nor is one that was changed on the way."""
+    told = settings(run)
+    return json.dumps(told, sort_keys=True) if told and CHANGED not in told else str(run.folder.resolve())
+
+
+def _flat(tree: dict, above: str = "") -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
+    return pairs
+
+
+def value_text(value: object) -> str:
+    """A value of a recipe in few letters: 1e-4."""
+    if isinstance(value, float):
+        return published.weight_text(value)
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def in_order(value: object) -> tuple:
+    """Sorts values of a recipe: none, numbers as numbers, words, all else."""
+    if value is None:
+        return (0,)
+    if isinstance(value, int | float):
+        return 1, value
+    return (2, value) if isinstance(value, str) else (3, json.dumps(value, sort_keys=True))
