@@ -85,7 +85,7 @@ def test_another_recipe_is_shown_and_refused(train_here, short, digits, change, 
     assert first == f"error: {short}: the recipe has changed since the run began:"
     name, values = key
     assert diff[:2] == [f"  - {name}: {values[0]}", f"  + {name}: {values[1]}"]
-    assert last.endswith(f"remove the folder (outside of SLURM: --allow-changed {name} or --overwrite)")
+    assert f"remove the folder (outside of SLURM: --allow-changed {name} " in last and last.endswith("or --overwrite)")
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
 
