@@ -182,6 +182,7 @@ def _ask_doctor(path: str, member: Member, options: Options) -> None:
     for option in ("mixed_precision", "partition", "account", "device_memory"):
         if value := getattr(options, option):
             command += [f"--{option.replace('_', '-')}", value]
+    command += ["--grace", str(options.grace), *([] if options.gpus_per_node else ["--cpu"])]
     if subprocess.run(command).returncode:
         raise InputError("the doctor has found a fault (above); mend it, or submit by --skip-doctor")
 
