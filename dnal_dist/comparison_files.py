@@ -13,9 +13,9 @@ from dnal_dist import canvas, comparison, durable, markdown, markup, page, paret
 from dnal_dist.comparison import Comparison, Row
 
 _NOTE = (
-    "Runs that differ in nothing with a say but their seed are one row: mean ± standard deviation (n - 1) over those that finished. Costs are "
-    "for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included where they compare, "
-    "has at least the accuracy for at most the cost."
+    "Runs that differ in nothing with a say but their seed are one row: mean ± standard deviation (n - 1) over those that "
+    "finished. Costs are for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included "
+    "where they compare, has at least the accuracy for at most the cost."
 )
 
 

@@ -19,6 +19,8 @@ from dnal_dist.recipe import InputError
 from dnal_dist.sender import Sender
 
 PLAIN_LINE_SECONDS = 30
+# How long a run that stops waits for its tracker to take the last records; it takes some seconds more to let go of one that hangs.
+CLOSE_SECONDS = 10.0
 
 
 class Track:
@@ -74,6 +76,7 @@ class Track:
         with self._lock:
             self._unwritten += (json.dumps(head | values) + "\n").encode()
         self.records += 1
+        self.ended = self.ended or kind == "end"
         try:
             self._flush()
             self._warned = False
@@ -102,7 +105,9 @@ class Track:
         """Something that deserves a look: on the console, and in the record."""
         if self.main:
             self.say(f"warning: {message}")
-            self.record("warning", message=message)
+            # That a run has ended stays its last word.
+            if not self.ended:
+                self.record("warning", message=message)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -130,7 +135,7 @@ class Track:
             self._line.abandon()
             self._line = None
 
-    def close(self, patience: float = 10.0, finished: bool = False) -> None:
+    def close(self, patience: float = CLOSE_SECONDS, finished: bool = False) -> None:
         """patience: seconds that the tracker has to take the rest, with the run's outcome if it has finished."""
         if not self.main:
             return

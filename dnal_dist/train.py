@@ -34,7 +34,7 @@ from dnal_dist.saver import Saver
 from dnal_dist.shards import Shards
 from dnal_dist.stopping import Edges
 from dnal_dist.stream import Stream
-from dnal_dist.track import Track
+from dnal_dist.track import CLOSE_SECONDS, Track
 
 # Exit code of a run that trained to its end, but whose network does not meet the recipe's target.
 MISSED = 3
@@ -51,6 +51,8 @@ def main() -> None:
         until = stopping.limit(args.max_time)
         trackers.require(settings.tracking.tracker)
         parallel = Parallel(settings.tracking.tracker, settings.output)
+        if until is not None and settings.tracking.tracker != "none":
+            until -= CLOSE_SECONDS + 5.0
         edges = Edges(parallel, signals, Path(settings.output) / "stop", until)
         run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
         signals.training = True

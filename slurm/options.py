@@ -57,6 +57,8 @@ class Options(BaseModel):
     """whether a job puts itself back into the queue"""
     chain: int = Field(1, ge=1)
     """jobs to submit, each after the one before, in place of requeueing: for sites that do not allow it"""
+    allow_changed: list[str] = []
+    """key of the recipe that may have changed since the run began, as for dnal_dist.train; may be given again"""
     max_parallel: int | None = Field(None, ge=1)
     """of a sweep: jobs that may run at the same time"""
 
@@ -92,7 +94,7 @@ class Options(BaseModel):
         return self.processes_per_node or self.gpus_per_node or 1
 
 
-LISTS = ("sbatch", "setup")
+LISTS = ("sbatch", "setup", "allow_changed")
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +105,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         default = field.default if field.default not in (None, []) else None
         help_ += f" (default: {default})" if default is not None and name != "requeue" else ""
         if name in LISTS:
-            group.add_argument(flag, action="append", metavar="LINE", help=help_)
+            group.add_argument(flag, action="append", metavar="KEY" if name == "allow_changed" else "LINE", help=help_)
         elif name == "requeue":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_)
         else:

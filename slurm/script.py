@@ -8,6 +8,8 @@ from string import Template
 import yaml
 from options import Options
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 class _Template(Template):
     """A shell's own dollars stay."""
@@ -29,6 +31,7 @@ def render(options: Options, name: str, folders: list[Path], place: Path, comman
         srun=shlex.join(_srun(options)),
         launcher=shlex.join(_launcher(options)).replace("'", "'\\''"),
         launch=shlex.join(_launch(options)),
+        train=shlex.join(word for key in options.allow_changed for word in ("--allow-changed", key)),
     )
 
 
@@ -68,12 +71,14 @@ def _path(options: Options) -> list[str]:
 
 
 def _which(folders: list[Path], place: Path, array: bool) -> str:
+    """Lines that name the run, its recipe, and two files for what its jobs tell each other."""
+    head, task, tail = f"run={shlex.quote(str(folders[0]))}", "0", ""
+    if array:
+        runs = "\n".join(f"    {shlex.quote(str(folder))}" for folder in folders)
+        task, tail = "$SLURM_ARRAY_TASK_ID", "-$SLURM_ARRAY_TASK_ID"
+        head = f"runs=(\n{runs}\n)\nrun=${{runs[{task}]}}"
     place_ = shlex.quote(str(place))
-    if not array:
-        return f"run={shlex.quote(str(folders[0]))}\nrecipe={place_}/0.yaml\nhalt={place_}/halt"
-    runs = "\n".join(f"    {shlex.quote(str(folder))}" for folder in folders)
-    task = "$SLURM_ARRAY_TASK_ID"
-    return f"runs=(\n{runs}\n)\nrun=${{runs[{task}]}}\nrecipe={place_}/{task}.yaml\nhalt={place_}/halt-{task}"
+    return f"{head}\nrecipe={place_}/{task}.yaml\nhalt={place_}/halt{tail}\nidle={place_}/idle{tail}"
 
 
 def _srun(options: Options) -> list[str]:
@@ -93,10 +98,17 @@ def _launcher(options: Options) -> list[str]:
     return words
 
 
+def config_file(options: Options) -> Path:
+    """Where the Accelerate config is; those that ship with the project are found from any folder."""
+    own = Path(options.config_file).absolute()
+    return own if own.exists() else next((path for path in [ROOT / options.config_file] if path.exists()), own)
+
+
 def _launch(options: Options) -> list[str]:
     """The launcher's options that are the same on all machines."""
+    path = config_file(options)
     try:
-        config = yaml.safe_load(Path(options.config_file).read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"--config-file {options.config_file}: cannot be read ({' '.join(str(error).split())}); the ones that ship with the "
@@ -104,7 +116,7 @@ def _launch(options: Options) -> list[str]:
         ) from None
     if not isinstance(config, dict) or "distributed_type" not in config:
         raise ValueError(f"--config-file {options.config_file}: is no Accelerate config, it has no distributed_type")
-    words = ["--config_file", str(Path(options.config_file).absolute()), "--num_machines", str(options.nodes)]
+    words = ["--config_file", str(path), "--num_machines", str(options.nodes)]
     words += ["--num_processes", str(options.nodes * options.processes), "--same_network"]
     if options.mixed_precision:
         words += ["--mixed_precision", options.mixed_precision]

@@ -51,7 +51,8 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    _tell(jobs, submission, place, members, bool(args.sweep))
+    with contextlib.suppress(BrokenPipeError):
+        _tell(jobs, submission, place, members, bool(args.sweep))
 
 
 def _arguments() -> argparse.Namespace:
@@ -162,13 +163,22 @@ def _refusal(command: str, told: str) -> str:
         remedy = f"; --partition: there are {', '.join(sorted({*names.split()}))}" if names else ""
     if "account" in why.lower():
         remedy += "; --account: `sacctmgr show associations user=$USER format=account` shows yours, where the site keeps accounts"
+    if re.search(r"gres|configuration is not available", why):
+        remedy += "; no node has what was asked for: --gpus-per-node, --cpus-per-node (1 + data.workers for each process), --mem"
     return f"{command}: {why}{remedy}"
 
 
 def _ask_doctor(path: str, member: Member, options: Options) -> None:
     """Raise InputError if a check of the first run failed. Those of a sweep differ in their settings only."""
     command = [sys.executable, "-m", "dnal_dist.doctor", path, *member.overrides, "--nodes", str(options.nodes)]
-    command += ["--processes-per-node", str(options.processes), "--config-file", options.config_file, "--time", options.time]
+    command += [
+        "--processes-per-node",
+        str(options.processes),
+        "--config-file",
+        str(script.config_file(options)),
+        "--time",
+        options.time,
+    ]
     for option in ("mixed_precision", "partition", "account", "device_memory"):
         if value := getattr(options, option):
             command += [f"--{option.replace('_', '-')}", value]
@@ -245,7 +255,7 @@ def _tell(jobs: list[str], submission: Path, place: Path, members: list[Member],
     print(f"    python -m dnal_dist.runs {quoted if array else shlex.quote(str(place.parent))}")
     if not array:
         print(f"stop, and keep what is there: touch {shlex.quote(str(place / 'stop'))}")
-    print(f"cancel: scancel {' '.join(jobs)}")
+    print(f"cancel: scancel {' '.join(jobs)}", flush=True)
 
 
 if __name__ == "__main__":

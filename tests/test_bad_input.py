@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from faulty import FEW, records, refused, samples, write_tar
+
+ROOT = Path(__file__).parent.parent
 
 # --- the recipe and its overrides
 

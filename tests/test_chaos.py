@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import ROOT
 
 from dnal_dist import chaos as command
 from dnal_dist import compare
@@ -48,6 +47,8 @@ ONE_KILL = """
 from dnal_dist.victim import Aim
 chaos.Chaos._draw = lambda *_: Aim(0, "weight step", 3, 0.0, True, 0.5)
 """
+
+ROOT = Path(__file__).parent.parent
 
 
 class Ended(NamedTuple):

@@ -168,25 +168,21 @@ def test_runs_that_are_no_seeds_of_one_setting_are_no_row(tmp_path, fact):
 
 
 def test_a_run_that_was_changed_on_the_way_is_a_row_of_its_own(tmp_path):
-    def went_on(name: str, **told):
-        first, *rest = made_up_run()
-        return run_of(tmp_path / name, recipe(seed=len(name)), records=[first, first | {"resumed": True}, *rest]), told
-
-    paths = []
-    for name, change in (
-        ("plain", {}),
-        ("logs", {"tracking.log_every": [1, 2]}),
-        ("weight", {"architecture.penalty_weight": [0.0, 1e-4]}),
-    ):
-        path, _ = went_on(name)
-        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        second = json.loads(lines[1]) | ({"changed": change} if change else {})
-        (path / "metrics.jsonl").write_text("".join([lines[0], json.dumps(second) + "\n", *lines[2:]]))
-        paths.append(path)
+    first, *rest = made_up_run()
+    again = first | {"resumed": True}
+    weight, logs = {"architecture.penalty_weight": [0.0, 1e-4]}, {"tracking.log_every": [1, 2]}
+    paths = [
+        run_of(tmp_path / str(seed), recipe(seed=seed), records=[first | {"changed": begun}, again, *rest])
+        for seed, begun in enumerate(({}, logs, weight))
+    ]
+    # It is told by the start that went on; another precision there is no setting either.
+    paths.append(run_of(tmp_path / "both", recipe(seed=9), records=[first, *rest], precision="float32"))
+    lines = (paths[-1] / "metrics.jsonl").read_text()
+    (paths[-1] / "metrics.jsonl").write_text(json.dumps(again | {"precision": "bfloat16", "changed": None}) + "\n" + lines)
     found = comparison.compare(paths)
-    assert sorted(len(row.finished) for row in found.rows) == [1, 2] and found.keys == ["changed"]
-    (remark,) = [remark for remark in comparison_files.remarks(found) if "on the way" in remark]
-    assert "(architecture.penalty_weight: 0 -> 1e-4)" in remark
+    assert sorted(len(row.finished) for row in found.rows) == [1, 1, 2] and "changed" in found.keys
+    told = "\n".join(comparison_files.remarks(found))
+    assert "(architecture.penalty_weight: 0 -> 1e-4)" in told and "precision: bfloat16 -> float32" in told
 
 
 def test_other_code_and_backends_within_a_row_are_told(tmp_path):
@@ -269,7 +265,8 @@ def test_what_a_spreadsheet_would_compute_is_words():
 
 
 @pytest.mark.parametrize(("mean", "std", "words"), [
-    (161.17e6, 3e5, "161.2 ± 0.3 M"), (161.17e6, 1.26e6, "161 ± 1 M"), (0.198e6, 0.012e6, "198 ± 12 k"), (5e3, 0.0, "5.00 ± 0.00 k"),
+    (161.17e6, 3e5, "161.2 ± 0.3 M"), (161.17e6, 1.26e6, "161 ± 1 M"), (0.198e6, 0.012e6, "198 ± 12 k"),
+    (5e3, 0.0, "5.00 ± 0.00 k"),
     (4.09e9, 2e6, "4.090 ± 0.002 G"), (100.0, 0.7, "100.0 ± 0.7"),
 ])  # fmt: skip
 def test_a_deviation_keeps_a_digit(mean, std, words):

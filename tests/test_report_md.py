@@ -216,7 +216,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
 
     class Ended:
         folder, global_step, parallel = save(tmp_path, made_up_run()), 90, Main()
-        track = type("Track", (), {"ended": True, "close": lambda self: None})()
+        track = type("Track", (), {"ended": True, "close": lambda self, *_, **__: None})()
         saver = type("Saver", (), {"finish": lambda self: None})()
 
         recipe = load("recipes/digits.yaml")

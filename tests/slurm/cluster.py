@@ -155,6 +155,13 @@ class Cluster:
         files = sorted((self.folder / "log").glob("*.log"))
         return "\n".join(f"{file.name}:\n" + file.read_text(errors="replace")[-1500:] for file in files)
 
+    def controller(self, there: bool) -> None:
+        """Start it, or end it and leave the nodes and their jobs alone."""
+        if there:
+            self.run(_program("slurmctld"))
+        else:
+            _end([self.folder / "slurmctld.pid"])
+
     def stop(self) -> None:
         if (self.folder / "slurmctld.pid").exists():
             self.run("scancel", "--user", getpass.getuser(), check=False)

@@ -224,15 +224,32 @@ def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, ch
     assert found.returncode == 2 and "this run is finished" in found.stderr
 
 
-def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on(cluster, changes, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", [*changes, "checkpoint.every_steps=5"], "--grace", "20")
+def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on_but_not_for_ever(cluster, changes, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, "--grace", "20")
+    for attempt in (1, 2):
+        job.reach('"phase": "pretrain"', '"step": 9,')
+        stuck = [p for p in processes("dnal_dist.train") if str(job.run) in " ".join(p.cmdline()) and p.name() != "srun"]
+        assert len(stuck) >= 4, "of each node the launcher and a process"
+        for process in stuck:
+            process.suspend()
+        if attempt == 2:
+            # As if this had happened before.
+            (job.run / "submit" / "001" / "idle").write_text("4\n")
+        job.signal()
+        if attempt == 1:
+            job.reach('"kind": "start"', '"resumed": true')
+    assert job.ended() == "FAILED" and "no new checkpoint in 5 attempts" in job.log, job.log
+    assert cluster.show(job.number)["Restarts"] == "1"
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for(cluster, changes, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", [*changes, "phases.search.steps=4", "phases.finetune.steps=4"])
     job.reach('"phase": "pretrain"', '"step": 9,')
-    stuck = [p for p in processes("dnal_dist.train") if str(job.run) in " ".join(p.cmdline()) and p.name() != "srun"]
-    assert len(stuck) >= 4, "of each node the launcher and a process"
-    for process in stuck:
-        process.suspend()
-    job.signal()
-    job.reach('"kind": "start"', '"resumed": true')
+    (script,) = [p for p in processes("slurm_script") if p.environ()["SLURM_JOB_ID"] == job.number]
+    cluster.controller(False)
+    script.send_signal(signal.SIGUSR1)
+    assert job.stopped(1) == "pretrain"
+    cluster.controller(True)
     assert job.ended() == "COMPLETED", job.log
     assert cluster.show(job.number)["Restarts"] == "1"
 
