@@ -9,6 +9,7 @@ nothing failed, though there may be warnings; 1: something did; 2: the recipe or
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -83,8 +84,10 @@ def case_of(args: argparse.Namespace) -> Case:
     for option in ("nodes", "processes_per_node"):
         if (number := getattr(args, option)) is not None and number < 1:
             raise InputError(f"--{option.replace('_', '-')} {number}: expected at least 1")
+    if args.grace is not None and not 0 < args.grace < float("inf"):
+        raise InputError(f"--grace {args.grace}: expected seconds, more than 0")
     processes = args.processes_per_node or (
-        config.processes if config else max(1, torch.cuda.device_count() if args.nodes > 1 else 1)
+        config.processes if config else max(1, torch.cuda.device_count() if args.nodes > 1 and not args.cpu else 1)
     )
     if config is None and args.nodes * processes > 1 and SHIPPED.is_file():
         config = read_config(SHIPPED)
@@ -96,7 +99,7 @@ def case_of(args: argparse.Namespace) -> Case:
         raise InputError(f"--time: {error}") from None
     memory = None if args.device_memory is None else plan.bytes_of(args.device_memory)
     places = {"partition": args.partition, "account": args.account}
-    return Case(settings, args.nodes, processes, config, seconds, memory, **places, quick=args.quick)
+    return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **places, quick=args.quick)
 
 
 def _minutes(text: str) -> float:
@@ -129,7 +132,10 @@ def _tell(found: dict[str, Finding], seconds: float) -> None:
             print(f"{status}  {name:<{width}}  {words}" + (f"\n{'':{width + 8}}remedy: {remedy}" if remedy else ""))
     count = {status: sum(one.status == status for one in found.values()) for status in COLOURS}
     line = f"{len(found)} checks in {seconds:.0f} s: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed"
-    console.print(Text(line, COLOURS["fail" if count["fail"] else "warn" if count["warn"] else "pass"]), soft_wrap=True)
+    if console.is_terminal:
+        console.print(Text(line, COLOURS["fail" if count["fail"] else "warn" if count["warn"] else "pass"]), soft_wrap=True)
+    else:
+        print(line)
 
 
 def _arguments() -> argparse.Namespace:
@@ -147,6 +153,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--mixed-precision", choices=PRECISIONS, help="in place of the Accelerate config's")
     parser.add_argument("--time", metavar="TIME", help="time limit of the job, as sbatch takes it: 12:00:00, 1-12:00:00, 90")
+    parser.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="how long before its end the job is told to save, as slurm/submit.py's"
+    )
+    parser.add_argument("--cpu", action="store_true", help="the job has no GPUs: look for none, and at the memory of this machine")
     parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device of the job: 80GB, 24GiB")
     parser.add_argument("--partition", help="SLURM's, which has to be there")
     parser.add_argument("--account", help="likewise")
@@ -175,11 +185,13 @@ def main() -> None:
     except (SystemExit, KeyboardInterrupt) as ended:
         # Without Python's own end, which waits for a check that hangs in a disk or a server.
         os._exit(128 + signal.SIGINT if isinstance(ended, KeyboardInterrupt) else ended.code)
-    if args.json:
-        print(json.dumps([{"check": name, **one._asdict()} for name, one in found.items()], indent=1))
-    else:
-        _tell(found, time.monotonic() - begun)
-    sys.stdout.flush()
+    # Who closes the pipe early, as head does, has read enough.
+    with contextlib.suppress(BrokenPipeError):
+        if args.json:
+            print(json.dumps([{"check": name, **one._asdict()} for name, one in found.items()], indent=1))
+        else:
+            _tell(found, time.monotonic() - begun)
+        sys.stdout.flush()
     os._exit(int(any(one.status == "fail" for one in found.values())))
 
 

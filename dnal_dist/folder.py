@@ -18,6 +18,7 @@ from dnal_dist import checkpoint, durable, recipe
 from dnal_dist.checkpoint import Checkpoint
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import InputError
+from dnal_dist.saver import UNWRITTEN
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
 # without it holds no run, whatever else is in it.
@@ -28,6 +29,8 @@ LOCK_SECONDS = 60
 FREE = ("output", "tracking.", "checkpoint.", "data.workers", "data.cache", "data.train", "data.val")
 # What the tensors of a checkpoint depend on.
 FIXED = ("model.name", "model.num_classes", "model.width")
+# The remedy where a run is not to go on. A batch script takes no --overwrite: each requeue would begin anew.
+ANEW = "name another output=..., or remove the folder (outside of SLURM: --overwrite)"
 
 
 class Opened(NamedTuple):
@@ -144,7 +147,7 @@ def _judged(folder: Path, found: list[str], settings: recipe.Recipe, overwrite: 
                 "another output=..."
             )
     elif faults:
-        raise InputError(f"key 'output': {faults[0]}; none is left, so replace the run by --overwrite or name another folder")
+        raise InputError(f"key 'output': {faults[0]}; none is left, so {ANEW}")
     elif found and not overwrite:
         faults = _begin_anew(folder, found, settings, allowed)
     return _Judged(path, saved, damaged, changed, faults)
@@ -196,14 +199,17 @@ def _lock(folder: Path) -> FileLock | None:
 def _begin_anew(folder: Path, found: list[str], settings: recipe.Recipe, allowed: Sequence[str]) -> list[str]:
     """What to say of a run without a checkpoint, which begins anew. Raises InputError for one that is not to be lost."""
     if "compact" in found:
+        raise InputError(f"key 'output': {folder} holds a run without a checkpoint to go on from; {ANEW}")
+    told = _told(folder)
+    # One that took more than a moment to come to.
+    if any(r.get("kind") == "checkpoint" and r.get("global_step") != 0 for r in told):
+        if _none_written(told):
+            raise InputError(
+                f"key 'output': none of the checkpoints of {folder} could be written, as the warnings of its metrics.jsonl tell; "
+                f"make room, and {ANEW}"
+            )
         raise InputError(
-            f"key 'output': {folder} holds a run without a checkpoint to go on from; replace it by --overwrite or name another "
-            "folder"
-        )
-    if _saved(folder):
-        raise InputError(
-            f"key 'output': the checkpoints of {folder} are gone, though its metrics.jsonl tells of some; put them back, or "
-            "replace the run by --overwrite"
+            f"key 'output': the checkpoints of {folder} are gone, though its metrics.jsonl tells of some; put them back, or {ANEW}"
         )
     try:
         old = recipe.load(folder / "recipe.yaml")
@@ -213,11 +219,21 @@ def _begin_anew(folder: Path, found: list[str], settings: recipe.Recipe, allowed
     return [f"{folder}: the run ended before its first checkpoint; it begins anew"]
 
 
-def _saved(folder: Path) -> bool:
-    """Whether its records tell of a checkpoint that took more than a moment to come to."""
+def _told(folder: Path) -> list[dict]:
+    """The records that tell what became of checkpoints."""
+    found = []
     with contextlib.suppress(OSError), (folder / "metrics.jsonl").open(errors="replace") as lines:
-        return any('"kind": "checkpoint"' in line and '"global_step": 0,' not in line for line in lines)
-    return False
+        for line in lines:
+            if any(f'"kind": "{kind}"' in line for kind in ("start", "checkpoint", "warning")):
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
+
+
+def _none_written(told: list[dict]) -> bool:
+    # Each record of a checkpoint tells the size of the one before, if that was written; what a run resumed from was written, too.
+    written = any("bytes" in record or record.get("resumed") for record in told)
+    return not written and any(UNWRITTEN in str(record.get("message")) for record in told)
 
 
 def _set_aside(path: Path, fault: str) -> str:
@@ -245,9 +261,10 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
     if refused:
         diff = "".join(f"\n  - {key}: {changed[key][0]}\n  + {key}: {changed[key][1]}" for key in refused)
         hint = " ".join(f"--allow-changed {key}" for key in refused if key not in FIXED)
+        options = f"{hint} or --overwrite" if hint else "--overwrite"
         raise InputError(
             f"{folder}: the recipe has changed since the run began:{diff}\n"
-            f"undo that{f', or go on by {hint}' if hint else ''}, or begin anew by --overwrite, or name another output=..."
+            f"undo that, or name another output=..., or remove the folder (outside of SLURM: {options})"
         )
     return changed
 

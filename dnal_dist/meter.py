@@ -42,7 +42,8 @@ def check_finite(run, cross_entropy: float) -> None:
     if not math.isfinite(cross_entropy):
         raise InputError(
             f"the loss is {cross_entropy} in {run.phase} after {run.step} steps; lower phases.{run.phase}.optimizer.lr and go on "
-            f"from the last checkpoint, which is from before, by --allow-changed phases.{run.phase}, or begin anew by --overwrite"
+            f"from the last checkpoint, which is from before, by --allow-changed phases.{run.phase} outside of SLURM, or remove "
+            "the folder to begin anew"
         )
 
 

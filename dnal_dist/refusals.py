@@ -17,8 +17,8 @@ def other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> No
     for key, digest in run.shards.items():
         if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
             raise InputError(
-                f"key '{key}': the shards are not those that the run began with; put those back, or go on by --allow-changed "
-                f"{key}, or begin anew by --overwrite"
+                f"key '{key}': the shards are not those that the run began with; put those back, or remove the folder to "
+                f"begin anew (outside of SLURM: --allow-changed {key} or --overwrite)"
             )
 
 

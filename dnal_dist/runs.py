@@ -124,7 +124,8 @@ def _progress(run: results.Run) -> dict:
     phase = summary.get("phase")
     # A checkpoint tells the phase that begins with it; behind the last there is none.
     phase = train.get("phase") if phase == "done" else phase
-    here = train if train.get("phase") == phase else {}
+    # Of a run that was stopped between two train records, or before the first, the stop tells how far it came.
+    here = max((r for r in (train, run.last("stop")) if r.get("phase") == phase), key=lambda r: r.get("step", 0), default={})
     ratio = summary.get("macs_ratio")
     full = summary.get("full", {}).get("exact", {}).get("macs")
     if ratio is None and full and train.get("expected_macs") is not None:
@@ -133,7 +134,7 @@ def _progress(run: results.Run) -> dict:
         "name": run.name,
         "phase": phase,
         "step": here.get("step"),
-        "phase_steps": here.get("phase_steps"),
+        "phase_steps": train.get("phase_steps") if train.get("phase") == phase else None,
         "accuracy": run.last("eval").get("accuracy"),
         "macs_ratio": ratio,
         "images_per_second": train.get("images_per_second"),
@@ -196,20 +197,22 @@ def cells(one: dict, folder: Path) -> list[str]:
     state = STATES[one["state"]] + (f": {one['why']}" if "why" in one else "")
     if "job" in one and one["state"] in ("running", "queued", "seems to run"):
         state += f" (job {one['job']})"
+    done = one["state"] in ("finished", "missed")
     return [
         results.printable(where),
         results.printable(state),
-        str(one.get("phase", "")) if one["state"] not in ("finished", "missed") else "",
-        step if one["state"] not in ("finished", "missed") else "",
+        str(one.get("phase", "")) if not done else "",
+        step if not done else "",
         results.percent(one["accuracy"], 2) if "accuracy" in one else "",
         results.percent(one["macs_ratio"]) if "macs_ratio" in one else "",
         results.number(one["images_per_second"]) if "images_per_second" in one else "",
-        results.duration(one["checkpoint_age"]) if "checkpoint_age" in one else "",
+        f"{results.duration(one['checkpoint_age'])} ago" if "checkpoint_age" in one and not done else "",
         str(one.get("warnings") or ""),
     ]
 
 
-HEAD = ["run", "state", "phase", "step", "accuracy", "macs", "images/s", "checkpoint", "warnings"]
+HEAD = ["run", "state", "phase", "step", "accuracy", "macs", "images/s", "last saved", "warnings"]
+WARNINGS = 'warnings: in a run\'s report.html, or grep \'"kind": "warning"\' RUN/metrics.jsonl'
 
 
 def _tell(folder: Path, found: list[dict]) -> None:
@@ -223,6 +226,8 @@ def _tell(folder: Path, found: list[dict]) -> None:
         widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
         for line in [HEAD, *lines]:
             print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        if any(one.get("warnings") for one in found):
+            print(WARNINGS)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in HEAD:
@@ -230,6 +235,8 @@ def _tell(folder: Path, found: list[dict]) -> None:
     for one, (run, state, *others) in zip(found, lines, strict=True):
         table.add_row(Text(run), Text(state, COLOURS.get(one["state"], "")), *map(Text, others))
     console.print(table)
+    if any(one.get("warnings") for one in found):
+        console.print(Text(WARNINGS, "dim"))
 
 
 def main() -> None:
@@ -262,9 +269,9 @@ def main() -> None:
                 _tell(args.folder, found)
             else:
                 print(f"{args.folder}: no run in it, nor {DEPTH} folders deep")
+            sys.stdout.flush()
             if not args.watch:
                 return
-            sys.stdout.flush()
             time.sleep(EVERY)
     except (KeyboardInterrupt, BrokenPipeError):
         # So that Python does not try to write what is left to a pipe that nobody reads.

@@ -13,6 +13,8 @@ from dnal_dist.track import Track
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
 TRIES, BETWEEN = 3, 1.0
+# What the warnings of a checkpoint that failed have in common.
+UNWRITTEN = "checkpoint cannot be written"
 
 
 class Saver:
@@ -114,7 +116,7 @@ class Saver:
     def _tell(self, error: Exception) -> None:
         why = getattr(error, "strerror", None) or error
         minutes, limit = (time.monotonic() - self.safe) / 60, self.settings.give_up_hours
-        told = f"{self.folder}: checkpoint cannot be written ({why})"
+        told = f"{self.folder}: {UNWRITTEN} ({why})"
         if minutes > 60 * limit:
             raise InputError(
                 f"{told}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} allows; "

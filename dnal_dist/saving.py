@@ -130,7 +130,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
         why = " ".join(str(error).split())[:300]
         raise InputError(
             f"{run.folder}: the checkpoint of step {state.global_step} does not fit the recipe or itself ({why}); undo what "
-            "changed, or begin anew with --overwrite"
+            "changed, or remove the folder to begin anew (outside of SLURM: --overwrite)"
         ) from None
 
 

@@ -122,9 +122,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_that_holds_another_run_is_refused_and_left_as_it_is(train, old):
     before = content(old)
-    told = (
-        rf"key 'output': {old}/checkpoints/step-00000099: checkpoint is damaged \(.*\); none is left, so replace the run by --over"
-    )
+    told = rf"key 'output': {old}/checkpoints/step-00000099: checkpoint is damaged \(.*\); none is left, so name another output="
     refused(train(), told)
     assert content(old) == before | {".lock": b""}
 

@@ -127,8 +127,8 @@ def test_remote_shards_are_looked_at_in_part_and_not_copied(case_of, tmp_path, d
 
 def test_a_folder_that_is_new(case_of, tmp_path):
     before = sorted(tmp_path.rglob("*")), tmp_path.stat().st_mtime_ns
-    for check in (disk.run_folder, disk.disk, disk.clock):
-        found(check, case_of(), "pass", "")
+    for check, words in ((disk.run_folder, "begins there"), (disk.disk, "are free"), (disk.clock, "agrees with that of the file")):
+        found(check, case_of(), "pass", words)
     assert before == (sorted(tmp_path.rglob("*")), tmp_path.stat().st_mtime_ns)
     found(disk.saving, case_of(), "pass", "to write and to read back")
     assert before[0] == sorted(tmp_path.rglob("*"))
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written(case_of, tmp_path):
 
 def test_what_a_run_folder_holds(case_of, digits, short):
     own = [f"data.train={digits}/train-000000.tar", f"data.val={digits}/val-000000.tar", f"output={short}", *SHORT]
-    found(disk.run_folder, case_of(*own), "warn", "holds this run, finished", "--overwrite")
+    found(disk.run_folder, case_of(*own), "warn", "holds this run, finished", "remove the folder (outside of SLURM: --over")
     found(
         disk.run_folder,
         case_of(*own, "seed=4"),
@@ -156,6 +156,8 @@ def test_what_a_run_folder_holds(case_of, digits, short):
     found(disk.run_folder, case_of(*own, "seed=4"), "fail", "the recipe has changed", "--overwrite")
     (short / "stop").touch()
     found(disk.run_folder, case_of(*own), "fail", "would stop at its first step", f"rm {short}/stop")
+    (short / "stop").write_text("asked for by job 12_3\n")
+    found(disk.run_folder, case_of(*own), "pass", "goes on in finetune")
     (short / "stop").unlink()
     before = {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     with FileLock(short / ".lock"):
@@ -186,13 +188,26 @@ def test_the_time_limit_and_the_time_that_saving_takes(case_of, monkeypatch):
     found(disk.saving, case_of(seconds=36_000), "pass", "the time limit is 10 h 00 min")
     found(disk.saving, case_of("checkpoint.every_minutes=1e-6"), "warn", "one every 1e-06 minutes", "checkpoint.every_minutes=1")
     found(disk.saving, case_of("checkpoint.every_minutes=null"), "warn", "a kill loses up to an epoch", "set key")
+    found(disk.saving, case_of(grace=300), "pass", "to write and to read back")
     monkeypatch.setattr(disk, "MEASURED", 1 << 20)
     found(disk.saving, case_of(), "pass", "MB of a checkpoint's 2.32 MB took")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
     found(disk.saving, case_of(), "fail", "too little to start", "--time")
 
 
+@pytest.mark.parametrize(
+    ("grace", "seconds", "status"), [(300, 130, "pass"), (300, 140, "fail"), (40, 12, "pass"), (40, 13, "fail")]
+)
+def test_the_grace_has_room_for_two_checkpoints(case_of, grace, seconds, status):
+    """Beside what the batch script keeps of it: 30 s, of a short one a quarter."""
+    told = disk._judged(case_of(grace=grace), seconds, "one")
+    assert told.status == status and ("too little to save in" in told.found) == (status == "fail"), told
+    if status == "fail":
+        least = int(told.remedy.split()[1].rstrip(","))
+        assert told.remedy.startswith("--grace ") and disk._judged(case_of(grace=least), seconds, "one").status == "pass"
+
+
 def test_a_clock_that_is_off(case_of, monkeypatch):
     now = time.time
     monkeypatch.setattr(disk.time, "time", lambda: now() + 3600)
-    found(disk.clock, case_of(), "warn", " s beside that of", "NTP")
+    found(disk.clock, case_of(), "warn", "differs by 3", "NTP")

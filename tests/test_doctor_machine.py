@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 from examining import found
@@ -26,6 +27,17 @@ def test_memory_of_a_device(case_of):
     limit = network.memory(case).remedy.partition(",")[0]
     assert limit.startswith("data.per_device_batch_limit=")
     found(network.memory, case_of(limit, device_memory=5 * 10**6), "pass", "pictures at a time of 64")
+
+
+def test_a_job_without_gpus_is_not_asked_for_any(case_of, monkeypatch):
+    found(machine.gpus, case_of(cpu=True), "pass", "not asked for")
+    # Those that this machine may have are none of the job's.
+    monkeypatch.setattr(network, "gpu_facts", lambda: [{"memory": 10**6}])
+    monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * 10**9))
+    found(network.memory, case_of(cpu=True, processes=2), "pass", "it has 8 GB (its share of this machine's, by 2)")
+    monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**6))
+    found(network.memory, case_of(cpu=True), "warn", "it has 5 MB", "nodes with more memory")
+    found(network.memory, case_of(cpu=True, device_memory=10**6), "fail", "one picture at a time does not fit", "more processes")
 
 
 def test_code_that_was_changed(case_of, tmp_path, monkeypatch):
@@ -57,13 +69,19 @@ def test_limits_of_the_machine(case_of):
     assert case.splits
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-        found(machine.open_files, case, "fail", "300 for a process, which may open 448", "ulimit -n 4096")
+        found(machine.open_files, case, "fail", "may open 300 files at a time, and one of this run may need 448", "ulimit -n 4096")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     found(machine.shared_memory, case_of("data.workers=0"), "pass", "data.workers is 0")
     large = case_of("data.workers=64", "data.image_size=40000", "data.global_batch=4096")
     found(machine.shared_memory, large, "fail", "free in /dev/shm", "--shm-size")
-    found(machine.cores, case_of("data.workers=5000"), "warn", "for 1 x 5001 processes", "data.workers=")
+    found(
+        machine.cores,
+        case_of("data.workers=5000"),
+        "warn",
+        "1 training process with 5 000 loaders each (data.workers) want 5001",
+        "",
+    )
 
 
 def test_trackers(case_of, tmp_path, monkeypatch):
@@ -80,7 +98,8 @@ def test_trackers(case_of, tmp_path, monkeypatch):
     found(cluster.wandb, case_of(*online), "warn", "is not reached from here", "tracking.mode=offline")
 
 
-SINFO = "echo 'gpu|1-00:00:00|2|up'; echo 'short|30:00|8|up'; echo 'old|infinite|4|down'"
+SINFO = """echo 'gpu|1-00:00:00|2|up'; echo 'short|30:00|8|up'; echo 'old|infinite|4|down'
+case "$*" in *--all*) echo 'secret|2-00:00:00|1|up';; esac"""
 
 
 @pytest.fixture
@@ -104,18 +123,25 @@ def slurm(tmp_path, monkeypatch):
         ({"partition": "gpu", "nodes": 2, "seconds": 86_400.0}, "pass", "partition gpu", ""),
         ({}, "pass", "partitions gpu, short, old", ""),
         ({"partition": "gpus"}, "fail", "there is no partition gpus", "one of gpu, short, old"),
+        ({"partition": "secret"}, "pass", "partition secret", ""),
+        ({"partition": "old,short,gpu", "nodes": 2, "seconds": 86_400.0}, "pass", "partition old or short or gpu", ""),
+        ({"partition": "gpu,gpus,gone"}, "fail", "there is no partition gpus, gone", "one of gpu, short, old"),
+        ({"partition": "gpu,short", "nodes": 8, "seconds": 3600.0}, "fail", "gpu,short gives 30 min 00 s", "--time 0:30:00"),
+        ({"partition": "gpu,old", "nodes": 4}, "fail", "the largest partition has 2", "--nodes 2"),
+        ({"partition": "short,gpu", "account": "sound"}, "pass", "account sound", ""),
         ({"partition": "old"}, "fail", "partition old is down", "another of"),
         ({"partition": "gpu", "nodes": 3}, "fail", "the largest partition has 2", "--nodes 2"),
         ({"partition": "short", "seconds": 3600.0}, "fail", "short gives 30 min 00 s", "--time 0:30:00"),
         ({"account": "vision"}, "pass", "account vision", ""),
         ({"partition": "gpu", "account": "vision"}, "pass", "partition gpu, account vision", ""),
         ({"partition": "gpu", "account": "speech"}, "fail", "is for accounts vision,sound, not for speech", "--account"),
-        ({"account": "visions"}, "fail", "has no account visions (but speech, vision)", "--account"),
+        ({"account": "visions"}, "fail", "has no account visions (but sound, speech, vision)", "--account"),
     ],
 )
 def test_what_is_asked_of_slurm(case_of, slurm, facts, status, words, remedy):
-    allowed = 'echo "PartitionName=$3 AllowGroups=ALL AllowAccounts=vision,sound AllowQos=ALL"'
-    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech", scontrol=allowed)
+    allowed = 'echo "PartitionName=$5 AllowGroups=ALL AllowAccounts=$accounts AllowQos=ALL"'
+    allowed = f"if [ $5 = gpu ]; then accounts=vision,sound; else accounts=nobody; fi; {allowed}"
+    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech; echo sound", scontrol=allowed)
     found(cluster.slurm, case_of(**facts), status, words, remedy)
 
 

@@ -1,5 +1,6 @@
 """The doctor's launch of real processes, and all of the doctor as a command."""
 
+import contextlib
 import json
 import os
 import signal
@@ -27,9 +28,10 @@ def test_accelerate_configs_are_read():
         read_config(Path("README.md"))
 
 
-def launched(case: Case, **changes) -> Finding:
-    """What is said of a probe that found this."""
+def launched(case: Case, silent: float = 60.0, **changes) -> Finding:
+    """What is said of a probe that found this, and told it so many seconds ago."""
     one = launch.Launch(case)
+    one._silence = lambda: silent
     one.processes, one.seconds = 2, 5.0
     facts = {"backend": "fsdp2", "world_size": 2, "device": "one H100", "precision": "float32", "reduced": ["2 pictures"]}
     steps = {kind: (1.0, 0.1) for kind in ("pretrain", "weights", "architecture")}
@@ -52,6 +54,7 @@ def launched(case: Case, **changes) -> Finding:
         ),
         ({"alike": False}, "fail", "do not have the same weights", "network"),
         ({"alike": None}, "fail", "did not all come to an end: fsdp2 on 2", "NCCL_DEBUG"),
+        ({"alike": None, "silent": 1.0}, "warn", "did not all come to an end: fsdp2 on 2", "less busy"),
         ({"alike": None, "device": "CPU"}, "warn", "did not all come to an end: fsdp2 on 2", "a node with a GPU"),
         ({"alike": None, "backend": None, "steps": {}}, "fail", "not yet wrapped: 2 of 16 processes", "NCCL_DEBUG"),
     ],
@@ -78,7 +81,34 @@ def test_a_launch_that_takes_too_long_is_ended(case_of):
     with launch.Launch(case) as one:
         told = one.finding(0.5)
         assert one.process.poll() is not None
-    assert told.status == "fail" and "did not come together" in told.found, told
+    assert told.status == "warn" and "0 of 2 processes were up" in told.found and "may be busy" in told.found, told
+    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.checks.probe" in told.remedy
+
+
+@pytest.mark.parametrize(
+    ("gpus", "up", "age", "said", "status", "words"),
+    [
+        (True, 2, 60.0, "", "fail", "2 of 2 processes were up"),
+        (True, 2, 1.0, "", "warn", "2 of 2 processes were up"),
+        (True, 1, 60.0, "", "warn", "1 of 2 processes were up"),
+        (False, 2, 60.0, "", "warn", "2 of 2 processes were up"),
+        (False, 2, 1.0, "RuntimeError: no address", "fail", "not at its end after"),
+    ],
+)
+def test_processes_that_have_not_met_may_only_be_slow(case_of, tmp_path, gpus, up, age, said, status, words):
+    case = case_of(processes=2, config=read_config(Path("recipes/accelerate/ddp.yaml")))
+    with launch.Launch(case) as one:
+        one._end()
+    one.gpus, one.result = gpus, tmp_path / "probe.json"
+    for rank in range(up):
+        path = tmp_path / f"probe.json.{rank}.up"
+        path.touch()
+        os.utime(path, (time.time() - age, time.time() - age))
+    one.process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    with tempfile.TemporaryFile() as one.said:
+        one.said.write(said.encode())
+        told = one.finding(0.1)
+    assert told.status == status and words in told.found and said in told.found and told.remedy, told
 
 
 class Left(BaseException):
@@ -153,12 +183,34 @@ def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_pat
     assert " 1 failed" in lines[-1] and not (tmp_path / "run").exists()
 
 
+def test_a_pipe_that_is_closed_early_is_no_fault(monkeypatch, run, digits, tmp_path):
+    """As by head. The exit code tells the same."""
+    for words, code in (((), 0), (("--json",), 0), (("data.global_batch=5000",), 1)):
+        end, begin = os.pipe()
+        os.close(end)
+        pipe = os.fdopen(begin, "w")
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run(*arguments(digits, tmp_path / "run"), *words, "--quick", "--cpu", "--grace", "60")[0] == code
+        # Its end would try to write the rest.
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+
+
+def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypatch):
+    path = Path("recipes/digits.yaml").absolute()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["doctor", str(path), "--processes-per-node", "2", "--cpu", "--grace", "60"])
+    asked = doctor.case_of(doctor._arguments())
+    assert (asked.backend, asked.ranks, asked.cpu, asked.grace) == ("ddp", 2, True, 60.0)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["recipes/none.yaml"], "recipes/none.yaml: no such recipe"),
         (["recipes/digits.yaml", "seeds=3"], "unknown key 'seeds'"),
         (["recipes/digits.yaml", "--nodes", "0"], "--nodes 0: expected at least 1"),
+        (["recipes/digits.yaml", "--grace", "0"], "--grace 0.0: expected seconds"),
         (["recipes/digits.yaml", "--time", "soon"], "--time: expected a time"),
         (["recipes/digits.yaml", "--device-memory", "80"], "--device-memory 80: expected an amount"),
         (["recipes/digits.yaml", "--config-file", "none.yaml"], "--config-file none.yaml: not an Accelerate config"),

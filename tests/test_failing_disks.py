@@ -153,9 +153,27 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
     ended = train_here(*arguments(digits, short, *SHORT))
     assert ended.code == 2
     assert ended.err.startswith(
-        f"error: key 'output': {short} holds a run without a checkpoint to go on from; replace it by --over"
+        f"error: key 'output': {short} holds a run without a checkpoint to go on from; name another output="
     )
     assert tensors(short)
+
+
+def test_checkpoints_none_of_which_could_be_written_are_not_said_to_be_gone(train_here, digits, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    failing(monkeypatch, range(1000))
+    monkeypatch.setattr("dnal_dist.saver.BETWEEN", 0.01)
+    ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--max-time=1s")
+    assert ended.code == stopping.STOPPED, ended.err
+    before = (run / "metrics.jsonl").read_bytes()
+    ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"))
+    assert ended.code == 2 and (run / "metrics.jsonl").read_bytes() == before
+    (line,) = ended.err.splitlines()
+    assert f"none of the checkpoints of {run} could be written" in line and "; make room, and " in line
+    # Of a run that had gone on from one, they are gone.
+    lines = before.decode().replace('"resumed": false', '"resumed": true', 1)
+    assert lines != before.decode()
+    (run / "metrics.jsonl").write_text(lines)
+    assert "are gone, though" in train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3")).err
 
 
 def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here, digits, tmp_path):

@@ -85,7 +85,7 @@ def test_another_recipe_is_shown_and_refused(train_here, short, digits, change, 
     assert first == f"error: {short}: the recipe has changed since the run began:"
     name, values = key
     assert diff[:2] == [f"  - {name}: {values[0]}", f"  + {name}: {values[1]}"]
-    assert last.startswith(f"undo that, or go on by --allow-changed {name}")
+    assert f"remove the folder (outside of SLURM: --allow-changed {name} " in last and last.endswith("or --overwrite)")
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
 
@@ -108,9 +108,9 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
 @pytest.mark.parametrize(
     "change, allowed, told",
     [
-        ("model.width=0.5", ["model.width"], r"- model\.width: 1\.0\n  \+ model\.width: 0\.5\nundo that, or begin anew"),
+        ("model.width=0.5", ["model.width"], r"- model\.width: 1\.0\n  \+ model\.width: 0\.5\nundo that, .*SLURM: --overwrite\)"),
         ("seed=1", ["sed"], r"--allow-changed sed: no such key in the recipe"),
-        ("seed=1", ["phases"], r"undo that, or go on by --allow-changed seed, or"),
+        ("seed=1", ["phases"], r"undo that, or .*SLURM: --allow-changed seed or --overwrite\)"),
     ],
 )
 def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told):
@@ -139,7 +139,7 @@ def test_shards_may_move_but_not_change(train_here, short, digits, tmp_path):
     before = (short / "recipe.yaml").read_bytes()
     ended = train_here(*arguments(moved, short, *SHORT))
     assert ended.code == 2 and (short / "recipe.yaml").read_bytes() == before
-    assert "error: key 'data.train': the shards are not those that the run began with; put those back, or go on by" in ended.err
+    assert "error: key 'data.train': the shards are not those that the run began with; put those back, or remove the" in ended.err
     assert train_here(*arguments(moved, short, *SHORT), "--allow-changed", "data").code == 0
 
 

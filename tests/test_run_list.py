@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -51,9 +52,13 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     run = tmp_path / "run"
     run.mkdir()
     (run / "stop").touch()
-    assert train_here(*arguments(digits, run, *SHORT)).code == 75
+    late = ("phases.pretrain.steps=3", "tracking.log_every=100")
+    assert train_here(*arguments(digits, run, *SHORT, *late)).code == 75
     one = runs.told(run)
     assert one["state"] == "stopped" and one["phase"] == "pretrain" and "checkpoint_age" in one
+    (stop,) = [record for record in records_of(run) if record["kind"] == "stop"]
+    # It came before the first train record.
+    assert not any(record["kind"] == "train" for record in records_of(run)) and one["step"] == stop["step"] >= 1
     (run / "stop").unlink(missing_ok=True)
     # Started again and killed: its last start has no stop behind it.
     records = records_of(run)
@@ -183,10 +188,29 @@ def test_the_list_in_a_pipe_is_plain_and_uncut(tmp_path, short):
     cut(short, "end")
     ended = command(tmp_path)
     head, first, second = ended.stdout.splitlines()
-    assert ended.returncode == 0 and head.split() == runs.HEAD
+    assert ended.returncode == 0 and re.split(" {2,}", head) == runs.HEAD
     assert first.startswith("short ") and "crashed or killed, goes on by the same command" in first and " 4/4 " in first
     assert second.startswith(name) and "finished" in second and not ended.stderr
+    assert first.endswith(" s ago") and "ago" not in second
     assert [one["state"] for one in json.loads(command(tmp_path, "--json").stdout)] == ["killed", "finished"]
+
+
+def test_where_warnings_are_to_be_read_is_told_once(tmp_path, short):
+    records = records_of(short)
+    rewrite(short, [*records, {"kind": "warning", "time": records[-1]["time"], "global_step": 12, "message": "a word"}])
+    shutil.copytree(short, tmp_path / "other")
+    _, *rows, last = command(tmp_path).stdout.splitlines()
+    assert len(rows) == 2 and all(row.endswith("  1") for row in rows) and last == runs.WARNINGS
+
+
+def test_a_pipe_that_is_closed_early_is_no_fault(tmp_path, short):
+    """As by head."""
+    for words in ((), ("--json",)):
+        end, begin = os.pipe()
+        os.close(end)
+        ended = subprocess.run([sys.executable, "-m", "dnal_dist.runs", tmp_path, *words], stdout=begin, stderr=subprocess.PIPE)
+        os.close(begin)
+        assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_folders_without_runs_and_none(tmp_path):

@@ -92,8 +92,12 @@ class Case:
     config: Config | None = None
     seconds: float | None = None
     """Time limit of the job."""
+    grace: float | None = None
+    """Seconds between the word that the job is to end and its end."""
     device_memory: int | None = None
     """Bytes of one device."""
+    cpu: bool = False
+    """Whether it is to train without GPUs, though there may be some here."""
     partition: str | None = None
     account: str | None = None
     quick: bool = False

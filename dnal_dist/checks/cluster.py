@@ -29,7 +29,9 @@ def slurm(case: Case) -> Finding:
         return passes("not here, and nothing of it is asked for")
     if missing:
         return fails(f"{', '.join(missing)} of SLURM's commands are not here", "install slurm-client, or mend PATH")
-    told = output_of(["sinfo", "--noheader", "--format=%R|%l|%D|%a"], ANSWER)
+    # One that is hidden may be asked for by its name all the same.
+    hidden = ["--all"] if case.partition else []
+    told = output_of(["sinfo", *hidden, "--noheader", "--format=%R|%l|%D|%a"], ANSWER)
     if told is None:
         if asked:
             return fails("the commands are here, but the controller does not answer", "`sinfo`, `scontrol ping`")
@@ -39,23 +41,31 @@ def slurm(case: Case) -> Finding:
     if fault is not None:
         return fault
     names = ", ".join(dict.fromkeys(name for name, *_ in partitions))
-    of = f"partition {case.partition}" if case.partition else f"partitions {names}"
+    of = f"partition {' or '.join(_named(case))}" if case.partition else f"partitions {names}"
     account = f", account {case.account}" if case.account else ""
     return passes(f"answers; {of}{account} take {case.nodes} x {case.processes} processes" if asked else f"answers; {of}")
 
 
+def _named(case: Case) -> list[str]:
+    """A job may name several partitions, and begins in the first that has room."""
+    return [name.strip() for name in (case.partition or "").split(",") if name.strip()]
+
+
 def _partition(case: Case, partitions: list[list[str]]) -> Finding | None:
-    found = [one for one in partitions if case.partition in (None, one[0])]
-    known = ", ".join(dict.fromkeys(name for name, *_ in partitions)) or "none"
+    """The fault, if there is none that could take the job."""
+    there = dict.fromkeys(name for name, *_ in partitions)
+    named, known = _named(case) or list(there), ", ".join(there) or "none"
+    if missing := [name for name in named if name not in there]:
+        return fails(f"there is no partition {', '.join(missing)}", f"--partition with one of {known}")
+    found = [one for one in partitions if one[0] in named and one[3] == "up"]
     if not found:
-        return fails(f"there is no partition {case.partition}", f"--partition with one of {known}")
-    if all(state != "up" for *_, state in found):
-        return fails(f"partition {case.partition or known} is {found[0][3]}", f"--partition with another of {known}")
+        states = next((state for name, *_, state in partitions if name in named), "not there")
+        return fails(f"partition {case.partition or known} is {states}", f"--partition with another of {known}")
     if (nodes := max(int(one[2]) for one in found)) < case.nodes:
         return fails(
             f"{case.nodes} nodes are asked for, the largest partition has {nodes}", f"--nodes {nodes}, or another --partition"
         )
-    limits = [_seconds(one[1]) for one in found]
+    limits = [_seconds(one[1]) for one in found if int(one[2]) >= case.nodes]
     if case.seconds is not None and all(limit is not None and limit < case.seconds for limit in limits):
         longest = max(limit for limit in limits if limit is not None)
         return fails(
@@ -81,14 +91,10 @@ def _clock(seconds: float) -> str:
 def _account(case: Case) -> Finding | None:
     if case.account is None:
         return None
-    if case.partition is not None:
-        told = output_of(["scontrol", "show", "partition", case.partition, "--oneliner"], ANSWER) or ""
-        allowed = next((word.partition("=")[2] for word in told.split() if word.startswith("AllowAccounts=")), "ALL")
-        if allowed != "ALL" and case.account not in allowed.split(","):
-            return fails(
-                f"partition {case.partition} is for accounts {allowed}, not for {case.account}",
-                "another --account or --partition",
-            )
+    allowed = {name: _allowed(name) for name in _named(case)}
+    if allowed and not any({"ALL", case.account} & {*accounts.split(",")} for accounts in allowed.values()):
+        told = ", ".join(f"partition {name} is for accounts {accounts}" for name, accounts in allowed.items())
+        return fails(f"{told}, not for {case.account}", "another --account or --partition")
     told = output_of(["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={_user()}", "format=account"], ANSWER)
     if told is None:
         return warns(f"whether {_user()} may use account {case.account} could not be asked", "`sacctmgr show assoc`, by hand")
@@ -97,6 +103,12 @@ def _account(case: Case) -> Finding | None:
         known = ", ".join(accounts) or "none"
         return fails(f"{_user()} has no account {case.account} (but {known})", "--account with one of those, or ask for it")
     return None
+
+
+def _allowed(partition: str) -> str:
+    """The accounts that it is for, or ALL."""
+    told = output_of(["scontrol", "--all", "--oneliner", "show", "partition", partition], ANSWER) or ""
+    return next((word.partition("=")[2] for word in told.split() if word.startswith("AllowAccounts=")), "ALL")
 
 
 def _user() -> str:

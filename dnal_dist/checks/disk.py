@@ -1,9 +1,11 @@
 """Checks of the run folder and its disk. All that is written is taken away again, and nothing is put among a run's own files."""
 
+import math
 import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 from shutil import disk_usage
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from dnal_dist import checkpoint, stopping
 from dnal_dist.checkpoint import Checkpoint, Kept, State
 from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
-from dnal_dist.folder import look
+from dnal_dist.folder import ANEW, look
 from dnal_dist.occupied import occupied
 from dnal_dist.plan import short
 from dnal_dist.results import duration
@@ -22,6 +24,10 @@ CLOCKS = 2.0
 BUSY = 0.5
 # Bytes that are written to measure it.
 MEASURED = 256 << 20
+# What slurm/train.sbatch writes into the stop file for itself; it takes away what it left behind.
+SCRIPTS = "asked for by job"
+# Of the grace of a job, what its script keeps to come to its own end: seconds, but no more than this share.
+KEPT, PART = 30.0, 0.25
 # Seconds that importing, reading the index and joining the processes may take before a run takes its first step.
 START = 120.0
 
@@ -37,7 +43,7 @@ def run_folder(case: Case) -> Finding:
             file.flush()
     except OSError as error:
         return fails(f"{case.place}: cannot be written ({error.strerror})", "name another key 'output', or mend its permissions")
-    if (folder / "stop").exists():
+    if _stops(folder):
         return fails(f"{folder / 'stop'} is there, so a run would stop at its first step", f"rm {folder / 'stop'}")
     taken = occupied(folder)
     saved, faults = look(folder, case.settings)
@@ -50,9 +56,18 @@ def run_folder(case: Case) -> Finding:
         return passes(f"{folder} can be written, and a run begins there{unknown}")
     state = saved.state
     if state.phase == "done":
-        return warns(f"{folder} holds this run, finished{unknown}", "name another key 'output', or train with --overwrite")
+        return warns(f"{folder} holds this run, finished{unknown}", f"to train it anew, {ANEW}")
     told = f"{folder} holds this run, which goes on in {state.phase} after {state.step} of its steps{unknown}"
     return warns(f"{told}; {faults[0]}", "see what damages files on this disk") if faults else passes(told)
+
+
+def _stops(folder: Path) -> bool:
+    """Whether a file there would stop a run."""
+    try:
+        with (folder / "stop").open(errors="replace") as file:
+            return not file.read(len(SCRIPTS)).startswith(SCRIPTS)
+    except OSError:
+        return (folder / "stop").exists()
 
 
 def disk(case: Case) -> Finding:
@@ -112,7 +127,8 @@ def _judged(case: Case, seconds: float, told: str) -> Finding:
     """seconds: that one checkpoint takes."""
     settings, limit = case.settings.checkpoint, limit_of(case)
     # What stopping.Edges leaves of the time for the last one, and as much as a run needs to begin.
-    needed = START + 2 * seconds + 5
+    saved = 2 * seconds + 5
+    needed = START + saved
     every = None if settings.every_minutes is None else 60 * settings.every_minutes
     if limit is not None:
         told += f", the time limit is {duration(limit)}"
@@ -123,6 +139,12 @@ def _judged(case: Case, seconds: float, told: str) -> Finding:
                 f"{told}; a job that is killed without warning loses up to {settings.every_minutes:g} minutes",
                 f"checkpoint.every_minutes={max(1, int(limit / 600))}",
             )
+    if case.grace is not None and case.grace - min(KEPT, PART * case.grace) < saved:
+        return fails(
+            f"{told}, and a job that is told to save is ended {duration(case.grace)} later: too little to save in, if one is being "
+            "written already",
+            f"--grace {math.ceil(saved + KEPT)}, or a faster disk by key 'output'",
+        )
     if every is not None and seconds > BUSY * every:
         return warns(
             f"{told}, and there is one every {settings.every_minutes:g} minutes",
@@ -144,7 +166,8 @@ def clock(case: Case) -> Finding:
     # Time of the kernel's last tick, which may lie a hundredth of a second back.
     off = max(before - 0.05 - written, written - after, 0.0)
     synchronised = output_of(["timedatectl", "show", "--property=NTPSynchronized", "--value"], 3)
-    told = f"{off:.1f} s beside that of {case.place}" if off > CLOCKS else f"as that of {case.place}"
+    agrees = "agrees with" if off <= CLOCKS else f"differs by {off:.1f} s from"
+    told = f"this machine's clock {agrees} that of the file system of {case.place}"
     if off > CLOCKS:
         return warns(told, "set the clock of this machine by NTP (chrony, systemd-timesyncd): ages and time limits are wrong")
     if synchronised == "no":

@@ -16,6 +16,8 @@ from dnal_dist.checks.network import CHECKOUT, gpu_facts
 
 # The probe's pictures are no larger than this, where the network takes such ones.
 SIZE = 64
+# Seconds without a word after which processes with GPUs hang, rather than take their time.
+SILENT = 15.0
 
 
 class Launch:
@@ -23,7 +25,8 @@ class Launch:
 
     def __init__(self, case: Case):
         # Of several nodes with one process each two are tried here, unless they would share a GPU and train on the CPU.
-        self.case, self.processes = case, min(case.processes if gpu_facts() else case.ranks, PROBED)
+        self.gpus = bool(not case.cpu and gpu_facts())
+        self.case, self.processes = case, min(case.processes if self.gpus else case.ranks, PROBED)
         self.begun, self.process = time.monotonic(), None
 
     def __enter__(self) -> "Launch":
@@ -46,6 +49,8 @@ class Launch:
         paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # As in the doctor itself (see doctor.main).
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        if self.case.cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         return subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=self.said, stderr=self.said, start_new_session=True
         )
@@ -68,10 +73,37 @@ class Launch:
         found = json.loads(self.result.read_text()) if self.result.is_file() else None
         if code:
             return fails(f"exit code {code}: {self._last()}", self._remedy())
-        if found is None:
-            told = f"the processes did not come together within {self.seconds:.0f} s: {self._last()}"
-            return fails(told, "start recipes/digits.yaml with the same config to see where it hangs")
-        return self._judged(found)
+        if code is None and (why := self._error()) and "alike" not in (found or {}):
+            return fails(f"not at its end after {self.seconds:.0f} s: {why}", self._remedy())
+        if found is not None:
+            return self._judged(found)
+        if code == 0:
+            return fails(f"the launcher ended, but no process told anything: {self._last()}", f"try by hand: {self._by_hand()}")
+        return self._apart()
+
+    def _apart(self) -> Finding:
+        """Of processes that have not met, though none has failed."""
+        up = self._up()
+        told = f"{len(up)} of {self.processes} processes were up after {self.seconds:.0f} s; they had not met, and none had failed"
+        if self.gpus and len(up) == self.processes and self._silence() > SILENT:
+            return fails(f"{told}: {self._last()}", f"see with NCCL_DEBUG=INFO where it hangs: {self._by_hand()}")
+        told += "; this machine may be busy, or its file system slow to load Python's packages from"
+        return warns(told, f"ask again later, or try by hand: {self._by_hand()}")
+
+    def _up(self) -> list[float]:
+        """When each process that has come so far had imported all it needs, in seconds since 1970."""
+        return [path.stat().st_mtime for path in self.result.parent.glob(f"{self.result.name}.*.up")]
+
+    def _silence(self) -> float:
+        """Seconds since a process told anything."""
+        told = [self.result.stat().st_mtime] if self.result.is_file() else []
+        return time.time() - max([*self._up(), *told], default=time.time())
+
+    def _by_hand(self) -> str:
+        """The probe, which needs no shards and leaves one small file."""
+        config = self.case.config
+        launcher = "python" if config is None else f"accelerate launch --config_file {config.path} --num_processes {self.processes}"
+        return f"{launcher} -m dnal_dist.checks.probe recipes/digits.yaml probe.json {SIZE}"
 
     def _judged(self, found: dict) -> Finding:
         case, config = self.case, self.case.config
@@ -104,17 +136,26 @@ class Launch:
     def _late(self, told: str, found: dict) -> Finding:
         # Small operations by the thousand, on processors that others may be using.
         if found["device"] == "CPU":
-            return warns(told, "look at it on a node with a GPU, or when this machine is less busy")
+            when = "when this machine is less busy"
+            return warns(told, f"look at it {when}" if self.case.cpu else f"look at it on a node with a GPU, or {when}")
+        if self._silence() < SILENT:
+            return warns(told, "look at it when this machine and its file system are less busy")
         return fails(told, "look at GPU and network with nvidia-smi and NCCL_DEBUG=INFO")
 
     def _last(self) -> str:
         """The line that says why, of all that the launcher and its processes printed."""
-        self.said.seek(0)
-        lines = [line.strip() for line in self.said.read().decode(errors="replace").splitlines() if line.strip()]
+        return self._error() or (self._lines()[-1:] or ["nothing was printed"])[0][:300]
+
+    def _error(self) -> str | None:
+        lines = self._lines()
         own = [line for line in lines if line.startswith("error: ")]
         errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
         # The launcher's own comes last, and only tells that a process failed.
-        return (own or errors or lines[-1:] or ["nothing was printed"])[0][:300]
+        return next((line[:300] for line in own or errors), None)
+
+    def _lines(self) -> list[str]:
+        self.said.seek(0)
+        return [line.strip() for line in self.said.read().decode(errors="replace").splitlines() if line.strip()]
 
     def _remedy(self) -> str:
         path = self.case.config.path if self.case.config else "an Accelerate config"

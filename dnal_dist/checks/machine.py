@@ -61,6 +61,8 @@ def _tested() -> dict[str, str]:
 
 def gpus(case: Case) -> Finding:
     """GPUs, CUDA, NCCL and the driver. No context is made on any GPU."""
+    if case.cpu:
+        return passes("not asked for")
     built, found, seen = torch.version.cuda, gpu_facts(), torch.cuda.device_count()
     if not found and not seen:
         return warns(
@@ -99,11 +101,11 @@ def open_files(case: Case) -> Finding:
     main = OTHERS + 2 * workers * (AHEAD * TENSORS + PIPES) + (0 if workers else sum(min(OPEN_SHARDS, n) for n in found))
     loader = OTHERS + max((min(OPEN_SHARDS, n) for n in found), default=OPEN_SHARDS)
     needed = max(main, loader)
-    told = f"{soft} for a process, which may open {needed}"
+    told = f"a process may open {soft} files at a time, and one of this run may need {needed}"
     if soft != resource.RLIM_INFINITY and soft < needed:
         higher = f"ulimit -n {max(4096, needed)}"
         return fails(told, higher if hard == resource.RLIM_INFINITY or hard >= needed else f"{higher}, by an administrator")
-    return passes("no limit" if soft == resource.RLIM_INFINITY else told)
+    return passes(f"no limit, and one process of this run may need {needed}" if soft == resource.RLIM_INFINITY else told)
 
 
 def shared_memory(case: Case) -> Finding:
@@ -131,7 +133,8 @@ def cores(case: Case) -> Finding:
     allowed = os.environ.get("SLURM_CPUS_ON_NODE", "")
     here = min(here, int(allowed)) if allowed.isdigit() else here
     workers, wanted = case.settings.data.workers, case.processes * (1 + case.settings.data.workers)
-    told = f"{here} here for {case.processes} x {1 + workers} processes of a node (each training, and its data.workers)"
+    told = f"{many(here, 'core')} here; on a node, {case.processes} training {'process' if case.processes == 1 else 'processes'} "
+    told += f"with {many(workers, 'loader')} each (data.workers) want {wanted}"
     if here < wanted:
         fitting = max(0, here // case.processes - 1)
         return warns(

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import psutil
+
 from dnal_dist import budget, plan, refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.initial import PREFIX
@@ -39,7 +41,9 @@ def _parts(case: Case) -> int:
 def memory(case: Case) -> Finding:
     """What plan.py estimates of one process against the memory of a device."""
     device, told = case.device_memory, ""
-    if device is None and (gpus := gpu_facts()):
+    if device is None and case.cpu:
+        device, told = psutil.virtual_memory().total // case.processes, f" (its share of this machine's, by {case.processes})"
+    elif device is None and (gpus := gpu_facts()):
         device, told = min(gpu["memory"] for gpu in gpus), " (this machine's)"
     precision = "bf16" if case.config is not None and case.config.precision in ("bf16", "fp16") else "no"
     backend = "ddp" if case.backend == "single" else case.backend
@@ -53,7 +57,11 @@ def memory(case: Case) -> Finding:
     estimate = f"{words} take about {plan.short(needs)}" if needs else words
     if device is None:
         return warns(f"{estimate}; there is no device here to compare with", "--device-memory 80GB (of one device)")
-    told = f"{estimate}; a device has {plan.short(device)}{told}, of which {plan.USABLE:.0%} are counted on"
+    own = case.cpu and case.device_memory is None
+    told = f"{estimate}; {'it' if own else 'a device'} has {plan.short(device)}{told}, of which {plan.USABLE:.0%} are counted on"
+    if own and not (kept["fits"] and kept["parts"] <= parts):
+        # The job's machines may have more.
+        return warns(told, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")
     if not kept["fits"]:
         return fails(
             f"{told}; one picture at a time does not fit", "more processes, training.activation_checkpointing=true, or fsdp2"

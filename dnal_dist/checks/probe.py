@@ -26,6 +26,8 @@ PICTURES = 2
 
 def main() -> None:
     path, result, largest = sys.argv[1:]
+    # All is imported; what follows waits for the others.
+    Path(f"{result}.{os.environ.get('RANK', '0')}.up").touch()
     parallel = None
     try:
         settings = recipe.load(path)
