@@ -133,8 +133,9 @@ def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
         known = {str(start.get(key, "unknown"))[:60] for run in row.finished for start in run.of("start")}
         if len(known) > 1:
             told.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(_short, known)))}.")
-    if told_changes := [words for run in row.runs for words in seeds.changes(run)]:
-        told.append(f"{who}: changed on the way ({'; '.join(told_changes)}), so it is the result of no one setting.")
+    for run in row.runs:
+        if changes := seeds.changes(run):
+            told.append(f"{where(run.folder, found)}: changed on the way ({'; '.join(changes)}), so it is a row of its own.")
     for run in row.collapsed:
         told.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
     return told

@@ -301,7 +301,7 @@ class Tracking(Section):
     project: str = "dnal_dist"
     """W&B project."""
     plots: bool = True
-    """Draw plots/*.svg and *.png at the run's end, in a second or two; `python -m dnal_dist.report` does it at any time."""
+    """Draw plots/*.svg and *.png at the run's end, which takes seconds; `python -m dnal_dist.report` does it at any time."""
 
 
 class Training(Section):

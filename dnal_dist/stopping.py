@@ -55,14 +55,20 @@ class Signals:
 class Edges:
     """Where a run looks, between two steps or two batches of an evaluation, whether it is to stop or to save.
 
-    until: when the run has to be over, in seconds since 1970. It, the stop file and the time for a checkpoint are the main
+    until: when the run has to be over, in seconds since 1970; leaving: seconds that its end may take beside a checkpoint. The
+    time, the stop file and the time for a checkpoint are the main
     process's affair; signals and the loss of the launcher are everybody's.
     """
 
     def __init__(
-        self, parallel: Parallel, signals: Signals | None = None, stop_file: Path | None = None, until: float | None = None
+        self,
+        parallel: Parallel,
+        signals: Signals | None = None,
+        stop_file: Path | None = None,
+        until: float | None = None,
+        leaving: float = 0.0,
     ):
-        self.parallel, self.signals, self.stop_file, self.until = parallel, signals, stop_file, until
+        self.parallel, self.signals, self.stop_file, self.until, self.leaving = parallel, signals, stop_file, until, leaving
         # A shell that is left behind is no reason to stop; a launcher that is gone cannot end the others any more.
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self.parent = os.getppid() if launched else None
@@ -79,7 +85,7 @@ class Edges:
         passed = time.monotonic() - self.since
         self.longest = max(passed, 0.95 * self.longest)
         found = torch.zeros(6, dtype=torch.float64)
-        reasons = self._reasons(2 * needs + 2 * self.longest + 5.0)
+        reasons = self._reasons(2 * needs + 2 * self.longest + 5.0 + self.leaving)
         found[: len(reasons)] = torch.tensor([bool(reason) for reason in reasons])
         if self.parallel.main:
             found[4:] = torch.tensor([save, self._next(passed)])

@@ -16,6 +16,8 @@ from dnal_dist.sender import said
 
 # How long W&B tries to start; less than a run waits for that (sender.START_SECONDS).
 INIT_SECONDS = 15.0
+# W&B keeps what it is told in memory for so long; of its service, when it is killed, no more than that is lost.
+FLUSH_SECONDS = 1.0
 # How long W&B's service has to end when all is said.
 LEAVE_SECONDS = 2.0
 NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
@@ -112,6 +114,13 @@ def outcome(folder: Path) -> dict[str, float]:
     return {f"result/{key}": value for key, value in found.items()}
 
 
+def shown_name(folder: Path, name: str) -> str:
+    """A run's name among others: the recipe's and, where it tells more, the run folder's, which the runs of a sweep differ in."""
+    own = folder.resolve().name
+    # W&B takes no longer ones with what is put behind; the end of a folder's name tells more than its beginning.
+    return (own if name in own else f"{name} {own}")[-100:]
+
+
 def sites_table(full: dict[str, int], kept: dict[str, int]) -> tuple[list[str], list[list]]:
     """Columns and rows of the channels of each site before and after pruning."""
     rows = [[site, channels, kept[site], round(kept[site] / channels, 4)] for site, channels in full.items()]
@@ -124,7 +133,7 @@ class Wandb:
     def __init__(self, folder: Path, recipe, parallel: Parallel, run_id: str, mode: str):
         self.wandb, self.parallel, self.folder = library(), parallel, folder.resolve()
         self.recipe, self.id, self.mode, self.sites = recipe, run_id, mode, {}
-        self.age, self.data = -1, None
+        self.age, self.data, self.name = -1, None, shown_name(folder, recipe.name)
 
     def start(self, _: int) -> str | None:
         remark = None
@@ -150,8 +159,9 @@ class Wandb:
         return remark
 
     def _begin(self, mode: str) -> None:
-        settings = self.wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, x_disable_stats=True)
-        begin = {"name": self.recipe.name, "dir": str(self.folder), "mode": mode, "settings": settings}
+        quiet = {"silent": True, "console": "off", "x_disable_stats": True}
+        settings = self.wandb.Settings(**quiet, init_timeout=INIT_SECONDS, x_transaction_log_flush_interval=FLUSH_SECONDS)
+        begin = {"name": self.name, "dir": str(self.folder), "mode": mode, "settings": settings}
         begin |= {"id": self.id, "resume": "allow"}
         self.run = self.parallel.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
 
@@ -180,7 +190,7 @@ class Wandb:
     def deliver(self, _: int) -> None:
         """The figures of the final table, the compact network, and the report."""
         self.run.summary.update(outcome(self.folder))
-        name = re.sub(r"[^\w.-]+", "-", self.recipe.name)
+        name = re.sub(r"[^\w.-]+", "-", self.name)
         report = [self.folder / file for file in ("report.html", "report.md", "metrics.jsonl", "recipe.yaml")]
         report += sorted((self.folder / "plots").glob("*"))
         for kind, what, within, files in (
@@ -219,7 +229,7 @@ class Wandb:
             with contextlib.suppress(psutil.Error):
                 if child.name() != "wandb-core":
                     continue
-                # Politely first: it may still have to write what it was told.
+                # Neither way does it write what it holds: see FLUSH_SECONDS.
                 child.terminate()
                 with contextlib.suppress(psutil.TimeoutExpired):
                     child.wait(LEAVE_SECONDS)

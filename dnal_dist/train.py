@@ -51,9 +51,9 @@ def main() -> None:
         until = stopping.limit(args.max_time)
         trackers.require(settings.tracking.tracker)
         parallel = Parallel(settings.tracking.tracker, settings.output)
-        if until is not None and settings.tracking.tracker != "none":
-            until -= CLOSE_SECONDS + 5.0
-        edges = Edges(parallel, signals, Path(settings.output) / "stop", until)
+        # To let go of a tracker that hangs takes four seconds more.
+        leaving = 0.0 if settings.tracking.tracker == "none" else CLOSE_SECONDS + 5.0
+        edges = Edges(parallel, signals, Path(settings.output) / "stop", until, leaving)
         run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
         signals.training = True
         phases.go(run)

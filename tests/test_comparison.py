@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import re
 import subprocess
@@ -13,7 +14,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from test_report import COMPACT, FULL, HOSTILE, Tags, changed, made_up_run, save
 
-from dnal_dist import comparison, comparison_files, pareto, report
+from dnal_dist import canvas, comparison, comparison_files, pareto, report, results
 from dnal_dist.pareto import Point
 from dnal_dist.recipe import dump, load
 
@@ -39,7 +40,7 @@ def recipe(weight: float = 1e-4, seed: int = 0, **more) -> dict:
 def run_of(folder, told: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
     """A made-up run of VGG16 on CIFAR-10, with this accuracy and cost at its end."""
     records = made_up_run() if records is None else records
-    records = changed(records, "start", full=cost(313_472_778), val_samples=val, **({"train_samples": 50_000} | start))
+    records = changed(records, "start", **{"full": cost(313_472_778), "train_samples": 50_000, "val_samples": val} | start)
     records = changed(records, "prune", full=cost(313_472_778), compact=cost(macs))
     records = [r | {"accuracy": accuracy} if r["kind"] == "eval" and r["phase"] == "finetune" else r for r in records]
     return save(folder, records, recipe=yaml.safe_dump(told))
@@ -156,6 +157,122 @@ def test_the_front_counts_published_rows(sweep):
     assert [row.label(["architecture.penalty_weight"]) for row in comparison.compare([sweep]).front] == ["1e-4", "4e-4"]
 
 
+@pytest.mark.parametrize("fact", [{"precision": "bfloat16"}, {"train_samples": 5_000}, {"val": 500}])
+def test_runs_that_are_no_seeds_of_one_setting_are_no_row(tmp_path, fact):
+    """Told by `start` alone: the recipe is the same."""
+    one, two = (run_of(tmp_path / str(i), recipe(seed=i), **{"precision": "float32"} | more) for i, more in enumerate(({}, fact)))
+    found = comparison.compare([one, two])
+    key = "val_samples" if "val" in fact else next(iter(fact))
+    assert [len(row.finished) for row in found.rows] == [1, 1] and found.keys == [key]
+    assert f"{key}=" in found.rows[1].label(found.keys)
+
+
+def test_a_run_that_was_changed_on_the_way_is_a_row_of_its_own(tmp_path):
+    first, *rest = made_up_run()
+    again = first | {"resumed": True}
+    weight, logs = {"architecture.penalty_weight": [0.0, 1e-4]}, {"tracking.log_every": [1, 2]}
+    paths = [
+        run_of(tmp_path / str(seed), recipe(seed=seed), records=[first | {"changed": begun}, again, *rest])
+        for seed, begun in enumerate(({}, logs, weight))
+    ]
+    # It is told by the start that went on; another precision there is no setting either.
+    paths.append(run_of(tmp_path / "both", recipe(seed=9), records=[first, *rest], precision="float32"))
+    lines = (paths[-1] / "metrics.jsonl").read_text()
+    (paths[-1] / "metrics.jsonl").write_text(json.dumps(again | {"precision": "bfloat16", "changed": None}) + "\n" + lines)
+    found = comparison.compare(paths)
+    assert sorted(len(row.finished) for row in found.rows) == [1, 1, 2] and "changed" in found.keys
+    told = "\n".join(comparison_files.remarks(found))
+    assert "(architecture.penalty_weight: 0 -> 1e-4)" in told and "precision: bfloat16 -> float32" in told
+
+
+def test_other_code_and_backends_within_a_row_are_told(tmp_path):
+    paths = [
+        run_of(tmp_path / str(i), recipe(seed=i), code=code, backend=backend)
+        for i, (code, backend) in enumerate((("a" * 40, "ddp"), ("b" * 40 + "+", "zero3")))
+    ]
+    text, lines = told(*paths)
+    assert len(lines) == 1
+    assert "had different code: aaaaaaaaaaaa, bbbbbbbbbbbb+." in text and "had different backends: ddp, zero3." in text
+
+
+def test_rows_are_in_the_order_of_what_varies(tmp_path):
+    # Neither the order of words (1e-4, 5e-5, 9e-5) nor that of costs.
+    paths = [run_of(tmp_path / str(w), recipe(w), 0.9, macs) for w, macs in ((1e-4, 10**8), (9e-5, 10**6), (5e-5, 10**7))]
+    found = comparison.compare(paths)
+    assert [row.settings["architecture.penalty_weight"] for row in found.rows] == [5e-5, 9e-5, 1e-4]
+    assert [line[0] for line in comparison_files.table(found)[1]] == ["5e-5", "9e-5", "1e-4"]
+
+
+def test_a_collapsed_row_is_marked_in_the_table(tmp_path):
+    collapsed = changed(made_up_run(), "prune", collapsed=True)
+    run_of(tmp_path / "whole", recipe(1e-4), 0.95, 10**8)
+    for seed, records in enumerate((collapsed, made_up_run())):
+        run_of(tmp_path / f"part{seed}", recipe(3e-4, seed), 0.9, 10**6, records=records)
+    found = comparison.compare([tmp_path])
+    assert [line[-1] for line in comparison_files.table(found)[1]] == ["yes", "yes, 1 of 2 collapsed"]
+    assert [line["collapsed"] for line in told(tmp_path)[1]] == ["0", "1"]
+    assert "3e-4 (collapsed)" in {point.label for point, _ in found.diagrams[0].marks}
+
+
+def test_the_legend_names_what_is_drawn(tmp_path):
+    # Equal results: nothing lies between them.
+    for weight in (1e-4, 2e-4):
+        run_of(tmp_path / str(weight), recipe(weight), 0.5, 10**6, val=500)
+    with canvas.drawing():
+        (legend,) = [part.legends for part in comparison_files.figure(comparison.compare([tmp_path])).subfigs]
+    names = [text.get_text() for one in legend for text in one.get_texts()]
+    assert "not dominated" not in names and any("these runs" in name for name in names)
+
+
+def submitted(folder):
+    (folder / "submit").mkdir(parents=True)
+    (folder / "submit" / "jobs.jsonl").write_text('{"job": "1_0", "time": 1}\n')
+    return folder
+
+
+def test_a_sweep_that_was_submitted_waits_in_part(sweep):
+    submitted(sweep / "waits")
+    (sweep / "submit" / "001").mkdir(parents=True)
+    (sweep / "submit" / "001" / "0.yaml").write_text("name: vgg\n")
+    for given in ([sweep], sorted(sweep.iterdir())):
+        text, _ = told(*given)
+        assert "Comparison of 6 runs in 2 rows; 1 more not begun" in text and "waits: has not begun." in text
+        assert "submit: " not in text and "(> not dominated)" in text and "(> these runs)" in text
+
+
+def test_a_sweep_of_which_nothing_has_begun_says_where_to_look(tmp_path):
+    for name in "ab":
+        submitted(tmp_path / "sweep" / name)
+    done = command(tmp_path / "sweep")
+    assert done.returncode == 2 and not done.stdout
+    place = tmp_path / "sweep"
+    assert done.stderr == f"error: {place}: none of its 2 runs has begun; see python -m dnal_dist.runs {place}\n"
+
+
+def test_what_a_spreadsheet_would_compute_is_words():
+    told = {
+        "-2+3+cmd|' /C calc'!A0": True,
+        "=1": True,
+        "+a": True,
+        "@a": True,
+        "-": True,
+        "-2": False,
+        "1e-4": False,
+        "-inf": False,
+    }
+    assert {words: comparison_files._cell(words) == f"'{words}" for words in told} == told
+    assert all(comparison_files._cell(words) == words for words, formula in told.items() if not formula)
+
+
+@pytest.mark.parametrize(("mean", "std", "words"), [
+    (161.17e6, 3e5, "161.2 ± 0.3 M"), (161.17e6, 1.26e6, "161 ± 1 M"), (0.198e6, 0.012e6, "198 ± 12 k"),
+    (5e3, 0.0, "5.00 ± 0.00 k"),
+    (4.09e9, 2e6, "4.090 ± 0.002 G"), (100.0, 0.7, "100.0 ± 0.7"),
+])  # fmt: skip
+def test_a_deviation_keeps_a_digit(mean, std, words):
+    assert results.spread(mean, std) == words
+
+
 def test_other_networks_and_validation_sets_are_told(tmp_path):
     one = run_of(tmp_path / "one", recipe())
     other = recipe() | {"model": {"name": "vgg_digits"}, "data": {"val": "digits/val.tar"}}
@@ -233,37 +350,6 @@ def test_the_command_compares_and_refuses_in_a_line(sweep):
     assert done.stderr.startswith(f"error: {sweep / 'out'}: no run folder, nor one that holds some; give folders")
 
 
-def test_what_no_recipe_tells_keeps_runs_apart(tmp_path):
-    """The launcher's precision, what the shards hold, and a recipe that was changed on the way."""
-    halfway = {"architecture.penalty_weight": [0.0, 1e-4]}
-    clean = run_of(tmp_path / "clean", recipe(seed=0), precision="float32", train_samples=50_000)
-    others = [
-        run_of(tmp_path / "bf16", recipe(seed=1), precision="bfloat16", train_samples=50_000),
-        run_of(tmp_path / "few", recipe(seed=2), precision="float32", train_samples=5_000),
-        run_of(
-            tmp_path / "changed",
-            recipe(seed=3),
-            precision="float32",
-            train_samples=50_000,
-            changed=halfway,
-        ),
-    ]
-    second = run_of(tmp_path / "second", recipe(seed=4), precision="float32", train_samples=50_000)
-    rows = comparison.compare([clean, *others, second]).rows
-    assert sorted(len(row.runs) for row in rows) == [1, 1, 1, 2]
-    found = "\n".join(told(clean, *others, second)[0].splitlines())
-    assert "changed on the way" in found
-
-
-def test_runs_that_wait_in_a_sweep_are_told(sweep):
-    """As slurm/submit.py leaves it: a folder of its own, and members that are queued."""
-    (sweep / "submit" / "001").mkdir(parents=True)
-    (sweep / "seed=9" / "submit").mkdir(parents=True)
-    (sweep / "seed=9" / "submit" / "jobs.jsonl").write_text('{"job": "1_9"}\n')
-    for given in ([sweep], sorted(sweep.iterdir())):
-        assert [folder.name for folder in comparison.compare(given).waiting] == ["seed=9"]
-
-
 def test_bad_input_is_named(sweep, tmp_path):
     run = next(sweep.iterdir())
     (run / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n{"kind": "end"}\n')
@@ -273,7 +359,7 @@ def test_bad_input_is_named(sweep, tmp_path):
         comparison.compare([sweep / "absent", run])
     save(tmp_path / "a", [])
     save(tmp_path / "b", [])
-    with pytest.raises(ValueError, match="none of its 2 runs has begun"):
+    with pytest.raises(ValueError, match=f"none of its 2 runs has begun; see python -m dnal_dist.runs {tmp_path}$"):
         comparison.compare([tmp_path / "a", tmp_path / "b"])
 
 

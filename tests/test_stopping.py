@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
 
-from dnal_dist import checkpoint, ending, saving, stopping
+from dnal_dist import checkpoint, ending, recipe, saving, stopping, train
 
 
 @pytest.fixture
@@ -102,6 +102,25 @@ def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits,
     # At the stop; the checkpoint was written after it.
     assert float(re.search(r"\((\d+) s are left", ended.stderr)[1]) >= 4
     assert checkpoint.latest(run / "checkpoints")[1].state.global_step == records(run, "train")[-1]["global_step"]
+
+
+@pytest.mark.parametrize(("tracker", "leaving"), [("none", 0.0), ("tensorboard", 15.0)])
+def test_a_time_limit_counts_what_a_tracker_may_take_to_end(train_here, digits, tmp_path, monkeypatch, tracker, leaving):
+    given = []
+
+    def edges(*arguments):
+        given.append(stopping.Edges(*arguments))
+        raise recipe.InputError("far enough")
+
+    monkeypatch.setattr(train, "Edges", edges)
+    assert train_here(*arguments(digits, tmp_path, *SHORT, f"tracking.tracker={tracker}"), "--max-time=1h").code == 2
+    (found,) = given
+    assert found.leaving == leaving
+    found.until, found.leaving = time.time() + 1000, 0.0
+    assert not found.look()
+    found.left, found.leaving = 1, 1000.0
+    with pytest.raises(stopping.Stopped, match="of the time limit"):
+        found.look()
 
 
 def test_a_limit_that_has_passed_lets_a_step_be_taken(train_here, digits, tmp_path):

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import socket
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,8 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb_read import offline
 
 from dnal_dist import dashboard, loop, meter, phases, sender, trackers
+from dnal_dist.recipe import load
 from dnal_dist.sender import Sender
 from dnal_dist.stopping import STOPPED
+from dnal_dist.track import Track
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
 # Told by a run on several processes alone: see test_train.
@@ -61,7 +65,7 @@ def test_wandb_has_the_recipe_and_where_the_run_took_place(run, found):
 
 def test_it_is_one_run_and_its_steps_are_those_of_the_run(run, found):
     (name,) = {r["tracker_run"] for r in records(run, "start")}
-    assert found.ids == [name, name]
+    assert found.ids == [name, name] and found.names_shown == ["digits run"] * 2
     assert found.metrics["*"] == "global_step"
     # W&B would ignore rows whose own step it has seen, also after all parts are put together.
     steps = found.series("_step")
@@ -117,7 +121,7 @@ def test_the_summary_has_the_final_table_and_the_best_accuracy(run, found):
 
 def test_the_compact_network_and_the_report_are_artifacts(run, found):
     (name,) = set(found.ids)
-    compact, report = found.artifacts["digits-compact"], found.artifacts["digits-report"]
+    compact, report = found.artifacts["digits-run-compact"], found.artifacts["digits-run-report"]
     assert (compact.type, report.type) == ("model", "report")
     contents = {entry.path: entry for artifact in (compact, report) for entry in artifact.manifest.contents}
     assert contents.keys() >= {"architecture.json", "weights.safetensors", "report.html", "metrics.jsonl", "recipe.yaml"}
@@ -196,7 +200,7 @@ def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finis
     assert tensors(tmp_path / "run") == tensors(finished)
     found = offline(tmp_path / "run")
     assert found.series("train/loss") == [r["loss"] for r in records(tmp_path / "run", "train")]
-    assert found.artifacts.keys() >= {"digits-compact", "digits-report"}
+    assert found.artifacts.keys() >= {"digits-run-compact", "digits-run-report"}
     assert not services()
 
 
@@ -210,7 +214,11 @@ def test_a_run_outlives_the_service_of_wandb(train_here, digits, finished, tmp_p
 
     def killed_before(*arguments):
         (service,) = services()
-        service.kill()
+        # Long before W&B would write by itself, what it was told is on disk.
+        until = time.monotonic() + 8
+        while len(offline(tmp_path / "run").series("train/loss")) < 4 and time.monotonic() < until:
+            time.sleep(0.1)
+        service.terminate()
         service.wait()
         search(*arguments)
 
@@ -221,6 +229,27 @@ def test_a_run_outlives_the_service_of_wandb(train_here, digits, finished, tmp_p
     assert warning["message"].startswith("W&B stopped taking records; the run goes on without it (")
     assert told(tmp_path / "run") == told(finished) and tensors(tmp_path / "run") == tensors(finished)
     assert not services()
+    rows = [row for row in offline(tmp_path / "run").history if "train/loss" in row]
+    assert [row["global_step"] for row in rows][:4] == [1, 2, 3, 4], "all of the pretrain"
+
+
+@pytest.mark.parametrize(("folder", "shown"), [
+    ("digits", "digits"), ("digits_2", "digits_2"), ("penalty_weight=0.02,seed=1", "digits penalty_weight=0.02,seed=1"),
+])  # fmt: skip
+def test_runs_of_a_sweep_have_names_of_their_own(folder, shown):
+    assert trackers.shown_name(Path("runs", folder), "digits") == shown
+    assert len(trackers.shown_name(Path("x" * 200 + folder), "digits")) == 100
+
+
+def test_nothing_is_recorded_after_the_end(tmp_path):
+    """What reads metrics.jsonl may look at its last line."""
+
+    told = Track(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
+    faults = ["stopped taking records"]
+    told._sender, told._tracker_name = SimpleNamespace(faults=faults, take=lambda *record: None), "W&B"
+    told.record("end", seconds=1.0)
+    told.warn("something")
+    assert [record["kind"] for record in records(tmp_path)] == ["end"] and not faults
 
 
 class Stuck:

@@ -13,6 +13,7 @@ class Offline:
     """The parts of a run, one after the other."""
 
     ids: list[str] = field(default_factory=list)
+    names_shown: list[str] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
@@ -38,6 +39,7 @@ def offline(run: Path) -> Offline:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 found.ids.append(record.run.run_id)
+                found.names_shown.append(record.run.display_name)
                 found.config |= _items(record.run.config.update)
             elif kind == "config":
                 found.config |= _items(record.config.update)
@@ -72,6 +74,8 @@ def _records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            return  # cut off
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
