@@ -12,6 +12,17 @@ from dnal_dist.run import Run
 from dnal_dist.shards import Shards
 
 
+def build_network(model: recipe.Network) -> nets.GatedNetwork:
+    """The network that a recipe names, on the CPU. Raises InputError if it cannot be built."""
+    try:
+        return nets.build(model.name, model.num_classes, model.width)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
+
+
 def other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
     """Raise InputError if the order of samples would not go on as it began."""
     for key, digest in run.shards.items():

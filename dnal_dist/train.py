@@ -138,7 +138,7 @@ def assemble(
     """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
-    network = _network(settings.model)
+    network = refusals.build_network(settings.model)
     train, val = _streams(settings, network, parallel)
     for stream in (train, val):
         refusals.shards_that_differ(stream.shards, parallel)
@@ -190,16 +190,6 @@ def assemble(
     else:
         _tell(run, saved is not None, changed)
     return run
-
-
-def _network(model: recipe.Network) -> nets.GatedNetwork:
-    try:
-        return nets.build(model.name, model.num_classes, model.width)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
 
 
 def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, parallel: Parallel) -> tuple[Stream, Stream]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from dnal_dist import nets, recipe
+from dnal_dist import nets, recipe, refusals
 from dnal_dist.recipe import InputError
 from dnal_dist.shards import Shards
 
@@ -131,14 +131,7 @@ class Case:
     @functools.cached_property
     def network(self) -> nets.GatedNetwork:
         """On the CPU. Raises InputError."""
-        model = self.settings.model
-        try:
-            return nets.build(model.name, model.num_classes, model.width)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
+        return refusals.build_network(self.settings.model)
 
     @functools.cached_property
     def scratch(self) -> Path:
