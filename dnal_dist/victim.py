@@ -159,7 +159,7 @@ class Watch:
         self._around(phases, "prune", "pruning")
         self._around(compact, "compact", "compaction")
         self._around(compact, "save", "writing compact/")
-        self._around(report, "write", "writing the report")
+        self._around(report, "write_all", "writing the report")
         self._around(durable, "remove", "removal")
         self._around(loop, "weight_step", "weight step", self._new_batch)
         self._around(phases, "weight_step", "weight step", self._new_batch)
