@@ -1,5 +1,6 @@
 """Fixtures that several rooms' tests share."""
 
+import contextlib
 import gc
 import io
 import os
@@ -11,9 +12,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from faulty import FEW, samples, write_tar
-from runs import SHORT, arguments
+from runs import SHORT, arguments, family
 
 from data_tools import make_shards
 
@@ -72,12 +74,16 @@ class TrainCommand:
 
     def __call__(self, *arguments: str, processes: int = 1, timeout: float = 300, **environment: str):
         """The CompletedProcess of these arguments."""
-        process = self.start(*arguments, processes=processes, **environment)
+        process = self.start(*arguments, processes=processes, PYTHONFAULTHANDLER="1", **environment)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            # Each tells where it stands as it dies.
+            for one in reversed(family(process)):
+                with contextlib.suppress(psutil.Error):
+                    one.send_signal(signal.SIGABRT)
+            out, err = process.communicate(timeout=30)
+            pytest.fail(f"not over after {timeout:g} s: {out[-2000:]}{err[-20000:]}")
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
