@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from dnal_dist import nets, phases, recipe, report, train
+from dnal_dist.common import errors
 from dnal_dist.parallel import Parallel
 
 NETWORKS = [name for name in ("vgg_digits", "resnet_digits", "supernet_digits") if name in nets.NETWORKS]
@@ -119,7 +120,7 @@ def main() -> None:
                 file.flush()
                 of = f"{result['macs'] / result['full_macs']:.2%} of the multiply-adds, {result['accuracy']:.2%}"
                 print(f"{result['network']} seed {result['seed']} {result['key']}={result['value']}: {of}", flush=True)
-    except recipe.InputError as error:
+    except errors.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     found = results(args.output)

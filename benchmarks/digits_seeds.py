@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dnal_dist import compact, cost, phases, recipe, report, train
+from dnal_dist.common import errors
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 
@@ -135,7 +136,7 @@ def main() -> None:
                     results[method] = (
                         learned(settings) if method == "learned" else rival(settings, method, results["learned"]["macs"])
                     )
-            except recipe.InputError as error:
+            except errors.InputError as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
             print(

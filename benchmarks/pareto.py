@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dnal_dist import budget, compact, cost, phases, recipe, report, train
+from dnal_dist.common import errors
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.parallel import Parallel
 from dnal_dist.shards import Shards
@@ -65,7 +66,7 @@ class Memory:
         numbers = [(0, i) for i in range(min(shards.samples, most or shards.samples))]
         # As for validation, so that no random change is decoded into them.
         found = Pictures(shards, data, seed, train=False).__getitems__(numbers)
-        if isinstance(found, recipe.InputError):
+        if isinstance(found, errors.InputError):
             raise found
         self.images, self.labels, self.data, self.seed, self.training = found.images, found.labels, data, seed, training
         self.samples, self.per_epoch = len(self.labels), len(self.labels) // data.global_batch
@@ -211,7 +212,7 @@ def measure(args, network: str, seed: int) -> None:
             found = cost.count(run.supernet, bench.form.side, keep)
             target = budget.budget(run.recipe.architecture, run.supernet, bench.form.side)
             if method != "full" and found.macs not in target:
-                raise recipe.InputError(f"{network} seed {seed}, {method}: {target.missed(found.macs)}")
+                raise errors.InputError(f"{network} seed {seed}, {method}: {target.missed(found.macs)}")
             result = {
                 "form": form_of(args),
                 "overrides": args.overrides,
@@ -387,7 +388,7 @@ def main() -> None:
             return
         if args.docs is None:
             spread(args)
-    except recipe.InputError as error:
+    except errors.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if args.docs is None:

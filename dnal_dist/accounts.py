@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from html import escape
 from statistics import median
 
-from dnal_dist import markup, results
+from dnal_dist import markup
+from dnal_dist.common.text import amount, duration, percent
 from dnal_dist.results import Run
 
 _NOTE = (
@@ -13,9 +14,9 @@ _NOTE = (
     "Waiting is time in which training stood still for want of data."
 )
 TOLD = {
-    "device_seconds": results.duration,
+    "device_seconds": duration,
     "images": lambda value: f"{value:,}",
-    "bytes_sent": lambda value: f"{results.amount(value)}B" if value >= 999.5 else f"{value:,.0f} B",
+    "bytes_sent": lambda value: f"{amount(value)}B" if value >= 999.5 else f"{value:,.0f} B",
     "energy_kwh": lambda value: f"{value:,.3g} kWh",
 }
 """How each column that a phase's record may tell is written."""
@@ -41,12 +42,12 @@ def section(run: Run, result: dict) -> str:
         steps = f"{last.get('step', 0):,} of {last.get('phase_steps', 0):,}" if last else ""
         _, speeds = run.series("train", "step", "images_per_second", phase)
         _, waits = run.series("train", "step", "data_wait_seconds", phase)
-        waiting = f"{results.duration(sum(waits))}, {results.percent(sum(waits) / seconds)}" if waits and seconds else ""
+        waiting = f"{duration(sum(waits))}, {percent(sum(waits) / seconds)}" if waits and seconds else ""
         told = [write(entry[key]) if key in entry else "" for key, write in TOLD.items()]
-        rows.append([str(phase), results.duration(seconds), *told, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
+        rows.append([str(phase), duration(seconds), *told, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
     if rows:
         totals = [write(total(known, key)) if total(known, key) is not None else "" for key, write in TOLD.items()]
-        rows.append(["whole run", results.duration(result["seconds"]), *totals, "", "", ""])
+        rows.append(["whole run", duration(result["seconds"]), *totals, "", "", ""])
     head = ["phase", "time", "device time", "training pictures", "sent by a process", "energy", "iterations", "pictures/s"]
     return markup.section("Cost of the run", _NOTE, markup.table("time", "Cost of each phase", [*head, "waiting for data"], rows))
 

@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import default_yaml_config_file, loa
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from dnal_dist.backends import MIN_PARAMS
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

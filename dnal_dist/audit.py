@@ -11,8 +11,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dnal_dist import recipe
+from dnal_dist.common.errors import InputError
 from dnal_dist.receipts import tally
-from dnal_dist.recipe import InputError
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Slices
 

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
@@ -26,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
-from dnal_dist.recipe import InputError
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000

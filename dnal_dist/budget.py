@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dnal_dist import compact, cost
 from dnal_dist.architecture import Architecture
+from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedNetwork
-from dnal_dist.recipe import InputError, amount
+from dnal_dist.recipe import amount
 
 # The penalty alone would close the gap between the expected cost and where it should be in this part of the search, and in no fewer
 # architecture steps than a momentum of 0.9 remembers, or the loop would swing.

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from dnal_dist import durable, results
+from dnal_dist.common import atomic
+from dnal_dist.common.text import amount, printable
 
 WIDTH = 6.4
 """Inches: the text width of a paper in one column."""
@@ -75,12 +76,12 @@ def save(figure, stem: Path) -> None:
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix[1:], metadata=metadata)
-        durable.put(stem.with_name(stem.name + suffix), content.getvalue())
+        atomic.put(stem.with_name(stem.name + suffix), content.getvalue())
 
 
 def words(text: object, most: int = 40) -> str:
     """Text that comes from a run: printable, and cut where it is long."""
-    text = results.printable(str(text))
+    text = printable(str(text))
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -88,7 +89,7 @@ def amounts(axis) -> None:
     """Ticks such as 250 M in place of 2.5e8."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: results.amount(value) if value > 0 else "0"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value) if value > 0 else "0"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dnal_dist import durable
+from dnal_dist.common import atomic
 from dnal_dist.ledger import Spent
 
 FORMAT = 1
@@ -122,15 +122,15 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
     # Only this one: a run folder that is gone does not come back by that.
     folder.mkdir(exist_ok=True)
     final = folder / name(checkpoint.state)
-    with durable.folder(final) as unfinished:
+    with atomic.folder(final) as unfinished:
         for file, content in contents.items():
-            durable.write(unfinished / file, content)
+            atomic.write(unfinished / file, content)
         for file, told in facts["files"].items():
             # What the disk has, not what memory remembers of it.
             _forget(unfinished / file)
             if _described((unfinished / file).read_bytes()) != told:
                 raise OSError(errno.EIO, "what was read back is not what was written", str(unfinished / file))
-        durable.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
+        atomic.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
     with contextlib.suppress(OSError):
         # The new one is there; the next save tries again.
         remove_old(folder, kept)
@@ -194,7 +194,7 @@ def remove_old(folder: Path, kept: Kept) -> None:
     best = sorted(rivals, key=lambda path: (-accuracies[path], rivals.index(path)))[: kept.best]
     for path in paths[kept.last :]:
         if path not in best and place(path) != UNKNOWN:
-            durable.remove(path)
+            atomic.remove(path)
 
 
 def place(path: Path) -> tuple[int, int]:

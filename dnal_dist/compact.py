@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from dnal_dist import cost, durable
+from dnal_dist import cost
+from dnal_dist.common import atomic
 from dnal_dist.nets import GatedNetwork, Layer
 from dnal_dist.nets.mobilenet import MBConv, MobileNetV2
 from dnal_dist.nets.resnet import BottleneckResNet, ResNet
@@ -147,11 +148,11 @@ def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
 def save(network: nn.Sequential, folder: Path, **facts) -> None:
     """Write `folder`/architecture.json (the description, and `facts` for readers) and weights.safetensors, in place of what was
     there. Raises OSError."""
-    with durable.folder(folder) as unfinished:
+    with atomic.folder(folder) as unfinished:
         weights = to_bytes({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()})
-        durable.write(unfinished / "weights.safetensors", weights)
+        atomic.write(unfinished / "weights.safetensors", weights)
         told = json.dumps({**facts, "network": describe(network)}, indent=1) + "\n"
-        durable.write(unfinished / "architecture.json", told.encode())
+        atomic.write(unfinished / "architecture.json", told.encode())
 
 
 def load(folder: Path | str) -> nn.Sequential:

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from dnal_dist import pareto, published, results, seeds
+from dnal_dist.common import text
 from dnal_dist.pareto import Point
 from dnal_dist.results import NoRecord, Run
 from dnal_dist.seeds import value_text
@@ -59,7 +60,7 @@ class Row:
         told = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
         bare = ("model.name", "architecture.penalty_weight") if len(keys) < 3 else ("model.name",)
         words = [value if key in bare else f"{key.rpartition('.')[2]}={value}" for key, value in told]
-        return results.printable(", ".join(words) or self.runs[0].name)
+        return text.printable(", ".join(words) or self.runs[0].name)
 
 
 class Diagram(NamedTuple):

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dnal_dist import canvas, comparison, durable, markdown, markup, page, pareto, results, seeds
+from dnal_dist import canvas, comparison, markdown, markup, page, pareto, results, seeds
+from dnal_dist.common import atomic, text
 from dnal_dist.comparison import Comparison, Row
 
 _NOTE = (
@@ -30,9 +31,9 @@ def write(found: Comparison, folder: Path) -> None:
     else:
         for suffix in ("svg", "png"):
             (folder / f"pareto.{suffix}").unlink(missing_ok=True)
-    durable.put(folder / "comparison.csv", as_csv(found).encode())
-    durable.put(folder / "comparison.md", as_markdown(found).encode())
-    durable.put(folder / "comparison.html", as_html(found, picture).encode())
+    atomic.put(folder / "comparison.csv", as_csv(found).encode())
+    atomic.put(folder / "comparison.md", as_markdown(found).encode())
+    atomic.put(folder / "comparison.html", as_html(found, picture).encode())
 
 
 def figure(found: Comparison):
@@ -66,11 +67,11 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
         who = [_setting(row, key) for key in keys] if row.settings and keys else [row.runs[0].name]
         who += ["-"] * (max(len(keys), 1) - len(who))
         many = f"{len(row.finished)}" if not row.unfinished else f"{len(row.finished)} of {len(row.runs)}"
-        told = [_told(row, name, results.percents) for name in ("accuracy", "top5")]
+        told = [_told(row, name, text.percents) for name in ("accuracy", "top5")]
         for key in ("macs", "params"):
-            told += [_told(row, key, results.spread), _told(row, f"{key}_ratio", _share)]
-        time = _told(row, "seconds", lambda mean, std: results.duration(mean))
-        lines.append([*map(results.printable, who), many, *told, time, _judged(row, found)])
+            told += [_told(row, key, text.spread), _told(row, f"{key}_ratio", _share)]
+        time = _told(row, "seconds", lambda mean, std: text.duration(mean))
+        lines.append([*map(text.printable, who), many, *told, time, _judged(row, found)])
     return head, lines
 
 
@@ -87,7 +88,7 @@ def _setting(row: Row, key: str) -> str:
 
 
 def _share(mean: float, std: float | None) -> str:
-    return results.percents(mean, std, 1)
+    return text.percents(mean, std, 1)
 
 
 def _told(row: Row, name: str, tell: Callable[[float, float | None], str]) -> str:
@@ -117,7 +118,7 @@ def remarks(found: Comparison) -> list[str]:
         stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
         told.append(f"{where(run.folder, found)}: {results.where(run)}{stopped} It has no say in any number.")
     told += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
-    return list(map(results.printable, told))
+    return list(map(text.printable, told))
 
 
 def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
@@ -148,7 +149,7 @@ def _short(name: str) -> str:
 
 def where(folder: Path, found: Comparison) -> str:
     """A run's folder as seen from the closest one that all of them lie in."""
-    return results.printable(str(folder.resolve().relative_to(found.parent)))
+    return text.printable(str(folder.resolve().relative_to(found.parent)))
 
 
 def title(found: Comparison) -> str:
@@ -160,7 +161,7 @@ def title(found: Comparison) -> str:
 def more_keys(found: Comparison) -> str:
     """Names the keys for which the table has no room; empty if there is none."""
     rest = found.keys[comparison.MOST_KEYS :]
-    return results.printable(f"The rows also differ in {', '.join(rest)}: see comparison.csv.") if rest else ""
+    return text.printable(f"The rows also differ in {', '.join(rest)}: see comparison.csv.") if rest else ""
 
 
 def as_markdown(found: Comparison) -> str:
@@ -212,7 +213,7 @@ def as_csv(found: Comparison) -> str:
 
 def _cell(words: str) -> str:
     """Words that a spreadsheet takes for words, not for a formula."""
-    words = results.printable(words)
+    words = text.printable(words)
     try:
         float(words)
     except ValueError:

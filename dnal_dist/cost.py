@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_dist import nets, recipe, results
+from dnal_dist.common import errors
 from dnal_dist.nets import Feed, GatedNetwork, Layer
 
 
@@ -320,13 +321,13 @@ def _built(model: recipe.Network) -> GatedNetwork:
     try:
         return nets.build(model.name, model.num_classes, model.width)
     except ValueError as error:
-        raise recipe.InputError(str(error)) from None
+        raise errors.InputError(str(error)) from None
 
 
 def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, Tensor | None]:
     """Recipe, network without memory for its weights, and keep mask, if there is one yet, of a recipe or a run folder."""
     if path.is_dir() and not (path / "recipe.yaml").exists():
-        raise recipe.InputError(f"{path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
+        raise errors.InputError(f"{path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
     settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, overrides)
     with torch.device("meta"):
         net = _built(settings.model)
@@ -335,7 +336,7 @@ def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, 
             net.eval()(torch.empty(1, 3, size, size))
         except RuntimeError as error:
             why = str(error).splitlines()[0]
-            raise recipe.InputError(f"key 'data.image_size': the network cannot take pictures of {size}x{size} ({why})") from None
+            raise errors.InputError(f"key 'data.image_size': the network cannot take pictures of {size}x{size} ({why})") from None
     return settings, net, _kept(path, net) if path.is_dir() else None
 
 
@@ -349,7 +350,7 @@ def _kept(folder: Path, net: GatedNetwork) -> Tensor | None:
     try:
         return unpack(pruned["mask"], net.num_gates)
     except (ValueError, TypeError) as error:
-        raise recipe.InputError(f"{folder}: the mask in metrics.jsonl is not one of this network ({error})") from None
+        raise errors.InputError(f"{folder}: the mask in metrics.jsonl is not one of this network ({error})") from None
 
 
 def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> None:

@@ -21,11 +21,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from dnal_dist import plan, recipe, stopping
+from dnal_dist import recipe, stopping
 from dnal_dist.checks import cluster, data, disk, machine, network
 from dnal_dist.checks.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
 from dnal_dist.checks.launch import Launch
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.text import bytes_of
 
 # Seconds that all checks may take together, and any but the launch.
 LIMIT, EACH = 55.0, 20.0
@@ -97,7 +98,7 @@ def case_of(args: argparse.Namespace) -> Case:
         seconds = None if args.time is None else _minutes(args.time)
     except ValueError as error:
         raise InputError(f"--time: {error}") from None
-    memory = None if args.device_memory is None else plan.bytes_of(args.device_memory)
+    memory = None if args.device_memory is None else bytes_of(args.device_memory)
     places = {"partition": args.partition, "account": args.account}
     return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **places, quick=args.quick)
 

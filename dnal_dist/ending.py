@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist import budget, checkpoint, ledger, report, stopping
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import remove_temp
-from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.

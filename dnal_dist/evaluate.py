@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist.common.errors import InputError
 from dnal_dist.feed import feed
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 from dnal_dist.stream import Stream
 
 

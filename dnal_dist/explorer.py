@@ -5,7 +5,8 @@ What is written here is the run's last state, which needs no script; the script 
 
 from html import escape
 
-from dnal_dist import diagram, layers, markup, results
+from dnal_dist import diagram, layers, markup
+from dnal_dist.common import text
 from dnal_dist.results import Run
 
 BINS = 10
@@ -40,7 +41,7 @@ def _frame(run: Run, record: dict, sites: dict[str, int]) -> dict:
     epochs = run.setting("phases", "search")
     total = epochs.get("epochs") if isinstance(epochs, dict) else None
     where = f"epoch {record.get('epoch', 0):.4g}" + (f" of {total:g}" if isinstance(total, int | float) else "")
-    delta = f", delta {results.number(record['delta'])}" if "delta" in record else ""
+    delta = f", delta {text.number(record['delta'])}" if "delta" in record else ""
     words, told = f"{where}{delta}: {sum(opened):,} of {sum(sites.values()):,} gates open", record.get("by_site")
     if not isinstance(told, dict) or any(len(told.get(site, [])) != BINS for site in sites):
         return {"words": words, "open": opened}

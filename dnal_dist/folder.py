@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import multiprocessing.util
 import os
 import shutil
@@ -14,10 +13,11 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dnal_dist import checkpoint, durable, recipe
+from dnal_dist import checkpoint, recipe
 from dnal_dist.checkpoint import Checkpoint
+from dnal_dist.common import atomic
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 from dnal_dist.saver import UNWRITTEN
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
@@ -89,7 +89,7 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
         # Once more: whoever had it may have written since.
         found = _found(folder)
         for place in (folder, folder / "checkpoints"):
-            durable.clean(place)
+            atomic.clean(place)
         path, saved, damaged, changed, faults = _judged(folder, found, settings, overwrite, allowed)
         if saved is not None:
             faults = [_set_aside(*one) for one in damaged.items()]
@@ -156,7 +156,7 @@ def _judged(folder: Path, found: list[str], settings: recipe.Recipe, overwrite: 
 def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
     """Of a run that goes on, only when it is known that it does. Raises InputError."""
     try:
-        durable.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
+        atomic.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
     except OSError as error:
         raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); make room", local=True) from None
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dnal_dist import checkpoint
+from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
 from dnal_dist.nets.mobilenet import MobileNetV2
 from dnal_dist.nets.resnet import BottleneckResNet
 from dnal_dist.nets.vgg import VGG
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError, Recipe
+from dnal_dist.recipe import Recipe
 
 PREFIX = "torchvision:"
 # torchvision's name of a network, and ours of the same.

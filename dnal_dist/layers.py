@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-from dnal_dist import markup, results
+from dnal_dist import markup
+from dnal_dist.common import text
 from dnal_dist.diagram import Site
 from dnal_dist.results import Run
 
@@ -125,7 +126,7 @@ def _costs(cost: dict) -> str:
     cells = ""
     for which, key, words in _COSTS:
         value = cost.get(which, {}).get(key)
-        told = "" if value is None else markup.text(results.amount(value))
+        told = "" if value is None else markup.text(text.amount(value))
         label, sorts = words if which == "full" else which, -1 if value is None else value
         cells += f'<td class="cost" data-label="{label}" data-value="{sorts}">{told}</td>'
     return cells

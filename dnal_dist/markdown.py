@@ -2,12 +2,12 @@
 
 import re
 
-from dnal_dist import results
+from dnal_dist.common.text import printable
 
 
 def text(words: object) -> str:
     """Words that stay words: no markup, no HTML, no end of a table's cell, no mention and no reference."""
-    plain = results.printable(str(words))
+    plain = printable(str(words))
     # An entity is never read as markup; what stands within a word (penalty_weight, 1-2) is none anyway.
     marked = re.sub(r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)|^\s*(?:[#+=-]+|\d+[.)])(?=\s+\S)", lambda found: _entity(found[0]), plain)
     return re.sub(r"(?<!&)([@#])(?=\w)", r"\1<!-- -->", marked)
@@ -31,7 +31,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def fence(content: str, language: str = "") -> str:
     """Lines as a block of code, whatever they hold."""
-    lines = "\n".join(results.printable(line.expandtabs(4)) for line in content.splitlines())
+    lines = "\n".join(printable(line.expandtabs(4)) for line in content.splitlines())
     ticks = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", lines)), 3)
     return f"{ticks}{language}\n{lines}\n{ticks}"
 

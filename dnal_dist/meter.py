@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dnal_dist import cost, schedule
 from dnal_dist.checkpoint import Gathered
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Traffic
-from dnal_dist.recipe import InputError
 from dnal_dist.steps import Outcome
 from dnal_dist.stream import Stream
 

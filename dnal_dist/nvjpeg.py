@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dnal_dist import receipts
+from dnal_dist.common.errors import InputError
 from dnal_dist.pictures import Geometry, Header, PictureError, read_header, render
-from dnal_dist.recipe import InputError
 from dnal_dist.shards import Origin
 
 

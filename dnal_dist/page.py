@@ -10,7 +10,8 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import accounts, durable, explorer, markup, published, results
+from dnal_dist import accounts, explorer, markup, published, results
+from dnal_dist.common import atomic, text
 from dnal_dist.results import Run
 
 
@@ -21,7 +22,7 @@ def write(run: str | Path | Run) -> Path:
     """
     run = run if isinstance(run, Run) else results.load(run)
     page = run.folder / "report.html"
-    durable.put(page, _page(run).encode(errors="replace"))
+    atomic.put(page, _page(run).encode(errors="replace"))
     return page
 
 
@@ -96,7 +97,7 @@ def _search(run: Run, limit: int = 240) -> dict | None:
     return {
         "edges": [epochs[0], *((a + b) / 2 for a, b in pairwise(epochs)), end],
         "epochs": epochs,
-        "delta": [results.number(r.get("delta", math.nan)) for r in records],
+        "delta": [text.number(r.get("delta", math.nan)) for r in records],
         "counts": [r["histogram"] for r in records],
         # After a budget it is not the gates' own height that decides.
         "threshold": None if driven else prune.get("threshold", run.setting("architecture", "threshold")),
@@ -123,7 +124,7 @@ def _notices(run: Run, result: dict) -> str:
     if result["collapsed"]:
         words = f"<strong>The architecture collapsed.</strong> {markup.text(results.collapse(run))}"
         notices += f'<div class="alarm" role="alert"><p>{words}</p></div>'
-    if messages := results.counted(result["warnings"]):
+    if messages := text.counted(result["warnings"]):
         items = "".join(f"<li>{markup.text(message)}</li>" for message in messages)
         title = "Warning" if len(messages) == 1 else f"{len(messages):,} warnings"
         notices += f'<div class="caution" role="note"><strong>{title}</strong><ul tabindex="0">{items}</ul></div>'
@@ -136,26 +137,26 @@ def _tiles(run: Run, result: dict) -> str:
         phase, accuracy = next(reversed(result["accuracy"].items()))
         before = result["accuracy"].get("pretrain")
         compared = before is not None and phase != "pretrain"
-        detail = f"full network: {results.percent(before, 2)}" if compared else results.when(result, phase)
-        tiles.append(("Top-1 accuracy", results.percent(accuracy, 2), detail))
+        detail = f"full network: {text.percent(before, 2)}" if compared else results.when(result, phase)
+        tiles.append(("Top-1 accuracy", text.percent(accuracy, 2), detail))
     for key, words in (("macs", "Multiply-adds"), ("params", "Parameters")):
         if f"{key}_ratio" in result:
             full, compact, ratio = result["full"]["exact"][key], result["compact"]["exact"][key], result[f"{key}_ratio"]
             tiles.append(
                 (
                     words,
-                    results.percent(ratio),
-                    f"{results.amount(compact, full)} of {results.amount(full)}, {results.fewer(ratio)}",
+                    text.percent(ratio),
+                    f"{text.amount(compact, full)} of {text.amount(full)}, {text.fewer(ratio)}",
                 )
             )
         elif "full" in result:
-            tiles.append((words, results.amount(result["full"]["exact"][key]), "full network"))
+            tiles.append((words, text.amount(result["full"]["exact"][key]), "full network"))
     if channels := result.get("channels"):
         total, kept = channels["total"], channels.get("kept")
-        known = (results.percent(kept / max(total, 1)), f"{kept:,} of {total:,} kept") if kept is not None else None
+        known = (text.percent(kept / max(total, 1)), f"{kept:,} of {total:,} kept") if kept is not None else None
         tiles.append(("Channels", *(known or (f"{total:,}", "with a gate"))))
     images = run.last("end").get("images")
-    tiles.append(("Time", results.duration(result["seconds"]), f"{images:,} training pictures" if images else "so far"))
+    tiles.append(("Time", text.duration(result["seconds"]), f"{images:,} training pictures" if images else "so far"))
     cells = "".join(
         f'<div><dt>{label}</dt><dd class="value">{markup.text(value)}</dd><dd class="detail">{markup.text(detail)}</dd></div>'
         for label, value, detail in tiles
@@ -182,8 +183,8 @@ def _search_section(search: dict | None) -> str:
     threshold, full, compact = search["threshold"], search["full"], search["compact"]
     legend = {
         "threshold": "" if threshold is None else f"threshold {threshold}: channels above stay",
-        "full": "" if full is None else f"full network, {results.amount(full)} multiply-adds",
-        "compact": "" if compact is None else f"compact network, {results.amount(compact, full)}",
+        "full": "" if full is None else f"full network, {text.amount(full)} multiply-adds",
+        "compact": "" if compact is None else f"compact network, {text.amount(compact, full)}",
     }
     delta = f"{search['delta'][0]} to {search['delta'][-1]}"
     note = (
@@ -197,7 +198,7 @@ def _accuracy_table(run: Run, result: dict) -> str:
     rows = []
     for phase in result["accuracy"]:
         record = run.last("eval", phase)
-        cells = [results.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
+        cells = [text.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         cells += [f"{record[key]:{form}}" if key in record else "" for key, form in (("cross_entropy", ".4f"), ("samples", ","))]
         rows.append([results.when(result, phase), results.NETWORKS.get(phase, ""), *cells])
     head = ["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"]
@@ -214,7 +215,7 @@ def _cost_table(result: dict) -> str:
     ]
     if len(rows) == 2:
         pairs = list(zip(*costs, strict=True))
-        rows.append(["compact / full", *(results.percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
+        rows.append(["compact / full", *(text.percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
     head = ["network", "multiply-adds", "parameters", "multiply-adds (paper)", "parameters (paper)"]
     return markup.table("cost", "Cost of the full and of the compact network", head, rows)
 

@@ -10,18 +10,14 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnal_dist.asked import asked
 from dnal_dist.backends import FullySharded, Options, Replicated, Trained, Zero
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 # How long a collective waits for a process that does not come.
 TIMEOUT = timedelta(minutes=10)

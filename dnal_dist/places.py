@@ -13,7 +13,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dnal_dist import remote
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 
 class Url(str):

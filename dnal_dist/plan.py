@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets, recipe
 from dnal_dist.backends import MIN_PARAMS, segments
+from dnal_dist.common import errors
+from dnal_dist.common.text import _spaced, bytes_of, short
 from dnal_dist.nets import GatedNetwork
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -34,7 +35,7 @@ USABLE = 0.9
 BUCKETS = (2**20, 25 * 2**20)
 # Parameters up to this many elements stay on every rank under ZeRO-3 (DeepSpeed's stage3_param_persistence_threshold).
 PERSISTENT = 100_000
-UNITS = {f"{prefix}{end}": base**power for end, base in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", 1)}
+
 MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
 RANKS_IN_DOCS = (2, 8, 64, 1024)
 
@@ -234,14 +235,6 @@ def _saved(net: GatedNetwork, image_size: int, pictures: int, checkpointing: boo
     return sum(s.nbytes() for s in outside.values()) + max(size.values(), default=0)
 
 
-def bytes_of(text: str) -> int:
-    """80GB, 24GiB or 500MB as bytes. Raises InputError for anything else."""
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
-    if not found or not float(found[1]):
-        raise recipe.InputError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
 def _built(settings: recipe.Recipe) -> GatedNetwork:
     model, size = settings.model, settings.data.image_size
     with torch.device("meta"):
@@ -250,7 +243,7 @@ def _built(settings: recipe.Recipe) -> GatedNetwork:
         _loss(net, _images(net, size, 2))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise recipe.InputError(f"key 'data.image_size': {model.name} does not take pictures of {size}x{size} ({reason})") from None
+        raise errors.InputError(f"key 'data.image_size': {model.name} does not take pictures of {size}x{size} ({reason})") from None
     return net
 
 
@@ -262,9 +255,9 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
     """
     data, checkpointing = settings.data, settings.training.activation_checkpointing
     if ranks < 1:
-        raise recipe.InputError(f"--ranks {ranks}: expected at least 1")
+        raise errors.InputError(f"--ranks {ranks}: expected at least 1")
     if data.global_batch % ranks:
-        raise recipe.InputError(
+        raise errors.InputError(
             f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {ranks} ranks; the nearest that "
             f"can is {max(1, round(data.global_batch / ranks)) * ranks}"
         )
@@ -298,10 +291,6 @@ def _counted(operations: Operations) -> dict:
     return {"collectives": len(operations), "bytes": sum(size for _, size in operations), "by_operation": by_kind}
 
 
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
-
-
 def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, precision: str = "no") -> str:
     """Collectives and bytes of each step as Markdown, a column for each number of ranks. Raises ValueError as `plan` does."""
     net = _built(settings)
@@ -321,21 +310,12 @@ def write(settings: recipe.Recipe, page: Path) -> None:
         before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
         after = rest.split(MARKS[1])[1]
     except FileNotFoundError:
-        raise recipe.InputError(f"--docs {page}: no such page") from None
+        raise errors.InputError(f"--docs {page}: no such page") from None
     except (ValueError, IndexError):
-        raise recipe.InputError(
+        raise errors.InputError(
             f"--docs {page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each and in this order"
         ) from None
     page.write_text(f"{before}{MARKS[0]}\n{table(settings)}\n{MARKS[1]}{after}", encoding="utf-8")
-
-
-def short(number: float) -> str:
-    """Bytes in three digits and a unit, 2.42 MB."""
-    units = iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while number >= 999.5 and unit != "TB":
-        number, unit = number / 1000, next(units)
-    return f"{number:.3g} {unit}"
 
 
 def _tell(found: dict) -> None:

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from dnal_dist import canvas, pareto, published, results
+from dnal_dist.common import text
 from dnal_dist.results import Run
 
 TITLES = {
@@ -130,7 +131,7 @@ def _hardness(axes, records: list[dict]) -> None:
     told = told[:: math.ceil(len(told) / 6) or 1]
     if told:
         above = axes.secondary_xaxis("top")
-        above.set_xticks([r["epoch"] for r in told], [results.number(r["delta"]) for r in told])
+        above.set_xticks([r["epoch"] for r in told], [text.number(r["delta"]) for r in told])
         above.set_xlabel("hardness delta")
         above.spines["top"].set_visible(False)
 
@@ -141,10 +142,10 @@ def _expected(axes, run: Run, expected: tuple[list[float], list[float]], end: fl
     compact = prune.get("compact", {}).get("exact", {}).get("macs")
     _curve(axes, expected, 1, "expected", canvas.ACCENT, 1.4)
     if full:
-        axes.axhline(full, color=canvas.MUTED, linestyle=":", linewidth=1.2, label=f"full network, {results.amount(full)}")
+        axes.axhline(full, color=canvas.MUTED, linestyle=":", linewidth=1.2, label=f"full network, {text.amount(full)}")
     if compact is not None:
         mark = {"marker": "D", "markersize": 5, "linestyle": "none", "clip_on": False, "zorder": 4}
-        _curve(axes, ([end], [compact]), 1, f"compact network, {results.amount(compact, full)}", canvas.SECOND, 1, **mark)
+        _curve(axes, ([end], [compact]), 1, f"compact network, {text.amount(compact, full)}", canvas.SECOND, 1, **mark)
     axes.set_ylim(0)
     axes.set_ylabel("multiply-adds\nfor one picture")
     canvas.amounts(axes.yaxis)

@@ -8,6 +8,7 @@ from importlib.resources import files
 import yaml
 
 from dnal_dist import results
+from dnal_dist.common.text import printable
 from dnal_dist.results import Run
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
@@ -241,9 +242,9 @@ def differences(run: Run, table: Table) -> list[str]:
     ):
         value = run.setting(part, key)
         if value is not None and value != expected:
-            found.append(words.format(results.printable(str(value)), expected))
+            found.append(words.format(printable(str(value)), expected))
     if given := run.setting("model", "init_from"):
-        found.append(f"weights of {results.printable(str(given))} to begin with")
+        found.append(f"weights of {printable(str(given))} to begin with")
     return found
 
 

@@ -15,16 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-
-class InputError(ValueError):
-    """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
-
-    local: only this process may have met it, so the others may not know.
-    """
-
-    def __init__(self, message: str, local: bool = False):
-        super().__init__(message)
-        self.local = local
+from dnal_dist.common.errors import InputError
 
 
 class Section(BaseModel):

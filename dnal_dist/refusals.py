@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from dnal_dist import nets, recipe
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
 from dnal_dist.shards import Shards
 

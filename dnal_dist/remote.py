@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import fsspec.asyn
 
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 SCHEMES = ("http", "https", "s3", "gs")
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist import comparison, comparison_files, page, plots, published, report_md, results
+from dnal_dist.common import text
 from dnal_dist.page import write
 from dnal_dist.results import Run, load, summary
 
@@ -37,7 +38,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
     result = results.result_of(run)
     rows = results.rows(result)
     width = max(len(label) for label, _ in rows)
-    say((results.printable(run.name), "bold"))
+    say((text.printable(run.name), "bold"))
     for label, value in rows:
         say(f"{label:<{width}}   ", (value, "bold"))
     if (run.folder / "report.html").exists():
@@ -46,8 +47,8 @@ def print_table(run: str | Path | Run, console=None) -> None:
         _print_place(place, say)
     if not result["finished"]:
         say((results.where(run), "yellow"))
-    for message in results.counted(result["warnings"]):
-        say((f"WARNING: {results.printable(message)}", "yellow"))
+    for message in text.counted(result["warnings"]):
+        say((f"WARNING: {text.printable(message)}", "yellow"))
     if result["collapsed"]:
         say((f"THE ARCHITECTURE COLLAPSED: {results.collapse(run)}", "bold red"))
 

@@ -3,7 +3,9 @@
 import shlex
 from pathlib import Path
 
-from dnal_dist import accounts, durable, markdown, published, results
+from dnal_dist import accounts, markdown, published, results
+from dnal_dist.common import atomic
+from dnal_dist.common.text import counted, duration, percent, printable
 from dnal_dist.markdown import code, text
 from dnal_dist.results import Run
 
@@ -20,7 +22,7 @@ PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
 def write(run: Run, result: dict, figures: dict[str, str]) -> Path:
     """Write RUN/report.md, `figures` being what `plots.write` drew, and give its path. Raises OSError."""
     path = run.folder / "report.md"
-    durable.put(path, render(run, result, figures).encode())
+    atomic.put(path, render(run, result, figures).encode())
     return path
 
 
@@ -51,14 +53,14 @@ def render(run: Run, result: dict, figures: dict[str, str]) -> str:
 
 def _notices(run: Run, result: dict) -> list[str]:
     notices = [f"> **The architecture collapsed.** {text(results.collapse(run))}"] if result["collapsed"] else []
-    return notices + [f"> Warning: {text(message)}" for message in results.counted(result["warnings"])]
+    return notices + [f"> Warning: {text(message)}" for message in counted(result["warnings"])]
 
 
 def _accuracy(run: Run, result: dict) -> str:
     rows = []
     for phase in result["accuracy"]:
         record = run.last("eval", phase)
-        shares = [results.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
+        shares = [percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         entropy = f"{record['cross_entropy']:.4f}" if "cross_entropy" in record else ""
         pictures = f"{record['samples']:,}" if "samples" in record else ""
         rows.append([text(results.when(result, phase)), results.NETWORKS.get(phase, ""), *shares, entropy, pictures])
@@ -81,7 +83,7 @@ def _ledger(run: Run, result: dict) -> str:
     rows = [
         [
             text(name),
-            results.duration(entry.get("seconds", 0.0)),
+            duration(entry.get("seconds", 0.0)),
             *(accounts.TOLD[key](entry[key]) if key in entry else "" for key in HEADS),
         ]
         for name, entry in [*known.items(), ("whole run", whole | {"seconds": result["seconds"]})]
@@ -99,7 +101,7 @@ def _channels(run: Run) -> list[str]:
     for site, channels in sites.items():
         left = kept.get(site, 0)
         fate = "rescued" if site in rescued else "" if left else "closed"
-        rows.append([code(site), f"{channels:,}", f"{left:,}", results.percent(left / max(channels, 1)), fate])
+        rows.append([code(site), f"{channels:,}", f"{left:,}", percent(left / max(channels, 1)), fate])
     words = f"{sum(kept.values()):,} of {sum(sites.values()):,} channels in {len(sites):,} layers"
     words += " kept" if prune else " have gates above the threshold so far"
     return ["## Channels", markdown.details(words, markdown.table(["layer", "channels", "kept", "share", " "], rows))]
@@ -124,7 +126,7 @@ def _environment(run: Run) -> str:
 def _again(run: Run) -> str:
     """The commands that train the same again, and the recipe."""
     start, output = run.last("start"), str(run.recipe.get("output") or run.folder)
-    recipe, again = (shlex.quote(results.printable(path)) for path in (f"{output}/recipe.yaml", f"{output}-again"))
+    recipe, again = (shlex.quote(printable(path)) for path in (f"{output}/recipe.yaml", f"{output}-again"))
     lines = []
     commit = str(start.get("code") or "").rstrip("+")
     if commit.isalnum():

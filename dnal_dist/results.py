@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -10,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 
 import yaml
+
+from dnal_dist.common.text import amount, duration, fewer, percent, printable
 
 NETWORKS = {
     "pretrain": "full, no gates",
@@ -156,56 +157,6 @@ def _elapsed(run: Run) -> dict[str, float]:
     return seconds | told
 
 
-def amount(count: float, like: float | None = None) -> str:
-    """Three digits and a unit, 2.42 M; in the unit of `like` where that stays readable."""
-    for reference in (count if like is None else like, count):
-        units = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
-        scale, unit = next((u for u in units if reference >= 0.9995 * u[0]), (1, ""))
-        if count / scale >= 0.01:
-            break
-    return f"{count / scale:.3g}{unit}"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
-
-
-def spread(mean: float, std: float | None) -> str:
-    """A mean and, if there is one, its standard deviation, in one unit and to the same digit, the third of the mean or the first of
-    the deviation: 0.198 ± 0.012 M."""
-    if std is None or not mean:
-        return amount(mean)
-    unit = amount(mean).partition(" ")[2]
-    scale = {"G": 1e9, "M": 1e6, "k": 1e3}.get(unit, 1)
-    digits = max(0, 2 - math.floor(math.log10(mean / scale)), -math.floor(math.log10(std / scale)) if std else 0)
-    return f"{mean / scale:.{digits}f} ± {std / scale:.{digits}f} {unit}".rstrip()
-
-
-def percents(mean: float, std: float | None, digits: int = 2) -> str:
-    """Likewise, for shares: 99.27 ± 0.15 %."""
-    return percent(mean, digits) if std is None else f"{100 * mean:.{digits}f} ± {100 * std:.{digits}f} %"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def fewer(ratio: float) -> str:
-    return f"{1 / ratio:,.{0 if ratio < 0.01 else 1}f}x fewer" if ratio else "nothing left"
-
-
-def counted(messages: list[str]) -> list[str]:
-    """Each message once, in order, with how often it came."""
-    return [message if n == 1 else f"{message} ({n:,} times)" for message, n in Counter(messages).items()]
-
-
 def when(result: dict, phase: str) -> str:
     """When an accuracy was measured: after a phase, in one that still goes on, or before the first iteration."""
     if phase == "pretrain" and result["untrained"]:
@@ -284,11 +235,6 @@ def collapse(run: Run) -> str:
         "The search would have closed nearly every channel, so the network that was kept is not one it chose. "
         f"Lower architecture.penalty_weight{here} and run again."
     )
-
-
-def printable(words: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in words)
 
 
 def rows(result: dict) -> list[tuple[str, str]]:

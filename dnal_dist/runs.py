@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnal_dist import results
-from dnal_dist.occupied import occupied
+from dnal_dist.common import text
+from dnal_dist.common.lock import occupied
 
 DEPTH = 3
 # Seconds between two looks of --watch, and in which squeue has to answer.
@@ -102,7 +103,7 @@ def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
         state = facts["state"] = "running" if there in BUSY or occupied(folder) else "queued" if there in WAITS else "broken"
         if state == "broken":
-            facts["why"] = results.printable(" ".join(str(error).split())) or type(error).__name__
+            facts["why"] = text.printable(" ".join(str(error).split())) or type(error).__name__
             if job and not (folder / "metrics.jsonl").exists():
                 facts["why"] = f"job {job} was submitted, but has left no record and is not in the queue: see its log"
     if (saved := _saved(folder)) is not None:
@@ -199,14 +200,14 @@ def cells(one: dict, folder: Path) -> list[str]:
         state += f" (job {one['job']})"
     done = one["state"] in ("finished", "missed")
     return [
-        results.printable(where),
-        results.printable(state),
+        text.printable(where),
+        text.printable(state),
         str(one.get("phase", "")) if not done else "",
         step if not done else "",
-        results.percent(one["accuracy"], 2) if "accuracy" in one else "",
-        results.percent(one["macs_ratio"]) if "macs_ratio" in one else "",
-        results.number(one["images_per_second"]) if "images_per_second" in one else "",
-        f"{results.duration(one['checkpoint_age'])} ago" if "checkpoint_age" in one and not done else "",
+        text.percent(one["accuracy"], 2) if "accuracy" in one else "",
+        text.percent(one["macs_ratio"]) if "macs_ratio" in one else "",
+        text.number(one["images_per_second"]) if "images_per_second" in one else "",
+        f"{text.duration(one['checkpoint_age'])} ago" if "checkpoint_age" in one and not done else "",
         str(one.get("warnings") or ""),
     ]
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from dnal_dist import checkpoint
 from dnal_dist.checkpoint import Checkpoint
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 from dnal_dist.track import Track
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.

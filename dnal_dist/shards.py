@@ -19,8 +19,8 @@ import numpy as np
 
 from dnal_dist.ahead import Ahead, Need
 from dnal_dist.cache import Cache
+from dnal_dist.common.errors import InputError
 from dnal_dist.places import Url, expand, read_index, refuse_gaps
-from dnal_dist.recipe import InputError
 from dnal_dist.samples import BLOCK, Fault, Sample, boundaries, first_key, parse
 
 OPEN_SHARDS = 64

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75

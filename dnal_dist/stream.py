@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dnal_dist import nvjpeg, receipts
 from dnal_dist.ahead import Ahead
+from dnal_dist.common.errors import InputError
 from dnal_dist.nvjpeg import Encoded
 from dnal_dist.pictures import Geometry, PictureError, Stack, Transform, read_header, render
-from dnal_dist.recipe import InputError
 from dnal_dist.remote import RemoteError
 from dnal_dist.samples import Fault
 from dnal_dist.shards import Origin, Shards

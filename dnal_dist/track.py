@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dnal_dist import durable, trackers
+from dnal_dist import trackers
+from dnal_dist.common import atomic
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 from dnal_dist.sender import Sender
 
 PLAIN_LINE_SECONDS = 30
@@ -218,5 +219,5 @@ def keep_records(path: Path, count: int | None) -> list[str]:
             json.loads(line)
             kept.append(line)
     if len(kept) < len(lines):
-        durable.replace(path, "".join(kept).encode())
+        atomic.replace(path, "".join(kept).encode())
     return kept

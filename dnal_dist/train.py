@@ -26,9 +26,9 @@ import torch
 
 from dnal_dist import budget, cost, ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping, trackers
 from dnal_dist.architecture import Architecture
+from dnal_dist.common.errors import InputError
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 from dnal_dist.run import Run
 from dnal_dist.saver import Saver
 from dnal_dist.shards import Shards

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import checkpoint, compact, durable, loop, phases, report, steps
+from dnal_dist import checkpoint, compact, loop, phases, report, steps
+from dnal_dist.common import atomic
 
 PLACES = (
     "start-up",
@@ -160,14 +161,14 @@ class Watch:
         self._around(compact, "compact", "compaction")
         self._around(compact, "save", "writing compact/")
         self._around(report, "write_all", "writing the report")
-        self._around(durable, "remove", "removal")
+        self._around(atomic, "remove", "removal")
         self._around(loop, "weight_step", "weight step", self._new_batch)
         self._around(phases, "weight_step", "weight step", self._new_batch)
         self._around(phases, "architecture_step", "architecture step", self._new_batch)
-        for module, name in ((steps, "_forward"), (phases, "go"), (durable, "replace"), (durable, "rename")):
+        for module, name in ((steps, "_forward"), (phases, "go"), (atomic, "replace"), (atomic, "rename")):
             self._replace(module, name, getattr(self, name.strip("_")))
-        self._replace(durable, "to_disk", self.to_disk)
-        self._replace(durable, "write", self.write)
+        self._replace(atomic, "to_disk", self.to_disk)
+        self._replace(atomic, "write", self.write)
 
     def _around(self, module, name: str, place: str, first=lambda: None) -> None:
         def watched(original, *arguments, **named):

@@ -28,7 +28,7 @@ from options import Options
 from sweep import Member
 
 from dnal_dist import recipe
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

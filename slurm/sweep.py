@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dnal_dist import recipe
-from dnal_dist.recipe import InputError, Recipe
+from dnal_dist.common.errors import InputError
+from dnal_dist.recipe import Recipe
 
 
 class Member(NamedTuple):

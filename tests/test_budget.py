@@ -9,7 +9,8 @@ from runs import SHORT, Killed, arguments, records, tensors, told
 
 from dnal_dist import budget, compact, cost, nets, recipe, saving
 from dnal_dist.architecture import Architecture
-from dnal_dist.recipe import SGD, ArchitectureSettings, InputError, Target
+from dnal_dist.common.errors import InputError
+from dnal_dist.recipe import SGD, ArchitectureSettings, Target
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
 

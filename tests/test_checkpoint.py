@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from dnal_dist import checkpoint, durable
+from dnal_dist import checkpoint
 from dnal_dist.checkpoint import Checkpoint, Kept, State
+from dnal_dist.common import atomic
 
 
 def made(step: int, phase: str = "search", accuracy: float | None = None) -> Checkpoint:
@@ -98,7 +99,7 @@ class Crash(BaseException):
 def failing_at(patch, operation: str, number: int, when: str, error: type) -> None:
     """`error` at the `number`-th call of an operation: before it is done, halfway or afterwards."""
     holder, _, attribute = operation.rpartition(".")
-    holder = getattr(durable, holder) if holder else durable
+    holder = getattr(atomic, holder) if holder else atomic
     original, calls = getattr(holder, attribute), iter(range(100))
 
     def failing(path, *more, **options):
@@ -134,7 +135,7 @@ def test_killed_within_a_save_the_newest_whole_one_is_found(tmp_path, operation,
     while write_failing(folder := tmp_path / f"{number}", newest, Crash, operation, number, when, last=1):
         _, found, damaged = checkpoint.latest(folder)
         assert not damaged and (same(found, newest) or same(found, older))
-        durable.clean(folder)
+        atomic.clean(folder)
         write(folder, newest, last=1)
         assert same(checkpoint.latest(folder)[1], newest) and names(folder) == ["step-00000002-search"]
         number += 1
@@ -144,7 +145,7 @@ def test_killed_within_a_save_the_newest_whole_one_is_found(tmp_path, operation,
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     write(tmp_path, made(1))
-    monkeypatch.setattr(durable, "to_disk", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(atomic, "to_disk", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, made(2))
     assert names(tmp_path) == ["step-00000001-search"]
@@ -158,7 +159,7 @@ def test_one_of_the_same_name_is_replaced_and_never_lost(tmp_path, operation, wh
     first, second, number = made(3), made(3), 0
     write(tmp_path / "0", first)
     while write_failing(folder := tmp_path / f"{number}", second, error, operation, number, when, last=1, best=0):
-        durable.clean(folder)
+        atomic.clean(folder)
         assert names(folder) == ["step-00000003-search"]
         assert any(same(checkpoint.latest(folder)[1], one) for one in (first, second))
         number += 1

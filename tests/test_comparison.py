@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from test_report import COMPACT, FULL, HOSTILE, Tags, changed, made_up_run, save
 
-from dnal_dist import canvas, comparison, comparison_files, pareto, report, results
+from dnal_dist import canvas, comparison, comparison_files, pareto, report
+from dnal_dist.common.text import spread
 from dnal_dist.pareto import Point
 from dnal_dist.recipe import dump, load
 
@@ -270,7 +271,7 @@ def test_what_a_spreadsheet_would_compute_is_words():
     (4.09e9, 2e6, "4.090 ± 0.002 G"), (100.0, 0.7, "100.0 ± 0.7"),
 ])  # fmt: skip
 def test_a_deviation_keeps_a_digit(mean, std, words):
-    assert results.spread(mean, std) == words
+    assert spread(mean, std) == words
 
 
 def test_other_networks_and_validation_sets_are_told(tmp_path):

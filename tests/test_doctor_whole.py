@@ -16,7 +16,7 @@ from runs import arguments
 from dnal_dist import doctor
 from dnal_dist.checks import Case, Finding, launch
 from dnal_dist.checks.case import Config, read_config
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 
 
 def test_accelerate_configs_are_read():

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
 
-from dnal_dist import checkpoint, durable, loop, saving, stopping, track
+from dnal_dist import checkpoint, loop, saving, stopping, track
 from dnal_dist.backends import Replicated
+from dnal_dist.common import atomic
 
 DAMAGE = {
     "tensors altered": lambda step: flip(step / "state.safetensors"),
@@ -38,14 +39,14 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(train_here, sho
 
 def failing(monkeypatch, of, times=None):
     """The disk is full for checkpoints (`times` of them, or all) whose number is in `of`."""
-    write, count = durable.write, iter(range(10_000))
+    write, count = atomic.write, iter(range(10_000))
 
     def full(path, content):
         if path.name == checkpoint.TENSORS and next(count) in of:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(durable, "write", full)
+    monkeypatch.setattr(atomic, "write", full)
 
 
 def test_training_goes_on_where_a_checkpoint_cannot_be_written(train_here, short, digits, tmp_path, monkeypatch):

@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 
 from dnal_dist import feed as feeding
 from dnal_dist import nvjpeg, pictures, receipts, recipe, train
+from dnal_dist.common.errors import InputError
 from dnal_dist.feed import feed
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import Augmentation, Data, InputError
+from dnal_dist.recipe import Augmentation, Data
 from dnal_dist.shards import Origin, Shards
 from dnal_dist.stream import Batch, Stream
 

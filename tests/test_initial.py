@@ -10,6 +10,7 @@ from faulty import FEW, records, refused
 from safetensors.torch import load_file, save_file
 
 from dnal_dist import checkpoint, initial, nets, phases, recipe, report, train
+from dnal_dist.common import errors
 from dnal_dist.parallel import Parallel
 
 NETWORKS = list(initial.TORCHVISION.items())
@@ -147,14 +148,14 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, told):
     net, tensors = nets.build("vgg_digits"), nets.build("vgg_digits").state_dict()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     change(tensors)
-    with pytest.raises(recipe.InputError, match=r"key 'model\.init_from': .*" + told) as error:
+    with pytest.raises(errors.InputError, match=r"key 'model\.init_from': .*" + told) as error:
         filled(net, tensors, "vgg_digits")
     assert "\n" not in str(error.value)
     assert same(before, net.state_dict())
 
 
 def test_another_width_is_refused_rather_than_its_last_layer_dropped():
-    with pytest.raises(recipe.InputError, match=r"is of shape .*model\.width"):
+    with pytest.raises(errors.InputError, match=r"is of shape .*model\.width"):
         filled(nets.build("vgg_digits", 5), nets.build("vgg_digits", 7, 0.5).state_dict(), "vgg_digits")
 
 
@@ -175,13 +176,13 @@ def settings(source: str, model: str = "vgg_digits") -> recipe.Recipe:
 def test_processes_that_read_other_weights_are_told(tmp_path):
     save_file(nets.build("vgg_digits").state_dict(), tmp_path / "w.safetensors")
     net = nets.build("vgg_digits")
-    with pytest.raises(recipe.InputError, match=r"process 1 reads other weights from .*w\.safetensors than process 0; copy"):
+    with pytest.raises(errors.InputError, match=r"process 1 reads other weights from .*w\.safetensors than process 0; copy"):
         initial.start_from(net, settings(f"{tmp_path}/w.safetensors"), Stub(None, None, None, "another"))
 
 
 def test_what_one_process_cannot_read_stops_all(tmp_path):
     save_file(nets.build("vgg_digits").state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(recipe.InputError, match=r"^process 1: key 'x': no$"):
+    with pytest.raises(errors.InputError, match=r"^process 1: key 'x': no$"):
         initial.start_from(nets.build("vgg_digits"), settings(f"{tmp_path}/w.safetensors"), Stub(None, "key 'x': no"))
 
 
@@ -189,7 +190,7 @@ def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
     """It reads in its turn, when the machine's first one has, and nobody waits for it in vain."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     parallel = Stub(None, None)
-    with pytest.raises(recipe.InputError, match="there is no nowhere"):
+    with pytest.raises(errors.InputError, match="there is no nowhere"):
         initial.start_from(nets.build("vgg_digits"), settings("nowhere"), parallel)
     assert not parallel.others
 
@@ -230,7 +231,7 @@ def test_without_a_network_the_file_and_its_place_are_told(tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     where = f"{tmp_path}/hub/checkpoints"
     told = rf"cannot be downloaded \(no route to host\); put it as resnet50-\w+\.pth into {where}$"
-    with pytest.raises(recipe.InputError, match=told):
+    with pytest.raises(errors.InputError, match=told):
         published("resnet50", "resnet50_imagenet")
 
 
@@ -251,7 +252,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
     )
     if kind == "cut":
         path.write_bytes(cache(tmp_path, "resnet50", {"fc.weight": torch.zeros(100)}).read_bytes()[:300])
-    with pytest.raises(recipe.InputError, match=rf"{path} is not the file that torchvision published \(\w+\); remove it$"):
+    with pytest.raises(errors.InputError, match=rf"{path} is not the file that torchvision published \(\w+\); remove it$"):
         published("resnet50", "resnet50_imagenet")
     assert not (tmp_path / "ran").exists()
 
@@ -270,7 +271,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
     ],
 )  # fmt: skip
 def test_sources_that_are_none_are_refused(source, model, told):
-    with pytest.raises(recipe.InputError, match=told):
+    with pytest.raises(errors.InputError, match=told):
         initial._read(settings(source, model))
 
 
@@ -281,7 +282,7 @@ def test_a_damaged_file_is_refused(tmp_path, change):
     path = tmp_path / "w.safetensors"
     save_file(nets.build("vgg_digits").state_dict(), path)
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(recipe.InputError, match=rf"{path} cannot be read \(.+\); give a whole") as error:
+    with pytest.raises(errors.InputError, match=rf"{path} cannot be read \(.+\); give a whole") as error:
         initial._read(settings(str(path)))
     assert "\n" not in str(error.value)
 
@@ -446,7 +447,7 @@ def test_a_resume_does_not_look_at_it(digits, tmp_path, train_here, source, monk
     shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/run")
     arguments = ("recipes/digits.yaml", *shards, *FEW, SKIP, "--init-from", weights)
     with monkeypatch.context() as patch:
-        patch.setattr(phases, "prune", lambda run: (_ for _ in ()).throw(recipe.InputError("stopped here")))
+        patch.setattr(phases, "prune", lambda run: (_ for _ in ()).throw(errors.InputError("stopped here")))
         refused(train_here(*arguments), "stopped here")
     weights.unlink()
     refused(train_here(*arguments, "--overwrite"), "there is no ")
@@ -478,5 +479,5 @@ def test_saved_names_are_what_a_file_holds(source):
     """The checkpoint's own tensors file holds more than a network: it is refused, not half used."""
     path = next(source[0].glob("checkpoints/step-*20-search")) / "state.safetensors"
     assert "alpha" in load_file(path)
-    with pytest.raises(recipe.InputError, match=r"lacks stages.* and has an unknown"):
+    with pytest.raises(errors.InputError, match=r"lacks stages.* and has an unknown"):
         filled(nets.build("vgg_digits"), load_file(path), "vgg_digits")

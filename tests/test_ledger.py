@@ -9,8 +9,9 @@ import pytest
 import torch
 from runs import SHORT, arguments, records
 
-from dnal_dist import checkpoint, durable, environment, ledger
+from dnal_dist import checkpoint, environment, ledger
 from dnal_dist.checkpoint import Kept, State
+from dnal_dist.common import atomic
 from dnal_dist.meter import total_bytes
 from dnal_dist.stopping import STOPPED
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_of_an_earlier_release_is_gone_on_with(train_here, digits, 
     assert train_here(*arguments(digits, run, *SHORT), "checkpoint.every_steps=1", "--max-time=1s").code == STOPPED
     path, (tensors, state), _ = checkpoint.latest(run / "checkpoints")
     assert state.step > 0 and state.phase == "pretrain"
-    durable.remove(path)
+    atomic.remove(path)
     old = json.loads(state.model_dump_json(exclude={"spent": True, "meter": {"steps", "sent"}}))
     assert "spent" not in old and "steps" not in old["meter"]
     later = State.model_dump_json

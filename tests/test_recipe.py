@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from dnal_dist import recipe
+from dnal_dist.common import errors
 
 DIGITS = Path("recipes/digits.yaml")
 
@@ -73,7 +74,7 @@ def test_recipes_are_frozen():
     ],
 )
 def test_what_is_wrong_is_told_with_its_key(override, told):
-    with pytest.raises(recipe.InputError, match=told) as caught:
+    with pytest.raises(errors.InputError, match=told) as caught:
         recipe.load(DIGITS, [override])
     assert "\n" not in str(caught.value)
 
@@ -89,7 +90,7 @@ def test_what_is_wrong_is_told_with_its_key(override, told):
     ],
 )
 def test_what_is_no_recipe_is_told_with_its_file(tmp_path, text, told):
-    with pytest.raises(recipe.InputError, match=rf"r\.yaml.*{told}"):
+    with pytest.raises(errors.InputError, match=rf"r\.yaml.*{told}"):
         load(tmp_path, text)
 
 

@@ -14,7 +14,7 @@ import pytest
 from servers import FileServer, s3_server, without_proxies
 
 from dnal_dist import remote
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 from dnal_dist.remote import RemoteError
 
 BODY = random.Random(0).randbytes(300_000)

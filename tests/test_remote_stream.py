@@ -13,7 +13,8 @@ from test_receipts import receipts
 from data_tools import index
 from dnal_dist import places
 from dnal_dist.cache import Cache
-from dnal_dist.recipe import Data, InputError
+from dnal_dist.common.errors import InputError
+from dnal_dist.recipe import Data
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Stream
 

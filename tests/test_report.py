@@ -12,7 +12,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from dnal_dist import report, results
+from dnal_dist import report
+from dnal_dist.common.text import amount
 
 FULL = {"exact": {"macs": 2_421_376, "params": 287_146}, "paper": {"macs": 2_430_000, "params": 287_000}}
 COMPACT = {"exact": {"macs": 281_344, "params": 28_211}, "paper": {"macs": 290_000, "params": 28_000}}
@@ -373,7 +374,7 @@ def test_recipe_is_shown_and_may_be_absent(tmp_path):
     ],
 )
 def test_amounts_have_three_digits_and_a_unit(count, like, text):
-    assert results.amount(count, like) == text
+    assert amount(count, like) == text
 
 
 def test_importing_the_report_imports_no_torch():

@@ -12,6 +12,7 @@ from PIL import Image
 from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
 from dnal_dist import canvas, ending, plots, report, report_md, results
+from dnal_dist.common.text import printable
 from dnal_dist.recipe import load
 
 PLOTS = ("channels", "cost", "curves", "search")
@@ -86,7 +87,7 @@ def test_names_stay_words(tmp_path, hostile):
     allowed = set(plain.tags) | {"blockquote"}
     assert set(evil.tags) <= allowed and evil.tags.count("h1") == 1 and evil.tags.count("a") == plain.tags.count("a")
     assert evil.tags.count("td") == plain.tags.count("td") - 5, "one site fewer, and no cell more"
-    shown = " ".join(results.printable(hostile).split())
+    shown = " ".join(printable(hostile).split())
     # The device, both cells of the version, the site, the warning, the title, and the network.
     assert words(evil).count(shown) >= 7
     assert "@someone" not in markdown_of(tmp_path / "evil").split("```")[0]

@@ -14,9 +14,10 @@ import pytest
 from filelock import FileLock
 from runs import SHORT, arguments
 
-from dnal_dist import occupied as occupation
 from dnal_dist import runs
-from dnal_dist.occupied import occupied
+from dnal_dist.common import lock
+from dnal_dist.common import lock as occupation
+from dnal_dist.common.lock import occupied
 
 
 def records_of(run: Path) -> list[dict]:
@@ -93,7 +94,7 @@ def test_a_run_that_goes_on_is_known_by_its_lock_which_is_not_taken(short):
 
 def test_on_another_machines_disk_the_last_record_decides(short, monkeypatch):
     """A lock that is held elsewhere may not be seen."""
-    monkeypatch.setattr(occupation, "file_system", lambda folder: "nfs4")
+    monkeypatch.setattr(lock, "file_system", lambda folder: "nfs4")
     cut(short, "end")
     assert occupied(short) is None
     records = [record | ({"host": "elsewhere"} if record["kind"] == "start" else {}) for record in records_of(short)]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
 
-from dnal_dist import checkpoint, ending, recipe, saving, stopping, train
+from dnal_dist import checkpoint, ending, saving, stopping, train
+from dnal_dist.common import errors
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_time_limit_counts_what_a_tracker_may_take_to_end(train_here, digits, 
 
     def edges(*arguments):
         given.append(stopping.Edges(*arguments))
-        raise recipe.InputError("far enough")
+        raise errors.InputError("far enough")
 
     monkeypatch.setattr(train, "Edges", edges)
     assert train_here(*arguments(digits, tmp_path, *SHORT, f"tracking.tracker={tracker}"), "--max-time=1h").code == 2

@@ -6,7 +6,8 @@ import torch
 import webdataset
 
 from dnal_dist import shards, stream
-from dnal_dist.recipe import Augmentation, Data, InputError
+from dnal_dist.common.errors import InputError
+from dnal_dist.recipe import Augmentation, Data
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Place
 

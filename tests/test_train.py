@@ -10,6 +10,7 @@ import torch
 from wandb_read import offline
 
 from dnal_dist import checkpoint, compact, phases, recipe, report, train
+from dnal_dist.common import errors
 from dnal_dist.evaluate import evaluate
 from dnal_dist.parallel import Parallel
 from dnal_dist.stream import Shards, Stream
@@ -172,7 +173,7 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_path, often):
     changes = ["phases.pretrain.epochs=4", often, "phases.pretrain.optimizer.lr=1e30"]
     run = run_here(digits, tmp_path, *changes)
-    with pytest.raises(recipe.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
+    with pytest.raises(errors.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
         phases.go(run)
     run.saver.settle()
     _, saved, _ = checkpoint.latest(tmp_path / "checkpoints")
@@ -183,7 +184,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_p
 
 
 def test_a_search_too_short_for_an_architecture_step_is_refused(digits, tmp_path):
-    with pytest.raises(recipe.InputError, match=r"'phases\.search\.weight_steps'.*only 4 iterations"):
+    with pytest.raises(errors.InputError, match=r"'phases\.search\.weight_steps'.*only 4 iterations"):
         run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=4")
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from dnal_dist import stopping
 from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
-from dnal_dist.results import duration
+from dnal_dist.common.text import duration
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
 # Seconds for the controller and for the accounting.

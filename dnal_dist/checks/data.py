@@ -9,10 +9,10 @@ import numpy as np
 
 from dnal_dist import places, refusals, remote
 from dnal_dist.checks.case import Case, Finding, fails, many, passes, refused, warns
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.text import short
 from dnal_dist.pictures import PictureError, Transform
 from dnal_dist.places import Url
-from dnal_dist.plan import short
-from dnal_dist.recipe import InputError
 from dnal_dist.samples import Fault, Sample, parse
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Stream

@@ -13,10 +13,9 @@ import torch
 from dnal_dist import checkpoint, stopping
 from dnal_dist.checkpoint import Checkpoint, Kept, State
 from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
+from dnal_dist.common.lock import occupied
+from dnal_dist.common.text import duration, short
 from dnal_dist.folder import ANEW, look
-from dnal_dist.occupied import occupied
-from dnal_dist.plan import short
-from dnal_dist.results import duration
 
 # Seconds by which two clocks may differ before files of the one look wrong on the other.
 CLOCKS = 2.0

@@ -6,6 +6,7 @@ import psutil
 
 from dnal_dist import budget, plan, refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
+from dnal_dist.common import text
 from dnal_dist.initial import PREFIX
 
 CHECKOUT = Path(__file__).parents[2]
@@ -54,11 +55,11 @@ def memory(case: Case) -> Finding:
     needs = found["memory"]["total"] if parts == found["parts"] else None
     at_a_time = share // parts
     words = f"{many(at_a_time, 'picture')} at a time of {share} for a process on {case.backend}"
-    estimate = f"{words} take about {plan.short(needs)}" if needs else words
+    estimate = f"{words} take about {text.short(needs)}" if needs else words
     if device is None:
         return warns(f"{estimate}; there is no device here to compare with", "--device-memory 80GB (of one device)")
     own = case.cpu and case.device_memory is None
-    told = f"{estimate}; {'it' if own else 'a device'} has {plan.short(device)}{told}, of which {plan.USABLE:.0%} are counted on"
+    told = f"{estimate}; {'it' if own else 'a device'} has {text.short(device)}{told}, of which {plan.USABLE:.0%} are counted on"
     if own and not (kept["fits"] and kept["parts"] <= parts):
         # The job's machines may have more.
         return warns(told, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")

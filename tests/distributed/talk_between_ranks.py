@@ -3,8 +3,8 @@
 import torch
 
 from dnal_dist import nets
+from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import Parallel
-from dnal_dist.recipe import InputError
 
 
 def main() -> None:

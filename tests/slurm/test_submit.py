@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dnal_dist import recipe
+from dnal_dist.common import errors
 
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = "recipes/digits.yaml"
@@ -202,4 +202,4 @@ def test_without_slurm_it_says_so_and_leaves_nothing(submit, tmp_path):
 def test_help_teaches(submit):
     told = script(submit("--help"))
     assert "--chain" in told and "docs/slurm.md" in told and "~/.config/dnal_dist/slurm.yaml" in told
-    assert recipe.InputError.__name__ not in told
+    assert errors.InputError.__name__ not in told

@@ -1,0 +1,12 @@
+"""Errors that name the file or recipe key at fault and the remedy."""
+
+
+class InputError(ValueError):
+    """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
+
+    local: only this process may have met it, so the others may not know.
+    """
+
+    def __init__(self, message: str, local: bool = False):
+        super().__init__(message)
+        self.local = local
