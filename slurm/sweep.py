@@ -8,9 +8,8 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
-from dnal_dist.recipe import Recipe
+from dnal_dist.recipe import Recipe, load
 
 
 class Member(NamedTuple):
@@ -64,7 +63,7 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     for values in itertools.product(*sweep.vary.values()):
         varied = [f"{key}={value}" for key, value in zip(sweep.vary, values, strict=True)]
         changes = [*common, *varied, f"output={Path(sweep.output, _name(varied))}"]
-        members.append(Member(recipe.load(sweep.recipe, changes), changes))
+        members.append(Member(load(sweep.recipe, changes), changes))
     return sweep, members
 
 

@@ -1,0 +1,29 @@
+"""Recipes: what a run does, as pydantic models."""
+
+from dnal_dist.recipe.loading import dump, load
+from dnal_dist.recipe.schema import (
+    SGD,
+    ArchitectureSettings,
+    Augmentation,
+    Checkpoints,
+    Constant,
+    Cosine,
+    Data,
+    Keep,
+    Network,
+    Phase,
+    Phases,
+    Pretrain,
+    Recipe,
+    SearchPhase,
+    Steps,
+    Target,
+    Tracking,
+    Training,
+    amount,
+)  # fmt: skip
+
+__all__ = [
+    "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase", "Phases",
+    "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "load",
+]  # fmt: skip
