@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.recipe import Recipe, load
+from dnal_dist import recipe as recipes
+from dnal_dist.recipe import Recipe
 
 
 class Member(NamedTuple):
@@ -63,7 +64,7 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     for values in itertools.product(*sweep.vary.values()):
         varied = [f"{key}={value}" for key, value in zip(sweep.vary, values, strict=True)]
         changes = [*common, *varied, f"output={Path(sweep.output, _name(varied))}"]
-        members.append(Member(load(sweep.recipe, changes), changes))
+        members.append(Member(recipes.load(sweep.recipe, changes), changes))
     return sweep, members
 
 

@@ -204,7 +204,7 @@ attempt.victim.main = making
 def test_a_resume_that_does_not_end_well_fails(chaos, fault, told):
     code = f"""
 import time
-from dnal_dist.recipe import InputError
+from dnal_dist.common.errors import InputError
 def badly(run, saved):
     {fault}
 saving.restore = badly

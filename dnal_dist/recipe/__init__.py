@@ -24,6 +24,6 @@ from dnal_dist.recipe.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase", "Phases",
-    "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "load",
+    "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase",
+    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "load",
 ]  # fmt: skip
