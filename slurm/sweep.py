@@ -8,8 +8,8 @@ from typing import NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dnal_dist.common.errors import InputError
 from dnal_dist import recipe as recipes
+from dnal_dist.common.errors import InputError
 from dnal_dist.recipe import Recipe
 
 
