@@ -21,9 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dnal_dist import compact, cost, phases, recipe, report, train
+from dnal_dist import phases, recipe, report, train
 from dnal_dist.common import errors
-from dnal_dist.nets import GatedNetwork
+from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.parallel import Parallel
 
 METHODS = ("learned", "even", "random", "full")
@@ -58,7 +58,7 @@ def removed_at_random(net: GatedNetwork, image_size: int, most: int, seed: int) 
     def mask(number: int) -> torch.Tensor:
         keep = torch.zeros(net.num_gates, dtype=torch.bool)
         keep[shuffled[:number]] = True
-        return compact.rescue(net, keep, -shuffled.argsort())[0]
+        return masks.rescue(net, keep, -shuffled.argsort())[0]
 
     return mask(_largest(net.num_gates, lambda number: cost.count(net, image_size, mask(number)).macs <= most))
 
@@ -89,7 +89,7 @@ def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
         phases.pretrain(run, batches)
         keep = removed_at_random(net, image_size, most, settings.seed)
     else:
-        keep = cost.all_open(net) if method == "full" else thinned_evenly(net, image_size, most)
+        keep = masks.all_open(net) if method == "full" else thinned_evenly(net, image_size, most)
     run.small, run.momentum = compact.compact(net, keep), {}
     run.phase, run.step = "finetune", 0
     longer = settings.phases.finetune.model_copy(update={"epochs": None, "steps": total - run.global_step})

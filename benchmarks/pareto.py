@@ -32,10 +32,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnal_dist import budget, compact, cost, phases, recipe, report, train
+from dnal_dist import phases, recipe, report, train
 from dnal_dist.common import errors
-from dnal_dist.nets import GatedNetwork
+from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.parallel import Parallel
+from dnal_dist.search import selection
 from dnal_dist.shards import Shards
 from dnal_dist.stream import Batch, Pictures, order
 
@@ -169,12 +170,12 @@ class Bench:
         run = self.from_pretrained(share) if method in ("l1", "random") else self.assemble(share)
         net, side = run.supernet, self.form.side
         if method == "full":
-            keep = cost.all_open(net)
+            keep = masks.all_open(net)
         elif method == "retrained":
             keep = learned
         else:
-            target = budget.budget(run.recipe.architecture, net, side)
-            keep = budget.select(net, side, strength(net, method, self.seed), target)
+            target = selection.budget(run.recipe.architecture, net, side)
+            keep = selection.select(net, side, strength(net, method, self.seed), target)
         return self.trained(run, keep), keep
 
 
@@ -210,7 +211,7 @@ def measure(args, network: str, seed: int) -> None:
                 accuracy = report.summary(run.folder)["accuracy"]
             learned = keep if method == "learned" else learned
             found = cost.count(run.supernet, bench.form.side, keep)
-            target = budget.budget(run.recipe.architecture, run.supernet, bench.form.side)
+            target = selection.budget(run.recipe.architecture, run.supernet, bench.form.side)
             if method != "full" and found.macs not in target:
                 raise errors.InputError(f"{network} seed {seed}, {method}: {target.missed(found.macs)}")
             result = {

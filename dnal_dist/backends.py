@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork, computing_again
+from dnal_dist.nets.gated import segments
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000
@@ -342,19 +343,6 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, gradient):
         # Of a loss that was not scaled, `gradient` is 1.
         return gradient, None, *(found * gradient.to(found.dtype) for found in ctx.gradients)
-
-
-def segments(network: nn.Module) -> list[list[nn.Module]]:
-    """The parts of a network whose parameters are gathered, and whose activations are computed anew, together: the units of a
-    gated network; in a compact one each Sum, or a convolution or Linear with what follows it. In forward order."""
-    if isinstance(network, GatedNetwork):
-        return [[unit] for unit in network.units()]
-    found: list[list[nn.Module]] = []
-    for child in network.children():
-        if not found or isinstance(child, nn.Conv2d | nn.Linear) or any(True for _ in child.children()):
-            found.append([])
-        found[-1].append(child)
-    return [segment for segment in found if any(True for module in segment for _ in module.parameters())]
 
 
 def _prepared(network: nn.Module, options: Options) -> nn.Module:

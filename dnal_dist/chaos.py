@@ -19,9 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from dnal_dist import checkpoint, compact, compare, recipe, verdict, victim
+from dnal_dist import checkpoint, compare, recipe, verdict, victim
 from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated, kill_family, temporary_of
 from dnal_dist.common.errors import InputError
+from dnal_dist.nets import compact
 from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim
 
 # An attempt that takes so many times the seconds of the whole run, and so many more, is stuck.

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import budget, checkpoint, ledger, report, stopping
+from dnal_dist import checkpoint, ledger, report, stopping
 from dnal_dist.common.errors import InputError
 from dnal_dist.parallel import remove_temp
 from dnal_dist.run import Run
+from dnal_dist.search import selection
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
 PATIENCE_SECONDS = 20
@@ -59,7 +60,7 @@ def _tell_of_report(run: Run, do: Callable) -> bool:
 
 
 def _missed(run: Run) -> str | None:
-    target = budget.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
+    target = selection.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
     if target is None:
         return None
     found = report.summary(run.folder)["compact"]["exact"][target.unit]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dnal_dist import checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
-from dnal_dist.nets.mobilenet import MobileNetV2
-from dnal_dist.nets.resnet import BottleneckResNet
-from dnal_dist.nets.vgg import VGG
+from dnal_dist.nets.mobilenet import MobileNetV2, _names_of_mobilenet
+from dnal_dist.nets.resnet import BottleneckResNet, _names_of_resnet
+from dnal_dist.nets.vgg import VGG, _names_of_vgg
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Recipe
 
@@ -234,41 +234,3 @@ def torchvision_names(network: GatedNetwork, model: str) -> dict[str, str]:
     for theirs, ours in pairs:
         found |= {f"{theirs}.{name}": f"{ours}.{name}" for name in network.get_submodule(ours).state_dict()}
     return found
-
-
-def _names_of_vgg(network: VGG) -> list[tuple[str, str]]:
-    found, place = [], 0
-    for s, stage in enumerate(network.stages):
-        for c in range(len(stage)):
-            found += [(f"features.{place}", f"stages.{s}.{c}.conv"), (f"features.{place + 1}", f"stages.{s}.{c}.norm")]
-            place += 3  # with the ReLU
-        place += 1  # the max-pool
-    # Where ours has a BatchNorm and a ReLU between two Linear layers, torchvision has a ReLU and a Dropout.
-    linear = [i for i, module in enumerate(network.classifier) if isinstance(module, nn.Linear)]
-    return [*found, *((f"classifier.{i}", f"classifier.{i}") for i in linear)]
-
-
-def _names_of_resnet(network: BottleneckResNet) -> list[tuple[str, str]]:
-    found = [("conv1", "stem.conv"), ("bn1", "stem.norm")]
-    for s, stage in enumerate(network.stages):
-        for b, block in enumerate(stage):
-            theirs, ours = f"layer{s + 1}.{b}", f"stages.{s}.{b}"
-            for k in (1, 2, 3):
-                found += [(f"{theirs}.conv{k}", f"{ours}.conv{k}.conv"), (f"{theirs}.bn{k}", f"{ours}.conv{k}.norm")]
-            if block.downsample is not None:
-                around = f"{ours}.downsample"
-                found += [(f"{theirs}.downsample.0", f"{around}.conv"), (f"{theirs}.downsample.1", f"{around}.norm")]
-    return [*found, ("fc", "classifier")]
-
-
-def _names_of_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:
-    found = [("features.0.0", "stem.conv"), ("features.0.1", "stem.norm")]
-    for b, block in enumerate(network.blocks):
-        theirs, ours = f"features.{b + 1}.conv", f"blocks.{b}"
-        parts = ["depthwise"] if block.expand is None else ["expand", "depthwise"]
-        for i, part in enumerate(parts):
-            found += [(f"{theirs}.{i}.0", f"{ours}.{part}.conv"), (f"{theirs}.{i}.1", f"{ours}.{part}.norm")]
-        place = len(parts)
-        found += [(f"{theirs}.{place}", f"{ours}.project.conv"), (f"{theirs}.{place + 1}", f"{ours}.project.norm")]
-    last = f"features.{len(network.blocks) + 1}"
-    return [*found, (f"{last}.0", "last.conv"), (f"{last}.1", "last.norm"), ("classifier.1", "classifier")]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from dnal_dist import ledger, saving, schedule
+from dnal_dist import ledger, saving
 from dnal_dist.backends import Trained
 from dnal_dist.evaluate import evaluate
 from dnal_dist.feed import Fed, feed
@@ -14,6 +14,7 @@ from dnal_dist.ledger import Clock
 from dnal_dist.meter import Meter, check_finite, check_skipped
 from dnal_dist.receipts import Receipt
 from dnal_dist.run import Run
+from dnal_dist.search import schedule
 from dnal_dist.steps import Outcome, weight_step
 from dnal_dist.stopping import Stopped
 

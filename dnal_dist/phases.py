@@ -4,12 +4,14 @@ import contextlib
 
 from safetensors import SafetensorError
 
-from dnal_dist import compact, saving, schedule
+from dnal_dist import saving
 from dnal_dist.common.errors import InputError
 from dnal_dist.loop import delta_of, fed, look, optimise, record_gates, write_receipt
-from dnal_dist.penalty import Penalty
+from dnal_dist.nets import compact
 from dnal_dist.pruning import prune
 from dnal_dist.run import Run
+from dnal_dist.search import schedule
+from dnal_dist.search.penalty import Penalty
 from dnal_dist.steps import Outcome, architecture_step, weight_step
 
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets, recipe
-from dnal_dist.backends import MIN_PARAMS, segments
+from dnal_dist.backends import MIN_PARAMS
 from dnal_dist.common import errors
 from dnal_dist.common.text import _spaced, bytes_of, short
 from dnal_dist.nets import GatedNetwork
+from dnal_dist.nets.gated import segments
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist import budget, compact, cost, ledger
+from dnal_dist import ledger
 from dnal_dist.ledger import Clock
 from dnal_dist.loop import fed, look
+from dnal_dist.nets import compact, cost, masks
 from dnal_dist.run import Run
+from dnal_dist.search import selection
 from dnal_dist.stopping import Stopped
 
 
@@ -17,16 +19,16 @@ def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
     recipe, supernet, clock = run.recipe, run.supernet, Clock(run)
     image_size, settings = recipe.data.image_size, recipe.architecture
-    target = budget.budget(settings, supernet, image_size)
+    target = selection.budget(settings, supernet, image_size)
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
     run.parallel.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.parallel.agree("the keep mask", supernet.by_site(keep))
-    run.small, run.mask = compact.compact(supernet, keep), cost.pack(keep)
+    run.small, run.mask = compact.compact(supernet, keep), masks.pack(keep)
     run.momentum = {}
     supernet.cpu()
     recalibrate(run, settings.recalibration_batches)
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
-    present = cost.present(supernet, keep)
+    present = masks.present(supernet, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
     chosen_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
     layers = cost.of_layers(supernet, image_size, keep)
@@ -69,10 +71,10 @@ def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     settings, supernet = run.recipe.architecture, run.supernet
     keep = run.architecture.keep(settings.delta_final, settings.threshold).cpu()
     alpha = run.architecture.alpha.detach().cpu()
-    keep, rescued = compact.rescue(supernet, keep, alpha)
+    keep, rescued = masks.rescue(supernet, keep, alpha)
     if rescued:
         run.track.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
-    keep, collapsed = compact.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
+    keep, collapsed = selection.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
     if collapsed:
         run.track.warn(
             f"the architecture collapsed: less than {settings.min_macs:.1%} of the multiply-adds were left, so the channels "
@@ -83,10 +85,10 @@ def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     return keep, rescued, collapsed
 
 
-def choose_by_budget(run: Run, target: budget.Budget) -> Tensor:
+def choose_by_budget(run: Run, target: selection.Budget) -> Tensor:
     """The strongest channels that meet the budget exactly; a warning if none were found that do."""
     image_size = run.recipe.data.image_size
-    keep = budget.select(run.supernet, image_size, run.architecture.alpha, target)
+    keep = selection.select(run.supernet, image_size, run.architecture.alpha, target)
     if (found := target.of(cost.count(run.supernet, image_size, keep))) not in target:
         run.track.warn(target.missed(found))
     return keep

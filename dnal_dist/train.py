@@ -24,13 +24,15 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import budget, cost, ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping, trackers
-from dnal_dist.architecture import Architecture
+from dnal_dist import ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping, trackers
 from dnal_dist.common.errors import InputError
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
+from dnal_dist.nets import cost
 from dnal_dist.parallel import Parallel
 from dnal_dist.run import Run
 from dnal_dist.saver import Saver
+from dnal_dist.search import selection
+from dnal_dist.search.architecture import Architecture
 from dnal_dist.shards import Shards
 from dnal_dist.stopping import Edges
 from dnal_dist.stream import Stream
@@ -212,7 +214,7 @@ def _refuse(settings: recipe.Recipe, network: nets.GatedNetwork, train: Stream, 
     share = settings.data.global_batch // parallel.world_size // parallel.parts(settings.data)
     refusals.unfit_pictures(network, settings.data, share)
     # Raises if the target is out of reach.
-    budget.budget(settings.architecture, network, settings.data.image_size)
+    selection.budget(settings.architecture, network, settings.data.image_size)
 
 
 def _digests(train: Stream, val: Stream) -> dict[str, str]:

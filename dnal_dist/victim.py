@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import checkpoint, compact, loop, phases, report, steps
+from dnal_dist import checkpoint, loop, phases, report, steps
 from dnal_dist.common import atomic
+from dnal_dist.nets import compact
 
 PLACES = (
     "start-up",

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from dnal_dist import schedule
-from dnal_dist.architecture import Architecture
 from dnal_dist.recipe import SGD, ArchitectureSettings, Constant, Cosine, Phase, SearchPhase, Steps
+from dnal_dist.search import schedule
+from dnal_dist.search.architecture import Architecture
 
 
 def test_gates_start_half_open():

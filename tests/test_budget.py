@@ -7,10 +7,12 @@ import pytest
 import torch
 from runs import SHORT, Killed, arguments, records, tensors, told
 
-from dnal_dist import budget, compact, cost, nets, recipe, saving
-from dnal_dist.architecture import Architecture
+from dnal_dist import nets, recipe, saving
 from dnal_dist.common.errors import InputError
+from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Target
+from dnal_dist.search import controller, selection
+from dnal_dist.search.architecture import Architecture
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
 
@@ -63,7 +65,7 @@ def test_a_target_in_an_override_replaces_the_penalty_weight():
 def test_targets_out_of_reach_are_refused_and_those_at_the_edge_are_not(name, unit):
     net = nets.build(name)
     full = getattr(cost.count(net, 8), unit)
-    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    closed, _ = masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
     floor = getattr(cost.count(net, 8, closed), unit)
     for text, words in (
         (full, "not below"),
@@ -72,10 +74,10 @@ def test_targets_out_of_reach_are_refused_and_those_at_the_edge_are_not(name, un
         ("1e-6x", f"{floor:,}, the least"),
     ):
         with pytest.raises(InputError, match=rf"'architecture\.target\.{unit}'.*{words}"):
-            budget.budget(asked(unit, text), net, 8)
-    least = budget.budget(asked(unit, floor), net, 8)
+            selection.budget(asked(unit, text), net, 8)
+    least = selection.budget(asked(unit, floor), net, 8)
     assert (least.least, least.most, least.full) == (floor, floor, full)
-    assert least.of(cost.count(net, 8, budget.select(net, 8, torch.randn(net.num_gates), least))) == floor
+    assert least.of(cost.count(net, 8, selection.select(net, 8, torch.randn(net.num_gates), least))) == floor
 
 
 def alphas(net: nets.GatedNetwork) -> dict[str, torch.Tensor]:
@@ -93,22 +95,22 @@ def test_the_exact_step_lands_inside_the_tolerance(name, width, share, unit):
     """And keeps no channel that computes nothing."""
     net = nets.build(name, width=width)
     try:
-        target = budget.budget(asked(unit, f"{share}x"), net, 17)
+        target = selection.budget(asked(unit, f"{share}x"), net, 17)
     except InputError:
         pytest.skip(f"{share:.0%} is below the floor of a network this narrow")
     for kind, alpha in alphas(net).items():
-        keep = budget.select(net, 17, alpha, target)
+        keep = selection.select(net, 17, alpha, target)
         found = target.of(cost.count(net, 17, keep))
         assert target.least <= found <= target.most <= share * target.full, kind
-        assert torch.equal(cost.present(net, keep), keep), kind
+        assert torch.equal(masks.present(net, keep), keep), kind
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
 def test_what_rank_leaves_over_goes_to_the_strongest_that_fit(name):
     net = nets.build(name)
-    target = budget.budget(asked("macs", "0.3x", tolerance=1e-5), net, 8)
+    target = selection.budget(asked("macs", "0.3x", tolerance=1e-5), net, 8)
     for alpha in list(alphas(net).values())[:2]:
-        choice = budget._Choice(net, 8, alpha, target)
+        choice = selection._Choice(net, 8, alpha, target)
         ranked = choice.by_rank()
         filled = choice.fill(ranked)
         assert target.most >= choice.cost(filled) >= choice.cost(ranked)
@@ -127,10 +129,10 @@ def test_an_exchange_reaches_what_filling_cannot():
     reached = 0
     for seed in range(40):
         alpha = torch.randn(net.num_gates, generator=torch.Generator().manual_seed(seed))
-        target = budget.budget(asked("macs", "0.2x"), net, 8)
-        choice = budget._Choice(net, 8, alpha, target)
+        target = selection.budget(asked("macs", "0.2x"), net, 8)
+        choice = selection._Choice(net, 8, alpha, target)
         if choice.cost(choice.fill(choice.by_rank())) not in target:
-            assert target.of(cost.count(net, 8, budget.select(net, 8, alpha, target))) in target
+            assert target.of(cost.count(net, 8, selection.select(net, 8, alpha, target))) in target
             reached += 1
     assert reached
 
@@ -140,8 +142,8 @@ def test_the_exact_step_keeps_the_strongest():
     torch.manual_seed(0)
     net = nets.build("vgg_digits")
     alpha = torch.randn(net.num_gates)
-    target = budget.budget(asked("macs", "0.2x"), net, 8)
-    keep = budget.select(net, 8, alpha, target)
+    target = selection.budget(asked("macs", "0.2x"), net, 8)
+    keep = selection.select(net, 8, alpha, target)
     for site, part in net.by_site(keep).items():
         strength = net.by_site(alpha)[site]
         assert strength[part].min() > strength[~part].max()
@@ -151,10 +153,10 @@ def test_the_exact_step_keeps_the_strongest():
 
 def test_a_target_between_two_networks_is_missed_from_below():
     net = nets.build("vgg_digits")
-    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    closed, _ = masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
     floor = cost.count(net, 8, closed).macs
-    target = budget.Budget("macs", floor + 1, floor + 2, cost.count(net, 8).macs)
-    assert cost.count(net, 8, budget.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
+    target = selection.Budget("macs", floor + 1, floor + 2, cost.count(net, 8).macs)
+    assert cost.count(net, 8, selection.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"])
@@ -163,7 +165,7 @@ def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
     """Against a steady push on every channel, whichever way that goes; the budget may lie on either side of the beginning."""
     net = nets.build("vgg_digits")
     settings = asked("macs", f"{share}x", penalty=kind, optimizer=SGD(lr=0.05), delta_final=20.0)
-    target = budget.budget(settings, net, 8)
+    target = selection.budget(settings, net, 8)
     for push in (-1e-4, 1e-4):
         architecture, lag, steps = Architecture(net.num_gates), 0.0, 300
         torch.manual_seed(0)
@@ -173,7 +175,7 @@ def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
         def of_full(gates):
             return cost.expected(net, 8, gates).macs / target.full
 
-        loop = budget.Loop(target, settings, of_full, architecture, steps)
+        loop = controller.Loop(target, settings, of_full, architecture, steps)
         for step in range(steps):
             delta = 20 ** (step / steps)
             weight, lag = loop.weight(delta, step / steps, lag)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnal_dist import compact, cost, nets
+from dnal_dist import nets
+from dnal_dist.nets import compact, cost, modules
+from dnal_dist.nets.masks import all_open, pack, present, rescue, unpack
+from dnal_dist.search import selection
 
 # Image size, and width: the full one is slow in float64, and tells nothing more.
 NETWORKS = {
@@ -115,7 +118,7 @@ def test_paper_rule_of_the_supernet_sees_the_cell_before():
     """An input channel is closed when all candidates of the cell before closed it; expand convolutions keep all outputs."""
     net = nets.build("supernet_digits")
     full = cost.count(net, 8, rule="paper")
-    keep = cost.all_open(net)
+    keep = all_open(net)
     parts = net.by_site(keep)
     for name in net.stages[0]["cells"][1]:
         parts[f"stages.0.cells.1.{name}.project"][3] = False
@@ -135,9 +138,9 @@ def test_paper_rule_of_the_supernet_sees_the_cell_before():
 def test_paper_rule_sees_only_the_layer_before(name):
     torch.manual_seed(0)
     net, (image_size, _) = nets.build(name), NETWORKS[name]
-    masks = [cost.all_open(net), torch.rand(net.num_gates) < 0.5]
+    masks = [all_open(net), torch.rand(net.num_gates) < 0.5]
     for site in ("stem", "stages.0.0.conv1", "stages.0.1.conv2", "stages.2.1.conv1"):
-        masks.append(cost.all_open(net))
+        masks.append(all_open(net))
         net.by_site(masks[-1])[site][:] = False
     for keep in masks:
         assert cost.count(net, image_size, keep, "paper") == paper_cost_by_hand(net, image_size, keep)
@@ -149,10 +152,10 @@ def test_present_channels_are_those_of_the_compact_network(site):
     net, keep = trained_looking("resnet50_imagenet", 0.25)
     net.by_site(keep)[f"stages.0.1.{site}"][:] = False
     small = compact.compact(net, keep)
-    parts = [m for m in small.modules() if isinstance(m, torch.nn.Conv2d | compact.Constant)]
+    parts = [m for m in small.modules() if isinstance(m, torch.nn.Conv2d | modules.Constant)]
     ungated = sum(block.downsample.norm.num_features for stage in net.stages for block in stage if block.downsample is not None)
     channels = sum(m.out_channels if isinstance(m, torch.nn.Conv2d) else m.value.shape[1] for m in parts)
-    assert int(cost.present(net, keep).sum()) == channels - ungated
+    assert int(present(net, keep).sum()) == channels - ungated
     rows = {row["site"]: row["outputs"][0] for row in cost.by_layer(net, 32, keep) if row["site"]}
     assert sum(rows.values()) == channels - ungated and rows[f"stages.0.1.{site}"] == 0
 
@@ -171,7 +174,7 @@ def trained_looking(name: str, width: float = 1, mask=None) -> tuple[nets.GatedN
         for module in net.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(0, module.in_features**-0.5)
-        keep, _ = compact.rescue(net, cost.all_open(net) if mask is None else mask(net))
+        keep, _ = rescue(net, all_open(net) if mask is None else mask(net))
         net(torch.randn(8, 3, *(NETWORKS[name][0],) * 2), keep.float())
     return net.double().eval(), keep
 
@@ -269,7 +272,7 @@ def test_shortcut_keeps_the_stream_and_the_branch_shrinks():
     """Closing channels of a branch's last convolution leaves the stream as wide as the shortcut makes it."""
     torch.manual_seed(0)
     net, _ = trained_looking("resnet_digits")
-    keep = cost.all_open(net)
+    keep = all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:12] = False
     block = compact.compact(net, keep)[3]
     assert (block.width, len(block.carry), [len(add) for add in block.adds]) == (16, 16, [4])
@@ -279,13 +282,13 @@ def test_shortcut_keeps_the_stream_and_the_branch_shrinks():
 def test_a_closed_branch_is_gone_and_one_that_lost_its_input_is_a_constant():
     torch.manual_seed(0)
     net, _ = trained_looking("resnet_digits")
-    keep = cost.all_open(net)
+    keep = all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:] = False
     net.by_site(keep)["stages.0.1.conv1"][:] = False
     small = compact.compact(net, keep)
-    blocks = [module for module in small if isinstance(module, compact.Sum)]
+    blocks = [module for module in small if isinstance(module, modules.Sum)]
     assert len(blocks) == 5, "nothing is left of the first of six"
-    assert isinstance(blocks[0].branches[0][0], compact.Constant)
+    assert isinstance(blocks[0].branches[0][0], modules.Constant)
 
 
 def test_candidates_and_cells_that_closed_are_gone():
@@ -299,7 +302,7 @@ def test_candidates_and_cells_that_closed_are_gone():
         if site.startswith("stages.1.cells.1."):
             parts[site][:] = False
     small = compact.compact(net, keep)
-    cells = [module for module in small if isinstance(module, compact.Sum)]
+    cells = [module for module in small if isinstance(module, modules.Sum)]
     assert len(cells) == 3, "the shortcut is all that is left of the last cell, and it needs no module"
     kinds = [[type(branch[0]).__name__ for branch in cell.branches] for cell in cells]
     # A project convolution without a depthwise one puts out a constant.
@@ -316,8 +319,8 @@ def test_a_bottleneck_that_lost_its_first_convolution_is_a_constant():
     net.by_site(keep)["stages.1.1.conv1"][:] = False
     net.by_site(keep)["stages.2.0.conv2"][:] = False
     small = compact.compact(net, keep)
-    constants = [branch[0] for module in small if isinstance(module, compact.Sum) for branch in module.branches]
-    assert sum(isinstance(first, compact.Constant) for first in constants) == 2
+    constants = [branch[0] for module in small if isinstance(module, modules.Sum) for branch in module.branches]
+    assert sum(isinstance(first, modules.Constant) for first in constants) == 2
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
@@ -329,30 +332,30 @@ def test_rescue_opens_one_way_through_each_cell_that_has_no_shortcut():
     strength = torch.zeros(net.num_gates)
     net.by_site(strength)["stages.1.cells.0.k5e3.depthwise"][4] = 1
     net.by_site(strength)["stages.1.cells.0.k5e3.project"][2] = 1
-    keep, sites = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+    keep, sites = rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
     ways = {"first.depthwise", "first.project", "stages.1.cells.0.k5e3.depthwise", "stages.1.cells.0.k5e3.project", "last"}
     assert ways < set(sites) and len(sites) == 7 and int(keep.sum()) == 7
     assert net.by_site(keep)["stages.1.cells.0.k5e3.depthwise"].nonzero().flatten().tolist() == [4]
     assert not any(site.startswith(("stages.0.cells.1", "stages.1.cells.1")) for site in sites)
-    again, sites = compact.rescue(net, keep, strength)
+    again, sites = rescue(net, keep, strength)
     assert not sites and torch.equal(again, keep)
 
 
 def test_a_mask_as_text_is_the_mask():
     for number in (1, 8, 448, 2031):
         keep = torch.rand(number) < 0.5
-        assert torch.equal(cost.unpack(cost.pack(keep), number), keep)
+        assert torch.equal(unpack(pack(keep), number), keep)
     with pytest.raises(ValueError, match="448 channels"):
-        cost.unpack(cost.pack(torch.ones(100, dtype=torch.bool)), 448)
+        unpack(pack(torch.ones(100, dtype=torch.bool)), 448)
 
 
 def test_a_site_that_must_stay_keeps_its_strongest_channel_with_a_warning():
     net = nets.build("vgg_digits")
-    keep = cost.all_open(net)
+    keep = all_open(net)
     net.by_site(keep)["stages.1.0"][:] = False
     strength = torch.zeros(net.num_gates)
     net.by_site(strength)["stages.1.0"][7] = 1
-    rescued, sites = compact.rescue(net, keep, strength)
+    rescued, sites = rescue(net, keep, strength)
     assert sites == ["stages.1.0"]
     assert net.by_site(rescued)["stages.1.0"].nonzero().flatten().tolist() == [7]
     assert not net.by_site(keep)["stages.1.0"].any(), "the caller's mask is left alone"
@@ -363,7 +366,7 @@ def test_a_site_that_must_stay_keeps_its_strongest_channel_with_a_warning():
 
 def test_a_shortcut_saves_a_branch_from_rescue_but_not_the_stem():
     net = nets.build("resnet_digits")
-    _, sites = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
+    _, sites = rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
     assert sites == ["stem"]
 
 
@@ -372,8 +375,8 @@ def test_reopening_reaches_the_floor_with_as_few_channels_as_can_be(name):
     torch.manual_seed(0)
     net = nets.build(name)
     alpha = torch.randn(net.num_gates)
-    closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), alpha)
-    keep, collapsed = compact.reopen(net, 8, closed, alpha, 0.05)
+    closed, _ = rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), alpha)
+    keep, collapsed = selection.reopen(net, 8, closed, alpha, 0.05)
     full = cost.count(net, 8).macs
     assert collapsed and cost.count(net, 8, keep).macs >= 0.05 * full
     shares = []
@@ -387,7 +390,7 @@ def test_reopening_reaches_the_floor_with_as_few_channels_as_can_be(name):
     for part, site_alpha in zip(net.by_site(fewer).values(), net.by_site(alpha).values(), strict=True):
         part[part & (site_alpha == site_alpha[part].min())] = False
     assert cost.count(net, 8, fewer).macs < 0.05 * full
-    untouched, collapsed = compact.reopen(net, 8, cost.all_open(net), alpha, 0.05)
+    untouched, collapsed = selection.reopen(net, 8, all_open(net), alpha, 0.05)
     assert untouched.all() and not collapsed
 
 

@@ -7,7 +7,8 @@ import torch
 from runs import records
 from test_report import SITES, Tags, changed, gates, made_up_run, numbers_in, page_of, save
 
-from dnal_dist import accounts, cost, diagram, explorer, nets, results
+from dnal_dist import accounts, diagram, explorer, nets, results
+from dnal_dist.nets import cost
 
 SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dnal_dist import cost, nets
-from dnal_dist.architecture import Architecture
+from dnal_dist import nets
+from dnal_dist.nets import cost
 from dnal_dist.nets.gated import ConvBN
+from dnal_dist.search.architecture import Architecture
 
 SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 

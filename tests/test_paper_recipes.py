@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dnal_dist import published, recipe, schedule
+from dnal_dist import published, recipe
+from dnal_dist.search import schedule
 
 
 def steps_at_10_and_40(lr):

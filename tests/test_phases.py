@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dnal_dist import compact, cost, phases, pruning, recipe, report, train
+from dnal_dist import cost, phases, pruning, recipe, report, train
+from dnal_dist.nets import compact
 from dnal_dist.parallel import Parallel
 from dnal_dist.pictures import normalise
 

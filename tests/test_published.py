@@ -9,7 +9,8 @@ import torch
 import yaml
 from test_report import HOSTILE, Tags, changed, made_up_run, numbers_in, page_of, save, table_of
 
-from dnal_dist import cost, nets, published, report, results
+from dnal_dist import nets, published, report, results
+from dnal_dist.nets import cost
 from dnal_dist.published import tables
 
 ROWS = {

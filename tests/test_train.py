@@ -9,9 +9,10 @@ import pytest
 import torch
 from wandb_read import offline
 
-from dnal_dist import checkpoint, compact, phases, recipe, report, train
+from dnal_dist import checkpoint, phases, recipe, report, train
 from dnal_dist.common import errors
 from dnal_dist.evaluate import evaluate
+from dnal_dist.nets import compact
 from dnal_dist.parallel import Parallel
 from dnal_dist.stream import Shards, Stream
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import psutil
 
-from dnal_dist import budget, plan, refusals
+from dnal_dist import plan, refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.common import text
 from dnal_dist.initial import PREFIX
+from dnal_dist.search import selection
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def network(case: Case) -> Finding:
     # What cannot be divided evenly is told with the shards.
     share = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _parts(case)
     refusals.unfit_pictures(net, data, share)
-    budget.budget(settings.architecture, net, data.image_size)
+    selection.budget(settings.architecture, net, data.image_size)
     given = model.init_from
     if given and not given.startswith(PREFIX) and not Path(given).expanduser().exists():
         return fails(f"key 'model.init_from': there is no {given}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50")

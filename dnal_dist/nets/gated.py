@@ -21,7 +21,7 @@ class GatedBatchNorm(_BatchNorm):
     """False while the weights rest (see `resting_statistics`): batch statistics still normalise, the running ones stay."""
     again = False
     """True while activations are computed a second time (see `computing_again`): what the statistics become then is thrown away."""
-    across: "Callable[..., Tensor] | None" = None
+    across: Callable[..., Tensor] | None = None
     """How to normalise in training, if not with the statistics of this process's batch: a function of what F.batch_norm takes."""
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -217,3 +217,16 @@ def halve(size: int) -> int:
 def scaled(channels: list[int], width: float, multiple: int = 2) -> list[int]:
     """Channel counts times `width`, each rounded to a multiple (that a shortcut can pad evenly), at least one of it."""
     return [max(multiple, int(c * width / multiple + 0.5) * multiple) for c in channels]
+
+
+def segments(network: nn.Module) -> list[list[nn.Module]]:
+    """The parts of a network whose parameters are gathered, and whose activations are computed anew, together: the units of a
+    gated network; in a compact one each Sum, or a convolution or Linear with what follows it. In forward order."""
+    if isinstance(network, GatedNetwork):
+        return [[unit] for unit in network.units()]
+    found: list[list[nn.Module]] = []
+    for child in network.children():
+        if not found or isinstance(child, nn.Conv2d | nn.Linear) or any(True for _ in child.children()):
+            found.append([])
+        found[-1].append(child)
+    return [segment for segment in found if any(True for module in segment for _ in module.parameters())]

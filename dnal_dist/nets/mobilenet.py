@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
+from dnal_dist.nets.slicing import _ended, _Slicer
 
 
 class MBConv(nn.Module):
@@ -140,3 +142,43 @@ def mobilenetv2_cifar(num_classes: int = 10, width: float = 1.0) -> MobileNetV2:
 def mobilenetv2_imagenet(num_classes: int = 1000, width: float = 1.0) -> MobileNetV2:
     widths, last = _widths(width)
     return MobileNetV2(widths, [1, 2, 2, 2, 1, 2, 1], last, num_classes, 2, conv_shortcuts=False, expand_first=False)
+
+
+def _mbconv(block: MBConv, path: str, cut: _Slicer) -> tuple[nn.Sequential | None, str]:
+    """The branch of an MBConv, and the path of the layer that ends it."""
+    paths = [f"{path}.{name}.conv" for name in ("expand", "depthwise", "project") if getattr(block, name) is not None]
+    return cut.branch(*paths, activation=nn.ReLU6), paths[-1]
+
+
+def _mobilenet(net: MobileNetV2, cut: _Slicer) -> nn.Sequential:
+    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True))
+    stream = cut.live["stem.conv"].outputs
+    for b, block in enumerate(net.blocks):
+        path = f"blocks.{b}"
+        branch, end = _mbconv(block, path, cut)
+        written = cut.live[end].outputs
+        if block.identity:
+            if branch is not None:
+                network.append(cut.sum([(branch, end)], stream))
+            stream = stream | written
+        elif block.shortcut is not None:
+            shortcut = f"{path}.shortcut.conv"
+            network.append(cut.sum([(nn.Sequential(*cut.conv(shortcut)), shortcut), (branch, end)]))
+            stream = torch.ones_like(written)
+        else:
+            network.extend(branch)
+            stream = written
+    return _ended(network, cut)
+
+
+def _names_of_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:
+    found = [("features.0.0", "stem.conv"), ("features.0.1", "stem.norm")]
+    for b, block in enumerate(network.blocks):
+        theirs, ours = f"features.{b + 1}.conv", f"blocks.{b}"
+        parts = ["depthwise"] if block.expand is None else ["expand", "depthwise"]
+        for i, part in enumerate(parts):
+            found += [(f"{theirs}.{i}.0", f"{ours}.{part}.conv"), (f"{theirs}.{i}.1", f"{ours}.{part}.norm")]
+        place = len(parts)
+        found += [(f"{theirs}.{place}", f"{ours}.project.conv"), (f"{theirs}.{place + 1}", f"{ours}.project.norm")]
+    last = f"features.{len(network.blocks) + 1}"
+    return [*found, (f"{last}.0", "last.conv"), (f"{last}.1", "last.norm"), ("classifier.1", "classifier")]

@@ -1,10 +1,12 @@
 """Residual networks: basic blocks with parameter-free shortcuts for small pictures (option A of He et al., 2015), and bottlenecks
 with convolutional shortcuts for ImageNet."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
+from dnal_dist.nets.slicing import _Slicer
 
 
 class BasicBlock(nn.Module):
@@ -158,3 +160,48 @@ def resnet50_imagenet(num_classes: int = 1000, width: float = 1.0) -> Bottleneck
 def resnet_digits(num_classes: int = 10, width: float = 1.0) -> ResNet:
     """Three stages of two blocks, for pictures of 8x8 pixels."""
     return ResNet(scaled([16, 32, 64], width), 2, num_classes)
+
+
+def _resnet(net: ResNet, cut: _Slicer) -> nn.Sequential:
+    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU(inplace=True))
+    stream = cut.live["stem.conv"].outputs
+    for s, stage in enumerate(net.stages):
+        for b, block in enumerate(stage):
+            conv1, conv2 = (f"stages.{s}.{b}.{name}.conv" for name in ("conv1", "conv2"))
+            carried = nn.functional.pad(stream, (block.pad, block.pad))
+            branch = cut.branch(conv1, conv2, activation=nn.ReLU)
+            if branch is not None or block.stride > 1 or block.pad:
+                network.extend([cut.sum([(branch, conv2)], carried, block.stride), nn.ReLU(inplace=True)])
+            stream = cut.live[conv2].outputs | carried
+    return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])
+
+
+def _bottleneck_resnet(net: BottleneckResNet, cut: _Slicer) -> nn.Sequential:
+    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+    stream = cut.live["stem.conv"].outputs
+    for s, stage in enumerate(net.stages):
+        for b, block in enumerate(stage):
+            convs = [f"stages.{s}.{b}.{name}.conv" for name in ("conv1", "conv2", "conv3")]
+            branch, written = (cut.branch(*convs, activation=nn.ReLU), convs[-1]), cut.live[convs[-1]].outputs
+            if block.downsample is not None:
+                shortcut = f"stages.{s}.{b}.downsample.conv"
+                both = [(nn.Sequential(*cut.conv(shortcut)), shortcut), branch]
+                network.extend([cut.sum(both), nn.ReLU(inplace=True)])
+                stream = torch.ones_like(written)
+            elif branch[0] is not None:
+                network.extend([cut.sum([branch], stream), nn.ReLU(inplace=True)])
+                stream = stream | written
+    return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])
+
+
+def _names_of_resnet(network: BottleneckResNet) -> list[tuple[str, str]]:
+    found = [("conv1", "stem.conv"), ("bn1", "stem.norm")]
+    for s, stage in enumerate(network.stages):
+        for b, block in enumerate(stage):
+            theirs, ours = f"layer{s + 1}.{b}", f"stages.{s}.{b}"
+            for k in (1, 2, 3):
+                found += [(f"{theirs}.conv{k}", f"{ours}.conv{k}.conv"), (f"{theirs}.bn{k}", f"{ours}.conv{k}.norm")]
+            if block.downsample is not None:
+                around = f"{ours}.downsample"
+                found += [(f"{theirs}.downsample.0", f"{around}.conv"), (f"{theirs}.downsample.1", f"{around}.norm")]
+    return [*found, ("fc", "classifier")]

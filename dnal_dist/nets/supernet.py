@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
-from dnal_dist.nets.mobilenet import MBConv
+from dnal_dist.nets.mobilenet import MBConv, _mbconv
+from dnal_dist.nets.slicing import _ended, _Slicer
 
 # Kernel and expansion of a cell's candidates.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (3, 6)]
@@ -99,3 +100,16 @@ def supernet_digits(num_classes: int = 10, width: float = 1.0) -> Supernet:
     """Two stages of two cells, for small pictures: from the first cell on the maps have half their side."""
     widths, last = scaled([16, 8, 12, 24], width), scaled([64], width)[0]
     return Supernet(widths, [2, 2], [2, 1], last, num_classes, 1)
+
+
+def _supernet(net: Supernet, cut: _Slicer) -> nn.Sequential:
+    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True), *_mbconv(net.first, "first", cut)[0])
+    stream = cut.live["first.project.conv"].outputs
+    for path, cell in net.cells():
+        branches = [_mbconv(candidate, f"{path}.{name}", cut) for name, candidate in cell.items()]
+        carried = stream if cell.identity else None
+        stream = cut.stream([cut.live[end].outputs for _, end in branches], carried)
+        if carried is not None and all(branch is None for branch, _ in branches):
+            continue  # only the shortcut is left
+        network.append(cut.sum(branches, carried))
+    return _ended(network, cut)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedBatchNorm, GatedNetwork, Layer, scaled
+from dnal_dist.nets.slicing import _Slicer
 
 
 class VGG(GatedNetwork):
@@ -74,3 +75,30 @@ def vgg16_imagenet(num_classes: int = 1000, width: float = 1.0) -> VGG:
 def vgg_digits(num_classes: int = 10, width: float = 1.0) -> VGG:
     """Six convolutions for pictures of 8x8 pixels."""
     return VGG([scaled(stage, width) for stage in ([32, 32], [64, 64], [128, 128])], [], num_classes)
+
+
+def _vgg(net: VGG, cut: _Slicer) -> nn.Sequential:
+    network = nn.Sequential()
+    for s, stage in enumerate(net.stages):
+        for c, _ in enumerate(stage):
+            network.extend([*cut.conv(f"stages.{s}.{c}.conv"), nn.ReLU(inplace=True)])
+        network.append(nn.MaxPool2d(2))
+    network.extend([nn.AdaptiveAvgPool2d(net.side), nn.Flatten()])
+    for i, module in enumerate(net.classifier):
+        if isinstance(module, nn.Linear):
+            network.append(cut.linear(path := f"classifier.{i}"))
+            if cut.layers[path].norm:
+                network.extend([cut.norm(path, nn.BatchNorm1d), nn.ReLU(inplace=True)])
+    return network
+
+
+def _names_of_vgg(network: VGG) -> list[tuple[str, str]]:
+    found, place = [], 0
+    for s, stage in enumerate(network.stages):
+        for c in range(len(stage)):
+            found += [(f"features.{place}", f"stages.{s}.{c}.conv"), (f"features.{place + 1}", f"stages.{s}.{c}.norm")]
+            place += 3  # with the ReLU
+        place += 1  # the max-pool
+    # Where ours has a BatchNorm and a ReLU between two Linear layers, torchvision has a ReLU and a Dropout.
+    linear = [i for i, module in enumerate(network.classifier) if isinstance(module, nn.Linear)]
+    return [*found, *((f"classifier.{i}", f"classifier.{i}") for i in linear)]

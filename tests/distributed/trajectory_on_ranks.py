@@ -18,10 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist import compact, nets, schedule
-from dnal_dist.architecture import Architecture
+from dnal_dist import nets
+from dnal_dist.nets import compact, masks
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import SGD, Training
+from dnal_dist.search import schedule
+from dnal_dist.search.architecture import Architecture
 from dnal_dist.steps import architecture_step, weight_step
 
 BATCH, DELTA = 12, 3.0
@@ -116,7 +118,7 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
             gaps = ordered.diff()[len(ordered) // 3 : len(ordered) // 2]
             cut = len(ordered) // 3 + int(gaps.argmax())
             keep = architecture.alpha.detach() > (ordered[cut] + ordered[cut + 1]) / 2
-            keep, _ = compact.rescue(net, keep, architecture.alpha.detach())
+            keep, _ = masks.rescue(net, keep, architecture.alpha.detach())
             parallel.agree("the keep mask", net.by_site(keep))
             network, momentum = compact.compact(net, keep), {}
     return found

@@ -2,8 +2,9 @@
 
 import torch
 
-from dnal_dist import budget, cost
+from dnal_dist.nets import cost
 from dnal_dist.run import Run
+from dnal_dist.search import controller, selection
 
 # Architecture steps between two looks at the expected cost by the collapse guard.
 GUARD_EVERY = 10
@@ -15,14 +16,14 @@ class Penalty:
     def __init__(self, run: Run, steps: int):
         self.run, self.steps = run, steps
         settings, net, image_size = run.recipe.architecture, run.supernet, run.recipe.data.image_size
-        self.budget = budget.budget(settings, net, image_size)
+        self.budget = selection.budget(settings, net, image_size)
         unit = "macs" if self.budget is None else self.budget.unit
         full = getattr(cost.count(net, image_size), unit)
         self.share = lambda gates: getattr(cost.expected(net, image_size, gates), unit) / full
         if self.budget is not None:
             phase = run.recipe.phases.search
             taken = steps * phase.architecture_steps / (phase.weight_steps + phase.architecture_steps)
-            self.loop = budget.Loop(self.budget, settings, self.share, run.architecture, taken)
+            self.loop = controller.Loop(self.budget, settings, self.share, run.architecture, taken)
 
     def weight(self, delta: float, step: int) -> float:
         """Of the search's iteration `step`; moves the state that the run keeps of it."""

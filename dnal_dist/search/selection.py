@@ -3,23 +3,16 @@
 import heapq
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dnal_dist import compact, cost
-from dnal_dist.architecture import Architecture
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets import GatedNetwork
+from dnal_dist.nets import GatedNetwork, masks
+from dnal_dist.nets.cost import count, expected
 from dnal_dist.recipe import amount
 
-# The penalty alone would close the gap between the expected cost and where it should be in this part of the search, and in no fewer
-# architecture steps than a momentum of 0.9 remembers, or the loop would swing.
-RESPONSE, LEAST_STEPS = 0.05, 10
-# Part of the search after which the expected cost should have arrived; the rest is left to settle.
-ARRIVAL = 0.8
 # Most masks that the exact step counts in looking for one inside the tolerance, beyond those that its first pass takes.
 TRIES = 4000
 
@@ -56,9 +49,9 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
         return None
     unit, text = settings.target.chosen
     value, relative = amount(text)
-    full = getattr(cost.count(net, image_size), unit)
+    full = getattr(count(net, image_size), unit)
     most = int(value * full if relative else value)
-    floor = getattr(cost.count(net, image_size, cheapest(net, image_size, unit)), unit)
+    floor = getattr(count(net, image_size, cheapest(net, image_size, unit)), unit)
     key = f"key 'architecture.target.{unit}': {text}"
     if most >= full:
         raise InputError(f"{key} is not below the {full:,} of the full network, so nothing would be learned; lower it")
@@ -73,53 +66,8 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
 def cheapest(net: GatedNetwork, image_size: int, unit: str) -> Tensor:
     """The keep mask, bool (N,), of the least channels that the network works with, through the cheapest candidates of its cells."""
     gates = torch.full((net.num_gates,), 1e-3, dtype=torch.float64, requires_grad=True)
-    (price,) = torch.autograd.grad(getattr(cost.expected(net, image_size, gates), unit), gates)
-    return compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0]
-
-
-class Loop:
-    """The penalty weight of a search in closed loop on the expected cost.
-
-    The expected cost is to go from where all gates are 0.5 to the budget, at an even rate in its logarithm. One SGD step of alpha
-    by the penalty alone moves it by weight * gain, gain = lr / (1 - momentum) * <grad log cost, grad penalty>, and the growth of
-    delta alone by <grad log cost, alpha> for each unit of log delta. Both are known, so the weight that closes the present gap in
-    RESPONSE of the search is known too. A sum of past gaps is added, since the cross-entropy pushes as well. Soft gates may all
-    shrink together without any say in the loss; the weight is negative then and pushes them up.
-    """
-
-    def __init__(self, target: Budget, settings, share: Callable[[Tensor], Tensor], architecture: Architecture, steps: float):
-        """settings: the recipe's `architecture`; share: gates (N,) -> share of the full cost, differentiable; steps: architecture
-        steps of the whole search."""
-        self.response = max(LEAST_STEPS, RESPONSE * steps)
-        self.hardening = math.log(settings.delta_final / settings.delta_start) / steps
-        self.share, self.architecture, self.kind = share, architecture, settings.penalty
-        self.speed = settings.optimizer.lr / (1 - settings.optimizer.momentum)
-        with torch.no_grad():
-            self.start = math.log(float(share(torch.full_like(architecture.alpha, 0.5))))
-        self.way = math.log((target.least + target.most) / 2 / target.full) - self.start
-        self.pace = self.way / steps / ARRIVAL
-
-    def weight(self, delta: float, progress: float, lag: float) -> tuple[float, float]:
-        """The weight of the next architecture step, and the new `lag`, a weighted sum of the gaps so far (0 at first), which is all
-        of the loop's state. progress: part of the search that lies behind, 0 to 1."""
-        alpha = self.architecture.alpha
-        (push,) = torch.autograd.grad(self.architecture.penalty(self.kind, delta, self.share), alpha)
-        log_cost = self.share(self.architecture.gates(delta)).clamp_min(1e-9).log()
-        (slope,) = torch.autograd.grad(log_cost, alpha)
-        with torch.no_grad():
-            # In one look: each would wait for the device.
-            told = torch.stack([log_cost, slope @ alpha, alpha.abs().mean(), push.square().mean().sqrt(), push @ slope]).tolist()
-        log_cost, drift, size, strength, gain = told
-        gap = log_cost - self.start - self.way * min(1.0, progress / ARRIVAL)
-        too_slow = drift * self.hardening - (self.pace if progress < ARRIVAL else 0.0)
-        # Where all gates are hard no weight would help, so alpha moves by no more than a part of its own size. The push counts by
-        # its root mean square, since a penalty by cost pushes some channels far more than most.
-        limit = 2 * max(size, 1 / delta) / self.response / self.speed / max(strength, 1e-12)
-        asked = ((gap + lag) / self.response + too_slow) / max(self.speed * gain, 1e-12)
-        if abs(asked) < limit or asked * gap < 0:
-            # At the limit the sum rests, or it would have to be worked off later.
-            lag += gap / (10 * self.response)
-        return max(-limit, min(limit, asked)), lag
+    (price,) = torch.autograd.grad(getattr(expected(net, image_size, gates), unit), gates)
+    return masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0]
 
 
 def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget) -> Tensor:
@@ -146,8 +94,8 @@ class _Choice:
         strength = strength.detach().cpu()
         self.orders = [part.argsort(descending=True, stable=True) for part in net.by_site(strength).values()]
         self.ranked = strength.argsort(descending=True, stable=True)
-        closed, _ = compact.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
-        if target.of(cost.count(net, image_size, closed)) > target.most:
+        closed, _ = masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+        if target.of(count(net, image_size, closed)) > target.most:
             closed = cheapest(net, image_size, target.unit)
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
@@ -165,7 +113,7 @@ class _Choice:
 
     def cost(self, counts: tuple[int, ...]) -> int:
         if counts not in self._costs:
-            self._costs[counts] = self.target.of(cost.count(self.net, self.image_size, self.mask(counts)))
+            self._costs[counts] = self.target.of(count(self.net, self.image_size, self.mask(counts)))
         return self._costs[counts]
 
     def by_rank(self) -> tuple[int, ...]:
@@ -236,3 +184,28 @@ class _Choice:
         if not all(counts[site] for site in branch):
             for site in branch:
                 counts[site] = self.least[site]
+
+
+def reopen(net: GatedNetwork, image_size: int, keep: Tensor, alpha: Tensor, floor: float) -> tuple[Tensor, bool]:
+    """`keep` with as many channels opened again as bring the multiply-adds to the share `floor`; and whether any had to be.
+
+    The largest alpha of each site come first, the same share of every site: after a collapse alpha (N,) still ranks the channels of
+    a site, but no longer one site against another.
+    """
+    least = floor * count(net, image_size).macs
+    rank = torch.cat([a.argsort(descending=True, stable=True).argsort() / len(a) for a in net.by_site(alpha).values()])
+    ranked = rank.argsort(stable=True)
+
+    def with_first(number: int) -> Tensor:
+        mask = keep.clone()
+        mask[ranked[:number]] = True
+        return mask
+
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        if count(net, image_size, with_first(middle)).macs >= least:
+            high = middle
+        else:
+            low = middle + 1
+    return with_first(low), low > 0

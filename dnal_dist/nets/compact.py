@@ -1,0 +1,118 @@
+"""From a keep mask to a physically smaller network: plain torch modules, the same function as the masked network."""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from dnal_dist.common import atomic
+from dnal_dist.nets.gated import GatedNetwork
+from dnal_dist.nets.masks import rescue
+from dnal_dist.nets.mobilenet import MobileNetV2, _mobilenet
+from dnal_dist.nets.modules import Channels, Constant, Sum
+from dnal_dist.nets.resnet import BottleneckResNet, ResNet, _bottleneck_resnet, _resnet
+from dnal_dist.nets.slicing import _Slicer
+from dnal_dist.nets.supernet import Supernet, _supernet
+from dnal_dist.nets.vgg import VGG, _vgg
+
+# What it takes to build each kind of module again, as its constructor's arguments.
+_ARGUMENTS = {
+    nn.Conv2d: lambda m: [
+        *(m.in_channels, m.out_channels, list(m.kernel_size), list(m.stride), list(m.padding)),
+        *(list(m.dilation), m.groups, m.bias is not None),
+    ],
+    nn.Linear: lambda m: (m.in_features, m.out_features, m.bias is not None),
+    nn.BatchNorm2d: lambda m: (m.num_features, m.eps, m.momentum),
+    nn.BatchNorm1d: lambda m: (m.num_features, m.eps, m.momentum),
+    nn.ReLU: lambda m: (m.inplace,),
+    nn.ReLU6: lambda m: (m.inplace,),
+    nn.MaxPool2d: lambda m: (m.kernel_size, m.stride, m.padding),
+    nn.AdaptiveAvgPool2d: lambda m: (m.output_size,),
+    nn.Flatten: lambda m: (),
+    Constant: lambda m: (m.value.shape[1],),
+    Channels: lambda m: (m.those,),
+    Sum: lambda m: ([describe(branch) for branch in m.branches], m.adds, m.width, m.carry, m.stride),
+}
+_KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
+
+
+def describe(network: nn.Sequential) -> list:
+    """The structure of a compact network as JSON: one [kind, arguments] for each module."""
+    return [[type(module).__name__, list(_ARGUMENTS[type(module)](module))] for module in network]
+
+
+def build(description: list) -> nn.Sequential:
+    """The network `describe` told of, freshly initialised. Raises ValueError if it is no such description."""
+    network = nn.Sequential()
+    for item in description:
+        try:
+            kind, (*arguments,) = item
+            if kind == "Sum":
+                arguments[0] = [build(branch) for branch in arguments[0]]
+            network.append(_KINDS[kind](*arguments))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(f"not part of a compact network: {str(item)[:80]} ({error})") from None
+    return network
+
+
+def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
+    """The network that `description` tells of, with these weights and statistics. Raises ValueError if they do not fit, before
+    memory is taken for whatever the description asks for."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError("the weights do not fit the description of the network")
+    network = build(description)
+    network.load_state_dict(tensors)
+    return network
+
+
+def save(network: nn.Sequential, folder: Path, **facts) -> None:
+    """Write `folder`/architecture.json (the description, and `facts` for readers) and weights.safetensors, in place of what was
+    there. Raises OSError."""
+    with atomic.folder(folder) as unfinished:
+        weights = to_bytes({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()})
+        atomic.write(unfinished / "weights.safetensors", weights)
+        told = json.dumps({**facts, "network": describe(network)}, indent=1) + "\n"
+        atomic.write(unfinished / "architecture.json", told.encode())
+
+
+def load(folder: Path | str) -> nn.Sequential:
+    """The compact network saved in `folder`, in eval mode. Raises ValueError naming the folder and what is missing or wrong."""
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "architecture.json").read_text())["network"]
+        network = restored(description, load_file(folder / "weights.safetensors"))
+    except Exception as error:
+        raise ValueError(f"{folder}: no compact network can be loaded from here ({error})") from None
+    return network.eval()
+
+
+def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
+    """A smaller network with the function of `net` when the gates of the channels not in `keep`, bool (N,), are 0 and the others 1.
+
+    Equal in eval mode up to rounding; `.keep` of the result is the mask it was made with. A site that would close although there is
+    no way around it keeps one channel (see `rescue`), with a warning. `net` is left as it is.
+    """
+    keep, rescued = rescue(net, keep)
+    if rescued:
+        warnings.warn(f"all channels of {', '.join(rescued)} would close; the strongest one of each stays", stacklevel=2)
+    with torch.no_grad():
+        network = _FAMILIES[type(net)](net, _Slicer(net, keep))
+    network.keep = keep
+    return network.to(next(net.parameters()).device).train(net.training)
+
+
+# Where a shortcut that changes nothing is all that is left of a block, nothing of the block is left: the ReLU behind it would see
+# what went through one before.
+_FAMILIES = {
+    VGG: _vgg,
+    ResNet: _resnet,
+    BottleneckResNet: _bottleneck_resnet,
+    MobileNetV2: _mobilenet,
+    Supernet: _supernet,
+}

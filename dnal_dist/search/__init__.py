@@ -1,0 +1,1 @@
+"""DNAL itself: architecture, penalty, schedule, budget controller, selection."""
