@@ -34,11 +34,12 @@ from torch import Tensor
 
 from dnal_dist import phases, recipe, report, train
 from dnal_dist.common import errors
+from dnal_dist.data.order import order
+from dnal_dist.data.pipeline import Batch, Pictures
+from dnal_dist.data.shards import Shards
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.parallel import Parallel
 from dnal_dist.search import selection
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Batch, Pictures, order
 
 NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}
 BUDGETS = (0.5, 0.25, 0.1, 0.05)

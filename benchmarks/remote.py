@@ -18,8 +18,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from dnal_dist.ahead import Ahead, Need
-from dnal_dist.cache import Cache
+from dnal_dist.data.cache import Cache
+from dnal_dist.data.prefetch import Ahead, Need
 
 
 def serve(body: bytes, latency: float, rate: float, port) -> None:

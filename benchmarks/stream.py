@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dnal_dist import pictures
-from dnal_dist.feed import feed
+from dnal_dist.data import images
+from dnal_dist.data.device import feed
+from dnal_dist.data.pipeline import Stream
 from dnal_dist.recipe import Augmentation, Data
-from dnal_dist.stream import Shards, Stream
+from dnal_dist.stream import Shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CASES = {"500x375": (375, 500), "shorter side 256": (256, 341)}
@@ -97,7 +98,7 @@ def contenders(folder: Path) -> dict[str, Callable[[], int]]:
     held, settings = list(encoded(shard)), data(folder)
     tree = ImageFolder(folder / "folder", torchvision_transform(train=True))
     ours = {train: Stream(Shards(settings.train, "data.train", 10), settings, 0, train) for train in (True, False)}
-    transform, steps = pictures.Transform(settings, 0, train=True), len(held) // BATCH
+    transform, steps = images.Transform(settings, 0, train=True), len(held) // BATCH
 
     def pillow(picture: bytes) -> None:
         with Image.open(io.BytesIO(picture)) as image:
@@ -105,7 +106,7 @@ def contenders(folder: Path) -> dict[str, Callable[[], int]]:
 
     def alone() -> int:
         for first in range(0, len(held), BATCH):
-            stack = pictures.Stack(BATCH, 224)
+            stack = images.Stack(BATCH, 224)
             for i, picture in enumerate(held[first : first + BATCH]):
                 transform(picture, 0, first + i, stack.next)
                 stack.keep()
@@ -122,7 +123,7 @@ def contenders(folder: Path) -> dict[str, Callable[[], int]]:
     return {
         "tar, read alone": lambda: sum(1 for _ in encoded(shard)),
         "Pillow, decode alone": lambda: sum(pillow(picture) is None for picture in held),
-        "dnal_dist, decode alone": lambda: sum(pictures.decode(picture) is not None for picture in held),
+        "dnal_dist, decode alone": lambda: sum(images.decode(picture) is not None for picture in held),
         STOCK: lambda: sum(len(labels) for _, labels in stock(shard, True)),
         f"{STOCK}, crop by Pillow": lambda: sum(len(labels) for _, labels in stock(shard, True, on_tensors=False)),
         "torchvision ImageFolder, float": lambda: sum(len(labels) for _, labels in DataLoader(tree, BATCH, shuffle=True)),

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.pictures import UNREADABLE, rgb, too_large
 from data_tools.survey import Good, Survey, chunk
-from dnal_dist.samples import FORMATS, parse
+from dnal_dist.data.tar import FORMATS, parse
 
 COLUMNS, ROWS = 8, 8
 TILE, CAPTION = 160, 20

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.index import are_numbers
 from data_tools.survey import Survey
-from dnal_dist.places import Url
+from dnal_dist.data.shardlist import Url
 
 
 class Finding(NamedTuple):

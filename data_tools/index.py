@@ -21,7 +21,7 @@ from data_tools.make_shards import count
 from data_tools.survey import Survey, Surveyor
 from data_tools.workers import cores, in_order
 from data_tools.writing import write_index
-from dnal_dist.places import Url, expand, read_index
+from dnal_dist.data.shardlist import Url, expand, read_index
 
 LISTED = 10
 

@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
+from dnal_dist.data.tar import FORMATS, PICTURES
 from dnal_dist.recipe import Data
-from dnal_dist.samples import FORMATS, PICTURES
 
 EXTENSIONS = (*PICTURES, "gif")
 # Found too, so that they are counted among those that are left out.

@@ -10,9 +10,9 @@ from typing import BinaryIO, NamedTuple
 
 from data_tools.pictures import decoding_fault
 from data_tools.workers import Tick
-from dnal_dist import remote
-from dnal_dist.places import Url
-from dnal_dist.samples import Fault, boundaries, parse
+from dnal_dist.data import remote
+from dnal_dist.data.shardlist import Url
+from dnal_dist.data.tar import Fault, boundaries, parse
 
 # More than any picture takes: such a sample is a shard whose headers are damaged, or means harm.
 MOST_BYTES = 1 << 28

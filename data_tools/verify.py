@@ -29,8 +29,8 @@ from data_tools.findings import Finding
 from data_tools.index import are_numbers, find, folder_of, survey
 from data_tools.make_shards import count
 from data_tools.workers import cores
-from dnal_dist import remote
-from dnal_dist.places import Url, read_index
+from dnal_dist.data import remote
+from dnal_dist.data.shardlist import Url, read_index
 
 LISTED = 10
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.feed import feed
+from dnal_dist.data.device import feed
+from dnal_dist.data.pipeline import Stream
 from dnal_dist.parallel import Parallel
-from dnal_dist.stream import Stream
 
 
 class Evaluation(NamedTuple):

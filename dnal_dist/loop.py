@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dnal_dist import ledger, saving
 from dnal_dist.backends import Trained
+from dnal_dist.data.device import Fed, feed
+from dnal_dist.data.receipts import Receipt
 from dnal_dist.evaluate import evaluate
-from dnal_dist.feed import Fed, feed
 from dnal_dist.ledger import Clock
 from dnal_dist.meter import Meter, check_finite, check_skipped
-from dnal_dist.receipts import Receipt
 from dnal_dist.run import Run
 from dnal_dist.search import schedule
 from dnal_dist.steps import Outcome, weight_step

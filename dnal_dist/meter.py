@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dnal_dist.checkpoint import Gathered
 from dnal_dist.common.errors import InputError
+from dnal_dist.data.pipeline import Stream
 from dnal_dist.nets import cost
 from dnal_dist.parallel import Traffic
 from dnal_dist.search import schedule
 from dnal_dist.steps import Outcome
-from dnal_dist.stream import Stream
 
 
 def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:

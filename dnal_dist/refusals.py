@@ -7,9 +7,9 @@ import torch
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.data.shards import Shards
 from dnal_dist.parallel import Parallel
 from dnal_dist.run import Run
-from dnal_dist.shards import Shards
 
 
 def build_network(model: recipe.Network) -> nets.GatedNetwork:

@@ -8,9 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.checkpoint import Checkpoint, Gathered, State, name
 from dnal_dist.common.errors import InputError
+from dnal_dist.data.receipts import Receipt
 from dnal_dist.meter import Meter
 from dnal_dist.nets import compact
-from dnal_dist.receipts import Receipt
 from dnal_dist.run import Run
 
 # State that the run and its checkpoint call the same.

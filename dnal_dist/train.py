@@ -24,8 +24,11 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import ending, environment, initial, nets, nvjpeg, phases, recipe, refusals, saving, stopping, trackers
+from dnal_dist import ending, environment, initial, nets, phases, recipe, refusals, saving, stopping, trackers
 from dnal_dist.common.errors import InputError
+from dnal_dist.data import nvjpeg
+from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shards import Shards
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.nets import cost
 from dnal_dist.parallel import Parallel
@@ -33,9 +36,7 @@ from dnal_dist.run import Run
 from dnal_dist.saver import Saver
 from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.shards import Shards
 from dnal_dist.stopping import Edges
-from dnal_dist.stream import Stream
 from dnal_dist.track import CLOSE_SECONDS, Track
 
 # Exit code of a run that trained to its end, but whose network does not meet the recipe's target.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dnal_dist.samples import boundaries
+from dnal_dist.data.tar import boundaries
 
 FEW = (
     "phases.pretrain.steps=2", "phases.search.steps=2", "phases.finetune.steps=2", "tracking.log_every=1",

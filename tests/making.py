@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from data_tools import make_shards
-from dnal_dist import stream
+from dnal_dist.data import pipeline
+from dnal_dist.data.shards import Shards
+from dnal_dist.data.tar import Sample, boundaries, parse
 from dnal_dist.recipe import Data
-from dnal_dist.samples import Sample, boundaries, parse
-from dnal_dist.shards import Shards
 
 
 def new(folder: Path) -> Path:
@@ -55,7 +55,7 @@ def streamed(folder, split: str, size: int, classes: int = 10) -> dict[str, tupl
     data = Data(train="-", val="-", image_size=size, global_batch=4, workers=0)
     shards = Shards(f"{folder}/{split}-*.tar", f"data.{split}", classes)
     found = {}
-    for batch in stream.Stream(shards, data, 0, False).batches():
+    for batch in pipeline.Stream(shards, data, 0, False).batches():
         assert not batch.bad
         found |= {key: (image, int(label)) for key, image, label in zip(batch.keys, batch.images, batch.labels, strict=True)}
     return found

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dnal_dist import remote
+from dnal_dist.data import remote
 
 
 class FileServer:

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from servers import FileServer, without_proxies
 
-from dnal_dist import remote
-from dnal_dist.ahead import Ahead, Need
-from dnal_dist.cache import Cache
-from dnal_dist.remote import RemoteError
+from dnal_dist.data import remote
+from dnal_dist.data.cache import Cache
+from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.remote import RemoteError
 
 SIZE = 100_000
 SHARDS = {f"{number}.tar": random.Random(number).randbytes(SIZE) for number in range(6)}

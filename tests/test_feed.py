@@ -11,14 +11,15 @@ import webdataset
 from PIL import Image
 from torchvision.transforms import v2
 
-from dnal_dist import feed as feeding
-from dnal_dist import nvjpeg, pictures, receipts, recipe, train
+from dnal_dist import recipe, train
 from dnal_dist.common.errors import InputError
-from dnal_dist.feed import feed
+from dnal_dist.data import device, images, nvjpeg, receipts
+from dnal_dist.data import device as feeding
+from dnal_dist.data.device import feed
+from dnal_dist.data.pipeline import Batch, Stream
+from dnal_dist.data.shards import Origin, Shards
 from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Augmentation, Data
-from dnal_dist.shards import Origin, Shards
-from dnal_dist.stream import Batch, Stream
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -101,7 +102,7 @@ def test_waiting_is_the_time_for_the_stream_alone(monkeypatch):
         now[0] += 50.0
         return images
 
-    monkeypatch.setattr(feeding, "normalise", normalise)
+    monkeypatch.setattr(device, "normalise", normalise)
     waited = []
     for fed in feed(slow(), settings(), CPU):
         waited.append(fed.waited)
@@ -173,7 +174,7 @@ def same(ones, others, tolerance: float) -> None:
     "kind, augmentation", [("none", {}), ("pad_crop", {}), ("resized_crop", {}), ("resized_crop", {"resize": 40})]
 )
 def test_the_device_gives_the_pictures_of_the_cpu(kind, augmentation, folder, decoder, monkeypatch):
-    monkeypatch.setattr(pictures, "reduction_of", lambda *_: 1)
+    monkeypatch.setattr(images, "reduction_of", lambda *_: 1)
     ours = batches(folder, decode="cuda", kind=kind, augmentation=augmentation)
     # What nvJPEG can take of the 24.
     assert len(decoder.seen) == 20

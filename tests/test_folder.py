@@ -16,7 +16,7 @@ from PIL import Image
 from data_tools import make_shards
 from data_tools.pictures import MAX_PIXELS, Draw, Picture, decoding_fault, files_in, listing, resized
 from data_tools.record import digest
-from dnal_dist.pictures import PictureError, decode
+from dnal_dist.data.images import PictureError, decode
 from dnal_dist.recipe import Data
 
 

@@ -13,7 +13,7 @@ from servers import FileServer
 
 from data_tools import index, make_shards, verify
 from data_tools.pictures import png
-from dnal_dist.shards import Shards
+from dnal_dist.data.shards import Shards
 
 
 def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

@@ -20,7 +20,7 @@ from data_tools import make_shards, writing
 from data_tools.record import Record
 from data_tools.workers import in_order
 from data_tools.writing import Split
-from dnal_dist.samples import boundaries, parse
+from dnal_dist.data.tar import boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from faulty import png, write_tar
 
-from dnal_dist import shards as shards_room
-from dnal_dist import stream
+from dnal_dist.data import order as data_order
+from dnal_dist.data import shards
+from dnal_dist.data.order import Slices, order_with_locality
+from dnal_dist.data.pipeline import Pictures, Stream
+from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Pictures, Slices, Stream
 
 
 def settings(digits, **changes) -> Data:
@@ -84,7 +85,7 @@ def test_resuming_at_every_batch_twice_in_a_row_with_other_numbers_of_ranks(digi
         return picture(self, encoded, place, origin, *more)
 
     monkeypatch.setattr(Pictures, "_picture", counting)
-    monkeypatch.setattr(shards_room, "boundaries", lambda *_: scans.append(1))
+    monkeypatch.setattr(shards, "boundaries", lambda *_: scans.append(1))
     data = settings(digits)
     for first in range(31):
         second = min(first + 1 + first % 7, 31)
@@ -141,7 +142,7 @@ def test_shards_made_shuffled_give_such_batches_with_few_shards_in_use(epoch):
 @pytest.mark.parametrize("together", [1, 4, 16])
 def test_about_so_many_shards_are_in_use_at_a_time(together):
     counts = np.random.default_rng(0).integers(80, 120, SHARDS)
-    shard = np.repeat(np.arange(SHARDS), counts)[stream.order_with_locality(counts, 0, 3, together)]
+    shard = np.repeat(np.arange(SHARDS), counts)[order_with_locality(counts, 0, 3, together)]
     first = np.array([np.flatnonzero(shard == s)[0] for s in range(SHARDS)])
     last = np.array([np.flatnonzero(shard == s)[-1] for s in range(SHARDS)])
     in_use = [int(((first <= t) & (last >= t)).sum()) for t in range(len(shard))]
@@ -151,5 +152,5 @@ def test_about_so_many_shards_are_in_use_at_a_time(together):
 
 def test_orders_are_fixed_for_good():
     """A run that is resumed by a later release must go on in the same order."""
-    assert stream.order(8, 0, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
-    assert stream.order_with_locality(np.array([3, 2, 3]), 0, 0, 2).tolist() == [0, 2, 4, 5, 6, 1, 3, 7]
+    assert data_order.order(8, 0, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
+    assert order_with_locality(np.array([3, 2, 3]), 0, 0, 2).tolist() == [0, 2, 4, 5, 6, 1, 3, 7]

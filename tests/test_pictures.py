@@ -12,8 +12,8 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torchvision.transforms import v2
 
-from dnal_dist import pictures
-from dnal_dist.pictures import PictureError, Transform
+from dnal_dist.data import images
+from dnal_dist.data.images import Header, PictureError, Stack, Transform, _random_part, decode, normalise, reduction_of
 from dnal_dist.recipe import Augmentation, Data
 
 KINDS = ["none", "pad_crop", "resized_crop"]
@@ -66,7 +66,7 @@ def test_validation_is_bit_for_bit_the_stock_one(height, width, kind, mode):
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"keep_rgb": True}])
 def test_jpegs_of_all_kinds_decode_to_the_bits_that_pillow_gives(options):
     encoded = encode(scene(61, 83), **options)
-    assert np.array_equal(pictures.decode(encoded), np.asarray(stock(encoded)))
+    assert np.array_equal(decode(encoded), np.asarray(stock(encoded)))
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -96,7 +96,7 @@ def reference(pixels: np.ndarray, data: Data, seed: int, epoch: int, index: int)
     else:
         if augmentation.resize:
             image = TF.resize(image, [augmentation.resize], antialias=True)
-        part = pictures._random_part(*image.shape[1:], augmentation.scale, rng)
+        part = _random_part(*image.shape[1:], augmentation.scale, rng)
         image = TF.resized_crop(image, *part, [size, size], antialias=True)
     return image.permute(1, 2, 0).numpy(), bool(augmentation.flip and rng.random() < 0.5)
 
@@ -112,7 +112,7 @@ AUGMENTATIONS = [
 @pytest.mark.parametrize("height, width", [(150, 200), (200, 150), (97, 64), (40, 300), (64, 64)])
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
 def test_training_pictures_are_those_of_the_augmentation_at_full_resolution(kind, augmentation, height, width, monkeypatch):
-    monkeypatch.setattr(pictures, "reduction_of", lambda *_: 1)
+    monkeypatch.setattr(images, "reduction_of", lambda *_: 1)
     data, encoded = settings(kind, 64, augmentation=augmentation), encode(scene(height, width))
     pixels = np.array(stock(encoded))
     for index in range(12):
@@ -125,10 +125,10 @@ def test_training_pictures_are_those_of_the_augmentation_at_full_resolution(kind
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
 def test_reduced_scale_is_close_to_full_resolution(kind, augmentation):
     data, encoded = settings(kind, 32, augmentation=augmentation), encode(scene(403, 601))
-    transform, header, reductions = Transform(data, 0, True), pictures.Header(403, 601, "YCbCr"), []
+    transform, header, reductions = Transform(data, 0, True), Header(403, 601, "YCbCr"), []
     pixels = np.array(stock(encoded))
     for index in range(30):
-        reductions.append(pictures.reduction_of(header, transform.plan(header, 0, index), 32))
+        reductions.append(reduction_of(header, transform.plan(header, 0, index), 32))
         assert distance(transform(encoded, 0, index)[0], reference(pixels, data, 0, 0, index)[0]) < 3
     assert max(reductions) > 1
 
@@ -137,9 +137,9 @@ def test_reduced_scale_is_close_to_full_resolution(kind, augmentation):
 def test_reduced_scale_never_leaves_fewer_pixels_than_are_wanted(kind, augmentation):
     transform = Transform(settings(kind, 32, augmentation=augmentation), 0, True)
     for index in range(200):
-        header = pictures.Header(*np.random.default_rng(index).integers(20, 900, 2).tolist(), "YCbCr")
+        header = Header(*np.random.default_rng(index).integers(20, 900, 2).tolist(), "YCbCr")
         geometry = transform.plan(header, 0, index)
-        factor = pictures.reduction_of(header, geometry, 32)
+        factor = reduction_of(header, geometry, 32)
         if geometry.whole == header[:2]:
             left, wanted = [side / factor for side in geometry.part[2:]], (32, 32)
         else:
@@ -151,8 +151,8 @@ def test_reduced_scale_never_leaves_fewer_pixels_than_are_wanted(kind, augmentat
 def test_validation_and_training_without_augmentation_decode_at_full_scale():
     for train in (True, False):
         transform = Transform(settings("none", 32), 0, train)
-        header = pictures.Header(2000, 3000, "YCbCr")
-        assert pictures.reduction_of(header, transform.plan(header, 0, 0), 32) == 1
+        header = Header(2000, 3000, "YCbCr")
+        assert reduction_of(header, transform.plan(header, 0, 0), 32) == 1
 
 
 def test_random_changes_depend_on_seed_epoch_and_index_alone():
@@ -188,7 +188,7 @@ def test_a_random_part_may_be_taken_of_the_resized_picture():
 
 
 def test_a_stack_is_one_tensor_of_channels_last_memory_without_gaps():
-    stack = pictures.Stack(3, 8)
+    stack = Stack(3, 8)
     for seed in (0, 1):
         stack.next[...] = scene(8, 8, seed)
         stack.keep()
@@ -200,16 +200,16 @@ def test_a_stack_is_one_tensor_of_channels_last_memory_without_gaps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalise_is_the_usual_one(dtype):
-    stack = pictures.Stack(256, 8)
+    stack = Stack(256, 8)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)).permute(0, 3, 1, 2)
     assert stack.images.shape[0] == 0
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = v2.Normalize(mean, std)(images.float() / 255)
-    found = pictures.normalise(images, mean, std, dtype=dtype)
+    found = normalise(images, mean, std, dtype=dtype)
     assert found.is_contiguous() and found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype))
     flips = torch.tensor([True, False, False, True, True])
-    mirrored = pictures.normalise(images, mean, std, flips, dtype)
+    mirrored = normalise(images, mean, std, flips, dtype)
     assert torch.equal(mirrored[flips], found[flips].flip(-1)) and torch.equal(mirrored[~flips], found[~flips])
 
 
@@ -232,13 +232,13 @@ def test_of_16_bits_the_upper_byte_counts_and_alpha_is_dropped(colour, channels)
     pixels = np.random.default_rng(0).integers(0, 1 << 16, (9, 7, channels), np.uint16)
     upper = (pixels >> 8).astype(np.uint8)
     expected = np.repeat(upper[:, :, :1], 3, 2) if channels < 3 else upper[:, :, :3]
-    assert np.array_equal(pictures.decode(png_of_16_bits(pixels, colour)), expected)
+    assert np.array_equal(decode(png_of_16_bits(pixels, colour)), expected)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_pngs_of_all_modes_are_what_pillow_converts_them_to(mode):
     encoded = encode(scene(20, 30), "PNG", mode)
-    assert np.array_equal(pictures.decode(encoded), np.asarray(stock(encoded)))
+    assert np.array_equal(decode(encoded), np.asarray(stock(encoded)))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
@@ -246,7 +246,7 @@ def test_an_animation_is_refused(kind):
     frames, file = [Image.new("RGB", (8, 8), (grey, 0, 0)) for grey in (0, 200)], io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
     with pytest.raises(PictureError, match="it is animated"):
-        pictures.decode(file.getvalue())
+        decode(file.getvalue())
 
 
 def test_what_is_no_picture_is_refused_with_a_reason():
@@ -271,7 +271,7 @@ def bomb(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(kind, monkeypatch):
-    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(PictureError, match=r"^60000 x 60000 pixels, more than data\.max_pixels \(100000000\) allows$"):
         Transform(settings(), 0, False)(bomb(kind), 0, 0)
 
@@ -294,23 +294,23 @@ def test_a_line_that_would_grow_without_bounds_is_refused():
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "CMYK"}, {"mode": "L"}])
 def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(options):
     whole = encode(scene(120, 160), **options)
-    picture = pictures.decode(whole)
+    picture = decode(whole)
     for length in range(len(whole) - 1, 0, -37):
         try:
-            found = pictures.decode(whole[:length])
+            found = decode(whole[:length])
         except PictureError:
             continue
         assert np.array_equal(found, picture), length
     for end in (b"", b"\xff\xd9"):
         with pytest.raises(PictureError, match="truncated"):
-            pictures.decode(whole[: len(whole) // 2] + end)
+            decode(whole[: len(whole) // 2] + end)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_harmless_faults_of_a_jpeg_are_passed_over(mode):
     whole = encode(scene(40, 50), mode=mode)
     for faulty in (whole + b"more", whole[:-2] + b"\x12\x34" + whole[-2:]):
-        assert np.array_equal(pictures.decode(faulty), pictures.decode(whole))
+        assert np.array_equal(decode(faulty), decode(whole))
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P")])

@@ -11,9 +11,9 @@ import pytest
 from faulty import png, samples, write_index, write_tar
 
 from dnal_dist import checkpoint
-from dnal_dist.audit import Taken, audit
 from dnal_dist.common.errors import InputError
-from dnal_dist.receipts import Receipt, tally, without
+from dnal_dist.data.audit import Taken, audit
+from dnal_dist.data.receipts import Receipt, tally, without
 
 SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
 SHORT += ("tracking.tracker=none", "data.global_batch=48", "tracking.plots=false")

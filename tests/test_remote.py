@@ -13,9 +13,9 @@ import fsspec.config
 import pytest
 from servers import FileServer, s3_server, without_proxies
 
-from dnal_dist import remote
 from dnal_dist.common.errors import InputError
-from dnal_dist.remote import RemoteError
+from dnal_dist.data import remote
+from dnal_dist.data.remote import RemoteError
 
 BODY = random.Random(0).randbytes(300_000)
 SECRET = "wJalrXUtnFEMI-not-for-eyes"

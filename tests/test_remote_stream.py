@@ -11,18 +11,18 @@ from servers import FileServer, s3_server, without_proxies
 from test_receipts import receipts
 
 from data_tools import index
-from dnal_dist import places
-from dnal_dist.cache import Cache
 from dnal_dist.common.errors import InputError
+from dnal_dist.data import shardlist
+from dnal_dist.data.cache import Cache
+from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Stream
 
 
 @pytest.fixture(autouse=True)
 def direct_and_patient(monkeypatch):
     without_proxies(monkeypatch)
-    places._remote_index.cache_clear()
+    shardlist._remote_index.cache_clear()
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import tarfile
 import pytest
 import webdataset
 
-from dnal_dist.samples import Fault, Sample, boundaries, parse
-from dnal_dist.shards import Shards
+from dnal_dist.data.shards import Shards
+from dnal_dist.data.tar import Fault, Sample, boundaries, parse
 
 
 def tar_of(*members, form: int = tarfile.PAX_FORMAT) -> bytes:

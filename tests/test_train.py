@@ -11,10 +11,11 @@ from wandb_read import offline
 
 from dnal_dist import checkpoint, phases, recipe, report, train
 from dnal_dist.common import errors
+from dnal_dist.data.pipeline import Stream
 from dnal_dist.evaluate import evaluate
 from dnal_dist.nets import compact
 from dnal_dist.parallel import Parallel
-from dnal_dist.stream import Shards, Stream
+from dnal_dist.stream import Shards
 
 REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]

@@ -16,7 +16,7 @@ import yaml
 
 from dnal_dist import nets, recipe, refusals
 from dnal_dist.common.errors import InputError
-from dnal_dist.shards import Shards
+from dnal_dist.data.shards import Shards
 
 # With more than two processes nothing else would come to light, and a login node has few cores.
 PROBED = 2

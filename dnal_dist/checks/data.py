@@ -7,15 +7,16 @@ from shutil import disk_usage
 
 import numpy as np
 
-from dnal_dist import places, refusals, remote
+from dnal_dist import refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, passes, refused, warns
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
-from dnal_dist.pictures import PictureError, Transform
-from dnal_dist.places import Url
-from dnal_dist.samples import Fault, Sample, parse
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Stream
+from dnal_dist.data import remote, shardlist
+from dnal_dist.data.images import PictureError, Transform
+from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shardlist import Url
+from dnal_dist.data.shards import Shards
+from dnal_dist.data.tar import Fault, Sample, parse
 
 # Samples whose labels are read, and that are decoded; of remote shards each is a request.
 LABELS, PICTURES, REQUESTS = 512, 32, 4
@@ -65,7 +66,7 @@ def labels(case: Case) -> Finding:
         shards = case.splits[key]
         if isinstance(shards, InputError):
             return fails(f"not looked at, since the shards of data.{key} cannot be used", f"mend key 'data.{key}'")
-        names = max((len(places.class_names(folder)) for folder in {path.parent for path in shards.paths}), default=0)
+        names = max((len(shardlist.class_names(folder)) for folder in {path.parent for path in shards.paths}), default=0)
         if names > known:
             return fails(f"the index of data.{key} names {names} classes, the network tells {known} apart", _classes(names))
         labels, bad, good = set(), [], 0

@@ -6,9 +6,9 @@ import pytest
 from faulty import png, write_tar
 from launching import launch, succeed
 
+from dnal_dist.data.order import Slices
+from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Slices
 
 pytestmark = pytest.mark.timeout(1000)
 

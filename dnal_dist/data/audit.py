@@ -12,9 +12,9 @@ from rich.table import Table
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
-from dnal_dist.receipts import tally
-from dnal_dist.shards import Shards
-from dnal_dist.stream import Slices
+from dnal_dist.data.order import Slices
+from dnal_dist.data.receipts import tally
+from dnal_dist.data.shards import Shards
 
 TYPES = {"epoch": int, "batches": int, "samples": int, "digest": str, "ordered": str, "skipped": list}
 

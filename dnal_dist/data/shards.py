@@ -17,11 +17,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from dnal_dist.ahead import Ahead, Need
-from dnal_dist.cache import Cache
 from dnal_dist.common.errors import InputError
-from dnal_dist.places import Url, expand, read_index, refuse_gaps
-from dnal_dist.samples import BLOCK, Fault, Sample, boundaries, first_key, parse
+from dnal_dist.data.cache import Cache
+from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.shardlist import Url, expand, read_index, refuse_gaps
+from dnal_dist.data.tar import BLOCK, Fault, Sample, boundaries, first_key, parse
 
 OPEN_SHARDS = 64
 

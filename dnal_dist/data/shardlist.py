@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from dnal_dist import remote
 from dnal_dist.common.errors import InputError
+from dnal_dist.data import remote
 
 
 class Url(str):

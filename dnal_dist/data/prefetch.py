@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from dnal_dist.cache import Cache
+from dnal_dist.data.cache import Cache
 
 
 class Need(NamedTuple):

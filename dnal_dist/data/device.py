@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnal_dist import nvjpeg
-from dnal_dist.pictures import normalise
-from dnal_dist.stream import Batch
+from dnal_dist.data import nvjpeg
+from dnal_dist.data.images import normalise
+from dnal_dist.data.pipeline import Batch
 
 # Labels that torch's cross-entropy leaves out.
 IGNORED = -100

@@ -14,10 +14,10 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dnal_dist import receipts
 from dnal_dist.common.errors import InputError
-from dnal_dist.pictures import Geometry, Header, PictureError, read_header, render
-from dnal_dist.shards import Origin
+from dnal_dist.data import receipts
+from dnal_dist.data.images import Geometry, Header, PictureError, read_header, render
+from dnal_dist.data.shards import Origin
 
 
 class Encoded(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import filelock
 
-from dnal_dist import remote
-from dnal_dist.remote import RemoteError
+from dnal_dist.data import remote
+from dnal_dist.data.remote import RemoteError
 
 # Only such files are counted and removed: the folder may hold others.
 _OURS = re.compile(r"[0-9a-f]{40}\.(tar|part)")

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dnal_dist.samples import FORMATS
+from dnal_dist.data.tar import FORMATS
 
 SMALLEST_REDUCED = 64
 
