@@ -23,7 +23,7 @@ import torch
 
 from dnal_dist import nets, phases, recipe, report, train
 from dnal_dist.common import errors
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 NETWORKS = [name for name in ("vgg_digits", "resnet_digits", "supernet_digits") if name in nets.NETWORKS]
 BUDGETS = ("0.5x", "0.25x", "0.1x")

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from dnal_dist import phases, recipe, report, train
 from dnal_dist.common import errors
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
-from dnal_dist.parallel import Parallel
 
 METHODS = ("learned", "even", "random", "full")
 

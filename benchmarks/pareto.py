@@ -37,8 +37,8 @@ from dnal_dist.common import errors
 from dnal_dist.data.order import order
 from dnal_dist.data.pipeline import Batch, Pictures
 from dnal_dist.data.shards import Shards
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
-from dnal_dist.parallel import Parallel
 from dnal_dist.search import selection
 
 NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}

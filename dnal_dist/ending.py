@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dnal_dist import checkpoint, ledger, report, stopping
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import remove_temp
+from dnal_dist.distributed.context import remove_temp
 from dnal_dist.run import Run
 from dnal_dist.search import selection
 

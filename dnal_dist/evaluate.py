@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Stream
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 
 class Evaluation(NamedTuple):

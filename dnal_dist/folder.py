@@ -17,7 +17,7 @@ from dnal_dist import checkpoint, recipe
 from dnal_dist.checkpoint import Checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.saver import UNWRITTEN
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder

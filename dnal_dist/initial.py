@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dnal_dist import checkpoint
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
 from dnal_dist.nets.mobilenet import MobileNetV2, _names_of_mobilenet
 from dnal_dist.nets.resnet import BottleneckResNet, _names_of_resnet
 from dnal_dist.nets.vgg import VGG, _names_of_vgg
-from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Recipe
 
 PREFIX = "torchvision:"

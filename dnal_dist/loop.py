@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dnal_dist import ledger, saving
-from dnal_dist.backends import Trained
 from dnal_dist.data.device import Fed, feed
 from dnal_dist.data.receipts import Receipt
+from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.evaluate import evaluate
 from dnal_dist.ledger import Clock
 from dnal_dist.meter import Meter, check_finite, check_skipped

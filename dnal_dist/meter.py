@@ -10,8 +10,8 @@ from torch import Tensor
 from dnal_dist.checkpoint import Gathered
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.pipeline import Stream
+from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.nets import cost
-from dnal_dist.parallel import Traffic
 from dnal_dist.search import schedule
 from dnal_dist.steps import Outcome
 

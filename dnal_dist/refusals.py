@@ -8,7 +8,7 @@ import torch
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.shards import Shards
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.run import Run
 
 

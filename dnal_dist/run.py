@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dnal_dist.checkpoint import Gathered
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.ledger import Spent
 from dnal_dist.nets import GatedNetwork
-from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Recipe
 from dnal_dist.saver import Saver
 from dnal_dist.search.architecture import Architecture

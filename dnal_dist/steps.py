@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnal_dist.backends import Trained
+from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import resting_statistics
 from dnal_dist.search.architecture import Architecture
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dnal_dist import trackers
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.sender import Sender
 
 PLAIN_LINE_SECONDS = 30

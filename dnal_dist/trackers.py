@@ -11,7 +11,7 @@ import numpy as np
 
 from dnal_dist import results
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.sender import said
 
 # How long W&B tries to start; less than a run waits for that (sender.START_SECONDS).

@@ -29,9 +29,9 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.nets import cost
-from dnal_dist.parallel import Parallel
 from dnal_dist.run import Run
 from dnal_dist.saver import Saver
 from dnal_dist.search import selection

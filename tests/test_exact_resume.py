@@ -8,9 +8,9 @@ import torch
 from runs import Killed, arguments, records, tensors, told
 
 from dnal_dist import checkpoint, evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.ledger import Spent
 from dnal_dist.meter import Meter
-from dnal_dist.parallel import Parallel
 from dnal_dist.stopping import STOPPED, Stopped
 
 # Four iterations an epoch, so that phases begin and end within epochs.

@@ -11,8 +11,8 @@ import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
 
 from dnal_dist import checkpoint, loop, saving, stopping, track
-from dnal_dist.backends import Replicated
 from dnal_dist.common import atomic
+from dnal_dist.distributed.ddp import Replicated
 
 DAMAGE = {
     "tensors altered": lambda step: flip(step / "state.safetensors"),

@@ -18,7 +18,7 @@ from dnal_dist.data import device as feeding
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Origin, Shards
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import Augmentation, Data
 
 CPU = torch.device("cpu")

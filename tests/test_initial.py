@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dnal_dist import checkpoint, initial, nets, phases, recipe, report, train
 from dnal_dist.common import errors
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 NETWORKS = list(initial.TORCHVISION.items())
 SKIP = "phases.pretrain.steps=0"

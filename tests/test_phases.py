@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from dnal_dist import cost, phases, pruning, recipe, report, train
 from dnal_dist.data.images import normalise
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import compact
-from dnal_dist.parallel import Parallel
 
 FEW = [
     "phases.pretrain.steps=3",

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dnal_dist import nets, plan, recipe
+from dnal_dist.distributed import estimate
 
 RECIPE, DIGITS = "recipes/proxyless.yaml", "recipes/digits.yaml"
 
@@ -28,13 +29,13 @@ def tell(monkeypatch, capsys, *words) -> tuple[int, str, str]:
 
 def test_tables(monkeypatch, capsys):
     code, out, _ = tell(monkeypatch, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
-    assert code == 0 and all(backend in out for backend in plan.BACKENDS) and "1 x 6" in out
+    assert code == 0 and all(backend in out for backend in estimate.BACKENDS) and "1 x 6" in out
 
 
 def test_json_adds_up(monkeypatch, capsys):
     words = (DIGITS, "--ranks", 2, "--device-memory", "24GiB", "--precision", "bf16", "--json")
     found = json.loads(tell(monkeypatch, capsys, *words)[1])
-    assert found["device_memory"] == 24 * 2**30 and list(found["backends"]) == list(plan.BACKENDS)
+    assert found["device_memory"] == 24 * 2**30 and list(found["backends"]) == list(estimate.BACKENDS)
     for one in found["backends"].values():
         assert one["memory"].pop("total") == sum(one["memory"].values())
         assert one["fits"] and one["parts"] * one["pictures_at_a_time"] == found["share"]
@@ -65,28 +66,28 @@ def test_a_fault_is_one_line(monkeypatch, capsys, words, expected):
 
 def test_accumulation_grows_as_memory_shrinks():
     settings = recipe.load(DIGITS, ["data.global_batch=38400"])
-    whole = {backend: one["memory"] for backend, one in plan.plan(settings, 2)["backends"].items()}
+    whole = {backend: one["memory"] for backend, one in estimate.plan(settings, 2)["backends"].items()}
     # Beside the activations there is room for what backends differ in, and for what they keep from one part to the next.
     beside = max(memory["total"] - memory["activations"] for memory in whole.values()) + 8 * 10**6
-    devices = [int((beside + share * whole["ddp"]["activations"]) / plan.USABLE) for share in (1, 0.4, 0.1)] + [10**6]
-    found = [plan.plan(settings, 2, device)["backends"] for device in devices]
-    for backend in plan.BACKENDS:
+    devices = [int((beside + share * whole["ddp"]["activations"]) / estimate.USABLE) for share in (1, 0.4, 0.1)] + [10**6]
+    found = [estimate.plan(settings, 2, device)["backends"] for device in devices]
+    for backend in estimate.BACKENDS:
         own = [one[backend] for one in found]
         assert [one["fits"] for one in own] == [True, True, True, False]
         parts = [one["parts"] for one in own]
         assert parts == sorted(set(parts)) and parts[0] == 1 and own[-1]["pictures_at_a_time"] == 1
-        assert all(one["memory"]["total"] <= plan.USABLE * device for one, device in zip(own[:-1], devices[:-1], strict=True))
+        assert all(one["memory"]["total"] <= estimate.USABLE * device for one, device in zip(own[:-1], devices[:-1], strict=True))
 
 
 def test_the_limit_of_the_recipe_is_kept():
     settings = recipe.load(DIGITS, ["data.global_batch=384", "data.per_device_batch_limit=10"])
-    found = plan.plan(settings, 4)["backends"]["ddp"]
+    found = estimate.plan(settings, 4)["backends"]["ddp"]
     assert (found["parts"], found["pictures_at_a_time"]) == (12, 8)
 
 
 def test_activations_shrink_with_precision_and_checkpointing():
     net = nets.build("supernet_digits")
-    full, low, again = (plan.activations(net, 8, *how) for how in ((), ("bf16",), ("no", True)))
+    full, low, again = (estimate.activations(net, 8, *how) for how in ((), ("bf16",), ("no", True)))
     assert low.each == pytest.approx(full.each / 2, rel=0.1)
     assert again.each < full.each / 2
 
@@ -100,7 +101,7 @@ def test_activations_are_those_of_a_convolution_a_norm_and_a_relu():
         found += sum(2 * 4 * conv.norm.num_features * side**2 for conv in stage)
         side //= 2
         found += (4 + 8) * stage[-1].norm.num_features * side**2
-    assert plan.activations(net, size).each == pytest.approx(found, rel=0.02)
+    assert estimate.activations(net, size).each == pytest.approx(found, rel=0.02)
 
 
 def test_nothing_takes_memory():
@@ -111,19 +112,19 @@ def test_nothing_takes_memory():
             return out
 
     with NothingLarge():
-        plan.plan(recipe.load(RECIPE), 64, 10**10)
+        estimate.plan(recipe.load(RECIPE), 64, 10**10)
 
 
 def test_a_single_process_sends_nothing_to_another():
     net = nets.build("vgg_digits")
-    assert plan.traffic(net, "ddp", 1, 8) == plan.traffic(net, "fsdp2", 1, 8) == ([], [])
-    assert not plan.traffic(net, "zero3", 1, 8)[1]
+    assert estimate.traffic(net, "ddp", 1, 8) == estimate.traffic(net, "fsdp2", 1, 8) == ([], [])
+    assert not estimate.traffic(net, "zero3", 1, 8)[1]
 
 
 def test_a_planned_network_stays_as_it_is():
     net = nets.build("vgg_digits").eval()
-    plan.traffic(net, "ddp", 2, 8, "bf16")
-    plan.activations(net, 8, "bf16", True)
+    estimate.traffic(net, "ddp", 2, 8, "bf16")
+    estimate.activations(net, 8, "bf16", True)
     assert not net.training and all(
         p.device.type == "cpu" and p.dtype == torch.float32 and p.grad is None for p in net.parameters()
     )

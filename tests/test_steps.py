@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dnal_dist import nets
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.steps import architecture_step, weight_step

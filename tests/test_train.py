@@ -12,9 +12,9 @@ from wandb_read import offline
 from dnal_dist import checkpoint, phases, recipe, report, train
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.evaluate import evaluate
 from dnal_dist.nets import compact
-from dnal_dist.parallel import Parallel
 from dnal_dist.stream import Shards
 
 REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import psutil
 
-from dnal_dist import plan, refusals
+from dnal_dist import refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.common import text
+from dnal_dist.distributed import estimate as distributed_estimate
+from dnal_dist.distributed.estimate import USABLE
 from dnal_dist.initial import PREFIX
 from dnal_dist.search import selection
 
@@ -50,9 +52,9 @@ def memory(case: Case) -> Finding:
     precision = "bf16" if case.config is not None and case.config.precision in ("bf16", "fp16") else "no"
     backend = "ddp" if case.backend == "single" else case.backend
     # First, since it refuses what cannot be divided.
-    found = plan.plan(case.settings, case.ranks, None, precision)["backends"][backend]
+    found = distributed_estimate.plan(case.settings, case.ranks, None, precision)["backends"][backend]
     parts, share = _parts(case), case.settings.data.global_batch // case.ranks
-    kept = plan.plan(case.settings, case.ranks, device, precision)["backends"][backend] if device else found
+    kept = distributed_estimate.plan(case.settings, case.ranks, device, precision)["backends"][backend] if device else found
     needs = found["memory"]["total"] if parts == found["parts"] else None
     at_a_time = share // parts
     words = f"{many(at_a_time, 'picture')} at a time of {share} for a process on {case.backend}"
@@ -60,7 +62,7 @@ def memory(case: Case) -> Finding:
     if device is None:
         return warns(f"{estimate}; there is no device here to compare with", "--device-memory 80GB (of one device)")
     own = case.cpu and case.device_memory is None
-    told = f"{estimate}; {'it' if own else 'a device'} has {text.short(device)}{told}, of which {plan.USABLE:.0%} are counted on"
+    told = f"{estimate}; {'it' if own else 'a device'} has {text.short(device)}{told}, of which {USABLE:.0%} are counted on"
     if own and not (kept["fits"] and kept["parts"] <= parts):
         # The job's machines may have more.
         return warns(told, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")

@@ -14,10 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dnal_dist import nets, recipe, refusals
-from dnal_dist.backends import Trained
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import cost
-from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.steps import architecture_step, weight_step

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dnal_dist import phases, recipe, train
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 
 def main(runs: str) -> None:

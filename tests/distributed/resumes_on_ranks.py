@@ -8,7 +8,7 @@ accelerate launch ... tests/distributed/resumes_on_ranks.py until STEP FOLDER [k
 import sys
 
 from dnal_dist import phases, recipe, saving, train
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.stopping import Edges, Stopped
 
 # In the middle of each phase, and where the search begins (its step 0 is a weight step, its step 1 one of the architecture).

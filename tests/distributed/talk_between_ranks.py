@@ -4,7 +4,7 @@ import torch
 
 from dnal_dist import nets
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import torch
 import yaml
 from launching import execute, launch, succeed
 
-from dnal_dist.asked import asked
 from dnal_dist.common.errors import InputError
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.accelerate_config import asked
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import Data
 
 pytestmark = pytest.mark.timeout(1000)

@@ -7,13 +7,14 @@ from collections import Counter
 import pytest
 from launching import launch, succeed
 
-from dnal_dist import nets, plan
+from dnal_dist import nets
+from dnal_dist.distributed import estimate
 
 pytestmark = pytest.mark.timeout(1000)
 
 CASES = ["vgg_digits:1", "supernet_digits:1", "vgg_digits:2"]
 RANKS, SIZE = 2, 8
-LAUNCHES = [*((backend, "no") for backend in plan.BACKENDS), *((backend, "bf16") for backend in ("fsdp2", "zero2", "zero3"))]
+LAUNCHES = [*((backend, "no") for backend in estimate.BACKENDS), *((backend, "bf16") for backend in ("fsdp2", "zero2", "zero3"))]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_an_architecture_step_sends_one_all_reduce_of_the_gates_and_what_gathers
 @pytest.mark.parametrize(("backend", "precision"), LAUNCHES)
 def test_steps_send_what_was_planned(found, backend, precision, case):
     name, _, parts = case.partition(":")
-    planned = plan.traffic(nets.build(name), backend, RANKS, SIZE, precision, int(parts))
+    planned = estimate.traffic(nets.build(name), backend, RANKS, SIZE, precision, int(parts))
     for step, operations in zip(("weight", "architecture"), planned, strict=True):
         measured = [tuple(operation) for operation in found(backend, precision)[case][step]]
         assert {kind for kind, _ in measured} == {kind for kind, _ in operations}
@@ -66,6 +67,6 @@ def test_steps_send_what_was_planned(found, backend, precision, case):
 @pytest.mark.parametrize(("backend", "precision"), LAUNCHES)
 def test_a_rank_keeps_what_was_planned(found, backend, precision, case):
     name, _, parts = case.partition(":")
-    planned = plan.memory(nets.build(name), backend, RANKS, precision, int(parts))
+    planned = estimate.memory(nets.build(name), backend, RANKS, precision, int(parts))
     for kind, measured in found(backend, precision)[case]["memory"].items():
         assert math.isclose(measured, getattr(planned, kind), rel_tol=0.1), kind

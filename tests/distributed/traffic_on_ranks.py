@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dnal_dist import nets
-from dnal_dist.parallel import Parallel, Traffic
+from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.steps import architecture_step, weight_step

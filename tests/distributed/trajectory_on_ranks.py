@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import compact, masks
-from dnal_dist.parallel import Parallel
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search import schedule
 from dnal_dist.search.architecture import Architecture

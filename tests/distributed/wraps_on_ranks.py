@@ -7,7 +7,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets
-from dnal_dist.parallel import Parallel
+from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.steps import weight_step
 

@@ -10,8 +10,8 @@ import torch
 from accelerate.commands.config.config_args import default_yaml_config_file, load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
-from dnal_dist.backends import MIN_PARAMS
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.wrapper import MIN_PARAMS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnal_dist.asked import asked
-from dnal_dist.backends import FullySharded, Options, Replicated, Trained, Zero
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.accelerate_config import asked
+from dnal_dist.distributed.ddp import Replicated
+from dnal_dist.distributed.fsdp2 import FullySharded
+from dnal_dist.distributed.wrapper import Options, Trained
+from dnal_dist.distributed.zero import Zero
 
 # How long a collective waits for a process that does not come.
 TIMEOUT = timedelta(minutes=10)
@@ -207,36 +209,3 @@ def remove_temp() -> None:
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
-
-
-class Traffic(TorchDispatchMode):
-    """Inside, every collective is noted: (operation, bytes) in `operations`. Bytes are those of the tensor that the operation is
-    about: what an all-reduce reduces, what a gather ends with, what a reduce-scatter begins with."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.name():
-            name = function.name().partition("::")[2].strip("_")
-            self.operations.append((NAMES.get(name, name), max(map(_bytes, args), default=0)))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, size in self.operations)
-
-
-NAMES = {
-    **dict.fromkeys(("allreduce", "all_reduce", "allreduce_coalesced"), "all-reduce"),
-    **dict.fromkeys(("allgather_base", "allgather", "all_gather_into_tensor", "allgather_into_tensor_coalesced"), "all-gather"),
-    **dict.fromkeys(("reduce_scatter_base", "reduce_scatter", "reduce_scatter_tensor"), "reduce-scatter"),
-    "reduce_scatter_tensor_coalesced": "reduce-scatter",
-}
-
-
-def _bytes(argument) -> int:
-    if isinstance(argument, Tensor):
-        return argument.numel() * argument.element_size()
-    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0

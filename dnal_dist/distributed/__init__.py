@@ -1,0 +1,1 @@
+"""Processes and backends: DDP, FSDP2 and ZeRO behind one interface."""

@@ -1,0 +1,51 @@
+"""Activations computed again in the backward pass."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+
+import torch._dynamo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dnal_dist.nets import GatedNetwork, computing_again
+from dnal_dist.nets.gated import segments
+
+
+def _checkpoint(network: nn.Module) -> None:
+    """Compute the activations within each segment anew in the backward pass. No statistic moves the second time."""
+
+    def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:
+        contexts = functools.partial(_first_and_again, modules)
+
+        def run(*args):
+            # Without a gradient to come there is nothing to compute anew.
+            return (
+                checkpoint(forward, *args, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else forward(*args)
+            )
+
+        return run
+
+    if isinstance(network, GatedNetwork):
+        for unit in network.units():
+            unit.forward = within(unit.forward, [unit])
+        return
+    parts = segments(network)
+    firsts = {id(part[0]): part for part in parts}
+
+    def forward(x):
+        rest: list[nn.Module] = []
+        for child in network.children():
+            if id(child) in firsts:
+                x, rest = _run(rest, x), []
+            rest.append(child)
+        return _run(rest, x)
+
+    def _run(modules, x):
+        return within(lambda x: functools.reduce(lambda x, module: module(x), modules, x), modules)(x) if modules else x
+
+    network.forward = forward
+
+
+def _first_and_again(modules: Sequence[nn.Module]):
+    return contextlib.nullcontext(), computing_again(*modules)

@@ -1,0 +1,63 @@
+"""The replicated backend: a single process, or DDP."""
+
+import contextlib
+import warnings
+
+import torch._dynamo
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dnal_dist.distributed.wrapper import Trained
+
+
+class Replicated(Trained):
+    """Every process has all of the network: DistributedDataParallel, or a single process."""
+
+    def wrap(self, momentum):
+        self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        for name, buffer in momentum.items():
+            self.optimizer.state[self.parameters[name]]["momentum_buffer"] = buffer.to(self.options.device).clone()
+        if self.options.world_size == 1:
+            return self.module
+        with warnings.catch_warnings():
+            # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            # Running statistics are combined at the end of each epoch (see parallel.average_statistics), not sent at every step.
+            network = DistributedDataParallel(
+                self.module,
+                device_ids=[self.options.device.index] if self.options.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self._fix_buckets(network)
+        return network
+
+    def _fix_buckets(self, network: DistributedDataParallel) -> None:
+        """Let DDP arrange its buckets anew now, as it does once after the first backward pass. Three processes or more sum in an
+        order that depends on the buckets, and a resumed run would sum its first step otherwise than the one that went on."""
+        own = self.module.__dict__.get("forward")
+        self.module.forward = lambda: sum((p * 0).sum() for p in self.module.parameters())
+        for _ in range(2):
+            network().backward()
+        self.optimizer.zero_grad()
+        del self.module.forward
+        if own is not None:
+            self.module.forward = own
+
+    def forward(self, network, images, gates=None):
+        mixed = self.options.dtype != torch.float32
+        with torch.autocast(self.options.device.type, self.options.dtype, enabled=mixed):
+            return super().forward(network, images, gates)
+
+    def step(self, losses):
+        scaler, alone = self.options.scaler, self.options.world_size == 1
+        for number, loss in enumerate(losses):
+            last = number + 1 == len(losses)
+            with contextlib.nullcontext() if last or alone else self.network.no_sync():
+                scaler.scale(loss(self.network)).backward()
+        scaler.unscale_(self.optimizer)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad()

@@ -1,0 +1,55 @@
+"""The FSDP2 backend."""
+
+import torch._dynamo
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.wrapper import Trained
+from dnal_dist.nets.gated import segments
+
+
+class FullySharded(Trained):
+    """Every process keeps a share of each parameter, its gradient and its momentum: FSDP2, one group a segment of the network."""
+
+    def wrap(self, momentum):
+        options = self.options
+        mesh = init_device_mesh(options.device.type, (options.world_size,))
+        low = options.dtype if options.dtype != torch.float32 else None
+        # Inputs are cast in forward: FSDP2 would round the gates too.
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
+        for segment in segments(self.module):
+            size = sum(p.numel() for module in segment for p in module.parameters())
+            if size >= max(1, options.settings["min_params"]):
+                reshard = options.settings["reshard_after_forward"]
+                fully_shard(segment if len(segment) > 1 else segment[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        if not all(isinstance(p, DTensor) for p in self.module.parameters()):
+            raise InputError("FSDP2 was asked for, but it left parameters whole; use another config of recipes/accelerate")
+        self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        # Each is a collective, and a checkpoint's names come in another order on each process.
+        for name, p in self.parameters.items():
+            if name in momentum:
+                buffer = momentum[name].to(p.device)
+                self.optimizer.state[p]["momentum_buffer"] = distribute_tensor(buffer, p.device_mesh, p.placements)
+        return self.module
+
+    def forward(self, network, images, gates=None):
+        return super().forward(network, images.to(self.options.dtype), gates)
+
+    def step(self, losses):
+        for number, loss in enumerate(losses):
+            self.module.set_requires_gradient_sync(number + 1 == len(losses))
+            loss(self.network).backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weight(self, name):
+        return self.parameters[name].full_tensor()
+
+    def momentum(self):
+        return {name: buffer.full_tensor() for name, buffer in super().momentum().items()}

@@ -1,0 +1,123 @@
+"""How a network is wrapped for training: by DistributedDataParallel (or nothing), by FSDP2, or by DeepSpeed's ZeRO.
+
+Whatever the backend, a Trained network is a copy on the device. The plain network that it was made from is what everybody else sees
+(cost, evaluation, checkpoints, compaction); it waits on the CPU and takes the copy's weights when `gathered` is entered. Gates
+enter as an input tensor, so no backend knows of alpha.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch._dynamo
+from torch import Tensor, nn
+
+from dnal_dist.distributed.activation_checkpoint import _checkpoint
+from dnal_dist.distributed.batchnorm import _replace_norms
+from dnal_dist.nets.gated import segments
+
+# Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
+MIN_PARAMS = 100_000
+
+
+class Options(NamedTuple):
+    """What all phases of a run are wrapped with."""
+
+    backend: str
+    """single, ddp, fsdp2, zero1, zero2 or zero3."""
+    device: torch.device
+    world_size: int
+    dtype: torch.dtype
+    """Of convolutions and activations; float32 is no mixed precision."""
+    scaler: torch.amp.GradScaler
+    """Of the loss, for float16; disabled otherwise."""
+    settings: dict
+    """The backend's own: of FSDP2 reshard_after_forward and min_params, of ZeRO DeepSpeed's configuration."""
+    sync_batchnorm: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class Trained:
+    """`network` wrapped for training with SGD; momentum by parameter name starts it, where there is any.
+
+    network: the wrapped copy, as a weight step calls it. module: the copy as an architecture step calls it, so that nothing of its
+    weights is synchronised.
+    """
+
+    def __init__(self, network: nn.Module, sgd, momentum: dict[str, Tensor], options: Options):
+        self.plain, self.options, self.clip_norm = network, options, sgd.clip_norm
+        self.module = _prepared(copy.deepcopy(network).to(options.device).train(), options)
+        self.settings = {"lr": sgd.lr, "momentum": sgd.momentum, "weight_decay": sgd.weight_decay}
+        self.network = self.wrap(momentum)
+        self.plain.cpu()
+
+    def wrap(self, momentum: dict[str, Tensor]) -> nn.Module:
+        """Wrap self.module and make self.optimizer; returns the wrapped network."""
+        raise NotImplementedError
+
+    def forward(self, network: nn.Module, images: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Logits (n, classes), in float32 or wider, of `network`: self.network or self.module."""
+        logits = network(images) if gates is None else network(images, gates)
+        return logits.float() if logits.dtype != torch.float64 else logits
+
+    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
+        """One step down the gradient of the sum of `losses`, the mean over processes; each is a function of the network to call.
+        They are computed one after the other, so that only one of them needs memory for its activations."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, the plain network is on the device and has the weights and statistics of the copy on this process. Gives the
+        momentum by parameter name; empty before the first step. All processes must enter together."""
+        self.plain.to(self.options.device)
+        buffers = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for name, buffer in self.plain.named_buffers():
+                buffer.copy_(buffers[name])
+            for name, parameter in self.plain.named_parameters():
+                parameter.copy_(self.weight(name))
+        yield self.momentum()
+        with torch.no_grad():
+            # What came of them outside, where the statistics of all processes are combined.
+            for name, buffer in self.plain.named_buffers():
+                buffers[name].copy_(buffer)
+        self.plain.cpu()
+
+    def weight(self, name: str) -> Tensor:
+        return self.parameters[name]
+
+    def momentum(self) -> dict[str, Tensor]:
+        states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.parameters.items())
+        return {name: state["momentum_buffer"] for name, state in states if state.get("momentum_buffer") is not None}
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def close(self) -> None:
+        """Let go of the copy, its optimiser and what wraps them."""
+        self.__dict__ = {"plain": self.plain.to(self.options.device)}
+
+
+def _prepared(network: nn.Module, options: Options) -> nn.Module:
+    """The copy, with what the recipe switches on."""
+    _replace_norms(network, options.sync_batchnorm and options.world_size > 1)
+    if options.activation_checkpointing:
+        _checkpoint(network)
+    if options.compile:
+        parts = segments(network)
+        # Segments share their code, and each is compiled with and without gates, with moving and with resting statistics.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(parts))
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * len(parts))
+        for segment in parts:
+            for module in segment:
+                module.compile()
+    return network

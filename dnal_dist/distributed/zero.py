@@ -1,0 +1,141 @@
+"""The DeepSpeed ZeRO backends, stages 1 to 3."""
+
+import logging
+
+import torch._dynamo
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.wrapper import Trained
+
+
+class Zero(Trained):
+    """DeepSpeed's ZeRO: stage 1 shares out the momentum, stage 2 also the gradients, stage 3 also the parameters."""
+
+    def wrap(self, momentum):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if self.options.device.type == "cpu":
+            # An operation for inference that it would compile with g++ for a minute, and that training does not use.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        asked = self.options.settings["deepspeed"]
+        # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
+        size = sum(p.numel() for p in self.module.parameters())
+        zero = {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size, **asked["zero_optimization"]}
+        # DeepSpeed clips to a norm of 1 where nothing is said.
+        configuration = {**asked, "zero_optimization": zero, "gradient_clipping": self.clip_norm or 0.0}
+        configuration |= {"bf16": {"enabled": self.options.dtype == torch.bfloat16}}
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=configuration)
+        self.stage, self.stepped = self.engine.zero_optimization_stage(), False
+        if f"zero{self.stage}" != self.options.backend:
+            raise InputError(
+                f"{self.options.backend} was asked for, but DeepSpeed gives stage {self.stage}; correct its configuration"
+            )
+        self.parameters = dict(self.module.named_parameters())
+        for name, buffer in self.module.named_buffers():
+            # It rounds them with the weights.
+            buffer.data = statistics[name]
+        if self.options.dtype != torch.float32:
+            # So are those that its optimiser moves, which it makes of the rounded ones.
+            for name, p in self.parameters.items():
+                self._set(p, weights[name], None)
+        if momentum:
+            self._start_with(momentum)
+        return self.engine
+
+    def _start_with(self, momentum: dict[str, Tensor]) -> None:
+        inner = self.optimizer.optimizer
+        shares = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups
+        for share in shares:
+            inner.state[share]["momentum_buffer"] = torch.zeros_like(share)
+        if self.stage < 3:
+            # Its public function finds nothing to write to before a step was taken.
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, p in self.parameters.items():
+            if name in momentum:
+                self._set(p, momentum[name].to(self.options.device), "momentum_buffer")
+        self.stepped = True
+
+    def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Give the optimiser's state `key` of a parameter, or its weights in float32 (None), a whole value."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_fp32_param(p, value) if key is None else safe_set_full_optimizer_state(p, value, key)
+            return
+        # Its public function fails where a parameter cannot be divided evenly: the last shares are padded, a whole value is not.
+        share, _ = self.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
+        start = share.numel() * dist.get_rank()
+        mine = value.flatten()[start : start + share.numel()]
+        share.data[: len(mine)].copy_(mine)
+
+    def forward(self, network, images, gates=None):
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            # Computing activations anew ends as soon as all are there, before the hook that takes a module off this list.
+            del parameter_offload.FWD_MODULE_STACK[1:]
+        return super().forward(network, images.to(self.options.dtype), gates)
+
+    def step(self, losses):
+        *first, last = losses
+        gradients = None
+        for loss in first:
+            found = torch.autograd.grad(loss(self.module), self.parameters.values())
+            gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+        total = last(self.network)
+        if gradients is not None:
+            total = _WithGradients.apply(total, gradients, *self.parameters.values())
+        self.engine.backward(total)
+        self.engine.step()
+        self.stepped = True
+
+    def weight(self, name):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(self.parameters[name])
+
+    def momentum(self):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self.stepped or not self.settings["momentum"]:
+            return {}
+        return {name: safe_get_full_optimizer_state(p, "momentum_buffer") for name, p in self.parameters.items()}
+
+    def close(self):
+        self.engine.destroy()
+        if self.stage == 3:
+            _forget_stage_3()
+        super().close()
+
+
+def _forget_stage_3() -> None:
+    """Empty what DeepSpeed keeps for all engines of a process, or they would stay in memory: the modules of the last forward pass,
+    and a cache of a method's results."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+class _WithGradients(torch.autograd.Function):
+    """The loss as it is; its backward pass adds `gradients` to those of the parameters, which are thus synchronised together."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Of a loss that was not scaled, `gradient` is 1.
+        return gradient, None, *(found * gradient.to(found.dtype) for found in ctx.gradients)
