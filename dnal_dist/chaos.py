@@ -19,8 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from dnal_dist import checkpoint, compare, recipe, verdict, victim
+from dnal_dist import compare, recipe, verdict, victim
 from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated, kill_family, temporary_of
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import compact
 from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim

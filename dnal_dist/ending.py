@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import checkpoint, ledger, report, stopping
+from dnal_dist import ledger, report, stopping
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
 from dnal_dist.run import Run

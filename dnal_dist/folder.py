@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dnal_dist import checkpoint, recipe
-from dnal_dist.checkpoint import Checkpoint
+from dnal_dist import recipe
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Checkpoint
+from dnal_dist.checkpoint.writer import UNWRITTEN
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.saver import UNWRITTEN
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
 # without it holds no run, whatever else is in it.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dnal_dist import checkpoint
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork

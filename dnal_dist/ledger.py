@@ -6,24 +6,10 @@ import time
 
 import pynvml
 import torch
-from pydantic import BaseModel, ConfigDict
+
+from dnal_dist.checkpoint.format import Spent
 
 JOULES_PER_KWH = 3.6e6
-
-
-class Spent(BaseModel):
-    """Of one phase so far; its wall time is told elsewhere."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    images: int = 0
-    """Training pictures."""
-    device_seconds: float = 0.0
-    """Wall seconds times processes, which may have been others before a resume."""
-    energy_kwh: float | None = None
-    """Of all devices; None where one of them does not tell."""
-    bytes_sent: int | None = None
-    """By each process, once the phase has ended; None where nothing was sent or nobody listened."""
 
 
 class Clock:

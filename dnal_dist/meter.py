@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from dnal_dist.checkpoint import Gathered
+from dnal_dist.checkpoint.format import Gathered
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.traffic import Traffic

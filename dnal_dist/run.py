@@ -7,14 +7,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from dnal_dist.checkpoint import Gathered
+from dnal_dist.checkpoint.format import Gathered, Spent
+from dnal_dist.checkpoint.writer import Saver
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.ledger import Spent
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
-from dnal_dist.saver import Saver
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.stopping import Edges
 from dnal_dist.track import Track

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist.checkpoint import Checkpoint, Gathered, State, name
+from dnal_dist.checkpoint.format import Checkpoint, Gathered, State, name
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.meter import Meter

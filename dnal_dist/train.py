@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from dnal_dist import ending, environment, initial, nets, phases, recipe, refusals, saving, stopping, trackers
+from dnal_dist.checkpoint.writer import Saver
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg
 from dnal_dist.data.pipeline import Stream
@@ -33,7 +34,6 @@ from dnal_dist.distributed.context import Parallel
 from dnal_dist.folder import has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.nets import cost
 from dnal_dist.run import Run
-from dnal_dist.saver import Saver
 from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.stopping import Edges

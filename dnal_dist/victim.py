@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import checkpoint, loop, phases, report, steps
+from dnal_dist import loop, phases, report, steps
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.nets import compact
 

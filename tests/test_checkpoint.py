@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from dnal_dist import checkpoint
-from dnal_dist.checkpoint import Checkpoint, Kept, State
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Checkpoint, Kept, State
 from dnal_dist.common import atomic
 
 

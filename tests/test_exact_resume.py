@@ -7,9 +7,10 @@ import pytest
 import torch
 from runs import Killed, arguments, records, tensors, told
 
-from dnal_dist import checkpoint, evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist import evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Spent
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.ledger import Spent
 from dnal_dist.meter import Meter
 from dnal_dist.stopping import STOPPED, Stopped
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
 
-from dnal_dist import checkpoint, loop, saving, stopping, track
+from dnal_dist import loop, saving, stopping, track
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.distributed.ddp import Replicated
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from runs import SHORT, SMALL, Killed, arguments, die, reach, records, tensors, told
 
-from dnal_dist import checkpoint, loop, saving, stopping
+from dnal_dist import loop, saving, stopping
+from dnal_dist.checkpoint import format as checkpoint
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

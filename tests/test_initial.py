@@ -9,7 +9,8 @@ import torchvision
 from faulty import FEW, records, refused
 from safetensors.torch import load_file, save_file
 
-from dnal_dist import checkpoint, initial, nets, phases, recipe, report, train
+from dnal_dist import initial, nets, phases, recipe, report, train
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from runs import SHORT, arguments, records
 
-from dnal_dist import checkpoint, environment, ledger
-from dnal_dist.checkpoint import Kept, State
+from dnal_dist import environment, ledger
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Kept, State
 from dnal_dist.common import atomic
 from dnal_dist.meter import total_bytes
 from dnal_dist.stopping import STOPPED

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from faulty import png, samples, write_index, write_tar
 
-from dnal_dist import checkpoint
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.audit import Taken, audit
 from dnal_dist.data.receipts import Receipt, tally, without

@@ -10,7 +10,8 @@ import sources
 import torch
 
 from data_tools import cifar10, fashion_mnist, make_shards
-from dnal_dist import checkpoint, nets, published, recipe, report, results
+from dnal_dist import nets, published, recipe, report, results
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.nets import compact
 
 # All of them are run by the first test that asks for one.

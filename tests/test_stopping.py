@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
 
-from dnal_dist import checkpoint, ending, saving, stopping, train
+from dnal_dist import ending, saving, stopping, train
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 
 

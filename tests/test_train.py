@@ -9,7 +9,8 @@ import pytest
 import torch
 from wandb_read import offline
 
-from dnal_dist import checkpoint, phases, recipe, report, train
+from dnal_dist import phases, recipe, report, train
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.context import Parallel

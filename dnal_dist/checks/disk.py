@@ -10,8 +10,9 @@ from shutil import disk_usage
 
 import torch
 
-from dnal_dist import checkpoint, stopping
-from dnal_dist.checkpoint import Checkpoint, Kept, State
+from dnal_dist import stopping
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Checkpoint, Kept, State
 from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short

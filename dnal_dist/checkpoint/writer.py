@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dnal_dist import checkpoint
-from dnal_dist.checkpoint import Checkpoint
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.track import Track
 

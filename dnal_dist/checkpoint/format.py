@@ -21,12 +21,26 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dnal_dist.common import atomic
-from dnal_dist.ledger import Spent
 
 FORMAT = 1
 PHASES = ("pretrain", "search", "prune", "finetune", "done")
 UNKNOWN = (-1, -1)
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+class Spent(BaseModel):
+    """Of one phase so far; its wall time is told elsewhere."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    images: int = 0
+    """Training pictures."""
+    device_seconds: float = 0.0
+    """Wall seconds times processes, which may have been others before a resume."""
+    energy_kwh: float | None = None
+    """Of all devices; None where one of them does not tell."""
+    bytes_sent: int | None = None
+    """By each process, once the phase has ended; None where nothing was sent or nobody listened."""
 
 
 class Gathered(BaseModel):

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, and the thread that writes them."""
