@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import nets, phases, recipe, report, train
+from dnal_dist import nets, phases, recipe, train
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
+from dnal_dist.report import records
 
 NETWORKS = [name for name in ("vgg_digits", "resnet_digits", "supernet_digits") if name in nets.NETWORKS]
 BUDGETS = ("0.5x", "0.25x", "0.1x")
@@ -40,7 +41,7 @@ def run(job: tuple) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         state = train.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Parallel(), overwrite=True)
         phases.go(state)
-    found = report.summary(folder)
+    found = records.summary(folder)
     costs = {"macs": found["compact"]["exact"]["macs"], "full_macs": found["full"]["exact"]["macs"]}
     result = {"network": network, "seed": seed, "key": key, "value": value, "accuracy": found["accuracy"]["finetune"], **costs}
     return result | {"collapsed": found["collapsed"], "seconds": found["seconds"]}

@@ -21,10 +21,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dnal_dist import phases, recipe, report, train
+from dnal_dist import phases, recipe, train
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
+from dnal_dist.report import records
 
 METHODS = ("learned", "even", "random", "full")
 
@@ -75,7 +76,7 @@ def _largest(high: int, fits) -> int:
 def learned(settings: recipe.Recipe) -> dict:
     run = train.assemble(settings, Parallel(), overwrite=True)
     phases.go(run)
-    found = report.summary(run.folder)
+    found = records.summary(run.folder)
     return {"accuracy": found["accuracy"]["finetune"], "macs": found["compact"]["exact"]["macs"], "phases": found["accuracy"]}
 
 
@@ -96,7 +97,7 @@ def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
     run.recipe = settings.model_copy(update={"phases": settings.phases.model_copy(update={"finetune": longer})})
     phases.finetune(run, batches)
     assert run.global_step == total
-    return {"accuracy": report.summary(run.folder)["accuracy"]["finetune"], "macs": cost.count(net, image_size, keep).macs}
+    return {"accuracy": records.summary(run.folder)["accuracy"]["finetune"], "macs": cost.count(net, image_size, keep).macs}
 
 
 def table(found: list[dict], full_macs: int) -> Table:

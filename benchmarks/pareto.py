@@ -32,13 +32,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnal_dist import phases, recipe, report, train
+from dnal_dist import phases, recipe, train
 from dnal_dist.common import errors
 from dnal_dist.data.order import order
 from dnal_dist.data.pipeline import Batch, Pictures
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
+from dnal_dist.report import records
 from dnal_dist.search import selection
 
 NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}
@@ -209,7 +210,7 @@ def measure(args, network: str, seed: int) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 # The full network has no budget, but a recipe must name one.
                 run, keep = bench.learned(share) if method == "learned" else bench.rival(method, min(share, 0.5), learned)
-                accuracy = report.summary(run.folder)["accuracy"]
+                accuracy = records.summary(run.folder)["accuracy"]
             learned = keep if method == "learned" else learned
             found = cost.count(run.supernet, bench.form.side, keep)
             target = selection.budget(run.recipe.architecture, run.supernet, bench.form.side)

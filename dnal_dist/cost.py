@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dnal_dist import nets, recipe, results
+from dnal_dist import nets, recipe
 from dnal_dist.common import errors
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.nets.cost import Cost, Expected, both_rules, by_layer, count, expected
 from dnal_dist.nets.masks import present, unpack
+from dnal_dist.report import records
 
 __all__ = ["Cost", "Expected", "both_rules", "by_layer", "count", "expected"]
 
@@ -46,7 +47,7 @@ def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, 
 
 def _kept(folder: Path, net: GatedNetwork) -> Tensor | None:
     """The channels that a run kept; None, and a word of it on stderr, if that is not known."""
-    pruned = results.load(folder).last("prune")
+    pruned = records.load(folder).last("prune")
     if "mask" not in pruned:
         why = "its records do not tell which channels it kept" if pruned else "it is not pruned yet"
         print(f"warning: {folder}: {why}; this is the full network", file=sys.stderr)

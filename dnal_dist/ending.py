@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import ledger, report, stopping
+from dnal_dist import ledger, stopping
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
+from dnal_dist.report import outputs, records
 from dnal_dist.run import Run
 from dnal_dist.search import selection
 
@@ -37,11 +38,11 @@ def finish(run: Run) -> str | None:
             track.say(run.saver.told())
     if run.parallel.main:
         _take_away_stop(run)
-        reported = _tell_of_report(run, lambda folder: report.write_all(folder, draw=run.recipe.tracking.plots))
+        reported = _tell_of_report(run, lambda folder: outputs.write_all(folder, draw=run.recipe.tracking.plots))
         # The tracker gets the report, so it is closed only now.
         track.close(UPLOAD_SECONDS, finished=True)
         if reported:
-            _tell_of_report(run, report.print_table)
+            _tell_of_report(run, outputs.print_table)
     missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
     run.parallel.close()
     return missed
@@ -64,7 +65,7 @@ def _missed(run: Run) -> str | None:
     target = selection.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
     if target is None:
         return None
-    found = report.summary(run.folder)["compact"]["exact"][target.unit]
+    found = records.summary(run.folder)["compact"]["exact"][target.unit]
     return None if found in target else target.missed(found)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import results
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
+from dnal_dist.report import records
 from dnal_dist.sender import said
 
 # How long W&B tries to start; less than a run waits for that (sender.START_SECONDS).
@@ -100,8 +100,8 @@ def costs(full: dict, compact: dict) -> dict[str, float]:
 
 def outcome(folder: Path) -> dict[str, float]:
     """The figures of a finished run's table, as result/NAME."""
-    run = results.load(folder)
-    told = results.summary(run)
+    run = records.load(folder)
+    told = records.summary(run)
     found = {f"accuracy_{phase}": accuracy for phase, accuracy in told["accuracy"].items()}
     if "full" in told and "compact" in told:
         found |= costs(told["full"], told["compact"])

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import loop, phases, report, steps
+from dnal_dist import loop, phases, steps
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.nets import compact
+from dnal_dist.report import outputs
 
 PLACES = (
     "start-up",
@@ -162,7 +163,7 @@ class Watch:
         self._around(phases, "prune", "pruning")
         self._around(compact, "compact", "compaction")
         self._around(compact, "save", "writing compact/")
-        self._around(report, "write_all", "writing the report")
+        self._around(outputs, "write_all", "writing the report")
         self._around(atomic, "remove", "removal")
         self._around(loop, "weight_step", "weight step", self._new_batch)
         self._around(phases, "weight_step", "weight step", self._new_batch)

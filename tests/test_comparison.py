@@ -14,10 +14,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from test_report import COMPACT, FULL, HOSTILE, Tags, changed, made_up_run, save
 
-from dnal_dist import canvas, comparison, comparison_files, pareto, report
 from dnal_dist.common.text import spread
-from dnal_dist.pareto import Point
 from dnal_dist.recipe import dump, load
+from dnal_dist.report import comparison, comparison_files, outputs, pareto, style
+from dnal_dist.report.pareto import Point
 
 ACCURACIES = {1e-4: (0.9375, 0.9381, 0.9369), 4e-4: (0.8990, 0.9012, 0.8995)}
 MACS = {1e-4: (160_000_000, 162_500_000, 161_000_000), 4e-4: (22_000_000, 22_500_000, 22_100_000)}
@@ -62,7 +62,7 @@ def told(*given) -> tuple[str, list[dict]]:
     """What is printed, and the lines of comparison.csv."""
     found, out = comparison.compare(given), io.StringIO()
     console = Console(file=out, width=80)
-    comparison_files.tell(found, found.parent, report.teller(console))
+    comparison_files.tell(found, found.parent, outputs.teller(console))
     return out.getvalue(), list(csv.DictReader(io.StringIO(comparison_files.as_csv(found))))
 
 
@@ -219,7 +219,7 @@ def test_the_legend_names_what_is_drawn(tmp_path):
     # Equal results: nothing lies between them.
     for weight in (1e-4, 2e-4):
         run_of(tmp_path / str(weight), recipe(weight), 0.5, 10**6, val=500)
-    with canvas.drawing():
+    with style.drawing():
         (legend,) = [part.legends for part in comparison_files.figure(comparison.compare([tmp_path])).subfigs]
     names = [text.get_text() for one in legend for text in one.get_texts()]
     assert "not dominated" not in names and any("these runs" in name for name in names)
@@ -307,7 +307,7 @@ def test_a_key_that_an_earlier_release_lacked_has_its_default(tmp_path):
 
 
 def test_all_files_are_written_whole_and_offline(sweep):
-    report.compare([sweep])
+    outputs.compare([sweep])
     for name in comparison.OUTPUTS:
         assert (sweep / name).stat().st_size > 200, name
     page = (sweep / "comparison.html").read_text()
@@ -315,7 +315,7 @@ def test_all_files_are_written_whole_and_offline(sweep):
     assert page.count('<tr class="own">') == len(comparison.compare([sweep]).front) + 2
     assert (sweep / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     before = (sweep / "pareto.svg").read_bytes()
-    report.compare([sweep])
+    outputs.compare([sweep])
     assert (sweep / "pareto.svg").read_bytes() == before and b"<dc:date>" not in before
 
 
@@ -325,7 +325,7 @@ def test_hostile_names_stay_words(tmp_path):
         run_of(tmp_path / f"$x_{i}^2$ <b>|`", recipe(1e-4, i) | {"model": {"name": name}})
         for i, name in enumerate((HOSTILE, formula))
     ]
-    report.compare(evil, str(tmp_path))
+    outputs.compare(evil, str(tmp_path))
     assert "\x1b" not in told(*evil)[0]
     tags = Tags((tmp_path / "comparison.html").read_text()).tags
     assert "script" not in tags and tags.count("img") == 1

@@ -7,14 +7,16 @@ import torch
 from runs import records
 from test_report import SITES, Tags, changed, gates, made_up_run, numbers_in, page_of, save
 
-from dnal_dist import accounts, diagram, explorer, nets, results
+from dnal_dist import nets
 from dnal_dist.nets import cost
+from dnal_dist.report import accounts, diagram, explorer
+from dnal_dist.report.records import Run, load, result_of
 
 SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 
 
-def run_of(folder, told: list[dict], recipe: str = "name: digits\n") -> results.Run:
-    return results.load(save(folder, told, recipe=recipe))
+def run_of(folder, told: list[dict], recipe: str = "name: digits\n") -> Run:
+    return load(save(folder, told, recipe=recipe))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -110,7 +112,7 @@ def test_the_ledger_tells_each_phase_and_sums_what_all_tell(tmp_path):
     # The run's last word counts, and a column that one phase does not tell has no sum.
     ledger = {"pretrain": told | {"energy_kwh": 0.5}, "search": told, "finetune": {"images": 1}}
     run = run_of(tmp_path, changed(records, "end", ledger=ledger))
-    result = results.result_of(run)
+    result = result_of(run)
     assert accounts.entries(run, result)["finetune"] == {"seconds": 40.0, "images": 1}
     text = " ".join(Tags(accounts.section(run, result)).text).replace("\xa0", " ")
     assert "0.5 kWh" in text and text.count("kWh") == 1
@@ -119,8 +121,8 @@ def test_the_ledger_tells_each_phase_and_sums_what_all_tell(tmp_path):
 
 def test_older_runs_tell_time_alone(tmp_path):
     run = run_of(tmp_path, made_up_run())
-    assert accounts.entries(run, results.result_of(run))["search"] == {"seconds": 30.0}
-    text = " ".join(Tags(accounts.section(run, results.result_of(run))).text)
+    assert accounts.entries(run, result_of(run))["search"] == {"seconds": 30.0}
+    text = " ".join(Tags(accounts.section(run, result_of(run))).text)
     assert "device time" not in text and "sent by a process" not in text and "30.0" in text
 
 

@@ -9,10 +9,11 @@ import torchvision
 from faulty import FEW, records, refused
 from safetensors.torch import load_file, save_file
 
-from dnal_dist import initial, nets, phases, recipe, report, train
+from dnal_dist import initial, nets, phases, recipe, train
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
+from dnal_dist.report import records as report_records
 
 NETWORKS = list(initial.TORCHVISION.items())
 SKIP = "phases.pretrain.steps=0"
@@ -373,7 +374,7 @@ def test_a_run_without_pretrain_has_a_report(source, begins, tmp_path):
     ended, _ = begins("--init-from", source[0], SKIP)
     assert ended.code == 0, ended.err
     assert "accuracy at the start " in ended.out and "after pretrain" not in ended.out
-    found = report.summary(tmp_path / "run")
+    found = report_records.summary(tmp_path / "run")
     assert list(found["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
     assert found["finished"] and not found["warnings"]
     assert records(tmp_path, "end")[0]["phase_seconds"].keys() == {"search", "prune", "finetune"}
@@ -389,7 +390,7 @@ def test_random_weights_need_no_pretrain_either(begins, tmp_path, none):
     assert ended.code == 0, ended.err
     torch.manual_seed(3)
     assert same(found, nets.build("vgg_digits").state_dict())
-    assert list(report.summary(tmp_path / "run")["accuracy"]) == ["search", "prune", "finetune"]
+    assert list(report_records.summary(tmp_path / "run")["accuracy"]) == ["search", "prune", "finetune"]
     assert "pretrain" not in ended.out
 
 
@@ -407,7 +408,7 @@ def test_pretrain_goes_on_from_given_weights(source, begins, tmp_path):
 def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
     ended, _ = begins("--init-from", source[0], SKIP, "model.num_classes=12")
     assert ended.code == 0, ended.err
-    (warning,) = report.summary(tmp_path / "run")["warnings"]
+    (warning,) = report_records.summary(tmp_path / "run")["warnings"]
     assert "tells 10 classes apart, this network 12: its last layer, classifier.0, begins with random weights" in warning
     assert f"warning: {warning}" in ended.out
 
@@ -424,7 +425,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(source, be
     ended, found = begins("--init-from", broken.parent, SKIP)
     assert ended.code == 0, ended.err
     assert same(found, source[1])
-    (warning,) = report.summary(tmp_path / "run")["warnings"]
+    (warning,) = report_records.summary(tmp_path / "run")["warnings"]
     assert f"{newest}: checkpoint is damaged (" in warning and "; it was passed over" in warning
     refused(begins("--init-from", newest, "--overwrite")[0], rf"{newest}: checkpoint is damaged \(.*\); give another")
 
@@ -467,12 +468,12 @@ def test_weights_that_give_no_loss_are_blamed(source, begins, tmp_path):
 
 def test_a_published_row_tells_that_a_run_began_with_given_weights(tmp_path):
     """Such a run had more training than its epochs tell."""
-    from dnal_dist import published, results
+    from dnal_dist.report import published, records
 
     (tmp_path / "metrics.jsonl").write_text('{"kind": "start", "name": "x"}\n')
     (tmp_path / "recipe.yaml").write_text("model: {name: resnet50_imagenet, init_from: 'torchvision:resnet50'}\n")
-    run = results.load(tmp_path)
-    place = published.place(run, results.result_of(run))
+    run = records.load(tmp_path)
+    place = published.place(run, records.result_of(run))
     assert "weights of torchvision:resnet50 to begin with" in place.remarks[0]
 
 

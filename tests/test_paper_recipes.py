@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dnal_dist import published, recipe
+from dnal_dist import recipe
+from dnal_dist.report import published
 from dnal_dist.search import schedule
 
 

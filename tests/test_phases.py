@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dnal_dist import cost, phases, pruning, recipe, report, train
+from dnal_dist import cost, phases, pruning, recipe, train
 from dnal_dist.data.images import normalise
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import compact
+from dnal_dist.report import records as report_records
 
 FEW = [
     "phases.pretrain.steps=3",
@@ -68,7 +69,7 @@ def test_recalibration_leaves_the_order_of_samples_alone(finished, digits, tmp_p
     weights = [load_file(folder / "compact" / "weights.safetensors") for folder in folders]
     trained = [name for name in weights[0] if name.endswith(("weight", "bias"))]
     assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in trained)
-    found = [report.load(folder).last("eval", "prune")["cross_entropy"] for folder in folders]
+    found = [report_records.load(folder).last("eval", "prune")["cross_entropy"] for folder in folders]
     assert found[0] == found[1] != found[2]
 
 
@@ -113,7 +114,7 @@ def test_cost_of_a_recipe_is_told_layer_by_layer(capsys):
 
 def test_cost_of_a_run_is_that_of_its_compact_network(finished, capsys):
     told = json.loads(run_cost(str(finished[0]), "--json", capsys=capsys))
-    found = report.summary(finished[0])
+    found = report_records.summary(finished[0])
     assert (told["full"], told["kept"]) == (found["full"], found["compact"])
     assert sum(layer["macs"] for layer in told["layers"]) == found["compact"]["exact"]["macs"]
     parameters = sum(p.numel() for p in compact.load(finished[0] / "compact").parameters())

@@ -9,9 +9,12 @@ import torch
 import yaml
 from test_report import HOSTILE, Tags, changed, made_up_run, numbers_in, page_of, save, table_of
 
-from dnal_dist import nets, published, report, results
+from dnal_dist import nets
 from dnal_dist.nets import cost
-from dnal_dist.published import tables
+from dnal_dist.report import published
+from dnal_dist.report import records as report_records
+from dnal_dist.report.published import tables
+from dnal_dist.report.records import result_of
 
 ROWS = {
     "vgg16_cifar": 11,
@@ -132,8 +135,8 @@ def run_of(folder, network="vgg16_cifar", records=None, model="", size=32, train
 
 
 def placed(folder) -> published.Place | None:
-    run = report.load(folder)
-    return published.place(run, results.result_of(run))
+    run = report_records.load(folder)
+    return published.place(run, result_of(run))
 
 
 def test_a_run_stands_where_the_papers_rule_puts_it(tmp_path):

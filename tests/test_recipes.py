@@ -10,9 +10,10 @@ import sources
 import torch
 
 from data_tools import cifar10, fashion_mnist, make_shards
-from dnal_dist import nets, published, recipe, report, results
+from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.nets import compact
+from dnal_dist.report import published, records
 
 # All of them are run by the first test that asks for one.
 pytestmark = pytest.mark.timeout(1000)
@@ -81,11 +82,11 @@ def _changes(path: Path, shards: dict[str, Path]) -> list[str]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_goes_through_its_phases_on_two_processes(path, finished):
     folder = finished[path.stem]
-    run, shipped = results.load(folder), recipe.load(path)
+    run, shipped = records.load(folder), recipe.load(path)
     assert (run.last("start")["world_size"], run.last("start")["name"]) == (2, shipped.name)
     _, saved, damaged = checkpoint.latest(folder / "checkpoints")
     assert (saved.state.phase, saved.state.global_step, damaged) == ("done", 8, {})
-    assert list(report.summary(folder)["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
+    assert list(records.summary(folder)["accuracy"]) == ["pretrain", "search", "prune", "finetune"]
     assert [r["phase"] for r in run.of("phase")] == ["pretrain", "search", "prune", "finetune"]
     assert all(0 <= r["accuracy"] <= r["top5"] <= 1 for r in run.of("eval"))
 
@@ -93,7 +94,7 @@ def test_recipe_goes_through_its_phases_on_two_processes(path, finished):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_leaves_a_smaller_network_whose_cost_is_told_by_both_rules(path, finished):
     folder = finished[path.stem]
-    settings, pruned = recipe.load(folder / "recipe.yaml"), results.load(folder).last("prune")
+    settings, pruned = recipe.load(folder / "recipe.yaml"), records.load(folder).last("prune")
     for rule in ("exact", "paper"):
         for what in ("macs", "params"):
             assert 0 < pruned["compact"][rule][what] < pruned["full"][rule][what]

@@ -12,8 +12,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from dnal_dist import report
 from dnal_dist.common.text import amount
+from dnal_dist.report import outputs
+from dnal_dist.report import page as report_page
+from dnal_dist.report import records as report_records
 
 FULL = {"exact": {"macs": 2_421_376, "params": 287_146}, "paper": {"macs": 2_430_000, "params": 287_000}}
 COMPACT = {"exact": {"macs": 281_344, "params": 28_211}, "paper": {"macs": 290_000, "params": 28_000}}
@@ -82,7 +84,7 @@ def changed(records: list[dict], kind: str, **values) -> list[dict]:
 
 
 def page_of(folder) -> str:
-    return report.write(folder).read_text("utf-8").replace(get_plotlyjs(), "PLOTLY")
+    return report_page.write(folder).read_text("utf-8").replace(get_plotlyjs(), "PLOTLY")
 
 
 def numbers_in(page: str) -> dict:
@@ -91,7 +93,7 @@ def numbers_in(page: str) -> dict:
 
 def table_of(folder, width: int = 80) -> str:
     out = io.StringIO()
-    report.print_table(folder, Console(file=out, width=width))
+    outputs.print_table(folder, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -116,7 +118,7 @@ class Tags(HTMLParser):
 
 
 def test_summary_is_what_the_records_say(tmp_path):
-    result = report.summary(save(tmp_path, made_up_run()))
+    result = report_records.summary(save(tmp_path, made_up_run()))
     assert result["accuracy"] == {"pretrain": 0.97, "search": 0.95, "prune": 0.93, "finetune": 0.9944}
     assert (result["full"], result["compact"]) == (FULL, COMPACT)
     assert result["macs_ratio"] == 281_344 / 2_421_376
@@ -134,7 +136,7 @@ def test_summary_is_what_the_records_say(tmp_path):
 @pytest.mark.parametrize("count", range(1, len(made_up_run()) + 1))
 def test_a_run_may_end_after_any_record(tmp_path, count):
     records = made_up_run()[:count]
-    result = report.summary(save(tmp_path, records))
+    result = report_records.summary(save(tmp_path, records))
     assert result["finished"] == (count == len(made_up_run()))
     assert list(result["accuracy"]) == list(dict.fromkeys(r["phase"] for r in records if r["kind"] == "eval"))
     pruned = any(r["kind"] == "prune" for r in records)
@@ -153,33 +155,33 @@ def test_a_phase_that_goes_on_is_not_told_as_done(tmp_path):
 
 @pytest.mark.parametrize("tail", [b'{"kind": "tr', b'{"name": "\xc3', b"\0\0\0\n", b"\n\n"], ids=["json", "utf8", "nul", "blank"])
 def test_a_torn_last_line_is_left_out(tmp_path, tail):
-    whole = report.summary(save(tmp_path, made_up_run()))
-    assert report.summary(save(tmp_path, made_up_run(), tail)) == whole
+    whole = report_records.summary(save(tmp_path, made_up_run()))
+    assert report_records.summary(save(tmp_path, made_up_run(), tail)) == whole
 
 
 def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path):
     save(tmp_path, made_up_run()[:3], b'{"kind": "tr\n{"kind": "end"}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: not a JSON object; remove"):
-        report.load(tmp_path)
+        report_records.load(tmp_path)
     save(tmp_path, made_up_run()[:1], b"3\n")
     with pytest.raises(ValueError, match="line 2"):
-        report.load(tmp_path)
+        report_records.load(tmp_path)
 
 
 def test_unknown_kinds_and_keys_change_nothing(tmp_path):
-    whole = report.summary(save(tmp_path, made_up_run()))
+    whole = report_records.summary(save(tmp_path, made_up_run()))
     strange = [record | {"news": [1]} for record in made_up_run()]
     strange.insert(3, {"kind": "mystery", "time": strange[3]["time"], "global_step": 10})
-    assert report.summary(save(tmp_path, strange)) == whole
+    assert report_records.summary(save(tmp_path, strange)) == whole
     assert "mystery" not in page_of(tmp_path)
 
 
 def test_time_between_a_stop_and_its_resume_does_not_count(tmp_path):
     records = made_up_run()[:4]
-    ran = report.summary(save(tmp_path, records))["seconds"]
+    ran = report_records.summary(save(tmp_path, records))["seconds"]
     later = [records[0] | {"resumed": True}, *made_up_run()[4:6]]
     records += [record | {"time": record["time"] + 86_400} for record in later]
-    assert ran <= report.summary(save(tmp_path, records))["seconds"] < 60
+    assert ran <= report_records.summary(save(tmp_path, records))["seconds"] < 60
 
 
 def test_time_before_a_record_without_a_phase_is_of_the_phase_at_hand(tmp_path):
@@ -188,7 +190,7 @@ def test_time_before_a_record_without_a_phase_is_of_the_phase_at_hand(tmp_path):
         {"kind": "receipt", "time": r["time"] - 1, "global_step": r["global_step"]} for r in records[2:] if r["kind"] == "train"
     ]
     whole = sorted([*records, *receipts], key=lambda record: record["time"])
-    result = report.summary(save(tmp_path, whole))
+    result = report_records.summary(save(tmp_path, whole))
     assert result["seconds"] == sum(result["phase_seconds"].values()) == records[-1]["time"] - records[0]["time"]
 
 
@@ -230,7 +232,7 @@ def test_table_is_plain_and_uncut_where_there_is_no_terminal(tmp_path):
     folder = tmp_path / ("long" * 30)
     message = "something " * 30 + "at the end"
     save(folder, [*made_up_run(), {"kind": "warning", "message": message}])
-    report.write(folder)
+    report_page.write(folder)
     table = table_of(folder)
     for line in (
         "accuracy after pretrain        97.00 %",
@@ -252,7 +254,9 @@ def test_collapse_and_warnings_are_loud(tmp_path):
     records = [*changed(made_up_run(), "prune", collapsed=True), warning, warning]
     save(tmp_path, records, recipe="architecture: {penalty_weight: 0.25}\n")
     page, table = page_of(tmp_path), table_of(tmp_path)
-    assert report.summary(tmp_path)["collapsed"] and report.summary(tmp_path)["warnings"] == ["the penalty rests"] * 2
+    assert (
+        report_records.summary(tmp_path)["collapsed"] and report_records.summary(tmp_path)["warnings"] == ["the penalty rests"] * 2
+    )
     assert 'role="alert"' in page and "The architecture collapsed." in page and "penalty_weight (0.25 in" in page
     assert "the penalty rests (2 times)" in page
     assert "WARNING: the penalty rests (2 times)\n" in table and "\nTHE ARCHITECTURE COLLAPSED: " in table
@@ -262,7 +266,7 @@ def test_collapse_and_warnings_are_loud(tmp_path):
 
 def test_page_asks_for_nothing_from_outside(tmp_path):
     save(tmp_path, made_up_run())
-    assert report.write(tmp_path).read_text("utf-8").count(get_plotlyjs()) == 1
+    assert report_page.write(tmp_path).read_text("utf-8").count(get_plotlyjs()) == 1
     page = page_of(tmp_path)
     found = Tags(page)
     assert not {"link", "img", "iframe", "object", "embed", "base", "form", "a"} & set(found.tags)
@@ -343,14 +347,14 @@ def test_a_long_run_is_thinned_without_losing_its_mean(tmp_path):
 
 
 def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
-    before = report.write(save(tmp_path, made_up_run())).read_bytes()
+    before = report_page.write(save(tmp_path, made_up_run())).read_bytes()
 
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr("dnal_dist.durable.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        report.write(save(tmp_path, made_up_run()[:5]))
+        report_page.write(save(tmp_path, made_up_run()[:5]))
     assert (tmp_path / "report.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.html"]
 

@@ -11,17 +11,20 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
-from dnal_dist import canvas, ending, plots, report, report_md, results
+from dnal_dist import ending
 from dnal_dist.common.text import printable
 from dnal_dist.recipe import load
+from dnal_dist.report import figures, markdown_report, outputs, page, style
+from dnal_dist.report import records as report_records
+from dnal_dist.report.records import result_of
 
 PLOTS = ("channels", "cost", "curves", "search")
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
 
 
 def markdown_of(folder) -> str:
-    run = report.load(folder)
-    return report_md.render(run, results.result_of(run), plots.TITLES)
+    run = report_records.load(folder)
+    return markdown_report.render(run, result_of(run), figures.TITLES)
 
 
 def rendered(folder) -> Tags:
@@ -57,7 +60,7 @@ def test_the_report_tells_what_the_records_say(tmp_path):
     ):
         assert part in text, part
     assert tags.tags.count("h1") == 1 and tags.tags.count("details") == 2
-    assert [value for name, value in tags.attributes if name == "src"] == [f"plots/{name}.png" for name in plots.TITLES]
+    assert [value for name, value in tags.attributes if name == "src"] == [f"plots/{name}.png" for name in figures.TITLES]
 
 
 def test_the_ledger_has_the_columns_that_are_told(tmp_path):
@@ -94,7 +97,7 @@ def test_names_stay_words(tmp_path, hostile):
 
 
 def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
-    report.write_all(save(tmp_path, made_up_run()))
+    outputs.write_all(save(tmp_path, made_up_run()))
     assert (tmp_path / "report.md").read_text() == markdown_of(tmp_path)
     links = [value for name, value in rendered(tmp_path).attributes if name in ("src", "href")]
     assert len(links) == 8 and all((tmp_path / link).exists() for link in links)
@@ -103,21 +106,21 @@ def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
         root = ElementTree.parse(tmp_path / "plots" / f"{name}.svg").getroot()
         assert root.tag.endswith("svg")
         with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
-            assert picture.width == round(canvas.WIDTH * 200) and picture.height > 300
+            assert picture.width == round(style.WIDTH * 200) and picture.height > 300
             assert len(set(picture.convert("L").resize((60, 60)).get_flattened_data())) > 5
 
 
 def test_equal_runs_have_equal_plots(tmp_path):
     for name in "ab":
-        run = report.load(save(tmp_path / name, made_up_run()))
-        plots.write(run, results.result_of(run))
+        run = report_records.load(save(tmp_path / name, made_up_run()))
+        figures.write(run, result_of(run))
     for path in (tmp_path / "a" / "plots").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "plots" / path.name).read_bytes(), path.name
 
 
 def test_what_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
-    run = report.load(save(tmp_path, made_up_run()))
-    report_md.write(run, results.result_of(run), {})
+    run = report_records.load(save(tmp_path, made_up_run()))
+    markdown_report.write(run, result_of(run), {})
     before = (tmp_path / "report.md").read_bytes()
 
     def fail(*_):
@@ -125,21 +128,21 @@ def test_what_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dnal_dist.durable.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        report_md.write(run, results.result_of(run), plots.TITLES)
+        markdown_report.write(run, result_of(run), figures.TITLES)
     assert (tmp_path / "report.md").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.md"]
 
 
 def drawn(run, name):
     """A figure's axes: the values of its lines by label, and its words."""
-    with canvas.drawing():
-        figure = getattr(plots, name)(run, results.result_of(run))
+    with style.drawing():
+        figure = getattr(figures, name)(run, result_of(run))
         return {line.get_label(): list(line.get_ydata()) for axes in figure.axes for line in axes.get_lines()}, figure
 
 
 def test_plots_draw_the_records(tmp_path):
     records = made_up_run()
-    run = report.load(save(tmp_path, records))
+    run = report_records.load(save(tmp_path, records))
     lines, _ = drawn(run, "curves")
     held_out = [r["cross_entropy"] for r in records if r["kind"] == "eval" and r["phase"] != "prune"]
     assert lines["held-out pictures"] == pytest.approx(held_out) and lines["after pruning"] == [0.2]
@@ -158,7 +161,7 @@ def test_plots_draw_the_records(tmp_path):
 @pytest.mark.parametrize("count", range(1, len(made_up_run()) + 1, 7))
 def test_a_run_may_end_after_any_record(tmp_path, count):
     records = [{key: value for key, value in r.items() if key != "versions"} for r in made_up_run()[:count]]
-    report.write_all(save(tmp_path, records, recipe=None))
+    outputs.write_all(save(tmp_path, records, recipe=None))
     text = words(rendered(tmp_path))
     assert "recipe.yaml is not in the run folder" in text
     assert "Not finished" in text or count == len(made_up_run())
@@ -167,7 +170,7 @@ def test_a_run_may_end_after_any_record(tmp_path, count):
 def test_a_plot_without_records_goes(tmp_path):
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "search.svg").write_text("old")
-    report.write_all(save(tmp_path, made_up_run()[:2]))
+    outputs.write_all(save(tmp_path, made_up_run()[:2]))
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["curves.png", "curves.svg"]
     assert "search.png" not in (tmp_path / "report.md").read_text()
 
@@ -175,26 +178,28 @@ def test_a_plot_without_records_goes(tmp_path):
 def test_a_run_on_more_processes_names_its_launcher(tmp_path):
     (start, *rest) = made_up_run()
     recipe = "name: digits\noutput: my runs/digits\n"
-    told = report_md.render(report.load(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe)), *result(tmp_path))
+    told = markdown_report.render(
+        report_records.load(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe)), *result(tmp_path)
+    )
     command = "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.train "
     assert f"{command}'my runs/digits/recipe.yaml' output='my runs/digits-again'\n" in told
     assert "git checkout 0123abc   # and the changes" in told
     alone = [start | {"world_size": 1, "backend": "single", "code": "$(reboot)"}, *rest]
-    told = report_md.render(report.load(save(tmp_path, alone, recipe=recipe)), *result(tmp_path))
+    told = markdown_report.render(report_records.load(save(tmp_path, alone, recipe=recipe)), *result(tmp_path))
     assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in told and "reboot" not in told.partition("```sh")[2]
 
 
 def result(folder) -> tuple[dict, dict]:
-    return results.result_of(report.load(folder)), {}
+    return result_of(report_records.load(folder)), {}
 
 
 def test_a_name_is_no_formula_and_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = report.load(save(tmp_path, changed(made_up_run(), "start", name="$\\frac{1}{$ \u6f22\U0001f600\ud800")))
-        with canvas.drawing():
-            canvas.save(plots.cost(run, results.result_of(run)), tmp_path / "cost")
-    report.write(run)
+        run = report_records.load(save(tmp_path, changed(made_up_run(), "start", name="$\\frac{1}{$ \u6f22\U0001f600\ud800")))
+        with style.drawing():
+            style.save(figures.cost(run, result_of(run)), tmp_path / "cost")
+    page.write(run)
 
 
 def test_matplotlib_waits_for_the_first_figure():
@@ -223,6 +228,6 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
         recipe = load("recipes/digits.yaml")
 
     monkeypatch.setattr(ending, "_missed", lambda run: None)
-    monkeypatch.setattr(plots, "curves", fail)
+    monkeypatch.setattr(figures, "curves", fail)
     assert ending.finish(Ended()) is None
     assert f"warning: the report in {tmp_path} cannot be written (no such font); later: " in capsys.readouterr().err

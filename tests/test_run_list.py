@@ -18,6 +18,7 @@ from dnal_dist import runs
 from dnal_dist.common import lock
 from dnal_dist.common import lock as occupation
 from dnal_dist.common.lock import occupied
+from dnal_dist.report import run_list
 
 
 def records_of(run: Path) -> list[dict]:
@@ -42,7 +43,7 @@ def submit(run: Path, job: str) -> None:
 
 
 def test_a_finished_run(short):
-    one = runs.told(short)
+    one = run_list.told(short)
     last = [record for record in records_of(short) if record["kind"] == "eval"][-1]
     assert (one["state"], one["name"], one["phase"], one["accuracy"]) == ("finished", "digits", "finetune", last["accuracy"])
     assert (one["step"], one["phase_steps"]) == (4, 4) and 0 < one["macs_ratio"] < 1 and one["images_per_second"] > 0
@@ -55,7 +56,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     (run / "stop").touch()
     late = ("phases.pretrain.steps=3", "tracking.log_every=100")
     assert train_here(*arguments(digits, run, *SHORT, *late)).code == 75
-    one = runs.told(run)
+    one = run_list.told(run)
     assert one["state"] == "stopped" and one["phase"] == "pretrain" and "checkpoint_age" in one
     (stop,) = [record for record in records_of(run) if record["kind"] == "stop"]
     # It came before the first train record.
@@ -65,14 +66,14 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     records = records_of(run)
     start = next(record for record in records if record["kind"] == "start")
     rewrite(run, [*records, start | {"resumed": True}])
-    assert runs.told(run)["state"] == "killed"
+    assert run_list.told(run)["state"] == "killed"
 
 
 def test_a_run_that_was_killed_in_its_search(short):
     records = records_of(short)
     last = max(i for i, record in enumerate(records) if record["kind"] == "train" and record["phase"] == "search")
     rewrite(short, records[: last + 1])
-    one = runs.told(short)
+    one = run_list.told(short)
     full = records_of(short)[0]["full"]["exact"]["macs"]
     expected = [record["expected_macs"] for record in records_of(short) if "expected_macs" in record][-1]
     assert (one["state"], one["phase"], one["step"], one["phase_steps"]) == ("killed", "search", 4, 4)
@@ -83,8 +84,8 @@ def test_a_run_that_goes_on_is_known_by_its_lock_which_is_not_taken(short):
     cut(short, "end")
     before = {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     with FileLock(short / ".lock"):
-        assert occupied(short) is True and runs.told(short)["state"] == "running"
-    assert occupied(short) is False and runs.told(short)["state"] == "killed"
+        assert occupied(short) is True and run_list.told(short)["state"] == "running"
+    assert occupied(short) is False and run_list.told(short)["state"] == "killed"
     (short / ".lock").unlink()
     assert occupied(short) is False and not (short / ".lock").exists()
     assert {path: stamp for path, stamp in before.items() if path.name not in (".lock", "short")}.items() <= {
@@ -99,13 +100,13 @@ def test_on_another_machines_disk_the_last_record_decides(short, monkeypatch):
     assert occupied(short) is None
     records = [record | ({"host": "elsewhere"} if record["kind"] == "start" else {}) for record in records_of(short)]
     rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 60}])
-    assert runs.told(short)["state"] == "seems to run"
-    rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 2 * runs.SILENT}])
-    assert runs.told(short)["state"] == "killed"
+    assert run_list.told(short)["state"] == "seems to run"
+    rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 2 * run_list.SILENT}])
+    assert run_list.told(short)["state"] == "killed"
     # This machine's own locks are seen in any case.
     records[0] |= {"host": socket.gethostname()}
     rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 60}])
-    assert runs.told(short)["state"] == "killed"
+    assert run_list.told(short)["state"] == "killed"
 
 
 def test_file_systems_are_told_apart(tmp_path):
@@ -117,7 +118,7 @@ def test_file_systems_are_told_apart(tmp_path):
 def test_a_target_that_was_missed(short, most, state):
     budget = {"unit": "macs", "least": 0, "most": most, "full": 10**9}
     rewrite(short, [record | ({"budget": budget} if record["kind"] == "prune" else {}) for record in records_of(short)])
-    assert runs.told(short)["state"] == state
+    assert run_list.told(short)["state"] == state
 
 
 BROKEN = {
@@ -133,7 +134,7 @@ def test_a_broken_run_folder_is_told_and_hides_no_other(tmp_path, short, kind):
     content, why = BROKEN[kind]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_bytes(content)
-    found = {Path(one["run"]).name: one for one in runs.listed(tmp_path)}
+    found = {Path(one["run"]).name: one for one in run_list.listed(tmp_path)}
     assert found["a"]["state"] == "broken" and found["a"]["why"] and why in found["a"]["why"]
     assert found["short"]["state"] == "finished"
 
@@ -144,9 +145,9 @@ def test_runs_are_found_three_folders_deep_and_not_within_others(tmp_path, short
     shutil.copytree(tmp_path / "sweep" / "a", short / "compact" / "inner")
     (tmp_path / "sweep" / "submit").mkdir()
     (tmp_path / "sweep" / "submit" / "jobs.jsonl").write_text('{"job": "7", "time": 1}\n')
-    found = [str(path.relative_to(tmp_path)) for path in runs.found_in(tmp_path)]
+    found = [str(path.relative_to(tmp_path)) for path in run_list.found_in(tmp_path)]
     assert found == ["short", "sweep/a", "sweep/deep/b"]
-    assert list(runs.found_in(short)) == [short]
+    assert list(run_list.found_in(short)) == [short]
 
 
 def test_jobs_that_wait_in_slurms_queue(tmp_path, short, monkeypatch):
@@ -161,7 +162,7 @@ def test_jobs_that_wait_in_slurms_queue(tmp_path, short, monkeypatch):
     submit(tmp_path / "gone", "99")
     cut(short, "end")
     submit(short, "21")
-    found = {Path(one["run"]).name: one for one in runs.listed(tmp_path)}
+    found = {Path(one["run"]).name: one for one in run_list.listed(tmp_path)}
     assert {name: one["state"] for name, one in found.items()} == {
         "new": "queued",
         "begins": "running",
@@ -172,11 +173,11 @@ def test_jobs_that_wait_in_slurms_queue(tmp_path, short, monkeypatch):
     # A chain: the newest waits for the one that is at work.
     with (short / "submit" / "jobs.jsonl").open("a") as lines:
         lines.write('{"job": "20_3", "time": 3}\n{"job": "12", "time": 4}\n')
-    one = {Path(one["run"]).name: one for one in runs.listed(tmp_path)}["short"]
+    one = {Path(one["run"]).name: one for one in run_list.listed(tmp_path)}["short"]
     assert (one["state"], one["job"], one["job_state"]) == ("running", "20_3", "RUNNING")
     squeue.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(runs, "ANSWER", 0.2)
-    assert runs.queue() is None and runs.listed(tmp_path)[0]["state"] == "killed"
+    monkeypatch.setattr(run_list, "ANSWER", 0.2)
+    assert run_list.queue() is None and run_list.listed(tmp_path)[0]["state"] == "killed"
 
 
 def command(*words) -> subprocess.CompletedProcess:

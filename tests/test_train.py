@@ -9,13 +9,14 @@ import pytest
 import torch
 from wandb_read import offline
 
-from dnal_dist import phases, recipe, report, train
+from dnal_dist import phases, recipe, train
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.evaluate import evaluate
 from dnal_dist.nets import compact
+from dnal_dist.report import records as report_records
 from dnal_dist.stream import Shards
 
 REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
@@ -43,7 +44,7 @@ def demo(digits, tmp_path_factory):
 def test_reduced_demo_learns_a_smaller_network(demo):
     output, process = demo
     assert process.returncode == 0, process.stdout + process.stderr
-    found = report.summary(output)
+    found = report_records.summary(output)
     assert found["accuracy"]["finetune"] > 0.90
     assert found["compact"]["exact"]["macs"] < 0.5 * found["full"]["exact"]["macs"]
     assert not found["collapsed"]
@@ -109,7 +110,7 @@ def test_accelerate_launch_without_a_config_file(digits, tmp_path):
         ["accelerate.commands.launch", "-m"], digits, tmp_path / "run", *FEW, "tracking.tracker=none", HF_HOME=str(tmp_path / "hf")
     )
     assert found.returncode == 0, found.stderr
-    assert report.summary(tmp_path / "run")["finished"]
+    assert report_records.summary(tmp_path / "run")["finished"]
 
 
 def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
@@ -165,7 +166,7 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
         "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",
     )  # fmt: skip
     phases.go(run)
-    found = report.summary(tmp_path)
+    found = report_records.summary(tmp_path)
     assert found["collapsed"]
     assert found["macs_ratio"] >= 0.05
     assert any("the penalty rests" in warning for warning in found["warnings"])
@@ -197,4 +198,4 @@ def test_fewer_gpus_than_processes_leave_it_to_the_cpu(digits, tmp_path, monkeyp
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     run = run_here(digits, tmp_path, *FEW)
     assert run.parallel.device.type == "cpu"
-    assert any("1 GPU for" in warning for warning in report.summary(tmp_path)["warnings"])
+    assert any("1 GPU for" in warning for warning in report_records.summary(tmp_path)["warnings"])

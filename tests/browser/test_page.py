@@ -5,7 +5,7 @@ import re
 import pytest
 from test_report import HOSTILE, changed, made_up_run, save
 
-from dnal_dist import report
+from dnal_dist.report import page as report_page
 
 COSTS = {
     "conv0.conv": {"full": {"macs": 900, "params": 90}, "compact": {"macs": 300, "params": 30}},
@@ -93,7 +93,7 @@ RUNS = {
 def pages(chromium, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("pages")
     recipe = "name: digits\nmodel: {name: resnet56_cifar}\nphases: {search: {epochs: 3}}\narchitecture: {penalty_weight: 0.0001}\n"
-    return {name: report.write(save(folder / name, records(), recipe=recipe)) for name, records in RUNS.items()}
+    return {name: report_page.write(save(folder / name, records(), recipe=recipe)) for name, records in RUNS.items()}
 
 
 def shown(page) -> dict:

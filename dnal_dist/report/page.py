@@ -10,9 +10,10 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from dnal_dist import accounts, explorer, markup, published, results
 from dnal_dist.common import atomic, text
-from dnal_dist.results import Run
+from dnal_dist.report import accounts, explorer, markup, published
+from dnal_dist.report import records as report_records
+from dnal_dist.report.records import NETWORKS, Run, about, collapse, date, headline, load, result_of, thinned, when
 
 
 def write(run: str | Path | Run) -> Path:
@@ -20,14 +21,14 @@ def write(run: str | Path | Run) -> Path:
 
     The page appears whole or not at all. Raises ValueError as `load` does, OSError if the folder cannot be written.
     """
-    run = run if isinstance(run, Run) else results.load(run)
+    run = run if isinstance(run, Run) else load(run)
     page = run.folder / "report.html"
     atomic.put(page, _page(run).encode(errors="replace"))
     return page
 
 
 def _page(run: Run) -> str:
-    result, phases, curves, search = results.result_of(run), results.spans(run), _curves(run), _search(run)
+    result, phases, curves, search = result_of(run), report_records.spans(run), _curves(run), _search(run)
     place, explored = published.place(run, result), explorer.numbers(run)
     figure = place.figure() if place else None
     numbers = {"phases": phases, "curves": curves, "search": search, "published": figure, "explorer": explored}
@@ -41,13 +42,13 @@ def _page(run: Run) -> str:
         accounts.environment(run),
         accounts.receipts(run),
     ]
-    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {results.date(run)}."
+    footer = f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {date(run)}."
     return Template(part("report_template.html")).substitute(
         title=escape(f"{run.name}: run report"),
         css=part("report.css"),
         name=escape(run.name),
-        about=markup.text(results.about(run)),
-        result=markup.text(results.headline(run, result)),
+        about=markup.text(about(run)),
+        result=markup.text(headline(run, result)),
         notices=_notices(run, result),
         tiles=_tiles(run, result),
         sections="\n".join(sections),
@@ -61,20 +62,20 @@ def _page(run: Run) -> str:
 
 def part(name: str) -> str:
     """A file of which pages are made, as text."""
-    return files("dnal_dist").joinpath(name).read_text("utf-8")
+    return files("dnal_dist.report").joinpath(name).read_text("utf-8")
 
 
 def _curves(run: Run) -> dict:
     """Points [xs, ys] over the iterations of the run: {accuracy, cross_entropy: {train, held_out, prune}, loss}."""
     curves: dict = {
         key: {
-            "train": results.thinned(run.series("train", "global_step", key)),
+            "train": thinned(run.series("train", "global_step", key)),
             "held_out": run.series("eval", "global_step", key),
             "prune": run.series("eval", "global_step", key, "prune"),
         }
         for key in ("accuracy", "cross_entropy")
     }
-    return curves | {"loss": results.thinned(run.series("train", "global_step", "loss", "search"))}
+    return curves | {"loss": thinned(run.series("train", "global_step", "loss", "search"))}
 
 
 def _search(run: Run, limit: int = 240) -> dict | None:
@@ -101,8 +102,8 @@ def _search(run: Run, limit: int = 240) -> dict | None:
         "counts": [r["histogram"] for r in records],
         # After a budget it is not the gates' own height that decides.
         "threshold": None if driven else prune.get("threshold", run.setting("architecture", "threshold")),
-        "open": results.thinned(opened),
-        "macs": results.thinned(expected),
+        "open": thinned(opened),
+        "macs": thinned(expected),
         "full": full["exact"]["macs"] if full else None,
         "compact": prune["compact"]["exact"]["macs"] if "compact" in prune else None,
     }
@@ -122,7 +123,7 @@ _LABELS = {
 def _notices(run: Run, result: dict) -> str:
     notices = ""
     if result["collapsed"]:
-        words = f"<strong>The architecture collapsed.</strong> {markup.text(results.collapse(run))}"
+        words = f"<strong>The architecture collapsed.</strong> {markup.text(collapse(run))}"
         notices += f'<div class="alarm" role="alert"><p>{words}</p></div>'
     if messages := text.counted(result["warnings"]):
         items = "".join(f"<li>{markup.text(message)}</li>" for message in messages)
@@ -137,7 +138,7 @@ def _tiles(run: Run, result: dict) -> str:
         phase, accuracy = next(reversed(result["accuracy"].items()))
         before = result["accuracy"].get("pretrain")
         compared = before is not None and phase != "pretrain"
-        detail = f"full network: {text.percent(before, 2)}" if compared else results.when(result, phase)
+        detail = f"full network: {text.percent(before, 2)}" if compared else when(result, phase)
         tiles.append(("Top-1 accuracy", text.percent(accuracy, 2), detail))
     for key, words in (("macs", "Multiply-adds"), ("params", "Parameters")):
         if f"{key}_ratio" in result:
@@ -200,7 +201,7 @@ def _accuracy_table(run: Run, result: dict) -> str:
         record = run.last("eval", phase)
         cells = [text.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         cells += [f"{record[key]:{form}}" if key in record else "" for key, form in (("cross_entropy", ".4f"), ("samples", ","))]
-        rows.append([results.when(result, phase), results.NETWORKS.get(phase, ""), *cells])
+        rows.append([when(result, phase), NETWORKS.get(phase, ""), *cells])
     head = ["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"]
     return markup.table("accuracy", "Accuracy after each phase", head, rows)
 

@@ -7,9 +7,9 @@ from importlib.resources import files
 
 import yaml
 
-from dnal_dist import results
 from dnal_dist.common.text import printable
-from dnal_dist.results import Run
+from dnal_dist.report import records
+from dnal_dist.report.records import Run
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
 OWN = "this run"
@@ -122,7 +122,7 @@ class Place:
 @cache
 def tables() -> dict[str, Table]:
     """Every table of the paper by the name of its network."""
-    text = files("dnal_dist").joinpath("published.yaml").read_text("utf-8")
+    text = files("dnal_dist.report").joinpath("published.yaml").read_text("utf-8")
     # Digits are what is published: a loader that makes numbers of them would lose the last of 0.060.
     return {network: _table(network, told) for network, told in yaml.load(text, yaml.BaseLoader)["tables"].items()}
 
@@ -264,5 +264,5 @@ def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> li
     if not found:
         remarks.append("Its accuracy is not known yet.")
     elif not result["finished"]:
-        remarks.append(f"Its accuracy is the one {results.when(result, found['phase'])}.")
+        remarks.append(f"Its accuracy is the one {records.when(result, found['phase'])}.")
     return remarks

@@ -1,20 +1,11 @@
-"""What runs came to, from their folders alone: no torch, no network, finished or not.
+"""Everything that is written and printed of a run, or of several."""
 
-python -m dnal_dist.report RUN            write RUN/report.html, RUN/report.md and RUN/plots/, and print the table
-python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's folder
-"""
-
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import comparison, comparison_files, page, plots, published, report_md, results
 from dnal_dist.common import text
-from dnal_dist.page import write
-from dnal_dist.results import Run, load, summary
-
-__all__ = ["Run", "compare", "load", "print_table", "summary", "write", "write_all"]
+from dnal_dist.report import comparison, comparison_files, figures, markdown_report, page, published, records
+from dnal_dist.report.records import Run, load
 
 
 def write_all(run: str | Path | Run, draw: bool = True) -> None:
@@ -24,8 +15,8 @@ def write_all(run: str | Path | Run, draw: bool = True) -> None:
     """
     run = run if isinstance(run, Run) else load(run)
     page.write(run)
-    result = results.result_of(run)
-    report_md.write(run, result, plots.write(run, result) if draw else {})
+    result = records.result_of(run)
+    markdown_report.write(run, result, figures.write(run, result) if draw else {})
 
 
 def print_table(run: str | Path | Run, console=None) -> None:
@@ -35,8 +26,8 @@ def print_table(run: str | Path | Run, console=None) -> None:
     """
     run = run if isinstance(run, Run) else load(run)
     say = teller(console)
-    result = results.result_of(run)
-    rows = results.rows(result)
+    result = records.result_of(run)
+    rows = records.rows(result)
     width = max(len(label) for label, _ in rows)
     say((text.printable(run.name), "bold"))
     for label, value in rows:
@@ -46,11 +37,11 @@ def print_table(run: str | Path | Run, console=None) -> None:
     if place := published.place(run, result):
         _print_place(place, say)
     if not result["finished"]:
-        say((results.where(run), "yellow"))
+        say((records.where(run), "yellow"))
     for message in text.counted(result["warnings"]):
         say((f"WARNING: {text.printable(message)}", "yellow"))
     if result["collapsed"]:
-        say((f"THE ARCHITECTURE COLLAPSED: {results.collapse(run)}", "bold red"))
+        say((f"THE ARCHITECTURE COLLAPSED: {records.collapse(run)}", "bold red"))
 
 
 def _print_place(place: published.Place, say: Callable) -> None:
@@ -80,34 +71,3 @@ def teller(console=None) -> Callable:
 
     console = console or Console()
     return lambda *parts: console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)
-
-
-def main() -> None:
-    """Command line: exit code 2 and one line on stderr if a folder holds no run or cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.report",
-        description="One run: write RUN/report.html, a page that needs no network, RUN/report.md and RUN/plots/, and print the "
-        "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
-        "on those that were stopped.",
-    )
-    parser.add_argument("run", nargs="+", metavar="RUN", help="run folder, for example runs/digits, or a sweep's, which holds runs")
-    parser.add_argument("--output", metavar="FOLDER", help="where a comparison goes; default: the closest folder of all its runs")
-    args = parser.parse_args()
-    # A name that the terminal's encoding lacks is no reason to fail.
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        if len(args.run) > 1 or comparison.is_sweep(Path(args.run[0])):
-            compare(args.run, args.output)
-        elif args.output:
-            raise ValueError("--output: goes with a comparison of runs; a single run's report is written into its own folder")
-        else:
-            run = load(args.run[0])
-            write_all(run)
-            print_table(run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

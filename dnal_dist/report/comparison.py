@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from dnal_dist import pareto, published, results, seeds
 from dnal_dist.common import text
-from dnal_dist.pareto import Point
-from dnal_dist.results import NoRecord, Run
-from dnal_dist.seeds import value_text
+from dnal_dist.report import pareto, published, records, seeds
+from dnal_dist.report.pareto import Point
+from dnal_dist.report.records import NoRecord, Run
+from dnal_dist.report.seeds import value_text
 
 # Of the keys in which rows differ, those of these parts are told first.
 PARTS = ("model", "architecture", "phases", "training", "data")
@@ -164,7 +164,7 @@ def compare(given: list[str | Path]) -> Comparison:
     runs, waiting = [], []
     for folder in folders:
         try:
-            runs.append(results.load(folder))
+            runs.append(records.load(folder))
         except NoRecord:
             waiting.append(folder)
         except ValueError:
@@ -239,7 +239,7 @@ def differing(rows: list[Row]) -> list[str]:
 
 
 def _row(runs: list[Run]) -> Row:
-    summaries = [(run, results.summary(run)) for run in runs]
+    summaries = [(run, records.summary(run)) for run in runs]
     finished = [run for run, result in summaries if result["finished"]]
     measures = [_measures(run, result) for run, result in summaries if result["finished"]]
     return Row(seeds.settings(runs[0]), finished, [run for run, result in summaries if not result["finished"]], measures)

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from dnal_dist import canvas, comparison, markdown, markup, page, pareto, results, seeds
 from dnal_dist.common import atomic, text
-from dnal_dist.comparison import Comparison, Row
+from dnal_dist.report import comparison, markdown, markup, page, pareto, records, seeds, style
+from dnal_dist.report.comparison import Comparison, Row
 
 _NOTE = (
     "Runs that differ in nothing with a say but their seed are one row: mean ± standard deviation (n - 1) over those that "
@@ -25,8 +25,8 @@ def write(found: Comparison, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
     if found.diagrams:
-        with canvas.drawing():
-            canvas.save(figure(found), folder / "pareto")
+        with style.drawing():
+            style.save(figure(found), folder / "pareto")
         picture = (folder / "pareto.svg").read_bytes()
     else:
         for suffix in ("svg", "png"):
@@ -39,11 +39,11 @@ def write(found: Comparison, folder: Path) -> None:
 def figure(found: Comparison):
     """Accuracy against cost, a diagram for each validation set; at least one must be there. Call it within `canvas.drawing`."""
     keys = [key.rpartition(".")[2].replace("_", " ") for key in found.keys if key != found.series]
-    by = f", by {canvas.words(keys[0])}" if len(keys) == 1 else ""
+    by = f", by {style.words(keys[0])}" if len(keys) == 1 else ""
     panels = []
     for diagram in found.diagrams:
         points = [point for point, _ in diagram.marks]
-        panels.append(pareto.Panel(diagram.size, points, title=canvas.words(diagram.title, 90), by=by))
+        panels.append(pareto.Panel(diagram.size, points, title=style.words(diagram.title, 90), by=by))
     return pareto.figure(panels)
 
 
@@ -116,7 +116,7 @@ def remarks(found: Comparison) -> list[str]:
             told.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
     for run in (run for row in rows for run in row.unfinished):
         stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
-        told.append(f"{where(run.folder, found)}: {results.where(run)}{stopped} It has no say in any number.")
+        told.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It has no say in any number.")
     told += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
     return list(map(text.printable, told))
 

@@ -3,9 +3,10 @@
 import math
 from itertools import pairwise
 
-from dnal_dist import canvas, pareto, published, results
 from dnal_dist.common import text
-from dnal_dist.results import Run
+from dnal_dist.report import pareto, published, style
+from dnal_dist.report import records as report_records
+from dnal_dist.report.records import Run, thinned, when
 
 TITLES = {
     "curves": "Accuracy and loss over the iterations",
@@ -23,46 +24,46 @@ def write(run: Run, result: dict) -> dict[str, str]:
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
     drawn = {}
-    with canvas.drawing():
+    with style.drawing():
         for name, draw in (("curves", curves), ("search", search), ("channels", channels), ("cost", cost)):
             figure = draw(run, result)
             if figure is None:
                 for suffix in (".svg", ".png"):
                     (folder / f"{name}{suffix}").unlink(missing_ok=True)
             else:
-                canvas.save(figure, folder / name)
+                style.save(figure, folder / name)
                 drawn[name] = TITLES[name]
     return drawn
 
 
 def curves(run: Run, result: dict):
     """Accuracy and cross-entropy of training batches and of held-out pictures; None before the first iteration."""
-    spans = results.spans(run)
+    spans = report_records.spans(run)
     if not spans:
         return None
-    figure = canvas.figure(4.4)
+    figure = style.figure(4.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, key, scale in ((upper, "accuracy", 100), (lower, "cross_entropy", 1)):
         _bands(axes, spans, named=axes is upper)
-        _curve(axes, results.thinned(run.series("train", "global_step", key)), scale, "training batches", canvas.FAINT, 1)
+        _curve(axes, thinned(run.series("train", "global_step", key)), scale, "training batches", style.FAINT, 1)
         held_out = [r for r in run.of("eval") if r.get("phase") != "prune"]
         points = Run(run.folder, {}, "", held_out).series("eval", "global_step", key)
         dots = {"marker": "o", "markersize": 2.5} if len(points[0]) < 100 else {}
-        _curve(axes, points, scale, "held-out pictures", canvas.ACCENT, 1.4, **dots)
+        _curve(axes, points, scale, "held-out pictures", style.ACCENT, 1.4, **dots)
         mark = {"marker": "D", "markersize": 5, "linestyle": "none", "zorder": 4}
-        _curve(axes, run.series("eval", "global_step", key, "prune"), scale, "after pruning", canvas.SECOND, 1, **mark)
-    penalised = results.thinned(run.series("train", "global_step", "loss", "search"))
-    _curve(lower, penalised, 1, "training loss with the penalty", canvas.SECOND, 1.1, linestyle=":")
+        _curve(axes, run.series("eval", "global_step", key, "prune"), scale, "after pruning", style.SECOND, 1, **mark)
+    penalised = thinned(run.series("train", "global_step", "loss", "search"))
+    _curve(lower, penalised, 1, "training loss with the penalty", style.SECOND, 1.1, linestyle=":")
     losses = [y for line in lower.get_lines() for y in line.get_ydata() if y > 0]
     if losses and max(losses) / min(losses) > 30:
         lower.set_yscale("log")
-        canvas.plain_log(lower.yaxis)
+        style.plain_log(lower.yaxis)
     upper.set_ylabel("top-1 accuracy (%)")
     lower.set_ylabel("cross-entropy (nats)")
     lower.set_xlabel("iteration")
     lower.xaxis.set_major_formatter("{x:,.0f}")
     lower.set_xlim(0, max(last for _, _, last in spans))
-    canvas.legend(lower, above=True)
+    style.legend(lower, above=True)
     return figure
 
 
@@ -76,10 +77,10 @@ def _bands(axes, spans: list[tuple[str, int, int]], named: bool) -> None:
     """Shade the phases, and name them above where there is room."""
     end = max(last for _, _, last in spans)
     for number, (phase, first, last) in enumerate(spans):
-        axes.axvspan(first, last, color=canvas.BANDS[number % 2], linewidth=0, zorder=0)
+        axes.axvspan(first, last, color=style.BANDS[number % 2], linewidth=0, zorder=0)
         if named and 75 * (last - first) > end * len(phase):
             where = {"xytext": (0, 4), "textcoords": "offset points", "xycoords": ("data", "axes fraction")}
-            axes.annotate(canvas.words(phase), ((first + last) / 2, 1), ha="center", color=canvas.MUTED, **where)
+            axes.annotate(style.words(phase), ((first + last) / 2, 1), ha="center", color=style.MUTED, **where)
 
 
 def search(run: Run, result: dict):
@@ -91,20 +92,20 @@ def search(run: Run, result: dict):
     if not records:
         return None
     records = records[:: math.ceil(len(records) / 240)]
-    epochs, expected = [r["epoch"] for r in records], results.thinned(run.series("train", "epoch", "expected_macs", "search"))
+    epochs, expected = [r["epoch"] for r in records], thinned(run.series("train", "epoch", "expected_macs", "search"))
     # Each column reaches halfway to its neighbours: a record is the gates at one moment.
     end = max(epochs[-1], *expected[0]) if len(epochs) > 1 else epochs[0] + 1
     edges = [epochs[0], *((a + b) / 2 for a, b in pairwise(epochs)), end]
     bins = len(records[0]["histogram"])
-    figure = canvas.figure(4.4)
+    figure = style.figure(4.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     counts = [[r["histogram"][i] or math.nan for r in records] for i in range(bins)]
-    shades, most = LinearSegmentedColormap.from_list("gates", canvas.HEAT), max(10, *(c for r in records for c in r["histogram"]))
+    shades, most = LinearSegmentedColormap.from_list("gates", style.HEAT), max(10, *(c for r in records for c in r["histogram"]))
     mesh = upper.pcolormesh(edges, [i / bins for i in range(bins + 1)], counts, cmap=shades, norm=LogNorm(1, most), linewidth=0)
     bar = figure.colorbar(mesh, ax=[upper, lower], aspect=40, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("gates with this value")
-    canvas.amounts(bar.ax.yaxis)
+    style.amounts(bar.ax.yaxis)
     upper.set_ylabel("gate")
     upper.grid(False)
     _threshold(upper, run)
@@ -120,9 +121,9 @@ def _threshold(axes, run: Run) -> None:
     driven = run.setting("architecture", "target") is not None
     value = None if driven else run.last("prune").get("threshold", run.setting("architecture", "threshold"))
     if isinstance(value, int | float):
-        axes.axhline(value, color=canvas.SECOND, linestyle=":", linewidth=1.2)
+        axes.axhline(value, color=style.SECOND, linestyle=":", linewidth=1.2)
         where = {"xytext": (-3, -3), "textcoords": "offset points", "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"threshold {value:g}", (1, value), ha="right", va="top", color=canvas.SECOND, **where)
+        axes.annotate(f"threshold {value:g}", (1, value), ha="right", va="top", color=style.SECOND, **where)
 
 
 def _hardness(axes, records: list[dict]) -> None:
@@ -140,16 +141,16 @@ def _expected(axes, run: Run, expected: tuple[list[float], list[float]], end: fl
     prune = run.last("prune")
     full = (prune.get("full") or run.last("start").get("full") or {}).get("exact", {}).get("macs")
     compact = prune.get("compact", {}).get("exact", {}).get("macs")
-    _curve(axes, expected, 1, "expected", canvas.ACCENT, 1.4)
+    _curve(axes, expected, 1, "expected", style.ACCENT, 1.4)
     if full:
-        axes.axhline(full, color=canvas.MUTED, linestyle=":", linewidth=1.2, label=f"full network, {text.amount(full)}")
+        axes.axhline(full, color=style.MUTED, linestyle=":", linewidth=1.2, label=f"full network, {text.amount(full)}")
     if compact is not None:
         mark = {"marker": "D", "markersize": 5, "linestyle": "none", "clip_on": False, "zorder": 4}
-        _curve(axes, ([end], [compact]), 1, f"compact network, {text.amount(compact, full)}", canvas.SECOND, 1, **mark)
+        _curve(axes, ([end], [compact]), 1, f"compact network, {text.amount(compact, full)}", style.SECOND, 1, **mark)
     axes.set_ylim(0)
     axes.set_ylabel("multiply-adds\nfor one picture")
-    canvas.amounts(axes.yaxis)
-    canvas.legend(axes)
+    style.amounts(axes.yaxis)
+    style.legend(axes)
 
 
 def channels(run: Run, result: dict):
@@ -160,16 +161,16 @@ def channels(run: Run, result: dict):
         return None
     names, places = list(sites), range(len(sites))
     named = len(sites) <= 60
-    labels = [canvas.words(name) if named else "" for name in names]
-    figure = canvas.figure(2.6 + 0.04 * max(map(len, labels)))
+    labels = [style.words(name) if named else "" for name in names]
+    figure = style.figure(2.6 + 0.04 * max(map(len, labels)))
     axes = figure.subplots()
     width = 0.8 if named else 1
-    axes.bar(places, list(sites.values()), width, color=canvas.BAR, label="full network")
+    axes.bar(places, list(sites.values()), width, color=style.BAR, label="full network")
     label = "kept" if prune else "gates above the threshold so far"
-    axes.bar(places, [kept.get(site, 0) for site in sites], width, color=canvas.ACCENT, label=label)
+    axes.bar(places, [kept.get(site, 0) for site in sites], width, color=style.ACCENT, label=label)
     closed = [i for i in places if not kept.get(names[i])]
     if closed:
-        none = {"marker": "x", "markersize": 3, "linestyle": "none", "color": canvas.SECOND, "clip_on": False, "zorder": 4}
+        none = {"marker": "x", "markersize": 3, "linestyle": "none", "color": style.SECOND, "clip_on": False, "zorder": 4}
         axes.plot(closed, [0] * len(closed), label="closed as a whole", **none)
     if named:
         axes.set_xticks(places, labels, rotation=90, fontsize=min(8, 300 / len(sites)))
@@ -179,7 +180,7 @@ def channels(run: Run, result: dict):
     axes.set_xlim(-0.7, len(sites) - 0.3)
     axes.set_ylabel("channels")
     axes.grid(axis="x", visible=False)
-    canvas.legend(axes, above=True)
+    style.legend(axes, above=True)
     return figure
 
 
@@ -190,7 +191,7 @@ def cost(run: Run, result: dict):
     if not any(point.kind == "own" for point in points):
         return None
     size = pareto.unit(place.table) if place and place.own else "multiply-adds for one picture"
-    return pareto.figure([pareto.Panel(size, points, {"own": canvas.words(run.name)})])
+    return pareto.figure([pareto.Panel(size, points, {"own": style.words(run.name)})])
 
 
 def _own_points(result: dict) -> list[pareto.Point]:
@@ -198,6 +199,6 @@ def _own_points(result: dict) -> list[pareto.Point]:
     for which, phase, kind in (("full", "pretrain", "baseline"), ("compact", "prune", "own"), ("compact", "finetune", "own")):
         macs = result.get(which, {}).get("exact", {}).get("macs")
         if macs and phase in found:
-            label = "" if kind == "baseline" else results.when(result, phase)
+            label = "" if kind == "baseline" else when(result, phase)
             points.append(pareto.Point(kind, label, macs, 100 * found[phase]))
     return points

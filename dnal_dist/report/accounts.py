@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 from html import escape
 from statistics import median
 
-from dnal_dist import markup
 from dnal_dist.common.text import amount, duration, percent
-from dnal_dist.results import Run
+from dnal_dist.report import markup
+from dnal_dist.report.records import Run
 
 _NOTE = (
     "Speed is the median over a phase's records, evaluations not counted. "

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-from dnal_dist import markup
 from dnal_dist.common import text
-from dnal_dist.diagram import Site
-from dnal_dist.results import Run
+from dnal_dist.report import markup
+from dnal_dist.report.diagram import Site
+from dnal_dist.report.records import Run
 
 _COSTS = [
     (which, key, words) for key, words in (("macs", "multiply-adds"), ("params", "parameters")) for which in ("full", "compact")

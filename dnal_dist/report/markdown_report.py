@@ -3,11 +3,11 @@
 import shlex
 from pathlib import Path
 
-from dnal_dist import accounts, markdown, published, results
 from dnal_dist.common import atomic
 from dnal_dist.common.text import counted, duration, percent, printable
-from dnal_dist.markdown import code, text
-from dnal_dist.results import Run
+from dnal_dist.report import accounts, markdown, published, records
+from dnal_dist.report.markdown import code, text
+from dnal_dist.report.records import Run
 
 HEADS = {
     "device_seconds": "device time",
@@ -30,11 +30,11 @@ def render(run: Run, result: dict, figures: dict[str, str]) -> str:
     """The report as Markdown that GitHub renders; `result` is the run's `results.result_of`."""
     parts = [
         f"# {text(run.name)}",
-        text(results.about(run)),
-        f"**{text(results.headline(run, result))}**",
+        text(records.about(run)),
+        f"**{text(records.headline(run, result))}**",
         *_notices(run, result),
         "## Results",
-        markdown.table([" ", "value"], [[text(label), text(value)] for label, value in results.rows(result)]),
+        markdown.table([" ", "value"], [[text(label), text(value)] for label, value in records.rows(result)]),
         _accuracy(run, result),
         *_published(run, result),
         "## What each phase took",
@@ -46,13 +46,13 @@ def render(run: Run, result: dict, figures: dict[str, str]) -> str:
         _environment(run),
         "## Again",
         _again(run),
-        f"Derived from `metrics.jsonl` and `recipe.yaml`: {len(run.records):,} records, up to {results.date(run)}.",
+        f"Derived from `metrics.jsonl` and `recipe.yaml`: {len(run.records):,} records, up to {records.date(run)}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _notices(run: Run, result: dict) -> list[str]:
-    notices = [f"> **The architecture collapsed.** {text(results.collapse(run))}"] if result["collapsed"] else []
+    notices = [f"> **The architecture collapsed.** {text(records.collapse(run))}"] if result["collapsed"] else []
     return notices + [f"> Warning: {text(message)}" for message in counted(result["warnings"])]
 
 
@@ -63,7 +63,7 @@ def _accuracy(run: Run, result: dict) -> str:
         shares = [percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         entropy = f"{record['cross_entropy']:.4f}" if "cross_entropy" in record else ""
         pictures = f"{record['samples']:,}" if "samples" in record else ""
-        rows.append([text(results.when(result, phase)), results.NETWORKS.get(phase, ""), *shares, entropy, pictures])
+        rows.append([text(records.when(result, phase)), records.NETWORKS.get(phase, ""), *shares, entropy, pictures])
     return markdown.table(["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"], rows) if rows else ""
 
 

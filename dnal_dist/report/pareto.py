@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dnal_dist import canvas
-from dnal_dist.published import OWN, OWNS, Row, Table
+from dnal_dist.report import style
+from dnal_dist.report.published import OWN, OWNS, Row, Table
 
 KINDS = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own", OWNS: "own"}
 NAMES = {"others": "other methods", "dnal": "DNAL, by penalty weight", "baseline": "full network", "own": "these runs"}
@@ -76,7 +76,7 @@ class Panel:
 
 def figure(panels: list[Panel]):
     """A Figure of the diagrams, one below the other. Call it within `canvas.drawing`."""
-    whole = canvas.figure(3.8 * len(panels))
+    whole = style.figure(3.8 * len(panels))
     axes = [part.subplots() for part in whole.subfigures(len(panels), 1, squeeze=False)[:, 0]]
     for here, panel in zip(axes, panels, strict=True):
         _draw(here, panel)
@@ -94,7 +94,7 @@ def _draw(axes, panel: Panel) -> None:
     # Between equal ones there is nothing to draw.
     if len({(point.cost, point.accuracy) for point in undominated}) > 1:
         xs, ys = [point.cost for point in undominated], [point.accuracy for point in undominated]
-        axes.plot(xs, ys, drawstyle="steps-post", color=canvas.RULE, linewidth=1.1, zorder=1, label="not dominated")
+        axes.plot(xs, ys, drawstyle="steps-post", color=style.RULE, linewidth=1.1, zorder=1, label="not dominated")
     looks, ranks = _looks(panel.points), list(_KINDS)
     for kind, series, comparable in sorted(looks, key=lambda look: -ranks.index(look[0])):
         mine = [point for point in panel.points if _look(point) == (kind, series, comparable)]
@@ -106,18 +106,18 @@ def _draw(axes, panel: Panel) -> None:
     axes.set_ylabel("top-1 accuracy (%)")
     axes.set_title(panel.title, fontsize=8.5, loc="left", fontweight="bold")
     if axes.get_xscale() == "log":
-        canvas.plain_log(axes.xaxis)
+        style.plain_log(axes.xaxis)
     if max(costs) >= 1e4:
-        canvas.amounts(axes.xaxis)
-    canvas.legend(axes, above=True)
+        style.amounts(axes.xaxis)
+    style.legend(axes, above=True)
 
 
 # Symbol, size in square points and colour; the series of runs by number. No two have one symbol.
 _KINDS = {
-    "own": ("D", 30, canvas.SECOND),
-    "baseline": ("s", 26, canvas.MUTED),
-    "dnal": ("o", 24, canvas.ACCENT),
-    "others": ("o", 18, canvas.MUTED),
+    "own": ("D", 30, style.SECOND),
+    "baseline": ("s", 26, style.MUTED),
+    "dnal": ("o", 24, style.ACCENT),
+    "others": ("o", 18, style.MUTED),
 }
 _SERIES = (_KINDS["own"], ("^", 36, "#00735c"), ("v", 36, "#7a3b9e"), ("P", 36, "#6b5900"), ("X", 36, "#a3261c"))
 MOST_SERIES = len(_SERIES)
@@ -141,11 +141,11 @@ def _marks(axes, points: list[Point], look: tuple[str, int, str], label: str, un
             # On a logarithmic axis a bar cannot reach zero.
             bars = {"xerr": [[_left(point)], [point.cost_std]], "yerr": point.accuracy_std}
             axes.errorbar(point.cost, point.accuracy, **bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
-    rings = [canvas.INK if point in undominated and len(undominated) > 1 else colour for point in points]
+    rings = [style.INK if point in undominated and len(undominated) > 1 else colour for point in points]
     xs, ys = [point.cost for point in points], [point.accuracy for point in points]
     fill = colour if points[0].comparable else "white"
     axes.scatter(
-        xs, ys, area, marker=shape, facecolors=fill, edgecolors=rings, linewidths=1, zorder=4, label=canvas.words(label, 60)
+        xs, ys, area, marker=shape, facecolors=fill, edgecolors=rings, linewidths=1, zorder=4, label=style.words(label, 60)
     )
 
 
@@ -164,7 +164,7 @@ def _labels(axes, points: list[Point]) -> None:
         if not point.label:
             continue
         text = axes.annotate(
-            canvas.words(point.label, 32), (point.cost, point.accuracy), (0, 0), textcoords="offset points",
+            style.words(point.label, 32), (point.cost, point.accuracy), (0, 0), textcoords="offset points",
             color=looks[_look(point)][2], fontsize=7, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
         # A label that stays must have no say in the layout, which is final.

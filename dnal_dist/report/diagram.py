@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-from dnal_dist import markup
+from dnal_dist.report import markup
 
 WIDTH, GAP, LABELS = 998, 12, 34
 """Pixels: of the page's column, between stages, of the candidates' names."""

@@ -5,9 +5,9 @@ What is written here is the run's last state, which needs no script; the script 
 
 from html import escape
 
-from dnal_dist import diagram, layers, markup
 from dnal_dist.common import text
-from dnal_dist.results import Run
+from dnal_dist.report import diagram, layers, markup
+from dnal_dist.report.records import Run
 
 BINS = 10
 

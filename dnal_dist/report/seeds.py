@@ -3,8 +3,8 @@
 import json
 from itertools import pairwise
 
-from dnal_dist import published
-from dnal_dist.results import Run
+from dnal_dist.report import published
+from dnal_dist.report.records import Run
 
 # What of a recipe may differ between the seeds of one setting: it has no say in the result, or is told beside it.
 WITHOUT_SAY = (

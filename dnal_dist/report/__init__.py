@@ -1,0 +1,1 @@
+"""Reads run folders only, without torch: page, markdown, figures, comparison, run list."""

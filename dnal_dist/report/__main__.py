@@ -1,0 +1,44 @@
+"""What runs came to, from their folders alone: no torch, no network, finished or not.
+
+python -m dnal_dist.report RUN            write RUN/report.html, RUN/report.md and RUN/plots/, and print the table
+python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's folder
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dnal_dist.report import comparison
+from dnal_dist.report.outputs import compare, print_table, write_all
+from dnal_dist.report.records import load
+
+
+def main() -> None:
+    """Command line: exit code 2 and one line on stderr if a folder holds no run or cannot be written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dnal_dist.report",
+        description="One run: write RUN/report.html, a page that needs no network, RUN/report.md and RUN/plots/, and print the "
+        "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
+        "on those that were stopped.",
+    )
+    parser.add_argument("run", nargs="+", metavar="RUN", help="run folder, for example runs/digits, or a sweep's, which holds runs")
+    parser.add_argument("--output", metavar="FOLDER", help="where a comparison goes; default: the closest folder of all its runs")
+    args = parser.parse_args()
+    # A name that the terminal's encoding lacks is no reason to fail.
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        if len(args.run) > 1 or comparison.is_sweep(Path(args.run[0])):
+            compare(args.run, args.output)
+        elif args.output:
+            raise ValueError("--output: goes with a comparison of runs; a single run's report is written into its own folder")
+        else:
+            run = load(args.run[0])
+            write_all(run)
+            print_table(run)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
