@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import ending, environment, initial, nets, phases, recipe, refusals, saving, stopping, trackers
+from dnal_dist import ending, initial, nets, phases, recipe, refusals, saving, stopping
 from dnal_dist.checkpoint.writer import Saver
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg
@@ -37,7 +37,8 @@ from dnal_dist.run import Run
 from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.stopping import Edges
-from dnal_dist.track import CLOSE_SECONDS, Track
+from dnal_dist.tracking import environment, values
+from dnal_dist.tracking.run_log import CLOSE_SECONDS, Track
 
 # Exit code of a run that trained to its end, but whose network does not meet the recipe's target.
 MISSED = 3
@@ -52,7 +53,7 @@ def main() -> None:
         given = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
         settings = recipe.load(args.recipe, [*args.overrides, *given])
         until = stopping.limit(args.max_time)
-        trackers.require(settings.tracking.tracker)
+        values.require(settings.tracking.tracker)
         parallel = Parallel(settings.tracking.tracker, settings.output)
         # To let go of a tracker that hangs takes four seconds more.
         leaving = 0.0 if settings.tracking.tracker == "none" else CLOSE_SECONDS + 5.0

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
 
-from dnal_dist import loop, saving, stopping, track
+from dnal_dist import loop, saving, stopping
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.distributed.ddp import Replicated
+from dnal_dist.tracking import run_log
 
 DAMAGE = {
     "tensors altered": lambda step: flip(step / "state.safetensors"),
@@ -107,14 +108,14 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
 
 def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch):
     """Nothing is lost, and no checkpoint counts on records that are not there."""
-    run, flush, count = tmp_path / "run", track.Track._flush, iter(range(10_000))
+    run, flush, count = tmp_path / "run", run_log.Track._flush, iter(range(10_000))
 
     def full(self):
         if 5 < next(count) < 20:
             raise OSError(28, "No space left on device")
         flush(self)
 
-    monkeypatch.setattr(track.Track, "_flush", full)
+    monkeypatch.setattr(run_log.Track, "_flush", full)
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: cannot be written (No space left on device); training goes on, make room" in ended.out
@@ -212,10 +213,10 @@ def test_records_of_a_lost_part_go(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"kind": "train", "global_step": step}) + "\n" for step in range(5)]
     path.write_text("".join(lines) + lines[0][:9])
-    assert track.keep_records(path, None) == lines and path.read_text() == "".join(lines)
-    assert track.keep_records(path, 3) == lines[:3] and path.read_text() == "".join(lines[:3])
-    assert track.keep_records(path, 7) == lines[:3]
-    assert track.keep_records(tmp_path / "none.jsonl", 7) == []
+    assert run_log.keep_records(path, None) == lines and path.read_text() == "".join(lines)
+    assert run_log.keep_records(path, 3) == lines[:3] and path.read_text() == "".join(lines[:3])
+    assert run_log.keep_records(path, 7) == lines[:3]
+    assert run_log.keep_records(tmp_path / "none.jsonl", 7) == []
 
 
 def test_records_that_are_missing_are_told(train_here, digits, tmp_path, monkeypatch):

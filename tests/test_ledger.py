@@ -9,12 +9,13 @@ import pytest
 import torch
 from runs import SHORT, arguments, records
 
-from dnal_dist import environment, ledger
+from dnal_dist import ledger
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Kept, State
 from dnal_dist.common import atomic
 from dnal_dist.meter import total_bytes
 from dnal_dist.stopping import STOPPED
+from dnal_dist.tracking import environment
 
 
 def test_each_phase_tells_what_it_took_and_the_end_all_of_it(finished):

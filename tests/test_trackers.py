@@ -17,11 +17,13 @@ from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
-from dnal_dist import dashboard, loop, meter, phases, sender, trackers
+from dnal_dist import dashboard, loop, meter, phases
 from dnal_dist.recipe import load
-from dnal_dist.sender import Sender
 from dnal_dist.stopping import STOPPED
-from dnal_dist.track import Track
+from dnal_dist.tracking import background, dashboard, values, wandb
+from dnal_dist.tracking.background import Sender
+from dnal_dist.tracking.run_log import Track
+from dnal_dist.tracking.wandb import wandb_mode
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
 # Told by a run on several processes alone: see test_train.
@@ -171,26 +173,26 @@ def test_the_dashboard_command(monkeypatch, capsys, options, code, says):
 
 def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it called somebody"))
-    assert trackers.wandb_mode(None) == ("offline", None)
-    mode, remark = trackers.wandb_mode("online")
+    assert wandb_mode(None) == ("offline", None)
+    mode, remark = wandb_mode("online")
     assert mode == "offline" and "wandb login" in remark
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'k' * 40}\n")
-    assert trackers.wandb_mode(None) == trackers.wandb_mode("online") == ("online", None)
-    assert trackers.wandb_mode("offline") == ("offline", None)
+    assert wandb_mode(None) == wandb_mode("online") == ("online", None)
+    assert wandb_mode("offline") == ("offline", None)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert trackers.wandb_mode(None) == ("offline", None)
-    assert trackers.wandb_mode("online") == ("online", None)
+    assert wandb_mode(None) == ("offline", None)
+    assert wandb_mode("online") == ("online", None)
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert trackers.wandb_mode(None) == ("online", None)
+    assert wandb_mode(None) == ("online", None)
 
 
 def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finished, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        monkeypatch.setattr(trackers, "INIT_SECONDS", 1.0)
+        monkeypatch.setattr(wandb, "INIT_SECONDS", 1.0)
         ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
         server.settimeout(1)
         server.accept()  # it was asked
@@ -237,8 +239,8 @@ def test_a_run_outlives_the_service_of_wandb(train_here, digits, finished, tmp_p
     ("digits", "digits"), ("digits_2", "digits_2"), ("penalty_weight=0.02,seed=1", "digits penalty_weight=0.02,seed=1"),
 ])  # fmt: skip
 def test_runs_of_a_sweep_have_names_of_their_own(folder, shown):
-    assert trackers.shown_name(Path("runs", folder), "digits") == shown
-    assert len(trackers.shown_name(Path("x" * 200 + folder), "digits")) == 100
+    assert values.shown_name(Path("runs", folder), "digits") == shown
+    assert len(values.shown_name(Path("x" * 200 + folder), "digits")) == 100
 
 
 def test_nothing_is_recorded_after_the_end(tmp_path):
@@ -277,7 +279,7 @@ class Stuck:
 
 
 def test_a_tracker_that_is_stuck_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(sender, "WAITING", 5)
+    monkeypatch.setattr(background, "WAITING", 5)
     tracker = Stuck()
     thread = Sender(tracker, 0)
     thread.take("train", {}, 0, 0)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
-from dnal_dist.track import Track
+from dnal_dist.tracking.run_log import Track
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
 TRIES, BETWEEN = 3, 1.0

@@ -5,21 +5,20 @@ import json
 import math
 import os
 import secrets
-import sys
 import threading
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dnal_dist import trackers
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.sender import Sender
+from dnal_dist.tracking import tensorboard, wandb
+from dnal_dist.tracking.background import Sender
+from dnal_dist.tracking.progress import _Bar, _PlainLine
+from dnal_dist.tracking.values import NAMES
 
-PLAIN_LINE_SECONDS = 30
 # How long a run that stops waits for its tracker to take the last records; it takes some seconds more to let go of one that hangs.
 CLOSE_SECONDS = 10.0
 
@@ -51,18 +50,18 @@ class Track:
         with contextlib.suppress(LookupError, TypeError):
             self._begun, behind = json.loads(kept[0])["time"], json.loads(kept[-1])["global_step"]
         if recipe.tracking.tracker != "none" and not self.ended:
-            self._tracker_name = trackers.NAMES[recipe.tracking.tracker]
+            self._tracker_name = NAMES[recipe.tracking.tracker]
             self._start_tracker(parallel, folder, recipe, behind)
 
     def _start_tracker(self, parallel: Parallel, folder: Path, recipe, behind: int) -> None:
         try:
             if recipe.tracking.tracker == "wandb":
-                mode, remark = trackers.wandb_mode(recipe.tracking.mode)
+                mode, remark = wandb.wandb_mode(recipe.tracking.mode)
                 if remark:
                     self.say(f"warning: {remark}")
-                tracker = trackers.Wandb(folder, recipe, parallel, self.tracker_run, mode)
+                tracker = wandb.Wandb(folder, recipe, parallel, self.tracker_run, mode)
             else:
-                tracker = trackers.TensorBoard(folder, recipe, parallel)
+                tracker = tensorboard.TensorBoard(folder, recipe, parallel)
             self._sender = Sender(tracker, behind)
         except Exception as error:
             self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")
@@ -155,58 +154,6 @@ class Track:
 def _is_no_number(value) -> bool:
     """NaN and the infinities, which JSON does not have."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-class _Bar:
-    """A line of a terminal that is drawn over and over."""
-
-    def __init__(self, console: Console, phase: str, steps: int, done: int):
-        columns = (
-            TextColumn(f"{phase:9}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self.bar = Progress(*columns, console=console)
-        self.task = self.bar.add_task(phase, total=steps, completed=done, text="")
-        self.bar.start()
-
-    def update(self, step: int, text: str) -> None:
-        self.bar.update(self.task, completed=step, text=text)
-
-    def finish(self, text: str) -> None:
-        self.update(self.bar.tasks[0].total, text)
-        self.bar.stop()
-
-    def abandon(self) -> None:
-        self.bar.stop()
-
-
-class _PlainLine:
-    """One line at a phase's end, for logs; in a long phase one every PLAIN_LINE_SECONDS too."""
-
-    def __init__(self, console: Console, phase: str, steps: int, done: int):
-        self.console, self.phase, self.steps, self.step = console, phase, steps, done
-        self.last = time.monotonic()
-
-    def update(self, step: int, text: str) -> None:
-        self.step = step
-        if time.monotonic() - self.last > PLAIN_LINE_SECONDS:
-            self._print(text)
-
-    def finish(self, text: str) -> None:
-        self.step = self.steps
-        self._print(text)
-
-    def abandon(self) -> None:
-        pass
-
-    def _print(self, text: str) -> None:
-        self.last = time.monotonic()
-        line = f"{self.phase:9} {self.step:>{len(str(self.steps))}}/{self.steps}  {text}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        sys.stdout.flush()
 
 
 def keep_records(path: Path, count: int | None) -> list[str]:

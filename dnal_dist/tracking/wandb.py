@@ -1,7 +1,6 @@
-"""What W&B and TensorBoard get of a run's records."""
+"""Metrics to Weights & Biases."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import threading
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.report import records
-from dnal_dist.sender import said
+from dnal_dist.tracking.background import said
+from dnal_dist.tracking.values import figures, outcome, shown_name, sites_table
 
 # How long W&B tries to start; less than a run waits for that (sender.START_SECONDS).
 INIT_SECONDS = 15.0
@@ -20,7 +18,7 @@ INIT_SECONDS = 15.0
 FLUSH_SECONDS = 1.0
 # How long W&B's service has to end when all is said.
 LEAVE_SECONDS = 2.0
-NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
+
 # What W&B shows of a series beside its last value.
 SUMMARIES = {
     "eval/accuracy": "max,last",
@@ -31,15 +29,6 @@ SUMMARIES = {
     "train/data_wait_seconds": "mean,max",
     "train/device_memory_bytes": "max",
 }
-
-
-def require(tracker: str) -> None:
-    """Raise InputError if the package of a tracker is missing."""
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "key 'tracking.tracker': tensorboard needs the package tensorboard: pip install 'dnal-dist[tensorboard]'; or "
-            "choose wandb or none"
-        )
 
 
 def library():
@@ -72,59 +61,6 @@ def wandb_mode(asked: str | None) -> tuple[str, str | None]:
         why = "W&B runs offline: it finds no API key; use `wandb login`, or set WANDB_API_KEY"
         return "offline", f"{why}, and send the run later by `wandb sync`"
     return mode, None
-
-
-def figures(kind: str, values: dict) -> dict[str, float]:
-    """The numbers of a record under the names by which trackers show them."""
-    if kind == "prune":
-        return {f"prune/{key}": v for key, v in costs(values["full"], values["compact"]).items()} | {
-            "prune/collapsed": int(values["collapsed"])
-        }
-    numbers = {key: v for key, v in values.items() if type(v) in (int, float)}
-    if kind == "phase":
-        return {f"ledger/{values['phase']}/{key}": v for key, v in numbers.items()}
-    # Pruning takes no iteration: its evaluation would replace the search's last, at the same step.
-    group = "prune" if kind == "eval" and values["phase"] == "prune" else kind
-    return {f"{group}/{key}": v for key, v in numbers.items()}
-
-
-def costs(full: dict, compact: dict) -> dict[str, float]:
-    """macs_full, macs_compact, macs_ratio, the same of params, and all of them by the paper's rule."""
-    found = {}
-    for rule, tail in (("exact", ""), ("paper", "_paper_rule")):
-        for unit in ("macs", "params"):
-            before, after = full[rule][unit], compact[rule][unit]
-            found |= {f"{unit}_full{tail}": before, f"{unit}_compact{tail}": after, f"{unit}_ratio{tail}": after / max(before, 1)}
-    return found
-
-
-def outcome(folder: Path) -> dict[str, float]:
-    """The figures of a finished run's table, as result/NAME."""
-    run = records.load(folder)
-    told = records.summary(run)
-    found = {f"accuracy_{phase}": accuracy for phase, accuracy in told["accuracy"].items()}
-    if "full" in told and "compact" in told:
-        found |= costs(told["full"], told["compact"])
-    found |= {f"channels_{key}": number for key, number in told.get("channels", {}).items()}
-    spent = run.last("end").get("ledger", {}).values()
-    for key in ("images", "device_seconds", "bytes_sent", "energy_kwh"):
-        if known := [part[key] for part in spent if key in part]:
-            found[key] = sum(known)
-    found |= {"seconds": told["seconds"], "collapsed": int(told["collapsed"])}
-    return {f"result/{key}": value for key, value in found.items()}
-
-
-def shown_name(folder: Path, name: str) -> str:
-    """A run's name among others: the recipe's and, where it tells more, the run folder's, which the runs of a sweep differ in."""
-    own = folder.resolve().name
-    # W&B takes no longer ones with what is put behind; the end of a folder's name tells more than its beginning.
-    return (own if name in own else f"{name} {own}")[-100:]
-
-
-def sites_table(full: dict[str, int], kept: dict[str, int]) -> tuple[list[str], list[list]]:
-    """Columns and rows of the channels of each site before and after pruning."""
-    rows = [[site, channels, kept[site], round(kept[site] / channels, 4)] for site, channels in full.items()]
-    return ["site", "channels", "kept", "share"], rows
 
 
 class Wandb:
@@ -236,58 +172,3 @@ class Wandb:
                     continue
                 child.kill()
                 child.wait(1)
-
-
-class TensorBoard:
-    """Event files in the run folder, through Accelerate."""
-
-    def __init__(self, folder: Path, recipe, parallel: Parallel):
-        import torch.utils.tensorboard  # noqa: F401  before loaders are forked, which may wait for a module that is half there
-
-        self.folder, self.recipe, self.parallel, self.sites = folder, recipe, parallel, {}
-
-    def start(self, behind: int) -> None:
-        # What was told of later steps is told again, and hidden until then.
-        purge = {"purge_step": behind + 1}
-        self.writer = self.parallel.start_tracker("tensorboard", None, {"tensorboard": purge})
-        settings = self.recipe.model_dump_json(indent=2)
-        self.writer.add_text("recipe", "\n".join(f"    {line}" for line in settings.splitlines()), behind)
-
-    def take(self, kind: str, values: dict, global_step: int, _: int) -> None:
-        if kind == "start":
-            self.sites = values["sites"]
-            return
-        self.parallel.log(figures(kind, values), global_step)
-        if kind == "gates":
-            self._histogram(values["histogram"], global_step)
-            for site, number in values["open"].items():
-                self.writer.add_scalar(f"gates/open_share/{site}", number / self.sites[site], global_step)
-        if kind == "prune":
-            columns, rows = sites_table(self.sites, values["kept"])
-            lines = [columns, ["---"] * len(columns), *rows]
-            self.writer.add_text("prune/sites", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), global_step)
-
-    def _histogram(self, counts: list[int], global_step: int) -> None:
-        limits = np.linspace(0, 1, len(counts) + 1)
-        middles = (limits[1:] + limits[:-1]) / 2
-        self.writer.add_histogram_raw(
-            "gates/histogram",
-            min=0.0,
-            max=1.0,
-            num=sum(counts),
-            sum=float(middles @ counts),
-            sum_squares=float(middles**2 @ counts),
-            bucket_limits=limits[1:].tolist(),
-            bucket_counts=counts,
-            global_step=global_step,
-        )
-
-    def deliver(self, global_step: int) -> None:
-        """The figures of the final table."""
-        self.parallel.log(outcome(self.folder), global_step)
-
-    def stop(self) -> None:
-        self.parallel.stop_tracker()
-
-    def give_up(self) -> None:
-        """Nothing: whatever it waits for is a disk."""

@@ -1,0 +1,1 @@
+"""What a run records: metrics.jsonl, progress lines, W&B, TensorBoard."""
