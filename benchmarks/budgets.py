@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from dnal_dist import nets, phases, recipe, train
+from dnal_dist import nets, recipe
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.report import records
+from dnal_dist.training import phases, setup
 
 NETWORKS = [name for name in ("vgg_digits", "resnet_digits", "supernet_digits") if name in nets.NETWORKS]
 BUDGETS = ("0.5x", "0.25x", "0.1x")
@@ -39,7 +40,7 @@ def run(job: tuple) -> dict:
     folder = output / "runs" / f"{network}-{key}-{value}-{seed}"
     own = [f"model.name={network}", f"seed={seed}", f"architecture.{key}={value}", f"output={folder}", "tracking.tracker=none"]
     with contextlib.redirect_stdout(io.StringIO()):
-        state = train.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Parallel(), overwrite=True)
+        state = setup.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Parallel(), overwrite=True)
         phases.go(state)
     found = records.summary(folder)
     costs = {"macs": found["compact"]["exact"]["macs"], "full_macs": found["full"]["exact"]["macs"]}

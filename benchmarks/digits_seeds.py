@@ -21,11 +21,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dnal_dist import phases, recipe, train
+from dnal_dist import recipe
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.report import records
+from dnal_dist.training import phases, setup
 
 METHODS = ("learned", "even", "random", "full")
 
@@ -74,7 +75,7 @@ def _largest(high: int, fits) -> int:
 
 
 def learned(settings: recipe.Recipe) -> dict:
-    run = train.assemble(settings, Parallel(), overwrite=True)
+    run = setup.assemble(settings, Parallel(), overwrite=True)
     phases.go(run)
     found = records.summary(run.folder)
     return {"accuracy": found["accuracy"]["finetune"], "macs": found["compact"]["exact"]["macs"], "phases": found["accuracy"]}
@@ -82,7 +83,7 @@ def learned(settings: recipe.Recipe) -> dict:
 
 def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
     """Train the rival `method` for as many iterations as the recipe's phases have together."""
-    run = train.assemble(settings, Parallel(), overwrite=True)
+    run = setup.assemble(settings, Parallel(), overwrite=True)
     net, image_size, per_epoch = run.supernet, settings.data.image_size, run.train.steps_per_epoch
     total = sum(getattr(settings.phases, name).iterations(per_epoch) for name in ("pretrain", "search", "finetune"))
     batches = phases.fed(run)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnal_dist import phases, recipe, train
+from dnal_dist import recipe
 from dnal_dist.common import errors
 from dnal_dist.data.order import order
 from dnal_dist.data.pipeline import Batch, Pictures
@@ -41,6 +41,7 @@ from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.report import records
 from dnal_dist.search import selection
+from dnal_dist.training import phases, setup
 
 NETWORKS = {"vgg": "recipes/fashion_vgg.yaml", "resnet": "recipes/fashion_resnet.yaml", "supernet": "recipes/fashion_supernet.yaml"}
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
@@ -129,7 +130,7 @@ class Bench:
         return recipe.load(NETWORKS[self.network], [*own, folder, f"architecture.target.macs={share}x", *steps, *self.overrides])
 
     def assemble(self, share: float) -> phases.Run:
-        run = train.assemble(self.settings(share), Parallel(), overwrite=True)
+        run = setup.assemble(self.settings(share), Parallel(), overwrite=True)
         run.train, run.val = self.train, self.val
         if self.network == "supernet" and not torch.cuda.is_available():
             # Depthwise convolutions take half the time on a CPU so, and a feed's images are contiguous there.

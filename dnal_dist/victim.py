@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist import loop, phases, steps
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.nets import compact
 from dnal_dist.report import outputs
+from dnal_dist.training import loop, phases, steps
 
 PLACES = (
     "start-up",

@@ -7,12 +7,14 @@ import pytest
 import torch
 from runs import SHORT, Killed, arguments, records, tensors, told
 
-from dnal_dist import nets, recipe, saving
+from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Target
 from dnal_dist.search import controller, selection
 from dnal_dist.search.architecture import Architecture
+from dnal_dist.training import state
+from dnal_dist.training import state as training_state
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
 
@@ -238,7 +240,7 @@ def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path,
     """Killed in the middle of its search, of 22 iterations an epoch."""
 
     longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
-    whole, run, save = tmp_path / "whole", tmp_path / "run", saving.save
+    whole, run, save = tmp_path / "whole", tmp_path / "run", training_state.save
     assert train_here(*arguments(digits, whole, *longer)).code == 0
 
     def save_and_die(state, *more):
@@ -247,7 +249,7 @@ def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path,
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", save_and_die)
+        patch.setattr(state, "save", save_and_die)
         train_here(*arguments(digits, run, *longer))
     assert train_here(*arguments(digits, run, *longer)).code == 0
     assert told(run) == told(whole) and tensors(run) == tensors(whole)

@@ -8,8 +8,8 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.evaluate import evaluate
 from dnal_dist.recipe import Data
+from dnal_dist.training.evaluate import evaluate
 
 
 class Sums:

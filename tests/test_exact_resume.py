@@ -7,12 +7,15 @@ import pytest
 import torch
 from runs import Killed, arguments, records, tensors, told
 
-from dnal_dist import evaluate, loop, phases, pruning, recipe, saving, stopping, train
+from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Spent
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.meter import Meter
-from dnal_dist.stopping import STOPPED, Stopped
+from dnal_dist.training import evaluate, loop, phases, pruning, setup, state, stopping
+from dnal_dist.training import state as training_state
+from dnal_dist.training.metrics import Meter
+from dnal_dist.training.state import settle
+from dnal_dist.training.stopping import STOPPED, Stopped
 
 # Four iterations an epoch, so that phases begin and end within epochs.
 TINY = (
@@ -51,8 +54,8 @@ def whole(train_here, digits, tmp_path_factory):
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp("whole") / "run"
             with pytest.MonkeyPatch.context() as patch:
-                save = saving.save
-                patch.setattr(saving, "save", lambda run, *more: save(run, *more) if run.phase == "done" else saving.settle(run))
+                save = training_state.save
+                patch.setattr(state, "save", lambda run, *more: save(run, *more) if run.phase == "done" else settle(run))
                 assert train_here(*arguments(digits, done[kind], *TINY, *KINDS[kind])).code == 0
             # Only that of its end, to compare.
             assert [path.name.split("-")[-1] for path in checkpoint.found(done[kind] / "checkpoints")] == ["done"]
@@ -171,7 +174,7 @@ def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch,
 def test_all_that_is_saved_comes_back(digits, tmp_path):
     """Also what the runs above do not come to: a guard that has acted, samples that were skipped."""
     settings = recipe.load("recipes/digits.yaml", [*arguments(digits, tmp_path / "run", *TINY)[1:]])
-    run = train.assemble(settings, Parallel())
+    run = setup.assemble(settings, Parallel())
     told = {
         "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_rests": True,
         "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
@@ -188,13 +191,13 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     meter.skipped, meter.summary, meter.bytes = {"a picture"}, "loss 1", {"comm/bytes_weight_step": 7}
     meter.steps, meter.sent = {"comm/bytes_weight_step": 3}, 100
     run.receipt.take((5, 6), 90, [])
-    saving.save(run, momentum, meter)
+    training_state.save(run, momentum, meter)
     random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
     assert run.saver.finish()
     run.track.close()
     run.close()
 
-    again = train.assemble(settings, Parallel())
+    again = setup.assemble(settings, Parallel())
     assert {key: getattr(again, key) for key in told} == told
     assert again.architecture.alpha.equal(run.architecture.alpha)
     assert again.momentum.keys() == momentum.keys() and all(again.momentum[key].equal(momentum[key]) for key in momentum)

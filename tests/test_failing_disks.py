@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
 
-from dnal_dist import loop, saving, stopping
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.distributed.ddp import Replicated
 from dnal_dist.tracking import run_log
+from dnal_dist.training import loop, state, stopping
+from dnal_dist.training import state as training_state
 
 DAMAGE = {
     "tensors altered": lambda step: flip(step / "state.safetensors"),
@@ -93,7 +94,7 @@ def test_a_last_checkpoint_is_tried_again(train_here, digits, tmp_path, monkeypa
 
 
 def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, digits, tmp_path, monkeypatch):
-    run, save = tmp_path / "run", saving.save
+    run, save = tmp_path / "run", training_state.save
 
     def vanish(state, *more):
         if state.phase == "search":
@@ -101,7 +102,7 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
             shutil.rmtree(run / "checkpoints")
         save(state, *more)
 
-    monkeypatch.setattr(saving, "save", vanish)
+    monkeypatch.setattr(state, "save", vanish)
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert told(run) == told(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
 
@@ -124,14 +125,14 @@ def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch)
 
 def test_a_pause_is_measured_and_told(train_here, digits, tmp_path, monkeypatch):
     """With the gathering of what several processes share out."""
-    gathered, take = Replicated.gathered, saving.take
+    gathered, take = Replicated.gathered, training_state.take
 
     def slow(self):
         time.sleep(0.2)
         return gathered(self)
 
     monkeypatch.setattr(Replicated, "gathered", slow)
-    monkeypatch.setattr(saving, "take", lambda *state: time.sleep(0.1) or take(*state))
+    monkeypatch.setattr(state, "take", lambda *state: time.sleep(0.1) or take(*state))
     assert train_here(*arguments(digits, tmp_path / "run", *SHORT, "checkpoint.every_steps=2")).code == 0
     found = records(tmp_path / "run", "checkpoint")
     assert [r["step"] for r in found] == [0, 2, 0, 2, 0, 0, 2, 0]

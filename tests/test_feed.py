@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 from torchvision.transforms import v2
 
-from dnal_dist import recipe, train
+from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import device, images, nvjpeg, receipts
 from dnal_dist.data import device as feeding
@@ -20,6 +20,7 @@ from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Origin, Shards
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import Augmentation, Data
+from dnal_dist.training import setup
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -239,7 +240,7 @@ def test_without_a_gpu_decoding_there_is_refused_before_training(digits, tmp_pat
     paths = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path / 'run'}"]
     asked = recipe.load("recipes/digits.yaml", [*paths, "data.decode=cuda"])
     with pytest.raises(InputError, match=r"key 'data\.decode': cuda needs an NVIDIA GPU, and this run computes on the cpu"):
-        train.assemble(asked, Parallel())
+        setup.assemble(asked, Parallel())
 
 
 def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):

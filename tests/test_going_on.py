@@ -6,8 +6,9 @@ import shutil
 import pytest
 from runs import SHORT, SMALL, Killed, arguments, die, reach, records, tensors, told
 
-from dnal_dist import loop, saving, stopping
 from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.training import loop, state, stopping
+from dnal_dist.training import state as training_state
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -15,7 +16,7 @@ from dnal_dist.checkpoint import format as checkpoint
 def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, monkeypatch, which, when):
     """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
     are those at its start and at the ends of its phases; killed before the first, it begins anew."""
-    count, save = iter(range(100)), saving.save
+    count, save = iter(range(100)), training_state.save
 
     def save_or_die(*state):
         number = next(count)
@@ -26,7 +27,7 @@ def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short,
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", save_or_die)
+        patch.setattr(state, "save", save_or_die)
         train_here(*arguments(digits, run, *SHORT))
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err

@@ -9,13 +9,14 @@ import torchvision
 from faulty import FEW, records, refused
 from safetensors.torch import load_file, save_file
 
-from dnal_dist import initial, nets, phases, recipe, train
+from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.report import records as report_records
+from dnal_dist.training import phases, pretrained, setup
 
-NETWORKS = list(initial.TORCHVISION.items())
+NETWORKS = list(pretrained.TORCHVISION.items())
 SKIP = "phases.pretrain.steps=0"
 
 
@@ -40,12 +41,12 @@ def theirs(name: str, classes: int = 1000) -> torch.nn.Module:
     return net.eval()
 
 
-def given(tensors: dict, origin: str = "a test") -> initial.Given:
-    return initial.Given(dict(tensors), origin, [])
+def given(tensors: dict, origin: str = "a test") -> pretrained.Given:
+    return pretrained.Given(dict(tensors), origin, [])
 
 
 def filled(net, tensors: dict, model: str) -> list[str]:
-    return initial.fill(net, given(tensors), model)
+    return pretrained.fill(net, given(tensors), model)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -56,7 +57,7 @@ def same(one: dict, other: dict) -> bool:
 def test_every_name_of_torchvision_is_one_of_ours(name, model):
     with torch.device("meta"):
         net, reference = nets.build(model), torchvision.models.get_model(name, weights=None)
-    names, own = initial.torchvision_names(net, model), net.state_dict()
+    names, own = pretrained.torchvision_names(net, model), net.state_dict()
     assert names.keys() == reference.state_dict().keys()
     assert len(set(names.values())) == len(names)
     assert all(reference.state_dict()[one].shape == own[other].shape for one, other in names.items())
@@ -179,13 +180,13 @@ def test_processes_that_read_other_weights_are_told(tmp_path):
     save_file(nets.build("vgg_digits").state_dict(), tmp_path / "w.safetensors")
     net = nets.build("vgg_digits")
     with pytest.raises(errors.InputError, match=r"process 1 reads other weights from .*w\.safetensors than process 0; copy"):
-        initial.start_from(net, settings(f"{tmp_path}/w.safetensors"), Stub(None, None, None, "another"))
+        pretrained.start_from(net, settings(f"{tmp_path}/w.safetensors"), Stub(None, None, None, "another"))
 
 
 def test_what_one_process_cannot_read_stops_all(tmp_path):
     save_file(nets.build("vgg_digits").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(errors.InputError, match=r"^process 1: key 'x': no$"):
-        initial.start_from(nets.build("vgg_digits"), settings(f"{tmp_path}/w.safetensors"), Stub(None, "key 'x': no"))
+        pretrained.start_from(nets.build("vgg_digits"), settings(f"{tmp_path}/w.safetensors"), Stub(None, "key 'x': no"))
 
 
 def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
@@ -193,7 +194,7 @@ def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     parallel = Stub(None, None)
     with pytest.raises(errors.InputError, match="there is no nowhere"):
-        initial.start_from(nets.build("vgg_digits"), settings("nowhere"), parallel)
+        pretrained.start_from(nets.build("vgg_digits"), settings("nowhere"), parallel)
     assert not parallel.others
 
 
@@ -209,8 +210,8 @@ def cache(folder: Path, name: str, content) -> Path:
     return path
 
 
-def published(name: str, model: str) -> initial.Given:
-    return initial._read(settings(f"torchvision:{name}", model))
+def published(name: str, model: str) -> pretrained.Given:
+    return pretrained._read(settings(f"torchvision:{name}", model))
 
 
 def test_torchvisions_weights_come_from_its_cache(tmp_path, monkeypatch):
@@ -218,8 +219,8 @@ def test_torchvisions_weights_come_from_its_cache(tmp_path, monkeypatch):
     state = theirs("mobilenet_v2").state_dict()
     cache(tmp_path, "mobilenet_v2", state)
     net = nets.build("mobilenetv2_imagenet")
-    found = initial.start_from(net, settings("torchvision:mobilenet_v2", "mobilenetv2_imagenet"), Parallel())
-    names = initial.torchvision_names(net, "mobilenetv2_imagenet")
+    found = pretrained.start_from(net, settings("torchvision:mobilenet_v2", "mobilenetv2_imagenet"), Parallel())
+    names = pretrained.torchvision_names(net, "mobilenetv2_imagenet")
     assert same(net.state_dict(), {names[name]: tensor for name, tensor in state.items()})
     assert "MobileNet_V2_Weights" in found.origin and not found.warnings
 
@@ -274,7 +275,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
 )  # fmt: skip
 def test_sources_that_are_none_are_refused(source, model, told):
     with pytest.raises(errors.InputError, match=told):
-        initial._read(settings(source, model))
+        pretrained._read(settings(source, model))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_a_damaged_file_is_refused(tmp_path, change):
     save_file(nets.build("vgg_digits").state_dict(), path)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(errors.InputError, match=rf"{path} cannot be read \(.+\); give a whole") as error:
-        initial._read(settings(str(path)))
+        pretrained._read(settings(str(path)))
     assert "\n" not in str(error.value)
 
 
@@ -303,7 +304,7 @@ def source(digits, tmp_path_factory):
     """A run that stands where its search begins, and its network."""
     folder = tmp_path_factory.mktemp("source") / "run"
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={folder}"]
-    run = train.assemble(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Parallel())
+    run = setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Parallel())
     batches = phases.fed(run)
     phases.pretrain(run, batches)
     batches.close()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from runs import SHORT, arguments, records
 
-from dnal_dist import ledger
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Kept, State
 from dnal_dist.common import atomic
-from dnal_dist.meter import total_bytes
-from dnal_dist.stopping import STOPPED
 from dnal_dist.tracking import environment
+from dnal_dist.training import usage
+from dnal_dist.training.metrics import total_bytes
+from dnal_dist.training.stopping import STOPPED
 
 
 def test_each_phase_tells_what_it_took_and_the_end_all_of_it(finished):
@@ -80,13 +80,13 @@ def test_energy_is_of_all_devices_or_not_told(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: {"GPU-1-2": 5}[name])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: handle * 1_000_000)
-    assert ledger.joules(parallel) == 2 * 5_000
+    assert usage.joules(parallel) == 2 * 5_000
 
     def refuse(handle):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", refuse)
-    assert ledger.joules(parallel) is None
+    assert usage.joules(parallel) is None
 
 
 def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
@@ -95,23 +95,23 @@ def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
         phase="search", step=0, seconds={}, spent={}, recipe=recipe, parallel=SimpleNamespace(world_size=2, device=None)
     )
     used, now = iter([1e6, 1e6 + 3.6e6, 5.0, 5.0 + 7.2e6, 0.0, None]), iter([0.0, 10.0, 100.0, 105.0, 200.0, 201.0])
-    monkeypatch.setattr(ledger, "joules", lambda parallel: next(used))
-    monkeypatch.setattr(ledger.time, "monotonic", lambda: next(now))
-    clock = ledger.Clock(run)
+    monkeypatch.setattr(usage, "joules", lambda parallel: next(used))
+    monkeypatch.setattr(usage.time, "monotonic", lambda: next(now))
+    clock = usage.Clock(run)
     run.step = 3
     clock.tell()
-    assert ledger.told(run, "search") == {"seconds": 10, "images": 30, "device_seconds": 20, "energy_kwh": pytest.approx(1.0)}
+    assert usage.told(run, "search") == {"seconds": 10, "images": 30, "device_seconds": 20, "energy_kwh": pytest.approx(1.0)}
     # Another number of processes, on another machine, with another batch.
     run.parallel.world_size, recipe.data.global_batch = 4, 20
-    clock = ledger.Clock(run)
+    clock = usage.Clock(run)
     run.step = 5
     clock.tell(77)
     spent = {"seconds": 15, "images": 70, "device_seconds": 40, "energy_kwh": pytest.approx(3.0), "bytes_sent": 77}
-    assert ledger.told(run, "search") == spent
+    assert usage.told(run, "search") == spent
     # What a part of a phase used is not known, so the whole is not.
-    clock = ledger.Clock(run)
+    clock = usage.Clock(run)
     clock.tell()
-    assert "energy_kwh" not in ledger.told(run, "search") and run.seconds["search"] == 16
+    assert "energy_kwh" not in usage.told(run, "search") and run.seconds["search"] == 16
 
 
 def test_bytes_are_those_of_all_steps_or_not_told():

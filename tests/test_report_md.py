@@ -11,12 +11,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
-from dnal_dist import ending
 from dnal_dist.common.text import printable
 from dnal_dist.recipe import load
 from dnal_dist.report import figures, markdown_report, outputs, page, style
 from dnal_dist.report import records as report_records
 from dnal_dist.report.records import result_of
+from dnal_dist.training import exit
 
 PLOTS = ("channels", "cost", "curves", "search")
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
@@ -227,7 +227,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
 
         recipe = load("recipes/digits.yaml")
 
-    monkeypatch.setattr(ending, "_missed", lambda run: None)
+    monkeypatch.setattr(exit, "_missed", lambda run: None)
     monkeypatch.setattr(figures, "curves", fail)
-    assert ending.finish(Ended()) is None
+    assert exit.finish(Ended()) is None
     assert f"warning: the report in {tmp_path} cannot be written (no such font); later: " in capsys.readouterr().err

@@ -8,7 +8,7 @@ from dnal_dist import nets
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.steps import architecture_step, weight_step
+from dnal_dist.training.steps import architecture_step, weight_step
 
 
 class Setting:

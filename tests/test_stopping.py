@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
 
-from dnal_dist import ending, saving, stopping, train
+from dnal_dist import train
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
+from dnal_dist.training import exit, state, stopping
+from dnal_dist.training import state as training_state
 
 
 @pytest.fixture
@@ -184,9 +186,9 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits,
             loader.kill()
             loader.join()
 
-    save, count = saving.save, iter(range(100))
-    monkeypatch.setattr(ending, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(saving, "save", lambda *state: save(*state) if next(count) != 1 else kill(state))
+    save, count = training_state.save, iter(range(100))
+    monkeypatch.setattr(exit, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(state, "save", lambda *state: save(*state) if next(count) != 1 else kill(state))
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "data.workers=1"))
     assert ended.code == 2
     (line,) = ended.err.splitlines()

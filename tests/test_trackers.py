@@ -17,13 +17,13 @@ from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
-from dnal_dist import dashboard, loop, meter, phases
 from dnal_dist.recipe import load
-from dnal_dist.stopping import STOPPED
 from dnal_dist.tracking import background, dashboard, values, wandb
 from dnal_dist.tracking.background import Sender
 from dnal_dist.tracking.run_log import Track
 from dnal_dist.tracking.wandb import wandb_mode
+from dnal_dist.training import loop, metrics, phases
+from dnal_dist.training.stopping import STOPPED
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
 # Told by a run on several processes alone: see test_train.
@@ -47,7 +47,7 @@ def run(train_here, digits, tmp_path_factory):
     run = tmp_path_factory.mktemp("offline") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(meter, "_peak_memory", lambda device: 5_000)
+        patch.setattr(metrics, "_peak_memory", lambda device: 5_000)
         first = train_here(*arguments(digits, run, *TRACKED), "--max-time=1s")
         assert first.code == STOPPED, first.err
         second = train_here(*arguments(digits, run, *TRACKED))

@@ -9,15 +9,16 @@ import pytest
 import torch
 from wandb_read import offline
 
-from dnal_dist import phases, recipe, train
+from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.evaluate import evaluate
 from dnal_dist.nets import compact
 from dnal_dist.report import records as report_records
 from dnal_dist.stream import Shards
+from dnal_dist.training import phases, setup
+from dnal_dist.training.evaluate import evaluate
 
 REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
@@ -135,7 +136,7 @@ def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
 def run_here(digits, output, *changes: str):
     """A run of the demo's recipe in this process, ready to go."""
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", "tracking.tracker=none"]
-    return train.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Parallel())
+    return setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Parallel())
 
 
 def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):

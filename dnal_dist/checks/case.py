@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from dnal_dist import nets, recipe, refusals
+from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.shards import Shards
+from dnal_dist.training import preflight
 
 # With more than two processes nothing else would come to light, and a login node has few cores.
 PROBED = 2
@@ -131,7 +132,7 @@ class Case:
     @functools.cached_property
     def network(self) -> nets.GatedNetwork:
         """On the CPU. Raises InputError."""
-        return refusals.build_network(self.settings.model)
+        return preflight.build_network(self.settings.model)
 
     @functools.cached_property
     def scratch(self) -> Path:

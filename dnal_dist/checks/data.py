@@ -7,7 +7,6 @@ from shutil import disk_usage
 
 import numpy as np
 
-from dnal_dist import refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, passes, refused, warns
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
@@ -17,6 +16,7 @@ from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.shards import Shards
 from dnal_dist.data.tar import Fault, Sample, parse
+from dnal_dist.training import preflight
 
 # Samples whose labels are read, and that are decoded; of remote shards each is a request.
 LABELS, PICTURES, REQUESTS = 512, 32, 4
@@ -44,7 +44,7 @@ def _shards(case: Case, key: str) -> Finding:
         first, _, remedy = shards.warnings[0].rpartition(": ")
         return fails(f"{first}{more}", f"{remedy}, then `python -m data_tools.verify`")
     if key == "train":
-        refusals.search_without_architecture(case.settings, stream.steps_per_epoch)
+        preflight.search_without_architecture(case.settings, stream.steps_per_epoch)
         found += f", {many(stream.steps_per_epoch, 'step')} of {data.global_batch} an epoch"
     elif shards.samples < case.ranks:
         found += f", so that only {shards.samples} of {case.ranks} processes evaluate"

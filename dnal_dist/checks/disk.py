@@ -10,13 +10,13 @@ from shutil import disk_usage
 
 import torch
 
-from dnal_dist import stopping
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint, Kept, State
 from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
-from dnal_dist.folder import ANEW, look
+from dnal_dist.training import stopping
+from dnal_dist.training.run_folder import ANEW, look
 
 # Seconds by which two clocks may differ before files of the one look wrong on the other.
 CLOCKS = 2.0

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import psutil
 
-from dnal_dist import refusals
 from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.common import text
 from dnal_dist.distributed import estimate as distributed_estimate
 from dnal_dist.distributed.estimate import USABLE
-from dnal_dist.initial import PREFIX
 from dnal_dist.search import selection
+from dnal_dist.training import preflight
+from dnal_dist.training.pretrained import PREFIX
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def network(case: Case) -> Finding:
     data, model = settings.data, settings.model
     # What cannot be divided evenly is told with the shards.
     share = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _parts(case)
-    refusals.unfit_pictures(net, data, share)
+    preflight.unfit_pictures(net, data, share)
     selection.budget(settings.architecture, net, data.image_size)
     given = model.init_from
     if given and not given.startswith(PREFIX) and not Path(given).expanduser().exists():

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from dnal_dist import nets, recipe, refusals
+from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import cost
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.steps import architecture_step, weight_step
+from dnal_dist.training import preflight
+from dnal_dist.training.steps import architecture_step, weight_step
 
 # Of one process.
 PICTURES = 2
@@ -94,7 +95,7 @@ def _size(network: nets.GatedNetwork, data: recipe.Data, largest: int) -> int:
     for size in (largest, 2 * largest):
         if size < data.image_size:
             try:
-                refusals.unfit_pictures(network, data.model_copy(update={"image_size": size}), PICTURES)
+                preflight.unfit_pictures(network, data.model_copy(update={"image_size": size}), PICTURES)
                 return size
             except InputError:
                 continue

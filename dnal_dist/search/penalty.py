@@ -3,8 +3,8 @@
 import torch
 
 from dnal_dist.nets import cost
-from dnal_dist.run import Run
 from dnal_dist.search import controller, selection
+from dnal_dist.training.run import Run
 
 # Architecture steps between two looks at the expected cost by the collapse guard.
 GUARD_EVERY = 10

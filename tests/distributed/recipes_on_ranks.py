@@ -8,15 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-from dnal_dist import phases, recipe, train
+from dnal_dist import recipe
 from dnal_dist.distributed.context import Parallel
+from dnal_dist.training import phases, setup
 
 
 def main(runs: str) -> None:
     parallel = Parallel()
     for path, *overrides in json.loads(Path(runs).read_text()):
         print(f"rank {parallel.rank}: {path}", flush=True)
-        run = train.assemble(recipe.load(path, overrides), parallel)
+        run = setup.assemble(recipe.load(path, overrides), parallel)
         phases.go(run)
         assert run.phase == "done", run.phase
         assert run.saver.finish()

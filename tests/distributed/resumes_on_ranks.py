@@ -7,9 +7,10 @@ accelerate launch ... tests/distributed/resumes_on_ranks.py until STEP FOLDER [k
 
 import sys
 
-from dnal_dist import phases, recipe, saving, train
+from dnal_dist import recipe
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.stopping import Edges, Stopped
+from dnal_dist.training import phases, setup, state
+from dnal_dist.training.stopping import Edges, Stopped
 
 # In the middle of each phase, and where the search begins (its step 0 is a weight step, its step 1 one of the architecture).
 STOPS = (2, 6, 9, 15)
@@ -32,7 +33,7 @@ def go(parallel: Parallel, folder, changes, stops=()) -> bool:
     """Begin the run in `folder`, or go on with it. Returns whether it came to its end."""
     settings = recipe.load("recipes/digits.yaml", [*changes, f"output={folder}"])
     edges = EdgesOfTest(parallel, stops)
-    edges.run = run = train.assemble(settings, parallel, edges)
+    edges.run = run = setup.assemble(settings, parallel, edges)
     try:
         phases.go(run)
         ended = True
@@ -49,10 +50,10 @@ def go(parallel: Parallel, folder, changes, stops=()) -> bool:
 
 
 def every(parallel: Parallel, folder: str, changes: list[str]) -> None:
-    save = saving.save
-    saving.save = lambda run, *_: saving.settle(run)
+    save = state.save
+    state.save = lambda run, *_: state.settle(run)
     assert go(parallel, f"{folder}/never", changes)
-    saving.save = save
+    state.save = save
     assert go(parallel, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
     for number in range(len(STOPS)):
         assert not go(parallel, f"{folder}/stopped", changes, STOPS[number:])

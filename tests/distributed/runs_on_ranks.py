@@ -4,7 +4,8 @@ weights, running statistics and alpha.
 accelerate launch ... tests/distributed/runs_on_ranks.py RECIPE [key=value ...]
 """
 
-from dnal_dist import loop, phases, saving, train
+from dnal_dist import train
+from dnal_dist.training import loop, phases, state
 
 
 def agreeing(function, of):
@@ -21,5 +22,5 @@ if __name__ == "__main__":
     known, go = [], phases.go
     phases.go = lambda run: known.append(run) or go(run)
     loop.evaluate = agreeing(loop.evaluate, lambda *_: known[0])
-    saving.save = agreeing(saving.save, lambda run, *_: run)
+    state.save = agreeing(state.save, lambda run, *_: run)
     train.main()

@@ -24,7 +24,7 @@ from dnal_dist.nets import compact, masks
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search import schedule
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.steps import architecture_step, weight_step
+from dnal_dist.training.steps import architecture_step, weight_step
 
 BATCH, DELTA = 12, 3.0
 STEPS = {"pretrain": 3, "search": 6, "finetune": 3}

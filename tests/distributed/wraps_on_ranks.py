@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist import nets
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.recipe import SGD, Training
-from dnal_dist.steps import weight_step
+from dnal_dist.training.steps import weight_step
 
 IMAGES, LABELS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + 3, torch.arange(8)
 

@@ -15,8 +15,8 @@ from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.stopping import Edges
 from dnal_dist.tracking.run_log import Track
+from dnal_dist.training.stopping import Edges
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Parallel
-from dnal_dist.run import Run
+from dnal_dist.training.run import Run
 
 
 def build_network(model: recipe.Network) -> nets.GatedNetwork:

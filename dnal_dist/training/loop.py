@@ -6,17 +6,17 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from dnal_dist import ledger, saving
 from dnal_dist.data.device import Fed, feed
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.wrapper import Trained
-from dnal_dist.evaluate import evaluate
-from dnal_dist.ledger import Clock
-from dnal_dist.meter import Meter, check_finite, check_skipped
-from dnal_dist.run import Run
 from dnal_dist.search import schedule
-from dnal_dist.steps import Outcome, weight_step
-from dnal_dist.stopping import Stopped
+from dnal_dist.training import state, usage
+from dnal_dist.training.evaluate import evaluate
+from dnal_dist.training.metrics import Meter, check_finite, check_skipped
+from dnal_dist.training.run import Run
+from dnal_dist.training.steps import Outcome, weight_step
+from dnal_dist.training.stopping import Stopped
+from dnal_dist.training.usage import Clock
 
 
 def fed(run: Run, fill: bool = True) -> Generator[Fed]:
@@ -74,7 +74,7 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
         raise
     trained.close()
     track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
-    track.record("phase", phase=run.phase, **ledger.told(run, run.phase))
+    track.record("phase", phase=run.phase, **usage.told(run, run.phase))
 
 
 def ends_epoch(run: Run, total: int) -> bool:
@@ -91,7 +91,7 @@ def _end_epoch(run: Run, trained: Trained, meter: Meter, clock: Clock, total: in
         clock.tell(meter.bytes_sent() if run.step == total else None)
         if run.step < total:
             run.track.progress(run.step, result)
-            saving.save(run, momentum, meter)
+            state.save(run, momentum, meter)
         else:
             run.momentum = {name: buffer.cpu() for name, buffer in momentum.items()}
     return result
@@ -111,7 +111,7 @@ def _save(run: Run, trained: Trained, meter: Meter, clock: Clock) -> None:
     with meter.pause(), trained.gathered() as momentum:
         clock.tell()
         # Gathering is part of what training waits for.
-        saving.save(run, momentum, meter, begun)
+        state.save(run, momentum, meter, begun)
 
 
 def delta_of(run: Run, step: int) -> float:
@@ -158,7 +158,7 @@ def record_gates(run: Run, delta: float) -> None:
 
 def write_receipt(run: Run) -> None:
     """Record what was consumed of the epoch that ends here, or of its part that the run came to."""
-    saving.settle(run)
+    state.settle(run)
     run.track.global_step = run.global_step
     run.track.record("receipt", **run.receipt.packed())
     run.receipt = Receipt()

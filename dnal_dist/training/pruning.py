@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist import ledger
-from dnal_dist.ledger import Clock
-from dnal_dist.loop import fed, look
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.run import Run
 from dnal_dist.search import selection
-from dnal_dist.stopping import Stopped
+from dnal_dist.training import usage
+from dnal_dist.training.loop import fed, look
+from dnal_dist.training.run import Run
+from dnal_dist.training.stopping import Stopped
+from dnal_dist.training.usage import Clock
 
 
 def prune(run: Run) -> None:
@@ -41,7 +41,7 @@ def prune(run: Run) -> None:
         run.track.record("stop", phase="prune", step=0, reason=str(stopped))
         raise
     clock.tell()
-    run.track.record("phase", phase="prune", **ledger.told(run, "prune"))
+    run.track.record("phase", phase="prune", **usage.told(run, "prune"))
     share = small["exact"]["macs"] / full["exact"]["macs"]
     run.track.begin("prune", 1, 1)
     run.track.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {share:.1%} of the multiply-adds")

@@ -4,22 +4,22 @@ import contextlib
 
 from safetensors import SafetensorError
 
-from dnal_dist import saving
 from dnal_dist.common.errors import InputError
-from dnal_dist.loop import delta_of, fed, look, optimise, record_gates, write_receipt
 from dnal_dist.nets import compact
-from dnal_dist.pruning import prune
-from dnal_dist.run import Run
 from dnal_dist.search import schedule
 from dnal_dist.search.penalty import Penalty
-from dnal_dist.steps import Outcome, architecture_step, weight_step
+from dnal_dist.training import state
+from dnal_dist.training.loop import delta_of, fed, look, optimise, record_gates, write_receipt
+from dnal_dist.training.pruning import prune
+from dnal_dist.training.run import Run
+from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 
 def go(run: Run) -> None:
     """From where `run` stands to its end. Raises stopping.Stopped if it was asked to stop; what it goes on from is saved then."""
     if not run.resumed:
         # A disk that takes no checkpoint is better known now than hours from now.
-        saving.save(run, {})
+        state.save(run, {})
         run.saver.settle()
     # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
     with contextlib.closing(fed(run)) as batches:
@@ -99,4 +99,4 @@ def _enter(run: Run, phase: str) -> None:
     """Begin `phase`, from a checkpoint on."""
     run.phase, run.step, run.accuracy = phase, 0, None
     # The compact network begins without any.
-    saving.save(run, {} if phase == "prune" else run.momentum)
+    state.save(run, {} if phase == "prune" else run.momentum)

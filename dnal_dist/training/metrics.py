@@ -13,7 +13,7 @@ from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.nets import cost
 from dnal_dist.search import schedule
-from dnal_dist.steps import Outcome
+from dnal_dist.training.steps import Outcome
 
 
 def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:

@@ -9,9 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist.checkpoint.format import Checkpoint, Gathered, State, name
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.receipts import Receipt
-from dnal_dist.meter import Meter
 from dnal_dist.nets import compact
-from dnal_dist.run import Run
+from dnal_dist.training.metrics import Meter
+from dnal_dist.training.run import Run
 
 # State that the run and its checkpoint call the same.
 SAME = ("phase", "step", "global_step", "evaluated", "accuracy", "penalty_rests", "penalty_weight", "penalty_lag", "mask")

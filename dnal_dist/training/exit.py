@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist import ledger, stopping
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
 from dnal_dist.report import outputs, records
-from dnal_dist.run import Run
 from dnal_dist.search import selection
+from dnal_dist.training import stopping, usage
+from dnal_dist.training.run import Run
 
 # How long a process that lost its peers, or leaves it to another to say what is wrong, waits to be ended by the launcher.
 PATIENCE_SECONDS = 20
@@ -32,7 +32,7 @@ def finish(run: Run) -> str | None:
     if not track.ended:
         per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
         images = run.global_step * run.recipe.data.global_batch
-        spent = {phase: ledger.told(run, phase) for phase in run.seconds}
+        spent = {phase: usage.told(run, phase) for phase in run.seconds}
         track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
         if run.saver.writes:
             track.say(run.saver.told())
