@@ -166,7 +166,7 @@ def case_of(digits, tmp_path):
     """A case of the demo on its shards, with changes to the recipe and facts of the launch."""
     # As late as torch in all tests.
     from dnal_dist import recipe
-    from dnal_dist.checks import Case
+    from dnal_dist.doctor import Case
 
     made = []
 

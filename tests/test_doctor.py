@@ -13,7 +13,7 @@ from filelock import FileLock
 from runs import SHORT
 from servers import FileServer, without_proxies
 
-from dnal_dist.checks import data, disk
+from dnal_dist.doctor import data, disk
 
 
 @pytest.fixture

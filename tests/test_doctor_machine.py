@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from examining import found
 
-from dnal_dist.checks import bounded, cluster, machine, network
+from dnal_dist.doctor import bounded, cluster, machine, network
 
 
 def test_networks_that_cannot_train(case_of):

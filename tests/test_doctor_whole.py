@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from runs import arguments
 
-from dnal_dist import doctor
-from dnal_dist.checks import Case, Finding, launch
-from dnal_dist.checks.case import Config, read_config
 from dnal_dist.common.errors import InputError
+from dnal_dist.doctor import Case, Finding, __main__, launch
+from dnal_dist.doctor.case import Config, read_config
 
 
 def test_accelerate_configs_are_read():
@@ -124,13 +123,13 @@ def run(monkeypatch, capsys):
 
     def run(*words) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["doctor", *map(str, words)])
-        monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
-        monkeypatch.setattr(doctor.os, "_exit", leave)
+        monkeypatch.setattr(__main__.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(__main__.os, "_exit", leave)
         # Counted from the start of this process.
-        monkeypatch.setattr(doctor, "LIMIT", 1e6)
-        monkeypatch.setattr(doctor, "EACH", 100.0)
+        monkeypatch.setattr(__main__, "LIMIT", 1e6)
+        monkeypatch.setattr(__main__, "EACH", 100.0)
         with pytest.raises(Left) as left:
-            doctor.main()
+            __main__.main()
         return left.value.args[0], capsys.readouterr().out
 
     return run
@@ -142,11 +141,11 @@ def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monk
     scratch.mkdir()
     parent.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr(doctor, "EACH", 100.0)
+    monkeypatch.setattr(__main__, "EACH", 100.0)
     config = read_config(Path("recipes/accelerate/zero2.yaml"))
     facts = {"processes": 2, "config": config, "seconds": 43_200.0, "device_memory": 24 << 30}
-    told = doctor.examine(case_of(f"output={parent}/run", **facts), 400)
-    assert list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
+    told = __main__.examine(case_of(f"output={parent}/run", **facts), 400)
+    assert list(told) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
     assert not [one for one in told.values() if one.status == "fail"], told
     assert told["launch"].status == "pass" and told["launch"].found.startswith("zero2 on 2 of 2 processes")
     assert all(f"{kind} " in told["launch"].found for kind in ("pretrain", "weights", "architecture"))
@@ -169,7 +168,7 @@ def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
 def test_the_list_for_programs(run, digits, tmp_path):
     code, out = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
     told = {one.pop("check"): one for one in json.loads(out)}
-    assert code == 0 and list(told) == [*list(doctor.CHECKS)[:-1], "launch", "saving"]
+    assert code == 0 and list(told) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
     assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in told.values())
     assert "--quick" in told["launch"]["found"] and "--quick" in told["saving"]["found"]
 
@@ -200,7 +199,7 @@ def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypa
     path = Path("recipes/digits.yaml").absolute()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["doctor", str(path), "--processes-per-node", "2", "--cpu", "--grace", "60"])
-    asked = doctor.case_of(doctor._arguments())
+    asked = __main__.case_of(__main__._arguments())
     assert (asked.backend, asked.ranks, asked.cpu, asked.grace) == ("ddp", 2, True, 60.0)
 
 
@@ -218,9 +217,9 @@ def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypa
 )
 def test_what_cannot_be_read_gives_2(monkeypatch, capsys, words, told):
     monkeypatch.setattr(sys, "argv", ["doctor", *words])
-    monkeypatch.setattr(doctor.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(__main__.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
-        doctor.main()
+        __main__.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1, error
 
@@ -230,4 +229,4 @@ def test_what_cannot_be_read_gives_2(monkeypatch, capsys, words, told):
     [("90", 5400), ("30:00", 1800), ("12:00:00", 43_200), ("1-12", 129_600), ("1-12:30", 131_400), ("2d", 172_800)],
 )
 def test_times_as_sbatch_takes_them(text, seconds):
-    assert doctor._minutes(text) == seconds
+    assert __main__._minutes(text) == seconds

@@ -22,11 +22,11 @@ import psutil
 import torch
 
 from dnal_dist import recipe
-from dnal_dist.checks import cluster, data, disk, machine, network
-from dnal_dist.checks.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
-from dnal_dist.checks.launch import Launch
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import bytes_of
+from dnal_dist.doctor import cluster, data, disk, machine, network
+from dnal_dist.doctor.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
+from dnal_dist.doctor.launch import Launch
 from dnal_dist.training import stopping
 
 # Seconds that all checks may take together, and any but the launch.

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import psutil
 
-from dnal_dist.checks.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.common import text
 from dnal_dist.distributed import estimate as distributed_estimate
 from dnal_dist.distributed.estimate import USABLE
+from dnal_dist.doctor.case import Case, Finding, fails, many, output_of, passes, warns
 from dnal_dist.search import selection
 from dnal_dist.training import preflight
 from dnal_dist.training.pretrained import PREFIX

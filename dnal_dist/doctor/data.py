@@ -7,7 +7,6 @@ from shutil import disk_usage
 
 import numpy as np
 
-from dnal_dist.checks.case import Case, Finding, fails, many, passes, refused, warns
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
 from dnal_dist.data import remote, shardlist
@@ -16,6 +15,7 @@ from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.shards import Shards
 from dnal_dist.data.tar import Fault, Sample, parse
+from dnal_dist.doctor.case import Case, Finding, fails, many, passes, refused, warns
 from dnal_dist.training import preflight
 
 # Samples whose labels are read, and that are decoded; of remote shards each is a request.

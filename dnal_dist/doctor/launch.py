@@ -11,8 +11,8 @@ import time
 from typing import IO
 
 from dnal_dist import recipe
-from dnal_dist.checks.case import PRECISIONS, PROBED, Case, Finding, fails, passes, warns
-from dnal_dist.checks.network import CHECKOUT, gpu_facts
+from dnal_dist.doctor.case import PRECISIONS, PROBED, Case, Finding, fails, passes, warns
+from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 
 # The probe's pictures are no larger than this, where the network takes such ones.
 SIZE = 64

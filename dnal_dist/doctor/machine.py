@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from dnal_dist.checks.case import Case, Finding, fails, many, passes, warns
-from dnal_dist.checks.network import CHECKOUT, gpu_facts
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
 from dnal_dist.data.shards import OPEN_SHARDS, Shards
+from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
+from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 
 # Batches that each loader has ready (torch's prefetch_factor), and file descriptors that each of them and a loader itself take.
 AHEAD, TENSORS, PIPES = 2, 6, 8

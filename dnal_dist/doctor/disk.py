@@ -12,9 +12,9 @@ import torch
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint, Kept, State
-from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
+from dnal_dist.doctor.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.training import stopping
 from dnal_dist.training.run_folder import ANEW, look
 

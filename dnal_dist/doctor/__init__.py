@@ -1,5 +1,5 @@
 """What the doctor looks at: each check is a function of a Case that returns a Finding."""
 
-from dnal_dist.checks.case import Case, Finding, bounded
+from dnal_dist.doctor.case import Case, Finding, bounded
 
 __all__ = ["Case", "Finding", "bounded"]

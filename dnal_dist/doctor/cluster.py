@@ -8,8 +8,8 @@ import threading
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from dnal_dist.checks.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.common.text import duration
+from dnal_dist.doctor.case import Case, Finding, fails, output_of, passes, warns
 from dnal_dist.training import stopping
 
 COMMANDS = ("sbatch", "squeue", "sinfo", "scontrol")
