@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dnal_dist import compare
+from dnal_dist.chaos import equality
 
 # 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
 SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false")
@@ -32,7 +32,7 @@ def records(run: Path, *kinds: str) -> list[dict]:
 
 def told(run: Path) -> list[dict]:
     """What a run tells about its training, without what depends on the clock, and without the notes of starts and warnings."""
-    return [compare.timeless(record) for record in records(run, "train", "eval", "gates", "prune", "phase", "end")]
+    return [equality.timeless(record) for record in records(run, "train", "eval", "gates", "prune", "phase", "end")]
 
 
 def tensors(run: Path) -> bytes:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from dnal_dist import chaos as command
-from dnal_dist import compare
-from dnal_dist.victim import ALWAYS, PLACES
+from dnal_dist.chaos import __main__, campaign, equality
+from dnal_dist.chaos.instrument import ALWAYS, PLACES
 
 SMALL = (
     "data.global_batch=16", "data.per_device_batch_limit=8", "tracking.log_every=1", "checkpoint.every_steps=1",
@@ -318,7 +317,7 @@ def changed(number: int, **values) -> list[dict]:
 def test_what_may_differ_between_equal_runs(whole, tmp_path):
     records = [one | {"time": 0.0} for one in changed(1, images_per_second=1.0)]
     records[2:2] = [record("start", 1, world_size=2), record("warning", 1, message="a"), record("checkpoint", 1)]
-    assert compare.same(made(tmp_path / "run", records), whole) == []
+    assert equality.same(made(tmp_path / "run", records), whole) == []
 
 
 @pytest.mark.parametrize(
@@ -332,28 +331,28 @@ def test_what_may_differ_between_equal_runs(whole, tmp_path):
     ],
 )
 def test_what_may_not(whole, tmp_path, records, told):
-    (found,) = compare.same(made(tmp_path / "run", records), whole)
+    (found,) = equality.same(made(tmp_path / "run", records), whole)
     assert found.startswith(told)
 
 
 def test_weights_that_differ_and_lines_that_are_no_record(whole, tmp_path):
-    assert compare.same(made(tmp_path / "run", WHOLE, b"weight5"), whole) == [
+    assert equality.same(made(tmp_path / "run", WHOLE, b"weight5"), whole) == [
         "compact/weights.safetensors is not that of the uninterrupted run"
     ]
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 6 is no record"):
-        compare.told(tmp_path / "run")
+        equality.told(tmp_path / "run")
 
 
 @pytest.mark.parametrize("line, told", [("{}", "KeyError: 'kind'"), ("3", "TypeError: ")])
 def test_a_record_that_is_none_is_a_check_that_failed(whole, tmp_path, monkeypatch, line, told):
-    monkeypatch.setattr(command, "isolated", lambda *_: 0)
+    monkeypatch.setattr(__main__, "isolated", lambda *_: 0)
     run = made(tmp_path / "run", WHOLE)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
-    tally = command.Tally()
-    command.Chaos._compare(SimpleNamespace(references={1: SimpleNamespace(folder=whole)}, exact=True, tally=tally), run)
+    tally = campaign.Tally()
+    campaign.Chaos._compare(SimpleNamespace(references={1: SimpleNamespace(folder=whole)}, exact=True, tally=tally), run)
     ((check, found),) = tally.faults
     assert check == "equal" and told in found and tally.compared == 1
 
@@ -369,6 +368,6 @@ def test_a_record_that_is_none_is_a_check_that_failed(whole, tmp_path, monkeypat
     ],
 )
 def test_runs_on_other_numbers_of_processes(whole, tmp_path, records, told):
-    found = compare.alike(made(tmp_path / "run", records), whole, 0.02)
+    found = equality.alike(made(tmp_path / "run", records), whole, 0.02)
     assert (found == []) if told is None else found[0].startswith(told)
     shutil.rmtree(tmp_path / "run")

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from dnal_dist import victim
-from dnal_dist.victim import Aim
+from dnal_dist.chaos import instrument
+from dnal_dist.chaos.instrument import Aim
 
 # What torchrun gives the others to stop in, when one process has died, before it kills them.
 GRACE = 15.0
@@ -101,8 +101,8 @@ def attempt(train: Train, output: Path, work: Path, ranks: int, kill: Aim | ByCl
     temporary, orders, log = temporary_of(output), work / "orders.json", work / "log.txt"
     temporary.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True)
-    board = victim.new_board(work / "board", ranks)
-    victim.write_orders(orders, work / "board", kill if isinstance(kill, Aim) else None)
+    board = instrument.new_board(work / "board", ranks)
+    instrument.write_orders(orders, work / "board", kill if isinstance(kill, Aim) else None)
     before = _shared()
     begun = time.monotonic()
     port, family = _free_port(), set()
@@ -175,7 +175,7 @@ def _forked(orders: Path, arguments: list[str], environment: dict[str, str], log
     with log.open("ab") as out:
         for number in (1, 2):
             os.dup2(out.fileno(), number)
-    victim.main(orders, arguments)
+    instrument.main(orders, arguments)
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from importlib.metadata import version
 
-from dnal_dist.victim import PLACES, STAGES
+from dnal_dist.chaos.instrument import PLACES, STAGES
 
 CHECKS = {
     "end": "every start that was not killed came to its end, with the exit code of the uninterrupted run",

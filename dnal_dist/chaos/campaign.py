@@ -1,30 +1,19 @@
-"""Kill a run at random instants, resume it each time, and compare what it comes to with a run that was left alone.
+"""A campaign: the reference run, the kills, the resumes, and their tally."""
 
-python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --seed 0
-python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --ranks 1,2 --report chaos.md
-"""
-
-import argparse
 import random
 import shutil
-import signal
-import sys
-import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from dnal_dist import compare, recipe, verdict, victim
-from dnal_dist.attempt import ByClock, Ended, Train, attempt, become_reaper, isolated, kill_family, temporary_of
+from dnal_dist.chaos import equality, instrument
+from dnal_dist.chaos.attempt import ByClock, Ended, Train, attempt, isolated, temporary_of
+from dnal_dist.chaos.instrument import ALWAYS, PLACES, STAGES, Aim
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import compact
-from dnal_dist.victim import ALWAYS, PLACES, STAGES, Aim
 
 # An attempt that takes so many times the seconds of the whole run, and so many more, is stuck.
 STUCK, PATIENCE = 10, 60
@@ -114,7 +103,7 @@ class Tally:
         return self.hit_by_aim.total() + self.hit_by_clock.total()
 
     def add(self, kill: Aim | ByClock, ended: Ended) -> None:
-        place = victim.place_of(ended.board[kill.rank])
+        place = instrument.place_of(ended.board[kill.rank])
         (self.hit_by_aim if isinstance(kill, Aim) else self.hit_by_clock)[place] += 1
         self.everyone += kill.everyone
         self.forced += ended.forced
@@ -190,7 +179,7 @@ class Chaos:
         whole = next(iter(self.references.values())).folder
         self.tally.compared += 1
         try:
-            found = compare.same(run, whole) if self.exact else compare.alike(run, whole, self.tolerance)
+            found = equality.same(run, whole) if self.exact else equality.alike(run, whole, self.tolerance)
         except (OSError, ValueError) as error:
             found = [str(error)]
         except (LookupError, TypeError) as error:
@@ -206,113 +195,3 @@ class Chaos:
 def _failed(what: str, ended: Ended) -> str:
     ended_with = "did not come to an end" if ended.timed_out else f"ended with exit codes {ended.codes}"
     return f"{what} {ended_with}; its last lines:\n" + "\n".join(f"    {line}" for line in ended.lines)
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--victim"]:
-        victim.main(Path(sys.argv[2]), sys.argv[3:])
-        return
-    args = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(_run(args))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _run(args: argparse.Namespace) -> int:
-    if taken := [one for one in args.overrides if one.startswith(("output=", "tracking.tracker="))]:
-        raise InputError(f"override '{taken[0]}': chaos runs into folders of its own, without a tracker; leave it out")
-    overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
-    settings = recipe.load(args.recipe, list(overrides))
-    if args.config_file is not None and not Path(args.config_file).is_file():
-        raise InputError(f"--config_file {args.config_file}: no such file; see recipes/accelerate/")
-    if args.report is not None and not args.report.parent.is_dir():
-        raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
-    train, begun = Train(args.recipe, overrides, args.config_file), time.monotonic()
-    base = _base(args.keep)
-    become_reaper()
-    try:
-        chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)
-        _watched(chaos, args.kills)
-        passed = not chaos.tally.faults
-        if passed and args.keep is None:
-            shutil.rmtree(base)
-    except BaseException:
-        _give_up(base if args.keep is None else None)
-        raise
-    told = verdict.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - begun)
-    print(told, flush=True)
-    if not passed:
-        print(f"what was left is in {base}", file=sys.stderr)
-    if args.report is not None:
-        args.report.write_text(told + "\n")
-    return 0 if passed else 1
-
-
-def _give_up(base: Path | None) -> None:
-    """Leave no process, nor the folder `base`. The processes go first, since they write into it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    kill_family()
-    if base is not None:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def _watched(chaos: "Chaos", kills: int) -> None:
-    console = Console(stderr=True)
-    columns = (TextColumn("kills"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[where]}"))
-    # Without threads and without another stdout: processes are forked from here.
-    plain = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **plain) as bar:
-        task = bar.add_task("kills", total=kills, where="")
-
-        def tell(where: str) -> None:
-            bar.update(task, completed=chaos.tally.kills, where=where)
-            bar.refresh()
-
-        chaos.go(kills, tell)
-
-
-def _base(keep: Path | None) -> Path:
-    if keep is None:
-        return Path(tempfile.mkdtemp(prefix="dnal-chaos-"))
-    if keep.exists() and any(keep.iterdir()):
-        raise InputError(f"--keep {keep}: this folder is not empty; name another one")
-    keep.mkdir(parents=True, exist_ok=True)
-    return keep
-
-
-def _ranks(text: str) -> list[int]:
-    ranks = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-    if 0 in ranks or len(set(ranks)) < len(ranks):
-        raise argparse.ArgumentTypeError(f"expected numbers of processes such as 2 or 1,2, found {text!r}")
-    return ranks
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="what is run; choose short phases, since it is run many times")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many kills have to happen (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the plan of kills (default: 0)")
-    parser.add_argument("--ranks", type=_ranks, default=[1], metavar="N[,N]", help="numbers of processes, one drawn for each start")
-    parser.add_argument("--config_file", metavar="FILE", help="start by `accelerate launch` with this config, on its backend")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.03, help="of the accuracy, where numbers of processes mix (default: 0.03)"
-    )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report, Markdown, there too")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder and leave all there")
-    args = parser.parse_intermixed_args()
-    if args.kills < 1:
-        parser.error("--kills: expected at least 1")
-    return args
-
-
-if __name__ == "__main__":
-    main()
