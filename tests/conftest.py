@@ -34,15 +34,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
 LONGEST_FIRST = (
-    "distributed/test_backends.py", "slurm/test_cluster.py", "distributed/test_runs.py", "distributed/test_resumes.py",
-    "distributed/test_plan.py", "test_recipes.py", "test_exact_resume.py", "test_stopping.py",
-    "distributed/test_skipped_samples.py", "test_train.py", "test_receipts.py", "browser/test_page.py", "test_bad_input.py",
+    "test_backends.py", "test_cluster.py", "test_runs.py", "test_resumes.py", "test_plan.py", "test_recipes.py",
+    "test_exact_resume.py", "test_stopping.py", "test_skipped_samples.py", "test_train.py", "test_receipts.py", "test_page.py", "test_bad_input.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

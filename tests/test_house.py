@@ -5,7 +5,24 @@ import re
 from pathlib import Path
 
 PACKAGE = Path("dnal_dist")
-ROOMS = {path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")}
+MODULES = {path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")}
+
+# Each room, and the rooms that it may import, from the ground up: a room imports only those above it in this table, so there is no
+# circle. Doors (modules beside the rooms: arguments and one call) may import all rooms, and no room imports a door.
+ROOMS: dict[str, set[str]] = {
+    "common": set(),
+    "recipe": {"common"},
+    "nets": {"common"},
+    "search": {"common", "nets", "recipe"},
+    "data": {"common", "recipe"},
+    "distributed": {"common", "nets", "recipe"},
+    "checkpoint": {"common", "recipe"},
+    "report": {"common", "recipe"},
+    "tracking": {"common", "report", "distributed"},
+    "training": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "report", "tracking"},
+    "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "training"},
+    "chaos": {"common", "recipe", "nets", "report", "checkpoint", "training"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -20,7 +37,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {name: imports(path) for path, name in ROOMS.items()}
+IMPORTS = {name: imports(path) for path, name in MODULES.items()}
 
 
 def importers(*modules: str) -> set[str]:
@@ -29,40 +46,55 @@ def importers(*modules: str) -> set[str]:
     }
 
 
-def test_recipe_imports_no_other_room():
-    assert not {m for m in IMPORTS["dnal_dist.recipe"] if m.startswith("dnal_dist")}
+def room_of(module: str) -> str:
+    """The room of a module, or the module itself if it is a door or the package."""
+    part = module.split(".")[1] if "." in module else ""
+    return part if part in ROOMS else module
+
+
+def test_every_folder_is_a_room_of_the_table():
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
+
+
+def test_the_table_has_no_circle():
+    done = set()
+    for room, allowed in ROOMS.items():
+        assert allowed <= done, f"{room} may import {allowed - done}, which stands below it"
+        done.add(room)
+
+
+def test_rooms_import_only_what_the_table_allows():
+    wrong = []
+    for module, found in IMPORTS.items():
+        if (room := room_of(module)) not in ROOMS:
+            continue
+        for other in found:
+            if other.startswith("dnal_dist.") and room_of(other) != room and room_of(other) not in ROOMS[room]:
+                wrong.append(f"{module} imports {other}")
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_schedule_is_pure():
-    assert IMPORTS["dnal_dist.schedule"] == {"math"}
+    assert IMPORTS["dnal_dist.search.schedule"] == {"math"}
 
 
-def test_networks_do_not_know_the_architecture():
-    for name, found in IMPORTS.items():
-        if name.startswith("dnal_dist.nets"):
-            assert all(m.startswith("dnal_dist.nets") for m in found if m.startswith("dnal_dist")), name
+def test_only_distributed_imports_accelerate_and_deepspeed_and_speaks_to_other_processes():
+    assert {room_of(name) for name in importers("accelerate", "deepspeed")} == {"distributed"}
+    assert {room_of(name) for path, name in MODULES.items() if "torch.distributed" in path.read_text()} == {"distributed"}
 
 
-def test_only_parallel_its_backends_and_what_is_asked_of_them_import_accelerate_and_deepspeed():
-    assert importers("accelerate", "deepspeed") == {"dnal_dist.parallel", "dnal_dist.backends", "dnal_dist.asked"}
-
-
-def test_only_parallel_and_its_backends_speak_to_other_processes():
-    users = {name for path, name in ROOMS.items() if "torch.distributed" in path.read_text()}
-    assert users == {"dnal_dist.parallel", "dnal_dist.backends"}
+def reachable(*modules: str) -> set[str]:
+    """The package's modules that importing these brings in."""
+    found, new = set(), set(modules)
+    while new:
+        found |= new
+        new = {m for name in new for m in IMPORTS[name] if m in IMPORTS} - found - {"dnal_dist"}
+    return found
 
 
 def test_report_needs_no_torch():
-    reachable, new = set(), {name for name in IMPORTS if "report" in name}
-    while new:
-        reachable |= new
-        new = {m for name in new for m in IMPORTS[name] if m in IMPORTS} - reachable - {"dnal_dist"}
-    assert "dnal_dist.report" in reachable
-    assert not reachable & importers("torch", "torchvision", "safetensors.torch")
-
-
-def test_only_train_assembles():
-    assert not importers("dnal_dist.train")
+    found = reachable(*(name for name in IMPORTS if room_of(name) == "report"))
+    assert not found & importers("torch", "torchvision", "safetensors.torch")
 
 
 def test_nothing_unpickles_or_runs_data():
@@ -70,7 +102,7 @@ def test_nothing_unpickles_or_runs_data():
     reads = r"\bimport\s+(_?pickle|cPickle|marshal|shelve|dill|cloudpickle)\b|\bfrom\s+_?pickle\b|\bpickle\."
     reads += r"|torch\.load\(|allow_pickle\s*=\s*True"
     runs = r"(?<![.\w])eval\(|(?<![.\w])exec\(|os\.system|os\.popen|shell\s*=\s*True"
-    for path in [*ROOMS, *Path("data_tools").rglob("*.py"), *Path("slurm").glob("*.py")]:
+    for path in [*MODULES, *Path("data_tools").rglob("*.py"), *Path("slurm").glob("*.py")]:
         found = re.search(f"{reads}|{runs}", path.read_text())
         assert found is None, f"{path}: {found[0]}"
 
@@ -82,9 +114,6 @@ def test_instructions_of_pickled_files_are_looked_at_in_one_place():
 
 def test_shards_are_read_without_torch():
     """data_tools start many processes, each of which would load it."""
-    reachable, new = set(), {"dnal_dist.shards"}
-    while new:
-        reachable |= new
-        new = {m for name in new for m in IMPORTS[name] if m in IMPORTS} - reachable - {"dnal_dist"}
-    assert reachable >= {"dnal_dist.samples", "dnal_dist.remote", "dnal_dist.cache", "dnal_dist.ahead"}
-    assert not reachable & importers("torch", "torchvision")
+    found = reachable("dnal_dist.data.shards")
+    assert found >= {"dnal_dist.data.tar", "dnal_dist.data.remote", "dnal_dist.data.cache", "dnal_dist.data.prefetch"}
+    assert not found & importers("torch", "torchvision")

@@ -45,7 +45,7 @@ class Launch:
             words += ["--mixed_precision", self.case.config.precision]
             # Of the whole job only this machine is here; its port may be another's.
             words += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m"]
-        words += ["dnal_dist.checks.probe", str(path), str(self.result), str(SIZE)]
+        words += ["dnal_dist.doctor.probe", str(path), str(self.result), str(SIZE)]
         paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # As in the doctor itself (see doctor.main).
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -103,7 +103,7 @@ class Launch:
         """The probe, which needs no shards and leaves one small file."""
         config = self.case.config
         launcher = "python" if config is None else f"accelerate launch --config_file {config.path} --num_processes {self.processes}"
-        return f"{launcher} -m dnal_dist.checks.probe recipes/digits.yaml probe.json {SIZE}"
+        return f"{launcher} -m dnal_dist.doctor.probe recipes/digits.yaml probe.json {SIZE}"
 
     def _judged(self, found: dict) -> Finding:
         case, config = self.case, self.case.config

@@ -1,6 +1,6 @@
 """Run by launch.py in each process: the backend that there is, and one step of each kind on a few random pictures.
 
-python -m dnal_dist.checks.probe RECIPE.yaml RESULT.json SIZE
+python -m dnal_dist.doctor.probe RECIPE.yaml RESULT.json SIZE
 """
 
 import json

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faulty import FEW, records, refused, samples, write_tar
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # --- the recipe and its overrides
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb_read import offline
 
 from dnal_dist.recipe import load
-from dnal_dist.tracking import background, dashboard, values, wandb
+from dnal_dist.tracking import background, dashboard, values
 from dnal_dist.tracking.background import Sender
 from dnal_dist.tracking.run_log import Track
 from dnal_dist.tracking.wandb import wandb_mode

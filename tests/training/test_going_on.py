@@ -155,7 +155,7 @@ def test_two_runs_do_not_share_a_folder(train_command, train_here, digits, tmp_p
     run = tmp_path / "run"
     process = train_command.start(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"))
     reach(process, run, "pretrain", 3)
-    monkeypatch.setattr("dnal_dist.folder.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("dnal_dist.training.run_folder.LOCK_SECONDS", 0.2)
     for option in ((), ("--overwrite",)):
         ended = train_here(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"), *option)
         assert ended.code == 2

@@ -13,10 +13,10 @@ from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Parallel
 from dnal_dist.nets import compact
 from dnal_dist.report import records as report_records
-from dnal_dist.stream import Shards
 from dnal_dist.training import phases, setup
 from dnal_dist.training.evaluate import evaluate
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dnal_dist.durable.os.replace", fail)
+    monkeypatch.setattr("dnal_dist.common.atomic.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         markdown_report.write(run, result_of(run), figures.TITLES)
     assert (tmp_path / "report.md").read_bytes() == before

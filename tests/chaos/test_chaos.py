@@ -47,7 +47,7 @@ from dnal_dist.victim import Aim
 chaos.Chaos._draw = lambda *_: Aim(0, "weight step", 3, 0.0, True, 0.5)
 """
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):

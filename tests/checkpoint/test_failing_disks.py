@@ -83,7 +83,7 @@ def test_a_disk_that_never_has_room_stops_the_run_after_a_while(train_here, digi
 def test_a_last_checkpoint_is_tried_again(train_here, digits, tmp_path, monkeypatch):
     """A stop is the last chance to save; the room may come back within a moment."""
     run = tmp_path / "run"
-    monkeypatch.setattr("dnal_dist.saver.BETWEEN", 0.01)
+    monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
     failing(monkeypatch, {1, 2})
     ended = train_here(*arguments(digits, run, *SHORT), "--max-time=1s")
     assert ended.code == stopping.STOPPED and "; the same command goes on from here" in ended.err
@@ -165,7 +165,7 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
 def test_checkpoints_none_of_which_could_be_written_are_not_said_to_be_gone(train_here, digits, tmp_path, monkeypatch):
     run = tmp_path / "run"
     failing(monkeypatch, range(1000))
-    monkeypatch.setattr("dnal_dist.saver.BETWEEN", 0.01)
+    monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
     ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--max-time=1s")
     assert ended.code == stopping.STOPPED, ended.err
     before = (run / "metrics.jsonl").read_bytes()

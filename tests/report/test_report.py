@@ -352,7 +352,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dnal_dist.durable.os.replace", fail)
+    monkeypatch.setattr("dnal_dist.common.atomic.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         report_page.write(save(tmp_path, made_up_run()[:5]))
     assert (tmp_path / "report.html").read_bytes() == before

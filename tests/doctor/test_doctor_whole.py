@@ -81,7 +81,7 @@ def test_a_launch_that_takes_too_long_is_ended(case_of):
         told = one.finding(0.5)
         assert one.process.poll() is not None
     assert told.status == "warn" and "0 of 2 processes were up" in told.found and "may be busy" in told.found, told
-    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.checks.probe" in told.remedy
+    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.doctor.probe" in told.remedy
 
 
 @pytest.mark.parametrize(
