@@ -35,7 +35,8 @@ def pytest_xdist_auto_num_workers() -> int:
 # In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
 LONGEST_FIRST = (
     "test_backends.py", "test_cluster.py", "test_runs.py", "test_resumes.py", "test_plan.py", "test_recipes.py",
-    "test_exact_resume.py", "test_stopping.py", "test_skipped_samples.py", "test_train.py", "test_receipts.py", "test_page.py", "test_bad_input.py",
+    "test_exact_resume.py", "test_stopping.py",
+    "test_skipped_samples.py", "test_train.py", "test_receipts.py", "test_page.py", "test_bad_input.py",
 )  # fmt: skip
 
 
