@@ -23,7 +23,7 @@ import torch
 
 from dnal_dist import nets, recipe
 from dnal_dist.common import errors
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.report import records
 from dnal_dist.training import phases, setup
 
@@ -40,7 +40,7 @@ def run(job: tuple) -> dict:
     folder = output / "runs" / f"{network}-{key}-{value}-{seed}"
     own = [f"model.name={network}", f"seed={seed}", f"architecture.{key}={value}", f"output={folder}", "tracking.tracker=none"]
     with contextlib.redirect_stdout(io.StringIO()):
-        state = setup.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Parallel(), overwrite=True)
+        state = setup.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Context(), overwrite=True)
         phases.go(state)
     found = records.summary(folder)
     costs = {"macs": found["compact"]["exact"]["macs"], "full_macs": found["full"]["exact"]["macs"]}
@@ -120,7 +120,7 @@ def main() -> None:
             for result in pool.imap(run, jobs):
                 file.write(json.dumps(result) + "\n")
                 file.flush()
-                of = f"{result['macs'] / result['full_macs']:.2%} of the multiply-adds, {result['accuracy']:.2%}"
+                of = f"{result['macs'] / result['full_macs']:.2%} of the MACs, {result['accuracy']:.2%}"
                 print(f"{result['network']} seed {result['seed']} {result['key']}={result['value']}: {of}", flush=True)
     except errors.InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,12 @@
-"""The demo's recipe over several seeds, against rivals with the same multiply-adds and the same number of steps.
+"""The demo's recipe over several seeds, against baselines with the same MACs and the same number of steps.
 
     python benchmarks/digits_seeds.py                 five seeds, about a quarter of an hour on two cores
 
 For each seed, in one process: `learned` is the recipe as it stands. `even` is the network thinned evenly, the same share of every
 layer's channels, trained from scratch. `random` is the pretrained network with channels removed at random, trained on. `full` is
-the whole network. Both rivals may cost at most what the learned network of that seed costs, and all of them take as many iterations
-as the recipe's three phases together; where the learned network spends half of its search on the architecture, they train weights.
+the whole network. Both baselines may cost at most what the learned network of that seed costs, and all of them take as many
+iterations as the recipe's three phases together; where the learned network spends half of its search on the
+architecture, they train weights.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from dnal_dist import recipe
 from dnal_dist.common import errors
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.report import records
 from dnal_dist.training import phases, setup
@@ -32,7 +33,7 @@ METHODS = ("learned", "even", "random", "full")
 
 
 def thinned_evenly(net: GatedNetwork, image_size: int, most: int) -> torch.Tensor:
-    """The mask that keeps the same share of each site's channels, as many as cost at most `most` multiply-adds.
+    """The mask that keeps the same share of each site's channels, as many as cost at most `most` MACs.
 
     Whole channels leave a little of the budget over; it goes to one more channel for each site, from the last on, that fits.
     """
@@ -54,7 +55,7 @@ def thinned_evenly(net: GatedNetwork, image_size: int, most: int) -> torch.Tenso
 
 
 def removed_at_random(net: GatedNetwork, image_size: int, most: int, seed: int) -> torch.Tensor:
-    """The mask of the first channels of a random order, as many as cost at most `most` multiply-adds; no site is empty."""
+    """The mask of the first channels of a random order, as many as cost at most `most` MACs; no site is empty."""
     shuffled = torch.randperm(net.num_gates, generator=torch.Generator().manual_seed(seed))
 
     def mask(number: int) -> torch.Tensor:
@@ -75,15 +76,15 @@ def _largest(high: int, fits) -> int:
 
 
 def learned(settings: recipe.Recipe) -> dict:
-    run = setup.assemble(settings, Parallel(), overwrite=True)
+    run = setup.assemble(settings, Context(), overwrite=True)
     phases.go(run)
     found = records.summary(run.folder)
     return {"accuracy": found["accuracy"]["finetune"], "macs": found["compact"]["exact"]["macs"], "phases": found["accuracy"]}
 
 
-def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
-    """Train the rival `method` for as many iterations as the recipe's phases have together."""
-    run = setup.assemble(settings, Parallel(), overwrite=True)
+def baseline(settings: recipe.Recipe, method: str, most: int) -> dict:
+    """Train the baseline `method` for as many iterations as the recipe's phases have together."""
+    run = setup.assemble(settings, Context(), overwrite=True)
     net, image_size, per_epoch = run.supernet, settings.data.image_size, run.train.steps_per_epoch
     total = sum(getattr(settings.phases, name).iterations(per_epoch) for name in ("pretrain", "search", "finetune"))
     batches = phases.fed(run)
@@ -103,7 +104,7 @@ def rival(settings: recipe.Recipe, method: str, most: int) -> dict:
 
 def table(found: list[dict], full_macs: int) -> Table:
     """Mean, standard deviation and worst of each method, as a table."""
-    columns = ("method", "accuracy, mean ± std", "lowest", "multiply-adds, mean ± std", "most")
+    columns = ("method", "accuracy, mean ± std", "lowest", "MACs, mean ± std", "most")
     # As README holds it.
     shown = Table(*columns, box=box.MARKDOWN)
     for method in METHODS:
@@ -136,14 +137,12 @@ def main() -> None:
                 settings = recipe.load(args.recipe, [*args.overrides, *own])
                 with contextlib.redirect_stdout(io.StringIO()):
                     results[method] = (
-                        learned(settings) if method == "learned" else rival(settings, method, results["learned"]["macs"])
+                        learned(settings) if method == "learned" else baseline(settings, method, results["learned"]["macs"])
                     )
             except errors.InputError as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
-            print(
-                f"seed {seed}: {method:8} {results[method]['accuracy']:.2%}, {results[method]['macs']:,} multiply-adds", flush=True
-            )
+            print(f"seed {seed}: {method:8} {results[method]['accuracy']:.2%}, {results[method]['macs']:,} MACs", flush=True)
         found.append(results)
         (args.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     Console(width=100).print(table(found, found[0]["full"]["macs"]))

@@ -1,7 +1,7 @@
-"""Accuracy against multiply-adds on Fashion-MNIST: learned architectures and their rivals, at the same cost and number of steps.
+"""Accuracy against MACs on Fashion-MNIST: learned architectures and their baselines, at the same cost and number of steps.
 
     python -m data_tools.make_shards fashion_mnist data/fashion_mnist
-    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 pictures (supernet 6 000); 1 to 1.5 hours on two cores
+    python benchmarks/pareto.py --jobs 2            reduced: 14x14, 15 000 images (supernet 6 000); 1 to 1.5 hours on two cores
     python benchmarks/pareto.py --full              28x28, all 60 000; for a GPU
     python benchmarks/pareto.py --docs docs         only the table and the plot, from the results that there are
 
@@ -9,8 +9,8 @@ For each network, budget and seed: `learned` is the recipe (pretrain, search, fi
 layer's channels and is trained from scratch. `random` and `l1` are the pretrained network with channels removed at random, or in
 every layer those with the smallest L1 norm of their weights, trained on. `full` is the whole network. All of them take as many
 steps in all; all but `full` cost at most the budget, and at most 1 % less. `retrained` (with --methods, behind `learned`) is no
-rival: the learned architecture from scratch for all of the steps, which tells what of the result is the architecture's. Test
-pictures are looked at when a run has ended, never to choose.
+baseline: the learned architecture from scratch for all of the steps, which tells what of the result is the architecture's. Test
+images are looked at when a run has ended, never to choose.
 
 Every result is appended to OUTPUT/results.jsonl as it comes; what is there already is not run again.
 """
@@ -35,9 +35,9 @@ from torch import Tensor
 from dnal_dist import recipe
 from dnal_dist.common import errors
 from dnal_dist.data.order import order
-from dnal_dist.data.pipeline import Batch, Pictures
+from dnal_dist.data.pipeline import Batch, Images
 from dnal_dist.data.shards import Shards
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
 from dnal_dist.report import records
 from dnal_dist.search import selection
@@ -50,10 +50,10 @@ MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
 class Form(NamedTuple):
-    """What is smaller in the reduced form: sides of the pictures in pixels, training pictures, each phase's passes over them."""
+    """What is smaller in the reduced form: sides of the images in pixels, training images, each phase's passes over them."""
 
     side: int
-    pictures: dict[str, int]
+    images: dict[str, int]
     epochs: dict[str, float]
 
 
@@ -62,14 +62,14 @@ FULL = Form(28, {"others": 60_000}, {"pretrain": 4, "search": 12, "finetune": 32
 
 
 class Memory:
-    """Decoded pictures, in place of a Stream of shards: the same order of samples, flipped at random where the recipe asks for
+    """Decoded images, in place of a Stream of shards: the same order of samples, flipped at random where the recipe asks for
     it. Nothing is padded and cropped: at 14x14 that would take the hems off."""
 
     def __init__(self, key: str, data, classes: int, seed: int, training: bool, most: int | None = None):
         shards = Shards(getattr(data, key), f"data.{key}", classes)
         numbers = [(0, i) for i in range(min(shards.samples, most or shards.samples))]
         # As for validation, so that no random change is decoded into them.
-        found = Pictures(shards, data, seed, train=False).__getitems__(numbers)
+        found = Images(shards, data, seed, train=False).__getitems__(numbers)
         if isinstance(found, errors.InputError):
             raise found
         self.images, self.labels, self.data, self.seed, self.training = found.images, found.labels, data, seed, training
@@ -115,8 +115,8 @@ class Bench:
         self.network, self.seed, self.form, self.output, self.overrides = network, seed, form, output, overrides
         settings = self.settings(BUDGETS[0])
         classes = settings.model.num_classes
-        pictures = form.pictures.get(network, form.pictures["others"])
-        self.train = Memory("train", settings.data, classes, seed, True, pictures)
+        images = form.images.get(network, form.images["others"])
+        self.train = Memory("train", settings.data, classes, seed, True, images)
         self.val = Memory("val", settings.data, classes, seed, False)
         self._pretrained: Pretrained | None = None
 
@@ -130,7 +130,7 @@ class Bench:
         return recipe.load(NETWORKS[self.network], [*own, folder, f"architecture.target.macs={share}x", *steps, *self.overrides])
 
     def assemble(self, share: float) -> phases.Run:
-        run = setup.assemble(self.settings(share), Parallel(), overwrite=True)
+        run = setup.assemble(self.settings(share), Context(), overwrite=True)
         run.train, run.val = self.train, self.val
         if self.network == "supernet" and not torch.cuda.is_available():
             # Depthwise convolutions take half the time on a CPU so, and a feed's images are contiguous there.
@@ -169,7 +169,7 @@ class Bench:
         assert run.global_step == total
         return run
 
-    def rival(self, method: str, share: float, learned: Tensor | None) -> tuple[phases.Run, Tensor]:
+    def baseline(self, method: str, share: float, learned: Tensor | None) -> tuple[phases.Run, Tensor]:
         run = self.from_pretrained(share) if method in ("l1", "random") else self.assemble(share)
         net, side = run.supernet, self.form.side
         if method == "full":
@@ -210,7 +210,7 @@ def measure(args, network: str, seed: int) -> None:
             begun = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
                 # The full network has no budget, but a recipe must name one.
-                run, keep = bench.learned(share) if method == "learned" else bench.rival(method, min(share, 0.5), learned)
+                run, keep = bench.learned(share) if method == "learned" else bench.baseline(method, min(share, 0.5), learned)
                 accuracy = records.summary(run.folder)["accuracy"]
             learned = keep if method == "learned" else learned
             found = cost.count(run.supernet, bench.form.side, keep)
@@ -267,11 +267,11 @@ def spread(args) -> None:
 
 
 def table(found: list[dict]) -> str:
-    """Mean and standard deviation of each cell in Markdown. Last, how far `learned` is ahead of the best rival's mean, and that in
-    standard deviations: the root mean square of the two methods' own."""
+    """Mean and standard deviation of each cell in Markdown. Last, how far `learned` is ahead of the best baseline's mean, and that
+    in standard deviations: the root mean square of the two methods' own."""
     shown_methods = [method for method in METHODS if any(r["method"] == method for r in found)]
     lines = [
-        "| network | multiply-adds | " + " | ".join(shown_methods) + " | ahead | in deviations |",
+        "| network | MACs | " + " | ".join(shown_methods) + " | ahead | in deviations |",
         "|---" * (len(shown_methods) + 4) + "|",
     ]
     for network in NETWORKS:
@@ -284,10 +284,10 @@ def table(found: list[dict]) -> str:
 
 
 def ahead(cells: dict[str, list[float]]) -> tuple[str, str]:
-    learned, rivals = cells["learned"], [cells[m] for m in ("even", "l1", "random") if cells[m]]
-    if not learned or not rivals:
+    learned, baselines = cells["learned"], [cells[m] for m in ("even", "l1", "random") if cells[m]]
+    if not learned or not baselines:
         return "", ""
-    best = max(rivals, key=statistics.mean)
+    best = max(baselines, key=statistics.mean)
     by = statistics.mean(learned) - statistics.mean(best)
     if min(len(learned), len(best)) < 2:
         return f"{by:+.2f}", ""
@@ -374,11 +374,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to all three recipes")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the full network's multiply-adds")
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="shares of the full network's MACs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS[:-1] if m != "retrained"], choices=METHODS[:-1])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--full", action="store_true", help="all pictures in full size, for longer")
+    parser.add_argument("--full", action="store_true", help="all images in full size, for longer")
     parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
     parser.add_argument("--docs", type=Path, help="only write the table and the plot into this folder")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)

@@ -54,7 +54,7 @@ def photograph(rng: np.random.Generator) -> Image.Image:
 
 
 def make(folder: Path, count: int, classes: int = 10) -> None:
-    """`count` pictures of each case, as FOLDER/CASE/train-000000.tar and as FOLDER/CASE/folder/CLASS/*.jpg."""
+    """`count` images of each case, as FOLDER/CASE/train-000000.tar and as FOLDER/CASE/folder/CLASS/*.jpg."""
     rng = np.random.default_rng(0)
     originals = [photograph(rng) for _ in range(count)]
     for case, (height, width) in CASES.items():
@@ -93,22 +93,22 @@ def stock(shard: Path, train: bool, on_tensors: bool = True) -> Iterator:
 
 
 def contenders(folder: Path) -> dict[str, Callable[[], int]]:
-    """Each a function that passes once over the pictures in `folder` and tells how many there are."""
+    """Each a function that passes once over the images in `folder` and tells how many there are."""
     shard = folder / "train-000000.tar"
     held, settings = list(encoded(shard)), data(folder)
     tree = ImageFolder(folder / "folder", torchvision_transform(train=True))
     ours = {train: Stream(Shards(settings.train, "data.train", 10), settings, 0, train) for train in (True, False)}
     transform, steps = images.Transform(settings, 0, train=True), len(held) // BATCH
 
-    def pillow(picture: bytes) -> None:
-        with Image.open(io.BytesIO(picture)) as image:
+    def pillow(encoded_image: bytes) -> None:
+        with Image.open(io.BytesIO(encoded_image)) as image:
             image.convert("RGB")
 
     def alone() -> int:
         for first in range(0, len(held), BATCH):
             stack = images.Stack(BATCH, 224)
-            for i, picture in enumerate(held[first : first + BATCH]):
-                transform(picture, 0, first + i, stack.next)
+            for i, encoded_image in enumerate(held[first : first + BATCH]):
+                transform(encoded_image, 0, first + i, stack.next)
                 stack.keep()
         return len(held)
 
@@ -122,8 +122,8 @@ def contenders(folder: Path) -> dict[str, Callable[[], int]]:
 
     return {
         "tar, read alone": lambda: sum(1 for _ in encoded(shard)),
-        "Pillow, decode alone": lambda: sum(pillow(picture) is None for picture in held),
-        "dnal_dist, decode alone": lambda: sum(images.decode(picture) is not None for picture in held),
+        "Pillow, decode alone": lambda: sum(pillow(encoded_image) is None for encoded_image in held),
+        "dnal_dist, decode alone": lambda: sum(images.decode(encoded_image) is not None for encoded_image in held),
         STOCK: lambda: sum(len(labels) for _, labels in stock(shard, True)),
         f"{STOCK}, crop by Pillow": lambda: sum(len(labels) for _, labels in stock(shard, True, on_tensors=False)),
         "torchvision ImageFolder, float": lambda: sum(len(labels) for _, labels in DataLoader(tree, BATCH, shuffle=True)),
@@ -155,7 +155,7 @@ def measure(folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def table(found: dict[str, dict[str, list[float]]]) -> list[list[str]]:
-    """Rows of text. Ratios of a small picture's are to the stock loader on small shards, and to it on the originals."""
+    """Rows of text. Ratios of a small image's are to the stock loader on small shards, and to it on the originals."""
     rows = [["", *(f"{case}, images/s" for case in CASES), *(f"{case}, ratio" for case in CASES), "small to original's stock"]]
     original, small = (found[case] for case in CASES)
     for name in original:
@@ -181,28 +181,26 @@ def show(rows: list[list[str]], markdown: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=256, help=f"of each size, a multiple of {BATCH} (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="each contender passes over the pictures so often (%(default)s)")
+    parser.add_argument("--images", type=int, default=256, help=f"of each size, a multiple of {BATCH} (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="each contender passes over the images so often (%(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
-    if args.rounds < 1 or args.pictures < BATCH or args.pictures % BATCH:
-        parser.error(f"expected at least one round, and pictures in a multiple of {BATCH}")
+    if args.rounds < 1 or args.images < BATCH or args.images % BATCH:
+        parser.error(f"expected at least one round, and images in a multiple of {BATCH}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="webdataset")
     with tempfile.TemporaryDirectory() as folder:
-        print("making pictures", file=sys.stderr)
-        make(Path(folder), args.pictures)
-        bytes_each = [(Path(folder) / case / "train-000000.tar").stat().st_size / args.pictures / 1e3 for case in CASES]
+        print("making images", file=sys.stderr)
+        make(Path(folder), args.images)
+        bytes_each = [(Path(folder) / case / "train-000000.tar").stat().st_size / args.images / 1e3 for case in CASES]
         found = measure(Path(folder), args.rounds)
     show(table(found), args.markdown)
     print()
     for (case, speeds), kilobytes in zip(found.items(), bytes_each, strict=True):
         overhead = ratio(speeds[ALONE], speeds[OURS]) - 1
-        print(
-            f"{case}: {kilobytes:.0f} kB of shard a picture; the stream takes {overhead:.1%} longer than decode and augment alone"
-        )
+        print(f"{case}: {kilobytes:.0f} kB of shard an image; the stream takes {overhead:.1%} longer than decode and augment alone")
 
 
 if __name__ == "__main__":

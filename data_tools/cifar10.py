@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_tools import cifar10_batches
-from data_tools.pictures import pixel_sample
+from data_tools.images import pixel_sample
 from data_tools.record import Record, digest
 from data_tools.writing import Split, shards_for, write
 
@@ -16,16 +16,16 @@ FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"
 FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
 RECORDS = 10_000
 PIXELS = 3 * 32 * 32
-# A file of the version for Python holds the names of its pictures too.
+# A file of the version for Python holds the names of its images too.
 MOST_BYTES = 40 << 20
 TAKE = "take cifar-10-binary.tar.gz or cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
 
 Batch = tuple[np.ndarray, np.ndarray]
-"""uint8 (RECORDS, 3072), a picture's red, green and blue plane after one another, and labels uint8 (RECORDS,)."""
+"""uint8 (RECORDS, 3072), an image's red, green and blue plane after one another, and labels uint8 (RECORDS,)."""
 
 
 def cifar10(source: Path, folder: Path, shard_samples: int = 5000, workers: int = 1, overwrite: bool = False) -> dict[str, int]:
-    """CIFAR-10: 50 000 training and 10 000 validation pictures, 32x32 RGB, 10 classes, as PNG; from its "binary version" or its
+    """CIFAR-10: 50 000 training and 10 000 validation images, 32x32 RGB, 10 classes, as PNG; from its "binary version" or its
     version for Python (https://www.cs.toronto.edu/~kriz/cifar.html), archive or folder. Nothing is unpacked to disk, and the
     version for Python is read without unpickling it. Returns the number of samples of each split."""
     with _files(source) as (names, read):
@@ -77,7 +77,7 @@ def _python_batch(source: Path, file: str, read: Callable[[str], bytes]) -> Batc
     pixels, labels = batch.get("data"), batch.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.shape != (RECORDS, PIXELS):
         found = pixels.shape if isinstance(pixels, np.ndarray) else type(pixels).__name__
-        raise ValueError(f"{source}: {file} holds pictures as {found}, expected an array ({RECORDS}, {PIXELS}); download it anew")
+        raise ValueError(f"{source}: {file} holds images as {found}, expected an array ({RECORDS}, {PIXELS}); download it anew")
     if not isinstance(labels, list) or len(labels) != RECORDS or not all(type(one) is int for one in labels):
         raise ValueError(f"{source}: {file} holds no {RECORDS} labels; download it anew")
     return pixels, _checked(source, file, np.array(labels))

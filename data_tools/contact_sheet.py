@@ -1,4 +1,4 @@
-"""A picture of pictures, by which eyes can check labels."""
+"""An image of images, by which eyes can check labels."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.pictures import UNREADABLE, rgb, too_large
+from data_tools.images import UNREADABLE, rgb, too_large
 from data_tools.survey import Good, Survey, chunk
 from dnal_dist.data.tar import FORMATS, parse
 
@@ -44,7 +44,7 @@ def _tile(one: Survey, good: Good) -> Image.Image:
     sample = parse(chunk(one.path, *one.entry["offsets"][good.row : good.row + 2]))
     inner = TILE - 8
     try:
-        with Image.open(io.BytesIO(sample.picture), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
             if reason := too_large(image.size):
                 raise ValueError(reason)
             image.load()

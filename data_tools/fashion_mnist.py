@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.pictures import pixel_sample
+from data_tools.images import pixel_sample
 from data_tools.record import Record, digest
 from data_tools.writing import Split, shards_for, write
 
@@ -20,22 +20,22 @@ CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 def fashion_mnist(
     folder: Path, source: Path = SOURCE, shard_samples: int = 5000, workers: int = 1, overwrite: bool = False
 ) -> dict[str, int]:
-    """Fashion-MNIST: 60 000 training and 10 000 validation pictures of clothes, 28x28 grey, 10 classes, as PNG; from its four idx
+    """Fashion-MNIST: 60 000 training and 10 000 validation images of clothes, 28x28 grey, 10 classes, as PNG; from its four idx
     files (https://github.com/zalandoresearch/fashion-mnist), gzipped or not. Returns the number of samples of each split."""
     arrays = {}
     for split, (prefix, count) in FILES.items():
-        pictures = _idx(source, f"{prefix}-images-idx3-ubyte", (count, 28, 28))
+        images = _idx(source, f"{prefix}-images-idx3-ubyte", (count, 28, 28))
         labels = _idx(source, f"{prefix}-labels-idx1-ubyte", (count,))
         if labels.max() > 9:
             raise ValueError(
-                f"{source}: a label of {labels.max()} for the {split} pictures, expected 0 to 9; take the original files"
+                f"{source}: a label of {labels.max()} for the {split} images, expected 0 to 9; take the original files"
             )
-        arrays[split] = pictures, labels
+        arrays[split] = images, labels
     content = digest(array.tobytes() for split in arrays.values() for array in split)
     record = Record(folder, {"kind": "fashion_mnist", "shard_samples": shard_samples, "source": content}, overwrite)
     splits = {
-        name: Split(list(zip(pictures, labels.tolist(), strict=True)), pixel_sample, shards_for(len(labels), shard_samples))
-        for name, (pictures, labels) in arrays.items()
+        name: Split(list(zip(images, labels.tolist(), strict=True)), pixel_sample, shards_for(len(labels), shard_samples))
+        for name, (images, labels) in arrays.items()
     }
     return write(record, splits, CLASSES, workers)
 

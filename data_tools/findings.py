@@ -105,7 +105,7 @@ def _per_class(surveys: Sequence[Survey], classes: int) -> np.ndarray:
 
 
 def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
-    """Keys that a split has twice; the same picture, byte for byte, in two splits or with two labels. The same picture twice in a
+    """Keys that a split has twice; the same image, byte for byte, in two splits or with two labels. The same image twice in a
     split with one label is counted by `summary` only: many a good set has some."""
     for surveys in splits.values():
         first: dict[str, Path | Url] = {}
@@ -114,18 +114,18 @@ def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
                 if good.key in first:
                     yield Finding("key", f"{one.path}: {good.key}", f"the same key as in {first[good.key]}")
                 first.setdefault(good.key, one.path)
-    for group in same_pictures(splits):
+    for group in same_images(splits):
         (split, one, good), *others = group
         for other_split, other, duplicate in others:
-            where, what = f"{other.path}: {duplicate.key}", f"the same picture as {one.path}: {good.key}"
+            where, what = f"{other.path}: {duplicate.key}", f"the same image as {one.path}: {good.key}"
             if other_split != split:
                 yield Finding("leak", where, f"{what}, in another split")
             elif duplicate.label != good.label:
                 yield Finding("label", where, f"{what}, of label {good.label} there and {duplicate.label} here")
 
 
-def same_pictures(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
-    """Groups of (split, survey, sample) that hold the same picture, byte for byte, in the order of the shards."""
+def same_images(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
+    """Groups of (split, survey, sample) that hold the same image, byte for byte, in the order of the shards."""
     places = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
     if not places:
         return []
@@ -139,10 +139,10 @@ def same_pictures(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
 
 
 def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Of each split: shards, samples, bytes, how many of its samples are faulty or are the same picture as another of it, samples
+    """Of each split: shards, samples, bytes, how many of its samples are faulty or are the same image as another of it, samples
     of a class as (least, median, most), and, of what was decoded, width and height likewise."""
     repeated = defaultdict(int)
-    for group in same_pictures(splits):
+    for group in same_images(splits):
         for split in {place[0] for place in group}:
             repeated[split] += sum(place[0] == split for place in group) - 1
     found = {}

@@ -1,43 +1,43 @@
-"""Your own pictures, in a folder for each class."""
+"""Your own images, in a folder for each class."""
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.pictures import EXTENSIONS, MAX_BAD, Draw, Picture, files_in, listing, without_faults
+from data_tools.images import EXTENSIONS, MAX_BAD, Draw, ImageFile, files_in, listing, without_faults
 from data_tools.record import Record, digest
 from data_tools.writing import Split, shards_for, write
 
 
 def image_folder(source: Path, folder: Path, **options: Any) -> dict[str, int]:
-    """Pictures in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg, gif), byte for byte as they are; a GIF
+    """Images in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg, gif), byte for byte as they are; a GIF
     becomes PNG. Classes are
-    numbered by name. Training pictures are shuffled by --seed, so that a shard holds all classes. Returns the number of samples of
-    each split; `options` are those of `write_pictures`."""
+    numbered by name. Training images are shuffled by --seed, so that a shard holds all classes. Returns the number of samples of
+    each split; `options` are those of `write_images`."""
     classes = class_names(source / "train")
     if unknown := [name for name in class_names(source / "val") if name not in set(classes)]:
         raise ValueError(f"{source / 'val' / unknown[0]}: no such class among the {len(classes)} of {source / 'train'}; rename it")
     found = {
         split: [
-            picture
+            image
             for label, name in enumerate(classes)
             if (source / split / name).is_dir()
-            for picture in files_in(source / split / name, label)
+            for image in files_in(source / split / name, label)
         ]
         for split in ("train", "val")
     }
-    if empty := set(range(len(classes))) - {picture.label for picture in found["train"]}:
-        raise ValueError(f"{source / 'train' / classes[min(empty)]}: no picture ({', '.join(EXTENSIONS)}); add some or remove it")
+    if empty := set(range(len(classes))) - {image.label for image in found["train"]}:
+        raise ValueError(f"{source / 'train' / classes[min(empty)]}: no image ({', '.join(EXTENSIONS)}); add some or remove it")
     if not found["val"]:
-        raise ValueError(f"{source / 'val'}: no picture ({', '.join(EXTENSIONS)}); add some")
-    return write_pictures("folder", source, found, classes, folder, **options)
+        raise ValueError(f"{source / 'val'}: no image ({', '.join(EXTENSIONS)}); add some")
+    return write_images("folder", source, found, classes, folder, **options)
 
 
-def write_pictures(
+def write_images(
     kind: str,
     source: Path,
-    found: dict[str, list[Picture]],
+    found: dict[str, list[ImageFile]],
     classes: Sequence[str],
     folder: Path,
     shard_samples: int = 5000,
@@ -49,28 +49,28 @@ def write_pictures(
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Check pictures, leave out and list those that training cannot use, shuffle those of training and write the shards.
+    """Check images, leave out and list those that training cannot use, shuffle those of training and write the shards.
 
-    resize: the shorter side, in pixels, that larger pictures are reduced to, as JPEG of `quality`; check: decode every picture,
+    resize: the shorter side, in pixels, that larger images are reduced to, as JPEG of `quality`; check: decode every image,
     as `resize` does anyway; max_bad: the share of a split that may be left out.
     """
     options = {"kind": kind, "shard_samples": shard_samples, "seed": seed, "resize": resize, "quality": quality, "check": check}
     record = Record(folder, {**options, "source": digest(listing(found, source))}, overwrite)
-    # Decoded before the shards are laid out, since their counts could not be equal if a picture were found bad while it is written.
+    # Decoded before the shards are laid out, since their counts could not be equal if an image were found bad while it is written.
     good, skipped = without_faults(found, record, workers, check or resize is not None, max_bad)
-    if empty := {picture.label for picture in found["train"]} - {picture.label for picture in good["train"]}:
-        raise ValueError(f"none of the training pictures of {classes[min(empty)]!r} can be used; mend or remove them")
+    if empty := {image.label for image in found["train"]} - {image.label for image in good["train"]}:
+        raise ValueError(f"none of the training images of {classes[min(empty)]!r} can be used; mend or remove them")
     random.Random(seed).shuffle(good["train"])
     draw = Draw(resize, quality)
-    splits = {name: Split(pictures, draw, shards_for(len(pictures), shard_samples)) for name, pictures in good.items()}
+    splits = {name: Split(images, draw, shards_for(len(images), shard_samples)) for name, images in good.items()}
     return write(record, splits, classes, workers, skipped)
 
 
 def class_names(folder: Path) -> list[str]:
     """The names of the folders in `folder`, in order, which are its classes."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; pictures are expected in SOURCE/train/CLASS and SOURCE/val/CLASS")
+        raise ValueError(f"{folder}: no such folder; images are expected in SOURCE/train/CLASS and SOURCE/val/CLASS")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        raise ValueError(f"{folder}: holds no folders, expected one for each class; pictures belong into them")
+        raise ValueError(f"{folder}: holds no folders, expected one for each class; images belong into them")
     return names

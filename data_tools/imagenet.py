@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.folder import write_pictures
+from data_tools.folder import write_images
 from data_tools.imagenet_truth import WNID, Truth, find_truth
-from data_tools.pictures import Picture, files_in, is_picture
+from data_tools.images import ImageFile, files_in, is_image
 from data_tools.workers import Tick, in_order
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -20,23 +20,23 @@ def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> di
     """ImageNet-1K: SOURCE holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (in place of a
     tar what it unpacks to, train/nXXXXXXXX/ and val/, will do; in place of the devkit a ground truth by other names, see
     docs/data.md). Nothing is unpacked to disk. A class's number is its place among the sorted WordNet ids, as everywhere. Training
-    pictures are shuffled by --seed. Returns the number of samples of each split; `options` are those of `folder.write_pictures`."""
+    images are shuffled by --seed. Returns the number of samples of each split; `options` are those of `folder.write_images`."""
     truth, inner = find_truth(source), source / KAGGLES
     where = inner if inner.is_dir() else source
     train = _train(where, workers)
     wnids = sorted(train)
     if (known := {*truth.words, *truth.val.values()}) and (other := min(known ^ train.keys(), default=None)):
         told = "in the ground truth, but not in training" if other in known else "in training, but not in the ground truth"
-        raise ValueError(f"{where}: the class {other} is {told}; take training pictures and ground truth of one set")
+        raise ValueError(f"{where}: the class {other} is {told}; take training images and ground truth of one set")
     label = {wnid: number for number, wnid in enumerate(wnids)}
     found = {
-        "train": [picture._replace(label=label[wnid]) for wnid in wnids for picture in train[wnid]],
+        "train": [image._replace(label=label[wnid]) for wnid in wnids for image in train[wnid]],
         "val": _val(where, label, truth),
     }
-    for split, pictures in found.items():
-        if not pictures:
-            raise ValueError(f"{source}: no picture for {split}; {EXPECTED}")
-    return write_pictures("imagenet", source, found, _class_names(wnids, truth), folder, workers=workers, **options)
+    for split, images in found.items():
+        if not images:
+            raise ValueError(f"{source}: no image for {split}; {EXPECTED}")
+    return write_images("imagenet", source, found, _class_names(wnids, truth), folder, workers=workers, **options)
 
 
 def _class_names(wnids: list[str], truth: Truth) -> list[str]:
@@ -45,8 +45,8 @@ def _class_names(wnids: list[str], truth: Truth) -> list[str]:
     return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True)]
 
 
-def _train(source: Path, workers: int) -> dict[str, list[Picture]]:
-    """The pictures of each WordNet id, without their labels yet."""
+def _train(source: Path, workers: int) -> dict[str, list[ImageFile]]:
+    """The images of each WordNet id, without their labels yet."""
     if (source / TRAIN).is_file():
         return _train_tar(source / TRAIN, workers)
     if not (source / "train").is_dir():
@@ -56,7 +56,7 @@ def _train(source: Path, workers: int) -> dict[str, list[Picture]]:
         raise ValueError(f"{wrong[0]}: not a WordNet id such as n01440764; for classes of your own take the kind 'folder'")
     found = {path.name: files_in(path, -1) for path in folders}
     if empty := [path for path in folders if not found[path.name]]:
-        raise ValueError(f"{empty[0]}: no picture; unpack its archive again")
+        raise ValueError(f"{empty[0]}: no image; unpack its archive again")
     return found
 
 
@@ -69,7 +69,7 @@ class Inner(NamedTuple):
     wnid: str
 
 
-def _train_tar(path: Path, workers: int) -> dict[str, list[Picture]]:
+def _train_tar(path: Path, workers: int) -> dict[str, list[ImageFile]]:
     inner = []
     for member in _members(path, 0, path.stat().st_size):
         wnid = Path(member.name).name.removesuffix(".tar")
@@ -77,26 +77,26 @@ def _train_tar(path: Path, workers: int) -> dict[str, list[Picture]]:
             raise ValueError(f"{path}: holds {member.name!r}, expected one tar for each class, nXXXXXXXX.tar; take the original")
         inner.append(Inner(path, member.offset_data, member.size, wnid))
     lists = in_order(list_inner, inner, workers, "train: listing", len(inner))
-    return {one.wnid: pictures for one, pictures in zip(inner, lists, strict=True)}
+    return {one.wnid: images for one, images in zip(inner, lists, strict=True)}
 
 
-def list_inner(inner: Inner, tick: Tick) -> list[Picture]:
-    """The pictures of one class, by their places in the outer tar."""
+def list_inner(inner: Inner, tick: Tick) -> list[ImageFile]:
+    """The images of one class, by their places in the outer tar."""
     try:
         members = _members(inner.path, inner.offset, inner.size)
     except ValueError as error:
         raise ValueError(f"{error} (in {inner.wnid}.tar)") from None
     tick(1)
     if not members:
-        raise ValueError(f"{inner.path}: {inner.wnid}.tar holds no picture; take the original")
-    return _pictures(inner.path, inner.offset, members)
+        raise ValueError(f"{inner.path}: {inner.wnid}.tar holds no image; take the original")
+    return _images(inner.path, inner.offset, members)
 
 
-def _pictures(path: Path, offset: int, members: list[tarfile.TarInfo]) -> list[Picture]:
+def _images(path: Path, offset: int, members: list[tarfile.TarInfo]) -> list[ImageFile]:
     """By name, without their labels yet. members: of the tar that begins at byte `offset` of the file at `path`."""
     changed = path.stat().st_mtime_ns
-    pictures = [Picture(str(path), offset + m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
-    return sorted(pictures, key=lambda picture: picture.name)
+    images = [ImageFile(str(path), offset + m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
+    return sorted(images, key=lambda image: image.name)
 
 
 class _Part:
@@ -122,7 +122,7 @@ class _Part:
 def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
     """The files in the uncompressed tar that is this part of the file at `path`; raises ValueError if it is no whole one."""
     try:
-        # Unbuffered: between two headers lies a picture, of which nothing should be read.
+        # Unbuffered: between two headers lies an image, of which nothing should be read.
         with path.open("rb", buffering=0) as file:
             part = _Part(file, offset, size)
             with tarfile.open(fileobj=part, mode="r:") as tar:
@@ -144,11 +144,11 @@ def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
     return files
 
 
-def _val(source: Path, label: dict[str, int], truth: Truth) -> list[Picture]:
-    """The validation pictures in the order of their names, with their labels."""
+def _val(source: Path, label: dict[str, int], truth: Truth) -> list[ImageFile]:
+    """The validation images in the order of their names, with their labels."""
     if (source / VAL).is_file():
         path = source / VAL
-        return _labelled(source, _pictures(path, 0, _members(path, 0, path.stat().st_size)), label, truth)
+        return _labelled(source, _images(path, 0, _members(path, 0, path.stat().st_size)), label, truth)
     if not (source / "val").is_dir():
         raise ValueError(f"{source}: holds neither {VAL} nor val/; {EXPECTED}")
     folders = sorted(path for path in (source / "val").iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -156,37 +156,37 @@ def _val(source: Path, label: dict[str, int], truth: Truth) -> list[Picture]:
         return _labelled(source, files_in(source / "val", -1), label, truth)
     if unknown := [path for path in folders if path.name not in label]:
         raise ValueError(f"{unknown[0]}: no such class among the {len(label)} for training; rename or remove it")
-    if loose := [path for path in sorted((source / "val").iterdir()) if is_picture(path) and not path.name.startswith(".")]:
-        raise ValueError(f"{loose[0]}: beside folders of WordNet ids; put every picture into its class's folder, or none")
-    pictures = [picture for path in folders for picture in files_in(path, label[path.name])]
+    if loose := [path for path in sorted((source / "val").iterdir()) if is_image(path) and not path.name.startswith(".")]:
+        raise ValueError(f"{loose[0]}: beside folders of WordNet ids; put every image into its class's folder, or none")
+    images = [image for path in folders for image in files_in(path, label[path.name])]
     if truth.val:
-        told = {picture: label.get(wnid) for picture, wnid in truth.val.items()}
-        _refuse_incomplete(source, pictures, truth)
-        if wrong := [picture for picture in pictures if told[Path(picture.name).stem] != picture.label]:
+        told = {image: label.get(wnid) for image, wnid in truth.val.items()}
+        _refuse_incomplete(source, images, truth)
+        if wrong := [image for image in images if told[Path(image.name).stem] != image.label]:
             raise ValueError(f"{wrong[0]}: the ground truth tells another class; move it, or remove the ground truth")
-    return pictures
+    return images
 
 
-def _labelled(source: Path, pictures: list[Picture], label: dict[str, int], truth: Truth) -> list[Picture]:
+def _labelled(source: Path, images: list[ImageFile], label: dict[str, int], truth: Truth) -> list[ImageFile]:
     if not truth.val:
         raise ValueError(
-            f"{source}: validation pictures without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or what "
+            f"{source}: validation images without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or what "
             f"docs/data.md names in its place)"
         )
-    _refuse_incomplete(source, pictures, truth)
-    found = sorted(pictures, key=lambda picture: picture.name)
-    return [picture._replace(label=label[truth.val[Path(picture.name).stem]]) for picture in found]
+    _refuse_incomplete(source, images, truth)
+    found = sorted(images, key=lambda image: image.name)
+    return [image._replace(label=label[truth.val[Path(image.name).stem]]) for image in found]
 
 
-def _refuse_incomplete(source: Path, pictures: list[Picture], truth: Truth) -> None:
-    """Raise ValueError if these are not the very validation pictures that the ground truth tells of."""
-    if extra := [picture for picture in pictures if Path(picture.name).stem not in truth.val]:
-        raise ValueError(f"{extra[0]}: the ground truth does not tell its class; take pictures and ground truth of one set")
-    names = Counter(Path(picture.name).stem for picture in pictures)
+def _refuse_incomplete(source: Path, images: list[ImageFile], truth: Truth) -> None:
+    """Raise ValueError if these are not the very validation images that the ground truth tells of."""
+    if extra := [image for image in images if Path(image.name).stem not in truth.val]:
+        raise ValueError(f"{extra[0]}: the ground truth does not tell its class; take images and ground truth of one set")
+    names = Counter(Path(image.name).stem for image in images)
     if missing := min(truth.val.keys() - names.keys(), default=None):
         raise ValueError(
-            f"{source}: {len(pictures)} of {len(truth.val)} validation pictures, the first that is missing is {missing}; "
+            f"{source}: {len(images)} of {len(truth.val)} validation images, the first that is missing is {missing}; "
             f"unpack or copy them anew"
         )
     if repeated := next((name for name, count in names.items() if count > 1), None):
-        raise ValueError(f"{source}: holds {repeated} twice among the validation pictures; remove one")
+        raise ValueError(f"{source}: holds {repeated} twice among the validation images; remove one")

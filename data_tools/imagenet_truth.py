@@ -1,4 +1,4 @@
-"""What class each validation picture of ImageNet has, and what the classes are called."""
+"""What class each validation image of ImageNet has, and what the classes are called."""
 
 import csv
 import io
@@ -11,11 +11,11 @@ from typing import NamedTuple
 WNID = re.compile(r"n\d{8}")
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-"""In the devkit: line k is the ILSVRC2012 id, 1 to 1000, of picture k. A list of WordNet ids in its place is understood too."""
+"""In the devkit: line k is the ILSVRC2012 id, 1 to 1000, of image k. A list of WordNet ids in its place is understood too."""
 SYNSETS = ("meta.mat", "map_clsloc.txt")
 """Tell which WordNet id an ILSVRC2012 id stands for; the second has lines of WordNet id, ILSVRC2012 id and name."""
 KAGGLE = "LOC_val_solution.csv"
-"""Kaggle's: lines of picture and "WordNet id and box" after a header."""
+"""Kaggle's: lines of image and "WordNet id and box" after a header."""
 KAGGLE_WORDS = "LOC_synset_mapping.txt"
 """Kaggle's: lines of WordNet id and name."""
 MOST_BYTES = 64 << 20
@@ -26,7 +26,7 @@ Read = Callable[[str], bytes | None]
 
 class Truth(NamedTuple):
     val: dict[str, str]
-    """The WordNet id of each validation picture, by its file's name without extension."""
+    """The WordNet id of each validation image, by its file's name without extension."""
     words: dict[str, str]
     """What a WordNet id means; empty if no file told."""
 
@@ -133,7 +133,7 @@ def _kaggle(content: bytes, where: str) -> dict[str, str]:
             continue
         wnid = row[1].partition(" ")[0] if len(row) > 1 else ""
         if not WNID.fullmatch(wnid):
-            raise ValueError(f"{where}: line {number}: expected a picture and its WordNet id, found {','.join(row)[:60]!r}")
+            raise ValueError(f"{where}: line {number}: expected an image and its WordNet id, found {','.join(row)[:60]!r}")
         found[row[0]] = wnid
     return found
 

@@ -1,15 +1,15 @@
-"""Make webdataset shards, a picture and its class number for each sample, and index.json beside them.
+"""Make webdataset shards, an image and its class number for each sample, and index.json beside them.
 
   python -m data_tools.make_shards digits data/digits                              1 797 scanned digits, nothing to fetch
   python -m data_tools.make_shards fashion_mnist data/fashion_mnist                from Debian's package dataset-fashion-mnist
   python -m data_tools.make_shards cifar10 cifar-10-python.tar.gz data/cifar10     or cifar-10-binary.tar.gz, either as it is
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the tars as they are handed out
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   the large ones reduced
-  python -m data_tools.make_shards folder pictures data/own                        pictures/train/CLASS/*, pictures/val/CLASS/*
-  python -m data_tools.make_shards synthetic data/synthetic --classes 100          drawn pictures of ImageNet's sizes
+  python -m data_tools.make_shards folder images data/own                        images/train/CLASS/*, images/val/CLASS/*
+  python -m data_tools.make_shards synthetic data/synthetic --classes 100          drawn images of ImageNet's sizes
 
 The same source and options give the same bytes, with any number of workers. A command that was stopped goes on when it is given
-again: shards that are complete are kept. Pictures that training could not use are left out and listed in FOLDER/skipped.json.
+again: shards that are complete are kept. Images that training could not use are left out and listed in FOLDER/skipped.json.
 Afterwards `python -m data_tools.verify FOLDER` checks what was made.
 """
 
@@ -30,7 +30,7 @@ from data_tools.fashion_mnist import SOURCE as FASHION_MNIST_SOURCE
 from data_tools.fashion_mnist import fashion_mnist
 from data_tools.folder import image_folder
 from data_tools.imagenet import imagenet
-from data_tools.pictures import MAX_BAD
+from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
 from data_tools.workers import cores
 
@@ -39,10 +39,10 @@ MORE = {
     "fashion_mnist": "The four idx files, gzipped or not: Debian's package dataset-fashion-mnist has them, and so has "
     "https://github.com/zalandoresearch/fashion-mnist.",
     "cifar10": "SOURCE is from https://www.cs.toronto.edu/~kriz/cifar.html; nothing of it is unpacked to disk or unpickled.",
-    "imagenet": "Nothing is unpacked to disk, and every picture goes through byte for byte unless --resize is given. A class's "
+    "imagenet": "Nothing is unpacked to disk, and every image goes through byte for byte unless --resize is given. A class's "
     "number is its place among the sorted WordNet ids. docs/data.md tells what SOURCE may hold.",
-    "folder": "Every picture goes through byte for byte unless --resize is given; a GIF becomes PNG. Classes are numbered by name.",
-    "synthetic": "A class sets colours, shape and textures; a picture depends on --seed, split and number alone.",
+    "folder": "Every image goes through byte for byte unless --resize is given; a GIF becomes PNG. Classes are numbered by name.",
+    "synthetic": "A class sets colours, shape and textures; an image depends on --seed, split and number alone.",
 }
 """What --help says of each kind, behind its line in the list of kinds."""
 
@@ -93,7 +93,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _left_out(folder: Path) -> str:
     path = folder / "skipped.json"
-    return f"; {len(json.loads(path.read_text())['skipped'])} pictures left out, see {path}" if path.exists() else ""
+    return f"; {len(json.loads(path.read_text())['skipped'])} images left out, see {path}" if path.exists() else ""
 
 
 def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
@@ -113,21 +113,21 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         return one
 
     kind("digits", digits, "scikit-learn's 1 797 scanned digits, 8x8 grey")
-    fashion = kind("fashion_mnist", fashion_mnist, "70 000 pictures of clothes, 28x28 grey")
+    fashion = kind("fashion_mnist", fashion_mnist, "70 000 images of clothes, 28x28 grey")
     fashion.add_argument("--source", type=Path, default=FASHION_MNIST_SOURCE, help="folder of the four idx files (%(default)s)")
     archives = "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, or the folder that it unpacks to"
-    cifar = kind("cifar10", cifar10, "60 000 pictures, 32x32 RGB", archives)
+    cifar = kind("cifar10", cifar10, "60 000 images, 32x32 RGB", archives)
     tars = "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with train/ and val/"
     large = kind("imagenet", imagenet, "ImageNet-1K, from its tars or unpacked", tars)
-    own = kind("folder", image_folder, "your own pictures, in a folder for each class", "holds train/CLASS/* and val/CLASS/*")
+    own = kind("folder", image_folder, "your own images, in a folder for each class", "holds train/CLASS/* and val/CLASS/*")
     drawn = kind("synthetic", synthetic, "drawn JPEGs of ImageNet's sizes, as many as you like")
     for one in (large, own):
-        _picture_options(one)
+        _image_options(one)
     for name, default, text in (
         ("classes", 100, "how many classes"),
-        ("train", 50_000, "training pictures"),
-        ("val", 5_000, "validation pictures"),
-        ("size", 500, "longer side of a typical picture, in pixels"),
+        ("train", 50_000, "training images"),
+        ("val", 5_000, "validation images"),
+        ("size", 500, "longer side of a typical image, in pixels"),
     ):
         drawn.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (%(default)s)")
     drawn.add_argument("--seed", type=_seed, default=0, help="of all that is drawn (%(default)s)")
@@ -138,19 +138,19 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     return options.pop("make"), options
 
 
-def _picture_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, help="of the training pictures' order (%(default)s)")
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, help="of the training images' order (%(default)s)")
     parser.add_argument(
-        "--resize", type=count, metavar="N", help="reduce larger pictures to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
+        "--resize", type=count, metavar="N", help="reduce larger images to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
     )
     parser.add_argument("--quality", type=_quality, default=90, metavar="Q", help="of a JPEG that was resized (%(default)s)")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="decode every picture; else only heads and ends are looked at (--resize decodes)",
+        help="decode every image; else only heads and ends are looked at (--resize decodes)",
     )
     parser.add_argument(
-        "--max-bad", type=_share, default=MAX_BAD, metavar="SHARE", help="pictures of a split that may be left out (%(default)s)"
+        "--max-bad", type=_share, default=MAX_BAD, metavar="SHARE", help="images of a split that may be left out (%(default)s)"
     )
 
 

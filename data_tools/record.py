@@ -49,7 +49,7 @@ class Record:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.path}: not the record of a making ({error!r}); --overwrite makes the shards anew") from None
         if options != self.options and not self.shards:
-            # Nothing is lost: as when too many pictures were bad, and some were mended.
+            # Nothing is lost: as when too many images were bad, and some were mended.
             self._replaces, self._known = True, {}
             return
         for name in sorted({*options, *self.options}):

@@ -8,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_tools.pictures import decoding_fault
+from data_tools.images import decoding_fault
 from data_tools.workers import Tick
 from dnal_dist.data import remote
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.tar import Fault, boundaries, parse
 
-# More than any picture takes: such a sample is a shard whose headers are damaged, or means harm.
+# More than any image takes: such a sample is a shard whose headers are damaged, or means harm.
 MOST_BYTES = 1 << 28
 MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
@@ -45,7 +45,7 @@ class Good(NamedTuple):
     key: str
     label: int
     digest: bytes
-    """Of its picture."""
+    """Of its image."""
     row: int
     """Its number in the shard."""
 
@@ -64,7 +64,7 @@ class Survey(NamedTuple):
 
 
 class Surveyor(NamedTuple):
-    """Surveys shards, in a worker. decode: every picture is decoded too."""
+    """Surveys shards, in a worker. decode: every image is decoded too."""
 
     decode: bool = False
 
@@ -95,7 +95,7 @@ class Surveyor(NamedTuple):
     def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: tuple[list, list, list]) -> None:
         faults, good, sizes = found
         if end - begin > MOST_BYTES:
-            faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any picture"))
+            faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any image"))
             return _pass(file, end - begin, digest)
         content = file.read(end - begin)
         digest.update(content)
@@ -105,9 +105,9 @@ class Surveyor(NamedTuple):
             return faults.append((fault.key or f"at byte {begin}", fault.reason))
         if sample.label >= MOST_CLASSES:
             return faults.append((sample.key, f"label {sample.label} is larger than any network's"))
-        good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.picture, digest_size=16).digest(), row))
+        good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.image, digest_size=16).digest(), row))
         if self.decode:
-            reason, size = decoding_fault(sample.picture) if sample.picture else ("it is empty", None)
+            reason, size = decoding_fault(sample.image) if sample.image else ("it is empty", None)
             if reason:
                 faults.append((sample.key, reason))
             elif size:

@@ -1,4 +1,4 @@
-"""Pictures that are drawn, as large and as many as asked for, to try everything at the scale of ImageNet without it."""
+"""Images that are drawn, as large and as many as asked for, to try everything at the scale of ImageNet without it."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from data_tools.record import Record
 from data_tools.writing import Sample, Split, shards_for, write
 
 SPLITS = ("train", "val")
-# (share, width, height) of pictures whose typical longer side is 1, about as ImageNet has them; the rest are of any small size.
+# (share, width, height) of images whose typical longer side is 1, about as ImageNet has them; the rest are of any small size.
 SIZES = ((0.50, 1.0, 0.75), (0.20, 1.0, 0.667), (0.15, 0.75, 1.0), (0.05, 0.667, 1.0), (0.03, 2.0, 1.5))
 QUALITY = 90
 
@@ -28,8 +28,8 @@ def synthetic(
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Drawn JPEGs with the sizes of ImageNet's pictures. A class sets colours, the shape of a blob and two textures; a sample sets
-    place, size, angle, light and noise. A picture depends on --seed, split and number alone, and classes are of equal counts (+-1).
+    """Drawn JPEGs with the sizes of ImageNet's images. A class sets colours, the shape of a blob and two textures; a sample sets
+    place, size, angle, light and noise. An image depends on --seed, split and number alone, and classes are of equal counts (+-1).
     Returns the number of samples of each split."""
     for name, value, least in (("classes", classes, 1), ("train", train, classes), ("val", val, 1), ("size", size, 32)):
         if value < least:
@@ -53,14 +53,14 @@ class Draw(NamedTuple):
     def __call__(self, number: int, _: int) -> Sample:
         label = number % self.classes
         rng = np.random.default_rng([self.seed, 1 + SPLITS.index(self.split), number])
-        pixels = picture(family(self.seed, label), rng, self.size)
+        pixels = image(family(self.seed, label), rng, self.size)
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "JPEG", quality=QUALITY)
         return f"{number:08d}", encoded.getvalue(), "jpg", label
 
 
 class Family(NamedTuple):
-    """What the pictures of a class have in common."""
+    """What the images of a class have in common."""
 
     ground: np.ndarray
     """Colour (3,), 0 to 255; the blob's too."""
@@ -69,7 +69,7 @@ class Family(NamedTuple):
     depth: float
     """How far the blob's outline goes in between its lobes, as a share of its radius."""
     stripes: float
-    """Waves across a blob; and, across the picture, of its ground."""
+    """Waves across a blob; and, across the image, of its ground."""
     ground_stripes: float
     ground_angle: float
 
@@ -89,8 +89,8 @@ def family(seed: int, label: int) -> Family:
     )
 
 
-def picture(family: Family, rng: np.random.Generator, size: int) -> np.ndarray:
-    """uint8 (height, width, 3), one picture of the family; its typical longer side has `size` pixels."""
+def image(family: Family, rng: np.random.Generator, size: int) -> np.ndarray:
+    """uint8 (height, width, 3), one image of the family; its typical longer side has `size` pixels."""
     width, height = _size(rng, size)
     # Shapes are drawn at half the size, four times as fast, and noise, which is what JPEG spends its bytes on, at all of it.
     h, w = (height + 1) // 2, (width + 1) // 2

@@ -1,12 +1,12 @@
 """Check webdataset shards against their index, and say what is in them.
 
   python -m data_tools.verify data/imagenet                              digests, samples, labels, duplicates
-  python -m data_tools.verify data/imagenet --decode                     every picture is decoded too
-  python -m data_tools.verify data/imagenet --contact-sheet sheet.png    64 pictures with their labels, to look at
+  python -m data_tools.verify data/imagenet --decode                     every image is decoded too
+  python -m data_tools.verify data/imagenet --contact-sheet sheet.png    64 images with their labels, to look at
   python -m data_tools.verify '/data/own/train-*.tar' --json
 
 Every sample is read as training reads it. Reported are shards that are missing or not what index.json says, samples that training
-would skip, labels outside the classes, folders that name the classes otherwise, keys that a split has twice, and pictures that are,
+would skip, labels outside the classes, folders that name the classes otherwise, keys that a split has twice, and images that are,
 byte for byte, in two splits or under two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check or
 the contact sheet failed.
 """
@@ -148,8 +148,8 @@ def _arguments() -> argparse.Namespace:
         prog="python -m data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
-    parser.add_argument("--decode", action="store_true", help="decode every picture, and tell their sizes")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write a picture of 64 samples drawn by --seed")
+    parser.add_argument("--decode", action="store_true", help="decode every image, and tell their sizes")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write an image of 64 samples drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="of the contact sheet's samples (%(default)s)")
     parser.add_argument("--list", type=count, default=LISTED, metavar="N", help="most findings of a kind to print (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")

@@ -20,7 +20,7 @@ from rich.text import Text
 SECONDS_BETWEEN_LINES = 30
 
 Tick = Callable[[int], None]
-"""Takes how many things, mostly pictures, were finished since the last call."""
+"""Takes how many things, mostly images, were finished since the last call."""
 
 
 class Stopped(Exception):

@@ -16,7 +16,7 @@ from data_tools.workers import Tick, as_finished
 INDEX_VERSION = 1
 
 Sample = tuple[str, bytes, str, int]
-"""Key, encoded picture, its extension, label."""
+"""Key, encoded image, its extension, label."""
 
 
 class Split(NamedTuple):
@@ -99,8 +99,8 @@ def _write_tar(file: io.BufferedWriter, shard: Shard, tick: Tick) -> dict:
     # webdataset's TarWriter writes these very bytes, but importing it takes torch, seconds and 200 MB in every process.
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for number, reference in enumerate(shard.references, shard.first):
-            key, picture, extension, label = shard.draw(number, reference)
-            for suffix, content in sorted([(extension, picture), ("cls", str(label).encode())]):
+            key, image, extension, label = shard.draw(number, reference)
+            for suffix, content in sorted([(extension, image), ("cls", str(label).encode())]):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size, member.mtime, member.mode = len(content), 0, 0o444
                 member.uname = member.gname = "bigdata"

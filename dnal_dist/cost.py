@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds for one picture and parameters, for any choice of channels kept.
+"""What a network costs: MACs for one image and parameters, for any choice of channels kept.
 
 python -m dnal_dist.cost recipes/proxyless.yaml          the full network of a recipe, layer by layer
 python -m dnal_dist.cost runs/digits                     what a run kept of it
@@ -41,7 +41,7 @@ def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, 
             net.eval()(torch.empty(1, 3, size, size))
         except RuntimeError as error:
             why = str(error).splitlines()[0]
-            raise errors.InputError(f"key 'data.image_size': the network cannot take pictures of {size}x{size} ({why})") from None
+            raise errors.InputError(f"key 'data.image_size': the network cannot take images of {size}x{size} ({why})") from None
     return settings, net, _kept(path, net) if path.is_dir() else None
 
 
@@ -67,7 +67,7 @@ def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> No
 
     size, table = settings.data.image_size, Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer (* gated)", no_wrap=True)
-    for name in ("inputs", "outputs", "multiply-adds", "share", "parameters"):
+    for name in ("inputs", "outputs", "MACs", "share", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = by_layer(net, size, keep)
     total = max(1, sum(row["macs"] for row in rows))
@@ -80,10 +80,10 @@ def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> No
     console.width = max(console.width, 120)
     console.print(table)
     of = "" if keep is None else f", {int(present(net, keep).sum())} of {len(keep)} channels kept"
-    console.print(f"\n{settings.model.name}, pictures of {size}x{size}, {net.num_gates} gates{of}", highlight=False)
+    console.print(f"\n{settings.model.name}, images of {size}x{size}, {net.num_gates} gates{of}", highlight=False)
     for rule in ("exact", "paper"):
         full, now = count(net, size, None, rule), count(net, size, keep, rule)
-        for what, one, other in zip(("multiply-adds", "parameters"), now, full, strict=True):
+        for what, one, other in zip(("MACs", "parameters"), now, full, strict=True):
             share = "" if keep is None else f", {one / other:.2%} of {spaced(other)}"
             console.print(f"{what} ({rule} rule): [bold]{spaced(one)}[/bold]{share}", highlight=False)
 
@@ -91,7 +91,7 @@ def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.cost",
-        description="Print what a recipe's network costs for one picture, layer by layer, or what a run kept of it. Multiply-adds "
+        description="Print what a recipe's network costs for one image, layer by layer, or what a run kept of it. MACs "
         "and parameters by the exact rule (those of the compact network) and by the rule of the paper's tables.",
     )
     parser.add_argument("path", type=Path, metavar="RECIPE|RUN", help="a YAML file such as recipes/proxyless.yaml, or a run folder")

@@ -67,16 +67,16 @@ def _tell(found: dict) -> None:
         sent.add_row(backend, *(_spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
     device = f" in devices of {short(found['device_memory'])}" if found["device_memory"] else ""
     ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
-    console.print(f"{found['network']}, pictures of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
-    console.print(f"{found['share']} pictures of each step for a rank, mixed precision: {found['precision']}\n", highlight=False)
+    console.print(f"{found['network']}, images of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
+    console.print(f"{found['share']} images of each step for a rank, mixed precision: {found['precision']}\n", highlight=False)
     console.print(kept)
     console.print()
     console.print(sent)
-    tail = f"\naccumulation: parts x pictures, the fewest parts that take at most {found['usable']:.0%} of the device memory"
+    tail = f"\naccumulation: parts x images, the fewest parts that take at most {found['usable']:.0%} of the device memory"
     if not all(one["fits"] for one in found["backends"].values()):
-        tail += "; what does not fit is shown\nwith as few pictures at a time as can be"
+        tail += "; what does not fit is shown\nwith as few images at a time as can be"
     console.print(
-        tail if found["device_memory"] else "\naccumulation: parts x pictures; --device-memory says what fits", highlight=False
+        tail if found["device_memory"] else "\naccumulation: parts x images; --device-memory says what fits", highlight=False
     )
     if found["ranks"] == 1:
         console.print("a single process sends nothing to another; ZeRO calls its reductions all the same", highlight=False)

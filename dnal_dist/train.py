@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import values
 from dnal_dist.tracking.run_log import CLOSE_SECONDS
 from dnal_dist.training import exit, phases, stopping
@@ -33,44 +33,44 @@ MISSED = 3
 def main() -> None:
     args = _arguments()
     signals = stopping.Signals(_interrupt)
-    parallel = run = None
+    context = run = None
     try:
         # As JSON, since YAML would make something else of some names.
         given = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
         settings = recipe.load(args.recipe, [*args.overrides, *given])
         until = stopping.limit(args.max_time)
         values.require(settings.tracking.tracker)
-        parallel = Parallel(settings.tracking.tracker, settings.output)
+        context = Context(settings.tracking.tracker, settings.output)
         # To let go of a tracker that hangs takes four seconds more.
         leaving = 0.0 if settings.tracking.tracker == "none" else CLOSE_SECONDS + 5.0
-        edges = Edges(parallel, signals, Path(settings.output) / "stop", until, leaving)
-        run = assemble(settings, parallel, edges, args.overwrite, args.allow_changed)
+        edges = Edges(context, signals, Path(settings.output) / "stop", until, leaving)
+        run = assemble(settings, context, edges, args.overwrite, args.allow_changed)
         signals.training = True
         phases.go(run)
         missed = exit.finish(run)
-        if missed and parallel.main:
+        if missed and context.main:
             exit.say_why(f"error: {missed}")
         run.close()
-        parallel.leave(MISSED if missed else 0)
+        context.leave(MISSED if missed else 0)
         if missed:
             sys.exit(MISSED)
     except stopping.Stopped as stopped:
         exit.leave(run, signals, str(stopped))
     except InputError as error:
-        exit.refuse(run, parallel, signals, error)
+        exit.refuse(run, context, signals, error)
     except KeyboardInterrupt:
         exit.interrupted(run, signals)
     except RuntimeError as error:
         # Where all is being stopped, a peer or a loader may be gone before the signal to this process comes.
         loader_died = "DataLoader worker" in str(error)
         stopping_all = isinstance(error.__context__, KeyboardInterrupt)
-        if stopping_all or ((loader_died or (parallel is not None and parallel.world_size > 1)) and exit.signalled(signals)):
+        if stopping_all or ((loader_died or (context is not None and context.world_size > 1)) and exit.signalled(signals)):
             exit.interrupted(run, signals)
         if not loader_died:
             raise
         why = str(error).splitlines()[0].rstrip(". ")
         told = f"key 'data.workers': a loader process died ({why}); lower it, or give the machine more (shared) memory"
-        exit.refuse(run, parallel, signals, InputError(told, local=True))
+        exit.refuse(run, context, signals, InputError(told, local=True))
     finally:
         if run is not None:
             run.close()

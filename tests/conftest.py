@@ -21,7 +21,7 @@ from data_tools import make_shards
 
 ROOT = Path(__file__).parent.parent
 
-# Pictures of 8x8 pixels, small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads
+# Images of 8x8 pixels, small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads
 # only wait for one another. Set before anything has imported torch; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 

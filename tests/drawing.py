@@ -6,7 +6,7 @@ import signal
 
 def draw(number: int, reference: str) -> tuple[str, bytes, str, int]:
     """A sample of `reference`, for splits of samples that nothing has to be made for."""
-    return f"{number:03d}", f"picture of {reference}".encode(), "png", number % 3
+    return f"{number:03d}", f"image of {reference}".encode(), "png", number % 3
 
 
 def fail(number: int, reference: str):

@@ -24,7 +24,7 @@ def png(grey: int = 100, size: int = 8, mode: str = "L") -> bytes:
 
 
 def samples(count: int = 16, **changes: bytes | None) -> dict[str, bytes]:
-    """Members of a shard: pictures and classes of samples 00, 01, ...; `changes` replaces members (_05_cls is 05.cls) or leaves
+    """Members of a shard: images and classes of samples 00, 01, ...; `changes` replaces members (_05_cls is 05.cls) or leaves
     them out (None)."""
     members = {}
     for i in range(count):

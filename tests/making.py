@@ -51,7 +51,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 
 
 def streamed(folder, split: str, size: int, classes: int = 10) -> dict[str, tuple[torch.Tensor, int]]:
-    """Picture and label of every key of `split`, as a run's validation gets them."""
+    """Image and label of every key of `split`, as a run's validation gets them."""
     data = Data(train="-", val="-", image_size=size, global_batch=4, workers=0)
     shards = Shards(f"{folder}/{split}-*.tar", f"data.{split}", classes)
     found = {}
@@ -61,23 +61,23 @@ def streamed(folder, split: str, size: int, classes: int = 10) -> dict[str, tupl
     return found
 
 
-def assert_streams(folder, split: str, pictures: np.ndarray, labels: np.ndarray) -> None:
-    """The shards hold exactly these pictures (N, height, width, 3) with these labels, in this order of keys."""
-    found = [value for _, value in sorted(streamed(folder, split, pictures.shape[1]).items())]
+def assert_streams(folder, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """The shards hold exactly these images (N, height, width, 3) with these labels, in this order of keys."""
+    found = [value for _, value in sorted(streamed(folder, split, images.shape[1]).items())]
     assert [label for _, label in found] == labels.tolist()
-    assert torch.equal(torch.stack([image for image, _ in found]), torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy()))
+    assert torch.equal(torch.stack([image for image, _ in found]), torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
 
 
 def members(folder, split: str) -> list[tuple[str, bytes, int]]:
     """Extension, bytes and label of every sample, in the order of the shards."""
     found = []
     for path in sorted(folder.glob(f"{split}-*.tar")):
-        found += [(sample.extension, sample.picture, sample.label) for sample in scan(path)]
+        found += [(sample.extension, sample.image, sample.label) for sample in scan(path)]
     return found
 
 
 def skipped(folder) -> dict[str, str]:
-    """The reason why each picture was left out, by its file's name."""
+    """The reason why each image was left out, by its file's name."""
     found = json.loads((folder / "skipped.json").read_text())["skipped"]
     return {entry["picture"].rpartition(": ")[2].rpartition("/")[2]: entry["reason"] for entry in found}
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 Truth = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Pictures (N, height, width, 3) and labels (N,) of each split."""
+"""Images (N, height, width, 3) and labels (N,) of each split."""
 
 FASHION_MNIST = {"train": ("train", 12), "val": ("t10k", 5)}
 """In place of data_tools.fashion_mnist.FILES."""
@@ -26,12 +26,12 @@ def fashion_mnist(folder: Path) -> Truth:
     folder.mkdir()
     rng, truth = np.random.default_rng(0), {}
     for split, (prefix, count) in FASHION_MNIST.items():
-        pictures, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8) % 10
-        for name, array in (("images-idx3", pictures), ("labels-idx1", labels)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8) % 10
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
             suffix = ".gz" if split == "train" else ""
             (folder / f"{prefix}-{name}-ubyte{suffix}").write_bytes(gzip.compress(content) if suffix else content)
-        truth[split] = np.repeat(pictures[..., None], 3, axis=3), labels
+        truth[split] = np.repeat(images[..., None], 3, axis=3), labels
     return truth
 
 
@@ -40,10 +40,10 @@ def cifar10(folder: Path, version: str = "binary") -> Truth:
     it holds."""
     folder.mkdir()
     rng, each = np.random.default_rng(1), CIFAR10_RECORDS
-    pictures, labels = rng.integers(0, 256, (6 * each, 32, 32, 3), np.uint8), rng.integers(0, 10, 6 * each).astype(np.uint8)
+    images, labels = rng.integers(0, 256, (6 * each, 32, 32, 3), np.uint8), rng.integers(0, 10, 6 * each).astype(np.uint8)
     for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
         part = slice(each * i, each * i + each)
-        planes = pictures[part].transpose(0, 3, 1, 2).reshape(each, 3072)
+        planes = images[part].transpose(0, 3, 1, 2).reshape(each, 3072)
         if version == "binary":
             (folder / f"{name}.bin").write_bytes(np.concatenate([labels[part, None], planes], axis=1).tobytes())
         else:
@@ -54,7 +54,7 @@ def cifar10(folder: Path, version: str = "binary") -> Truth:
     else:
         meta = {"num_cases_per_batch": 10_000, "label_names": CIFAR10_CLASSES, "num_vis": 3072}
         (folder / "batches.meta").write_bytes(as_python_2_writes(meta))
-    return {"train": (pictures[: 5 * each], labels[: 5 * each]), "val": (pictures[5 * each :], labels[5 * each :])}
+    return {"train": (images[: 5 * each], labels[: 5 * each]), "val": (images[5 * each :], labels[5 * each :])}
 
 
 def as_python_2_writes(value: dict) -> bytes:
@@ -111,8 +111,8 @@ ILSVRC_IDS = {"n03126707": 1, "n01440764": 2, "n15075141": 3, "n02012849": 4}
 
 def imagenet_tars(folder: Path, each: int = 60) -> tuple[dict[str, bytes], list[tuple[str, bytes, str]]]:
     """Write ILSVRC2012_img_train.tar, a tar of a tar for each class, ILSVRC2012_img_val.tar and the devkit to the new `folder`,
-    with a grey picture, a CMYK one, a PNG by a JPEG's name, and two that cannot be used: n01440764_8.JPEG, which is cut short, and
-    n01440764_9.JPEG, which is empty. Returns each training picture by its name and, in order, those for validation with their
+    with a grey image, a CMYK one, a PNG by a JPEG's name, and two that cannot be used: n01440764_8.JPEG, which is cut short, and
+    n01440764_9.JPEG, which is empty. Returns each training image by its name and, in order, those for validation with their
     names and WordNet ids."""
     folder.mkdir()
     rng, train = np.random.default_rng(3), {}
@@ -126,7 +126,7 @@ def imagenet_tars(folder: Path, each: int = 60) -> tuple[dict[str, bytes], list[
             train |= content
     wnids = [sorted(WORDS)[i] for i in rng.integers(0, len(WORDS), 12)]
     val = [(f"ILSVRC2012_val_{i:08d}.JPEG", _encoded(rng, "RGB", "JPEG"), wnid) for i, wnid in enumerate(wnids, 1)]
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(_tar({name: picture for name, picture, _ in val}))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(_tar({name: image for name, image, _ in val}))
     truth = "".join(f"{ILSVRC_IDS[wnid]}\n" for wnid in wnids).encode()
     data = "ILSVRC2012_devkit_t12/data"
     devkit = {f"{data}/ILSVRC2012_validation_ground_truth.txt": truth, f"{data}/meta.mat": _meta()}

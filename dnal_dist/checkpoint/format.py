@@ -34,7 +34,7 @@ class Spent(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     images: int = 0
-    """Training pictures."""
+    """Training images."""
     device_seconds: float = 0.0
     """Wall seconds times processes, which may have been others before a resume."""
     energy_kwh: float | None = None
@@ -204,8 +204,8 @@ def remove_old(folder: Path, kept: Kept) -> None:
     paths = found(folder)
     accuracies = {path: accuracy for path in paths if (accuracy := _accuracy(path)) is not None}
     newest = next((place(path)[1] for path in accuracies), None)
-    rivals = [path for path in accuracies if place(path)[1] == newest]
-    best = sorted(rivals, key=lambda path: (-accuracies[path], rivals.index(path)))[: kept.best]
+    baselines = [path for path in accuracies if place(path)[1] == newest]
+    best = sorted(baselines, key=lambda path: (-accuracies[path], baselines.index(path)))[: kept.best]
     for path in paths[kept.last :]:
         if path not in best and place(path) != UNKNOWN:
             atomic.remove(path)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
-from dnal_dist.tracking.run_log import Track
+from dnal_dist.tracking.run_log import RunLog
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
 TRIES, BETWEEN = 3, 1.0
@@ -24,8 +24,8 @@ class Saver:
     settings: the recipe's part `checkpoint`.
     """
 
-    def __init__(self, folder: Path, settings, track: Track):
-        self.folder, self.track, self.settings = folder, track, settings
+    def __init__(self, folder: Path, settings, run_log: RunLog):
+        self.folder, self.log, self.settings = folder, run_log, settings
         self.kept = checkpoint.Kept(settings.keep.last, settings.keep.best)
         self.pauses: list[float] = []
         """Seconds that training stood still for each checkpoint."""
@@ -93,7 +93,7 @@ class Saver:
                 if self.settle():
                     return True
             except InputError as error:
-                self.track.warn(str(error))
+                self.log.warn(str(error))
         return False
 
     def told(self) -> str:
@@ -109,7 +109,7 @@ class Saver:
     def _write(self, taken: Checkpoint) -> tuple[float, int]:
         begun = time.monotonic()
         # A checkpoint counts on the records that were told before it.
-        self.track.to_disk()
+        self.log.to_disk()
         size = checkpoint.write(self.folder, taken, self.kept)
         return time.monotonic() - begun, size
 
@@ -126,4 +126,4 @@ class Saver:
         last = (
             "there is none yet" if self.saved is None else f"the last good one is of step {self.saved}, {minutes:.0f} minutes old"
         )
-        self.track.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")
+        self.log.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")

@@ -27,7 +27,7 @@ class Fed(NamedTuple):
     images: Tensor
     """float32 (n, 3, H, W), normalised and mirrored."""
     labels: Tensor
-    """int64 (n,); -100 for a picture that only fills."""
+    """int64 (n,); -100 for an image that only fills."""
     batch: Batch
     """What it came from."""
     waited: float
@@ -37,7 +37,7 @@ class Fed(NamedTuple):
 def feed(batches: Generator[Batch], data, device: torch.device, fill: int = 0) -> Generator[Fed]:
     """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes.
 
-    fill: a batch that lost samples is filled up to so many, with pictures that it has, labelled to count for nothing. Processes
+    fill: a batch that lost samples is filled up to so many, with images that it has, labelled to count for nothing. Processes
     then take the same parts of a batch at any time, whatever each of them had to skip.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None

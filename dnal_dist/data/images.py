@@ -1,6 +1,6 @@
-"""From an encoded picture to a place in a batch: header, geometry, decode, crop and resize; uint8 throughout.
+"""From an encoded image to a place in a batch: header, geometry, decode, crop and resize; uint8 throughout.
 
-What is needed of a picture is settled from its header alone, before a pixel is decoded: a picture of too many pixels is refused
+What is needed of an image is settled from its header alone, before a pixel is decoded: an image of too many pixels is refused
 then, and a JPEG that will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through
 simplejpeg; what it refuses (CMYK, PNG, small faults) goes through Pillow. Mirroring is only decided here: `normalise` does it on
 the device.
@@ -26,8 +26,8 @@ from dnal_dist.data.tar import FORMATS
 SMALLEST_REDUCED = 64
 
 
-class PictureError(ValueError):
-    """A picture cannot be decoded; the message is the reason, one line."""
+class ImageError(ValueError):
+    """An image cannot be decoded; the message is the reason, one line."""
 
 
 class Header(NamedTuple):
@@ -43,10 +43,10 @@ class Header(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What becomes of one picture: resized to `whole`, cut to `part`, that resized to a square of the image size, then shifted."""
+    """What becomes of one image: resized to `whole`, cut to `part`, that resized to a square of the image size, then shifted."""
 
     own: tuple[int, int]
-    """The picture's height and width."""
+    """The image's height and width."""
     whole: tuple[int, int]
     """The same if it is not resized as a whole."""
     part: tuple[int, int, int, int]
@@ -60,10 +60,10 @@ class Geometry(NamedTuple):
 
 
 class Transform:
-    """Encoded pictures to squares of `data.image_size`, uint8. Random changes depend on seed, epoch and index alone.
+    """Encoded images to squares of `data.image_size`, uint8. Random changes depend on seed, epoch and index alone.
 
     Validation, and training without augmentation, give bit for bit what Pillow's decoder gives with torchvision's Resize and
-    CenterCrop on Pillow's pictures.
+    CenterCrop on Pillow's images.
     """
 
     def __init__(self, data, seed: int, train: bool):
@@ -71,9 +71,9 @@ class Transform:
         self.kind = data.augmentation.kind if train else "none"
 
     def __call__(self, encoded: bytes, epoch: int, index: int, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
-        """The picture, uint8 (image_size, image_size, 3), written to `out` if given, and whether it is to be mirrored.
+        """The image, uint8 (image_size, image_size, 3), written to `out` if given, and whether it is to be mirrored.
 
-        Raises PictureError for what is no picture, is cut short, or has more pixels than data.max_pixels.
+        Raises ImageError for what is no image, is cut short, or has more pixels than data.max_pixels.
         """
         header = read_header(encoded)
         geometry = self.plan(header, epoch, index)
@@ -83,7 +83,7 @@ class Transform:
         return out, geometry.flip
 
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
-        """What becomes of a picture with this header. Raises PictureError if that takes more than data.max_pixels pixels."""
+        """What becomes of an image with this header. Raises ImageError if that takes more than data.max_pixels pixels."""
         own, size, data, augmentation = (header.height, header.width), self.size, self.data, self.data.augmentation
         _check_pixels(own, data.max_pixels, "")
         whole, shift, rng = own, (0, 0), np.random.default_rng((self.seed, epoch, index)) if self.train else None
@@ -103,7 +103,7 @@ class Transform:
 
 
 def render(encoded: bytes, header: Header, geometry: Geometry, out: np.ndarray) -> None:
-    """Decode as much of a picture as `geometry` needs and write it to `out`, uint8 (size, size, 3). Raises PictureError."""
+    """Decode as much of an image as `geometry` needs and write it to `out`, uint8 (size, size, 3). Raises ImageError."""
     reduction = reduction_of(header, geometry, len(out))
     _shift(_cut(decode(encoded, header, reduction), geometry, reduction, len(out)), *geometry.shift, out)
 
@@ -111,7 +111,7 @@ def render(encoded: bytes, header: Header, geometry: Geometry, out: np.ndarray) 
 def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
     """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives.
 
-    It is 1 where bits count, and for the smallest pictures, of which simplejpeg could mean another scale by the same size.
+    It is 1 where bits count, and for the smallest images, of which simplejpeg could mean another scale by the same size.
     """
     own, whole = geometry.own, geometry.whole
     if geometry.exact or not header.plain or min(own) < SMALLEST_REDUCED:
@@ -137,7 +137,7 @@ def _cut(pixels: np.ndarray, geometry: Geometry, reduction: int, size: int) -> n
 
 
 class Stack:
-    """Up to `count` pictures, each written straight into its place in one tensor: in memory (count, H, W, 3), so channels_last."""
+    """Up to `count` images, each written straight into its place in one tensor: in memory (count, H, W, 3), so channels_last."""
 
     def __init__(self, count: int, size: int):
         places = torch.empty(count, size, size, 3, dtype=torch.uint8)
@@ -148,16 +148,16 @@ class Stack:
 
     @property
     def next(self) -> np.ndarray:
-        """Where the next picture goes, uint8 (H, W, 3)."""
+        """Where the next image goes, uint8 (H, W, 3)."""
         return self._arrays[self.count]
 
     def keep(self) -> None:
-        """The next picture is written."""
+        """The next image is written."""
         self.count += 1
 
     @property
     def images(self) -> Tensor:
-        """uint8 (pictures, 3, H, W), of channels_last memory."""
+        """uint8 (images, 3, H, W), of channels_last memory."""
         return self._places[: self.count].permute(0, 3, 1, 2)
 
 
@@ -176,9 +176,9 @@ def normalise(images: Tensor, mean, std, flips: Tensor | None = None, dtype: tor
 
 
 def read_header(encoded: bytes) -> Header:
-    """Size and kind of a picture, without decoding it. Raises PictureError for what is none."""
+    """Size and kind of an image, without decoding it. Raises ImageError for what is none."""
     if not encoded:
-        raise PictureError("it is empty")
+        raise ImageError("it is empty")
     if encoded[:2] == b"\xff\xd8":
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -190,7 +190,7 @@ def read_header(encoded: bytes) -> Header:
 def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> np.ndarray:
     """uint8 (height, width, 3), height and width divided by `reduction` and rounded up. `header`: if it has been read already.
 
-    Raises PictureError for what is no picture, an animation, or cut short.
+    Raises ImageError for what is no image, an animation, or cut short.
     """
     header = header or read_header(encoded)
     if header.colours:
@@ -202,11 +202,11 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
                 return pixels
         except ValueError as error:
             if "premature end of data" in str(error):
-                # With an end behind it, half a picture is a whole one to Pillow, and the other half is grey.
-                raise PictureError("it is truncated, though it has an end") from None
+                # With an end behind it, half an image is a whole one to Pillow, and the other half is grey.
+                raise ImageError("it is truncated, though it has an end") from None
     with _opened(encoded) as image:
         if (image.height, image.width) != header[:2]:
-            raise PictureError("its headers contradict each other")
+            raise ImageError("its headers contradict each other")
         if image.mode.startswith("I"):
             # Grey of 16 bits: the upper byte is what one of 8 bits would hold.
             upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -216,7 +216,7 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
 
 @contextlib.contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The picture in Pillow's hands, its pixels not decoded yet. Whatever Pillow raises in here is raised as PictureError."""
+    """The image in Pillow's hands, its pixels not decoded yet. Whatever Pillow raises in here is raised as ImageError."""
     most = Image.MAX_IMAGE_PIXELS
     try:
         # data.max_pixels takes the place of Pillow's own bound, and a reason that of its warnings.
@@ -225,22 +225,22 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 if image.format in ("PNG", "GIF") and getattr(image, "is_animated", False):
-                    raise PictureError("it is animated")
+                    raise ImageError("it is animated")
                 yield image
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"it is no picture of the kinds {', '.join(FORMATS)}, or its header is damaged") from None
+        raise ImageError(f"it is no image of the kinds {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # of many kinds: each of Pillow's readers has its own
         line = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise PictureError(line if line.isprintable() else repr(line)) from None
+        raise ImageError(line if line.isprintable() else repr(line)) from None
     finally:
         Image.MAX_IMAGE_PIXELS = most
 
 
 def _check_pixels(shape: tuple[int, int], most: int, how: str) -> None:
     if shape[0] * shape[1] > most:
-        raise PictureError(f"{how}{shape[1]} x {shape[0]} pixels, more than data.max_pixels ({most}) allows")
+        raise ImageError(f"{how}{shape[1]} x {shape[0]} pixels, more than data.max_pixels ({most}) allows")
 
 
 def _with_shorter_side(shape: tuple[int, int], shorter: int) -> tuple[int, int]:
@@ -275,7 +275,7 @@ def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_as_pillow(pixels: np.ndarray, height: int, width: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The same, bit for bit as torchvision does it with Pillow's pictures. box: the part to take, left, upper, right, lower."""
+    """The same, bit for bit as torchvision does it with Pillow's images. box: the part to take, left, upper, right, lower."""
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 

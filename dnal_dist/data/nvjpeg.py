@@ -1,6 +1,6 @@
 """JPEGs decoded, cut and resized on an NVIDIA GPU, by nvJPEG through torchvision (`data.decode: cuda`).
 
-Loader processes only read headers and settle each picture's geometry; encoded JPEGs travel to the device's process. What nvJPEG
+Loader processes only read headers and settle each image's geometry; encoded JPEGs travel to the device's process. What nvJPEG
 cannot take (PNG, CMYK and RGB JPEGs, files without their end) is decoded by the loader processes as ever, and what it refuses is
 decoded on the CPU then. Validation always decodes on the CPU, since its bits count.
 """
@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import receipts
-from dnal_dist.data.images import Geometry, Header, PictureError, read_header, render
+from dnal_dist.data.images import Geometry, Header, ImageError, read_header, render
 from dnal_dist.data.shards import Origin
 
 
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     """Where in the batch each belongs, ascending."""
     geometries: list[Geometry]
     origins: list[Origin]
-    """Of what may turn out to be no picture."""
+    """Of what may turn out to be no image."""
 
 
 class Waiting:
@@ -51,7 +51,7 @@ class Waiting:
 
 
 def takes(header: Header, encoded: bytes) -> bool:
-    """Whether nvJPEG is asked. Without its end a JPEG is half a picture, which nvJPEG need not say."""
+    """Whether nvJPEG is asked. Without its end a JPEG is half an image, which nvJPEG need not say."""
     return header.colours in ("YCbCr", "Gray") and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
@@ -67,9 +67,9 @@ def require(device: torch.device) -> None:
 
 
 def finish(batch, size: int, device: torch.device):
-    """`batch` of a stream with its images complete on `device`, uint8 (n, 3, size, size); what is no picture is left out and told.
+    """`batch` of a stream with its images complete on `device`, uint8 (n, 3, size, size); what is no image is left out and told.
 
-    Raises InputError if no picture is left.
+    Raises InputError if no image is left.
     """
     encoded, count = batch.encoded, len(batch.labels)
     jpegs = list(encoded.data[: sum(encoded.sizes)].split(encoded.sizes)) if encoded.sizes else []
@@ -77,18 +77,18 @@ def finish(batch, size: int, device: torch.device):
     waiting, bad, lost = set(encoded.places), [], {}
     if done := [place for place in range(count) if place not in waiting]:
         images[torch.tensor(done, device=device)] = batch.images.to(device, non_blocking=True)
-    for i, picture in enumerate(_decoded(jpegs, device)):
+    for i, image in enumerate(_decoded(jpegs, device)):
         geometry, place = encoded.geometries[i], encoded.places[i]
         try:
-            if picture is not None and tuple(picture.shape[1:]) == tuple(geometry.own):
-                images[place] = cut(picture, geometry, size)
+            if image is not None and tuple(image.shape[1:]) == tuple(geometry.own):
+                images[place] = cut(image, geometry, size)
             else:
                 images[place] = _on_the_cpu(jpegs[i].numpy().tobytes(), geometry, size).to(device)
-        except PictureError as error:
+        except ImageError as error:
             bad.append(encoded.origins[i].fault(str(error)))
             lost[place] = encoded.origins[i]
     if len(lost) == count:
-        raise InputError(f"{bad[0]}: no picture of a batch of {count} can be used; mend the shards", local=True)
+        raise InputError(f"{bad[0]}: no image of a batch of {count} can be used; mend the shards", local=True)
     return _without(batch._replace(images=images, bad=batch.bad + bad, encoded=None), lost)
 
 

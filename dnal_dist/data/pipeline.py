@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg, receipts
-from dnal_dist.data.images import Geometry, PictureError, Stack, Transform, read_header, render
+from dnal_dist.data.images import Geometry, ImageError, Stack, Transform, read_header, render
 from dnal_dist.data.nvjpeg import Encoded
 from dnal_dist.data.order import Place, Slices
 from dnal_dist.data.prefetch import Ahead
@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     encoded: Encoded | None = None
 
 
-class Pictures(Dataset):
-    """Decoded pictures by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
+class Images(Dataset):
+    """Decoded images by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
     exception would arrive from a loader process as a page of traceback."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Ahead | None = None):
@@ -49,7 +49,7 @@ class Pictures(Dataset):
         for place in wanted:
             try:
                 sample, origin = self.shards.take(place.index, place.position)
-                geometry = self._picture(sample.picture, place, origin, stack, waiting, len(labels))
+                geometry = self._image(sample.image, place, origin, stack, waiting, len(labels))
             except Fault as fault:
                 bad.append(fault)
                 continue
@@ -59,14 +59,14 @@ class Pictures(Dataset):
             flips.append(geometry.flip)
             origins.append(origin)
         if self.train and not labels:
-            # BatchNorm's statistics of no picture at all would be no numbers.
-            return InputError(f"{bad[0]}: no picture of a batch of {len(wanted)} can be used; mend the shards")
+            # BatchNorm's statistics of no image at all would be no numbers.
+            return InputError(f"{bad[0]}: no image of a batch of {len(wanted)} can be used; mend the shards")
         label, flip = torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool)
         keys, tally = [origin.key for origin in origins], receipts.tally(origins)
         return Batch(stack.images, label, flip, keys, bad, tally, waiting.encoded() if self.on_device else None)
 
-    def _picture(self, encoded: bytes, place: Place, origin: Origin, stack: Stack, waiting: nvjpeg.Waiting, row: int) -> Geometry:
-        """Decode a picture onto `stack`, or leave it for the device to put it into the batch's `row`."""
+    def _image(self, encoded: bytes, place: Place, origin: Origin, stack: Stack, waiting: nvjpeg.Waiting, row: int) -> Geometry:
+        """Decode an image onto `stack`, or leave it for the device to put it into the batch's `row`."""
         try:
             header = read_header(encoded)
             geometry = self.transform.plan(header, place.epoch, place.index)
@@ -75,7 +75,7 @@ class Pictures(Dataset):
             else:
                 render(encoded, header, geometry, stack.next)
                 stack.keep()
-        except PictureError as error:
+        except ImageError as error:
             raise origin.fault(str(error)) from None
         return geometry
 
@@ -97,21 +97,21 @@ class Stream:
     def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1, pin: bool = False):
         if data.global_batch % world_size:
             raise InputError(
-                f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {world_size} processes; "
+                f"key 'data.global_batch': {data.global_batch} images cannot be divided evenly among {world_size} processes; "
                 f"the nearest that can is {max(1, round(data.global_batch / world_size)) * world_size}"
             )
         self.shards, self.samples = shards, shards.samples
         self.steps_per_epoch, self.dropped = divmod(self.samples, data.global_batch)
         if train and not self.steps_per_epoch:
             raise InputError(
-                f"key 'data.global_batch': a step takes {data.global_batch} pictures, but '{shards.key}' holds {self.samples}; "
+                f"key 'data.global_batch': a step takes {data.global_batch} images, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
         self._slices = Slices(shards, data, seed, train, rank, world_size)
         together = data.shuffle_shards if train else 1
         self._ahead = shards.ahead(self._slices.first_uses, together, downloads=max(1, 4 // max(1, data.workers)))
         self._loader = DataLoader(
-            Pictures(shards, data, seed, train, self._ahead),
+            Images(shards, data, seed, train, self._ahead),
             batch_sampler=self._slices,
             num_workers=data.workers,
             collate_fn=_as_it_is,

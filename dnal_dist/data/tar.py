@@ -1,6 +1,6 @@
 """What a shard's bytes hold: samples of an ordinary webdataset tar, however damaged or malicious it may be.
 
-Neighbouring members with one key, the path up to the first dot of its last component, are a sample. A picture (png, jpg, jpeg) and
+Neighbouring members with one key, the path up to the first dot of its last component, are a sample. An image (png, jpg, jpeg) and
 a class number (cls) are read of it. Nothing that a shard holds is ever executed, unpickled, or written to disk under a name that it
 chose.
 """
@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-PICTURES = ("png", "jpg", "jpeg")
-# As Pillow calls them. A picture is what its content says, whatever its extension.
+IMAGES = ("png", "jpg", "jpeg")
+# As Pillow calls them. An image is what its content says, whatever its extension.
 FORMATS = ("JPEG", "PNG", "GIF")
 # Members that readers of webdataset shards are known to run programs from. A sample that has one is not used.
 REFUSED = ("pyd", "pickle", "pkl", "pt", "pth", "dill")
@@ -35,7 +35,7 @@ class Fault(Exception):
 
 class Sample(NamedTuple):
     key: str
-    picture: bytes
+    image: bytes
     extension: str
     label: int
 
@@ -96,9 +96,9 @@ def key_of(name: str) -> str | None:
 
 
 def parse(chunk: bytes, num_classes: int | None = None) -> Sample:
-    """The sample that `chunk`, its members in tar format, holds. Raises Fault for anything else than one picture and one class
+    """The sample that `chunk`, its members in tar format, holds. Raises Fault for anything else than one image and one class
     number in [0, num_classes), and for members that mean harm."""
-    pictures, labels, key = [], [], None
+    images, labels, key = [], [], None
     try:
         for name, kind, begin, size in _members(chunk):
             if kind == tarfile.DIRTYPE or (this := key_of(name)) is None:
@@ -113,14 +113,12 @@ def parse(chunk: bytes, num_classes: int | None = None) -> Sample:
                 raise Fault(f"it has a .{extension}, which is refused: reading it could run any program")
             if begin + size > len(chunk):
                 raise Fault("it is cut short")
-            if extension in PICTURES:
-                pictures.append((extension, begin, size))
+            if extension in IMAGES:
+                images.append((extension, begin, size))
             elif extension == "cls":
                 labels.append(chunk[begin : begin + size])
-        if len(pictures) != 1 or len(labels) != 1:
-            raise Fault(
-                f"expected one picture ({', '.join(PICTURES)}) and one class (cls), found {len(pictures)} and {len(labels)}"
-            )
+        if len(images) != 1 or len(labels) != 1:
+            raise Fault(f"expected one image ({', '.join(IMAGES)}) and one class (cls), found {len(images)} and {len(labels)}")
         text = labels[0].strip()
         if len(text) > 9 or not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
             bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
@@ -128,7 +126,7 @@ def parse(chunk: bytes, num_classes: int | None = None) -> Sample:
     except Fault as fault:
         fault.key = shown(key)
         raise
-    extension, begin, size = pictures[0]
+    extension, begin, size = images[0]
     return Sample(shown(key), chunk[begin : begin + size], extension, int(text))
 
 

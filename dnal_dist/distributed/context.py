@@ -25,7 +25,7 @@ from dnal_dist.distributed.zero import Zero
 TIMEOUT = timedelta(minutes=10)
 
 
-class Parallel:
+class Context:
     """The processes that `accelerate launch` started (or this one alone): who they are, and how they agree.
 
     Raises InputError if Accelerate was asked for something that would silently not be done.
@@ -96,7 +96,7 @@ class Parallel:
             if share % asked or share // asked > limit:
                 raise InputError(
                     f"the Accelerate config asks for gradient_accumulation_steps {asked}, which does not divide the {share} "
-                    f"pictures of a process into equal parts of at most {limit}; leave it out and set key "
+                    f"images of a process into equal parts of at most {limit}; leave it out and set key "
                     "'data.per_device_batch_limit'"
                 )
             return asked

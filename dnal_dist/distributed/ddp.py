@@ -22,7 +22,7 @@ class Replicated(Trained):
         with warnings.catch_warnings():
             # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            # Running statistics are combined at the end of each epoch (see parallel.average_statistics), not sent at every step.
+            # Running statistics are combined at the end of each epoch (see context.average_statistics), not sent at every step.
             network = DistributedDataParallel(
                 self.module,
                 device_ids=[self.options.device.index] if self.options.device.type == "cuda" else None,

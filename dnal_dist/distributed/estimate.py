@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass of a weight step keeps for its backward pass: `fixed`, and `each` for each picture."""
+    """Bytes that the forward pass of a weight step keeps for its backward pass: `fixed`, and `each` for each image."""
 
     fixed: int
     each: int
@@ -79,8 +79,8 @@ def _on_meta(net: GatedNetwork, dtype: torch.dtype = torch.float32) -> GatedNetw
     return copied.train()
 
 
-def _images(net: GatedNetwork, image_size: int, pictures: int) -> Tensor:
-    return torch.empty(pictures, 3, image_size, image_size, device="meta", dtype=next(net.parameters()).dtype)
+def _images(net: GatedNetwork, image_size: int, images: int) -> Tensor:
+    return torch.empty(images, 3, image_size, image_size, device="meta", dtype=next(net.parameters()).dtype)
 
 
 def _loss(net: GatedNetwork, images: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ def _buckets(net: GatedNetwork) -> list[int]:
 def traffic(
     net: GatedNetwork, backend: str, ranks: int, image_size: int, precision: str = "no", parts: int = 1
 ) -> tuple[Operations, Operations]:
-    """What a weight step and an architecture step of the search communicate on pictures of image_size x image_size: (operation,
-    bytes) as parallel.Traffic notes them, in no particular order.
+    """What a weight step and an architecture step of the search communicate on images of image_size x image_size: (operation,
+    bytes) as context.Traffic notes them, in no particular order.
 
     precision: no or bf16. parts: the share of a rank is taken in so many. Without sync_batchnorm and clip_norm, which add to it. A
     single process sends nothing to another; ZeRO calls its reductions all the same.
@@ -153,7 +153,7 @@ def _touched(net: nn.Module, ranks: int) -> int:
 
 
 def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", parts: int = 1) -> Memory:
-    """What one of so many ranks keeps beside pictures and activations."""
+    """What one of so many ranks keeps beside images and activations."""
     low, total = PRECISIONS[precision].itemsize, sum(_sizes(net))
     other = 12 * net.num_gates + sum(b.numel() * b.element_size() for b in net.buffers())
     if backend == "ddp":
@@ -178,18 +178,18 @@ def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", p
 
 
 def activations(net: GatedNetwork, image_size: int, precision: str = "no", checkpointing: bool = False) -> Activations:
-    """What a weight step of the search keeps for its backward pass, without the pictures themselves.
+    """What a weight step of the search keeps for its backward pass, without the number themselves.
 
     With activation checkpointing that is what lies between the units of the network, and the unit that keeps the most.
     """
     net = _on_meta(net, PRECISIONS[precision])
-    two, four = (_saved(net, image_size, pictures, checkpointing) for pictures in (2, 4))
+    two, four = (_saved(net, image_size, number, checkpointing) for number in (2, 4))
     return Activations(two - (four - two), (four - two) // 2)
 
 
-def _saved(net: GatedNetwork, image_size: int, pictures: int, checkpointing: bool) -> int:
-    images = _images(net, image_size, pictures)
-    # Only a cast of the pictures comes on top of them.
+def _saved(net: GatedNetwork, image_size: int, number: int, checkpointing: bool) -> int:
+    images = _images(net, image_size, number)
+    # Only a cast of the number comes on top of them.
     others = [images] if images.dtype == torch.float32 else []
     own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers(), *others)}
     # Storages by unit; outside of units under None. They are held, so that none takes another's place.
@@ -231,7 +231,7 @@ def _built(settings: recipe.Recipe) -> GatedNetwork:
         _loss(net, _images(net, size, 2))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise errors.InputError(f"key 'data.image_size': {model.name} does not take pictures of {size}x{size} ({reason})") from None
+        raise errors.InputError(f"key 'data.image_size': {model.name} does not take images of {size}x{size} ({reason})") from None
     return net
 
 
@@ -239,28 +239,28 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
     """By backend, what a rank keeps and what steps send if the share of a rank is taken in the fewest equal parts that fit.
 
     device_memory: bytes of a device, of which USABLE are counted on; None: only data.per_device_batch_limit asks for parts. Raises
-    InputError if the global batch cannot be divided or the pictures are too small, ValueError for an unknown network.
+    InputError if the global batch cannot be divided or the images are too small, ValueError for an unknown network.
     """
     data, checkpointing = settings.data, settings.training.activation_checkpointing
     if ranks < 1:
         raise errors.InputError(f"--ranks {ranks}: expected at least 1")
     if data.global_batch % ranks:
         raise errors.InputError(
-            f"key 'data.global_batch': {data.global_batch} pictures cannot be divided evenly among {ranks} ranks; the nearest that "
+            f"key 'data.global_batch': {data.global_batch} images cannot be divided evenly among {ranks} ranks; the nearest that "
             f"can is {max(1, round(data.global_batch / ranks)) * ranks}"
         )
     net = _built(settings)
     share, size = data.global_batch // ranks, data.image_size
     usable, limit = math.inf if device_memory is None else USABLE * device_memory, data.per_device_batch_limit or share
-    kept, pictures = activations(net, size, precision, checkpointing), 12 * size**2 * share
+    kept, images = activations(net, size, precision, checkpointing), 12 * size**2 * share
 
     def needed(backend: str, parts: int) -> dict[str, int]:
-        found = memory(net, backend, ranks, precision, parts)._asdict() | {"pictures": pictures}
+        found = memory(net, backend, ranks, precision, parts)._asdict() | {"pictures": images}
         found["activations"] = kept.fixed + kept.each * (share // parts)
         return found | {"total": sum(found.values())}
 
     def of(backend: str) -> dict:
-        # With one picture at a time last, which is told of if nothing fits.
+        # With one image at a time last, which is told of if nothing fits.
         parts = [p for p in range(1, share + 1) if share % p == 0 and share // p <= limit]
         best = next((p for p in parts if needed(backend, p)["total"] <= usable), None)
         shown = best or parts[-1]

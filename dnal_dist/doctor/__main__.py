@@ -45,7 +45,7 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "training shards": data.train_shards,
     "validation shards": data.val_shards,
     "labels": data.labels,
-    "pictures": data.pictures,
+    "pictures": data.images,
     "shard cache": data.cache,
     "run folder": disk.run_folder,
     "disk space": disk.disk,

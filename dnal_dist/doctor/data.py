@@ -10,7 +10,7 @@ import numpy as np
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
 from dnal_dist.data import remote, shardlist
-from dnal_dist.data.images import PictureError, Transform
+from dnal_dist.data.images import ImageError, Transform
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.shards import Shards
@@ -19,7 +19,7 @@ from dnal_dist.doctor.case import Case, Finding, fails, many, passes, refused, w
 from dnal_dist.training import preflight
 
 # Samples whose labels are read, and that are decoded; of remote shards each is a request.
-LABELS, PICTURES, REQUESTS = 512, 32, 4
+LABELS, IMAGES, REQUESTS = 512, 32, 4
 # Seconds after which no further sample is asked for.
 PATIENCE = 4.0
 
@@ -94,7 +94,7 @@ def _mend(fault: Fault, known: int) -> str:
     return "make or copy the shard anew (`python -m data_tools.verify` lists all)"
 
 
-def pictures(case: Case) -> Finding:
+def images(case: Case) -> Finding:
     """A sample of both sets goes through the recipe's own transforms on the CPU."""
     data, told = case.settings.data, []
     for key in ("train", "val"):
@@ -102,15 +102,15 @@ def pictures(case: Case) -> Finding:
         if isinstance(shards, InputError):
             return fails(f"not looked at, since the shards of data.{key} cannot be used", f"mend key 'data.{key}'")
         transform, begun, good = Transform(data, case.settings.seed, key == "train"), time.monotonic(), 0
-        for index, found in _some(shards, PICTURES):
+        for index, found in _some(shards, IMAGES):
             try:
                 if isinstance(found, Fault):
                     raise found
-                transform(found.picture, 0, index)
-            except (PictureError, Fault) as fault:
+                transform(found.image, 0, index)
+            except (ImageError, Fault) as fault:
                 where, begin = shards.where(index)
-                return (warns if data.max_bad_fraction > 1 / PICTURES else fails)(
-                    f"data.{key}: a picture of the {good + 1} looked at is unusable: {where} at byte {begin}: "
+                return (warns if data.max_bad_fraction > 1 / IMAGES else fails)(
+                    f"data.{key}: an image of the {good + 1} looked at is unusable: {where} at byte {begin}: "
                     f"{getattr(fault, 'reason', fault)}",
                     "`python -m data_tools.verify --decode` lists all; make them anew, or raise key 'data.max_bad_fraction'",
                 )

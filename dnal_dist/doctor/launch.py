@@ -14,7 +14,7 @@ from dnal_dist import recipe
 from dnal_dist.doctor.case import PRECISIONS, PROBED, Case, Finding, fails, passes, warns
 from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 
-# The probe's pictures are no larger than this, where the network takes such ones.
+# The probe's images are no larger than this, where the network takes such ones.
 SIZE = 64
 # Seconds without a word after which processes with GPUs hang, rather than take their time.
 SILENT = 15.0

@@ -20,20 +20,20 @@ def network(case: Case) -> Finding:
     data, model = settings.data, settings.model
     # What cannot be divided evenly is told with the shards.
     share = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _parts(case)
-    preflight.unfit_pictures(net, data, share)
+    preflight.unfit_images(net, data, share)
     selection.budget(settings.architecture, net, data.image_size)
     given = model.init_from
     if given and not given.startswith(PREFIX) and not Path(given).expanduser().exists():
         return fails(f"key 'model.init_from': there is no {given}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50")
     begins = f", begins with {given}" if given else ""
     return passes(
-        f"{settings.name}: {model.name}, {many(net.num_gates, 'gate')}, pictures of {data.image_size}x{data.image_size}, "
+        f"{settings.name}: {model.name}, {many(net.num_gates, 'gate')}, images of {data.image_size}x{data.image_size}, "
         f"{data.global_batch} a step{begins}"
     )
 
 
 def _parts(case: Case) -> int:
-    """In how many parts a process will take its share: see parallel.Parallel.parts."""
+    """In how many parts a process will take its share: see Context.parts."""
     data = case.settings.data
     share = data.global_batch // case.ranks
     if case.config is not None and case.config.accumulation > 1:
@@ -68,7 +68,7 @@ def memory(case: Case) -> Finding:
         return warns(told, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")
     if not kept["fits"]:
         return fails(
-            f"{told}; one picture at a time does not fit", "more processes, training.activation_checkpointing=true, or fsdp2"
+            f"{told}; one image at a time does not fit", "more processes, training.activation_checkpointing=true, or fsdp2"
         )
     if kept["parts"] > parts:
         return fails(told, f"data.per_device_batch_limit={kept['pictures_at_a_time']}, or more processes")

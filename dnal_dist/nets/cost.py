@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a network, under a mask or under soft gates."""
+"""MACs and parameters of a network, under a mask or under soft gates."""
 
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,9 +24,9 @@ class Expected(NamedTuple):
 
 
 def count(net: GatedNetwork, image_size: int, keep: Tensor | None = None, rule: str = "exact") -> Cost:
-    """Cost of `net` for one picture of image_size x image_size when only the channels of `keep`, bool (N,), stay.
+    """Cost of `net` for one image of image_size x image_size when only the channels of `keep`, bool (N,), stay.
 
-    exact: multiply-adds of Conv2d and Linear; all parameters. Residual-aware: a channel that a shortcut still feeds still costs.
+    exact: MACs of Conv2d and Linear; all parameters. Residual-aware: a channel that a shortcut still feeds still costs.
     It is the cost of the compact network. paper: the rule behind the tables of arXiv 2103.02126, which adds one operation for each
     BatchNorm and bias output, counts no BatchNorm of Linear layers, takes an input channel for closed when the layer right before
     closed it, and keeps all outputs of a convolution without gates.
@@ -58,7 +58,7 @@ def of_layers(net: GatedNetwork, image_size: int, keep: Tensor) -> dict[str, dic
 
 
 def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
-    """Exact multiply-adds and parameters if each gate, (N,) floating, is the probability that its channel stays.
+    """Exact MACs and parameters if each gate, (N,) floating, is the probability that its channel stays.
 
     Equals `count` when every gate is 0 or 1. A channel of a stream that several layers write to stays unless all of them close it;
     a branch costs nothing unless each of its sites has an open channel.
@@ -68,7 +68,7 @@ def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
 
 
 def _layer_costs(net: GatedNetwork, image_size: int, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Expected multiply-adds, parameters, live input and live output channels of each layer, (L,) each."""
+    """Expected MACs, parameters, live input and live output channels of each layer, (L,) each."""
     t = _terms(net, image_size, gates.device)
     # One more gate, always open, stands for outputs that nothing decides on.
     gates = torch.cat([gates, gates.new_ones(1)])
@@ -199,7 +199,7 @@ def _paper_count(net: GatedNetwork, image_size: int, keep: Tensor) -> Cost:
 
 
 def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> list[dict]:
-    """One row for each layer, in forward order: path, site, [kept, full] channels, multiply-adds and parameters (exact rule)."""
+    """One row for each layer, in forward order: path, site, [kept, full] channels, MACs and parameters (exact rule)."""
     keep = all_open(net) if keep is None else keep
     columns = [c.round().long().tolist() for c in _layer_costs(net, image_size, useful(net, keep).double())]
     rows = []

@@ -172,7 +172,7 @@ class GatedNetwork(nn.Module):
         raise NotImplementedError
 
     def layers(self, image_size: int) -> list[Layer]:
-        """Every Conv2d and Linear in forward order, for pictures of `image_size` x `image_size`."""
+        """Every Conv2d and Linear in forward order, for images of `image_size` x `image_size`."""
         raise NotImplementedError
 
     def shortcuts(self) -> list[str]:

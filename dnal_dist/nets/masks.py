@@ -11,7 +11,7 @@ from dnal_dist.nets.gated import Feed, GatedNetwork, Layer
 
 
 def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> tuple[Tensor, list[str]]:
-    """`keep`, bool (N,), with channels opened so that something of the picture reaches every layer around which there is no way.
+    """`keep`, bool (N,), with channels opened so that something of the image reaches every layer around which there is no way.
 
     Where all that feeds such a layer closed, the strongest channel of each closed site on one way opens: of the layer right before,
     or of the strongest candidate of a supernet's cell. strength (N,) ranks channels, alpha for example; by default the magnitude of

@@ -1,4 +1,4 @@
-"""Residual networks: basic blocks with parameter-free shortcuts for small pictures (option A of He et al., 2015), and bottlenecks
+"""Residual networks: basic blocks with parameter-free shortcuts for small images (option A of He et al., 2015), and bottlenecks
 with convolutional shortcuts for ImageNet."""
 
 import torch
@@ -158,7 +158,7 @@ def resnet50_imagenet(num_classes: int = 1000, width: float = 1.0) -> Bottleneck
 
 
 def resnet_digits(num_classes: int = 10, width: float = 1.0) -> ResNet:
-    """Three stages of two blocks, for pictures of 8x8 pixels."""
+    """Three stages of two blocks, for images of 8x8 pixels."""
     return ResNet(scaled([16, 32, 64], width), 2, num_classes)
 
 

@@ -97,7 +97,7 @@ def proxyless_supernet(num_classes: int = 1000, width: float = 1.0) -> Supernet:
 
 
 def supernet_digits(num_classes: int = 10, width: float = 1.0) -> Supernet:
-    """Two stages of two cells, for small pictures: from the first cell on the maps have half their side."""
+    """Two stages of two cells, for small images: from the first cell on the maps have half their side."""
     widths, last = scaled([16, 8, 12, 24], width), scaled([64], width)[0]
     return Supernet(widths, [2, 2], [2, 1], last, num_classes, 1)
 

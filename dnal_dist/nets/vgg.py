@@ -73,7 +73,7 @@ def vgg16_imagenet(num_classes: int = 1000, width: float = 1.0) -> VGG:
 
 
 def vgg_digits(num_classes: int = 10, width: float = 1.0) -> VGG:
-    """Six convolutions for pictures of 8x8 pixels."""
+    """Six convolutions for images of 8x8 pixels."""
     return VGG([scaled(stage, width) for stage in ([32, 32], [64, 64], [128, 128])], [], num_classes)
 
 

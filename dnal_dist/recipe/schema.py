@@ -29,13 +29,13 @@ class Network(Section):
 class Augmentation(Section):
     kind: Literal["none", "pad_crop", "resized_crop"] = "none"
     """none: resize and centre crop. pad_crop: pad with `padding` pixels, crop at random (CIFAR, digits). resized_crop: a random
-    part of the picture of `scale` of its area and aspect 3/4 to 4/3, resized (ImageNet)."""
+    part of the image of `scale` of its area and aspect 3/4 to 4/3, resized (ImageNet)."""
     padding: int = Field(4, ge=0)
     """Pixels added on each side by pad_crop."""
     scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
-    """Smallest and largest share of the picture's area that resized_crop takes."""
+    """Smallest and largest share of the image's area that resized_crop takes."""
     resize: int | None = Field(None, ge=1)
-    """The shorter side is resized to this before resized_crop takes its part; by default the picture stays as it is."""
+    """The shorter side is resized to this before resized_crop takes its part; by default the image stays as it is."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
 
@@ -53,22 +53,22 @@ class Data(Section):
     val: str
     """Validation shards, likewise."""
     image_size: int = Field(ge=1)
-    """Height and width of the pictures the network sees, in pixels."""
+    """Height and width of the images the network sees, in pixels."""
     resize: int | None = Field(None, ge=1)
     """Validation, and training without augmentation: the shorter side is resized to this, then image_size is cropped from the
     centre; default image_size."""
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), strict=False)
-    """Per-channel mean (RGB, pictures in 0..1) subtracted on the device."""
+    """Per-channel mean (RGB, images in 0..1) subtracted on the device."""
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (0.229, 0.224, 0.225), strict=False
     )
     """Per-channel standard deviation divided by, likewise."""
     augmentation: Augmentation = Augmentation()
-    """Random changes to training pictures."""
+    """Random changes to training images."""
     global_batch: int = Field(ge=1)
-    """Pictures of one step, over all processes together."""
+    """Images of one step, over all processes together."""
     per_device_batch_limit: int | None = Field(None, ge=1)
-    """Pictures that a device has memory for. A process whose share of the global batch is larger takes it in the fewest equal parts
+    """Images that a device has memory for. A process whose share of the global batch is larger takes it in the fewest equal parts
     that fit, one after the other, and synchronises once."""
     shuffle_shards: int | None = Field(None, ge=1)
     """About how many training shards are in use at any time. By default all: a uniform shuffle over the whole set, which reads it
@@ -84,7 +84,7 @@ class Data(Section):
     """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation and whatever is
     no plain JPEG is decoded by the loader processes in either case."""
     max_pixels: int = Field(100_000_000, ge=1)
-    """Height times width beyond which a picture is not decoded, however small its file; it is then skipped as one that fails to."""
+    """Height times width beyond which an image is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Share of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
 
@@ -207,7 +207,7 @@ Amount = Annotated[str | int | float, BeforeValidator(_checked_amount)]
 
 class Target(Section):
     macs: Amount | None = None
-    """Multiply-adds for one picture, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
+    """MACs for one image, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
     params: Amount | None = None
     """Parameters, likewise (exactly one of macs and params)."""
 
@@ -239,7 +239,7 @@ class ArchitectureSettings(Section):
     """Hardness in its last epoch (or step, if the search's duration is in steps); the growth between is geometric."""
     penalty: Literal["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"] = "sigmoid"
     """What is added to the loss, times the penalty weight: the sum of sigmoid(alpha) (authors' code); that of the gates
-    sigmoid(delta * alpha); expected_macs, the expected multiply-adds as a share of the full network's (parameters instead, if they
+    sigmoid(delta * alpha); expected_macs, the expected MACs as a share of the full network's (parameters instead, if they
     are what `target` is about); or root_macs, the mean gate weighted by the square root of what each channel costs."""
     penalty_weight: float | None = Field(None, ge=0)
     """The lambda of the paper. With few iterations it must be larger in proportion. Exactly one of this and `target`."""
@@ -253,7 +253,7 @@ class ArchitectureSettings(Section):
     """Training batches over which the BatchNorms of the compact network take their statistics anew after pruning; 0 keeps those of
     the search."""
     min_macs: float = Field(0.02, ge=0, lt=1)
-    """Collapse guard, as a share of the full network's multiply-adds: below it the penalty rests during the search, and at
+    """Collapse guard, as a share of the full network's MACs: below it the penalty rests during the search, and at
     pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ def section(run: Run, result: dict) -> str:
     if rows:
         totals = [write(total(known, key)) if total(known, key) is not None else "" for key, write in TOLD.items()]
         rows.append(["whole run", duration(result["seconds"]), *totals, "", "", ""])
-    head = ["phase", "time", "device time", "training pictures", "sent by a process", "energy", "iterations", "pictures/s"]
+    head = ["phase", "time", "device time", "training images", "sent by a process", "energy", "iterations", "images/s"]
     return markup.section("Cost of the run", _NOTE, markup.table("time", "Cost of each phase", [*head, "waiting for data"], rows))
 
 
@@ -110,11 +110,11 @@ def _facts(run: Run) -> str:
         "init_from": "weights to begin with",
         "accumulation": "parts of a batch",
         "steps_per_epoch": "iterations an epoch",
-        "dropped_per_epoch": "pictures left out of each epoch",
+        "dropped_per_epoch": "images left out of each epoch",
     }
     rows = [[label, str(start[key])] for key, label in words.items() if start.get(key) is not None]
     if bad := sum(run.series("train", "step", "bad_samples")[1]):
-        rows.append(["unreadable pictures skipped", f"{bad:,}"])
+        rows.append(["unreadable images skipped", f"{bad:,}"])
     for told in ("versions", "environment"):
         rows += [[str(name), str(value)] for name, value in (start.get(told) or {}).items()]
     return markup.table("facts", "Environment of the run", [], rows)

@@ -111,13 +111,13 @@ class Comparison:
             if row.mean("accuracy") is not None and row.mean("macs") is not None:
                 groups.setdefault(validation(row.finished[0]), []).append(row)
         many = len(groups) > 1
-        return [self._diagram(rows, f"held-out pictures: {name}" if many else "") for name, rows in groups.items()]
+        return [self._diagram(rows, f"held-out images: {name}" if many else "") for name, rows in groups.items()]
 
     def _diagram(self, rows: list[Row], title: str) -> Diagram:
         networks = {row.settings.get("model.name") for row in rows}
         name = networks.pop()
         if networks or name not in self.tables:
-            return Diagram([(self._point(row), row) for row in rows], "multiply-adds for one picture", title)
+            return Diagram([(self._point(row), row) for row in rows], "MACs for one image", title)
         table, comparable = self.tables[name], not self.differences(name)
         told = [(pareto.of_row(mark, table, comparable), row) for mark, row in self.among(name) if row is None or row in rows]
         return Diagram([(point, row) for point, row in told if point], pareto.unit(table), title)
@@ -259,6 +259,6 @@ def _measures(run: Run, result: dict) -> dict[str, float]:
 
 
 def validation(run: Run) -> str:
-    """What names a run's validation set: its shards and how many pictures they hold."""
+    """What names a run's validation set: its shards and how many images they hold."""
     samples = run.last("start").get("val_samples")
     return str(run.setting("data", "val") or "unnamed") + (f" ({samples:,})" if isinstance(samples, int) else "")

@@ -15,7 +15,7 @@ from dnal_dist.report.comparison import Comparison, Row
 
 _NOTE = (
     "Runs that differ in nothing with a say but their seed are one row: mean ± standard deviation (n - 1) over those that "
-    "finished. Costs are for one picture, by the exact rule. Not dominated: no other row of the figure, published ones included "
+    "finished. Costs are for one image, by the exact rule. Not dominated: no other row of the figure, published ones included "
     "where they compare, has at least the accuracy for at most the cost."
 )
 
@@ -23,17 +23,17 @@ _NOTE = (
 def write(found: Comparison, folder: Path) -> None:
     """Write everything into `folder`, which is made if need be; each file appears whole or not at all. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = None
+    image = None
     if found.diagrams:
         with style.drawing():
             style.save(figure(found), folder / "pareto")
-        picture = (folder / "pareto.svg").read_bytes()
+        image = (folder / "pareto.svg").read_bytes()
     else:
         for suffix in ("svg", "png"):
             (folder / f"pareto.{suffix}").unlink(missing_ok=True)
     atomic.put(folder / "comparison.csv", as_csv(found).encode())
     atomic.put(folder / "comparison.md", as_markdown(found).encode())
-    atomic.put(folder / "comparison.html", as_html(found, picture).encode())
+    atomic.put(folder / "comparison.html", as_html(found, image).encode())
 
 
 def figure(found: Comparison):
@@ -55,7 +55,7 @@ def table(found: Comparison) -> tuple[list[str], list[list[str]]]:
         "runs",
         "top-1",
         "top-5",
-        "multiply-adds",
+        "MACs",
         "of full",
         "parameters",
         "of full",
@@ -232,8 +232,8 @@ _PAGE = Template("""<!doctype html>
 $css
 main, footer { max-width: 78rem; }
 table.comparison :is(th, td) { padding-inline: 0.6rem; }
-.picture { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; }
-.picture { background: #fff; border-radius: 6px; }
+.image { display: block; width: 100%; max-width: 52rem; margin: 0.75rem 0 0; padding: 0.75rem; }
+.image { background: #fff; border-radius: 6px; }
 .remarks { margin: 1rem 0 0; padding-left: 1.2rem; font-size: 0.9rem; overflow-wrap: anywhere; }
 </style>
 </head>
@@ -248,15 +248,15 @@ $sections
 """)
 
 
-def as_html(found: Comparison, picture: bytes | None) -> str:
-    """A page that needs no network; `picture` is its figure, an SVG."""
+def as_html(found: Comparison, image: bytes | None) -> str:
+    """A page that needs no network; `image` is its figure, an SVG."""
     head, lines = table(found)
     front = [number for number, row in enumerate(found.rows) if row in found.front]
     notes = "".join(f"<li>{markup.text(remark)}</li>" for remark in remarks(found))
     runs = markup.table("comparison", "The runs", head, lines, front)
     sections = [
         markup.section("Runs", f"{_NOTE} {more_keys(found)}", runs, f'<ul class="remarks">{notes}</ul>' if notes else ""),
-        markup.section("Accuracy against cost", "", _image(picture)),
+        markup.section("Accuracy against cost", "", _image(image)),
     ]
     for name, told in found.tables.items():
         heading = escape(_among(told.title))
@@ -264,11 +264,11 @@ def as_html(found: Comparison, picture: bytes | None) -> str:
     return _PAGE.substitute(title=escape(title(found)), css=page.part("report.css"), sections="\n".join(sections))
 
 
-def _image(picture: bytes | None) -> str:
-    if picture is None:
+def _image(image: bytes | None) -> str:
+    if image is None:
         return ""
     words = "Diagram of top-1 accuracy against cost; the table above gives the values of the runs"
-    return f'<img class="picture" alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(picture).decode()}">'
+    return f'<img class="picture" alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(image).decode()}">'
 
 
 def tell(found: Comparison, folder: Path, say: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""A picture of a run's network, an SVG for each block: each layer or candidate a box, filled as far as its channels stay.
+"""An image of a run's network, an SVG for each block: each layer or candidate a box, filled as far as its channels stay.
 
 Where a site lies is read from its name, the path of its module: up to the last number it names the block, up to the first one of
 several the stage; of two names behind, the first is the candidate.
@@ -104,7 +104,7 @@ def _place(site: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def draw(sites: list[Site], shortcuts: list[str]) -> str:
-    """HTML of the picture. shortcuts: names of the blocks with a way around them."""
+    """HTML of the image. shortcuts: names of the blocks with a way around them."""
     rows = blocks([site.name for site in sites])
     # As wide as the page allows, within reason.
     room = WIDTH - GAP * len({block.stage for block in rows}) - LABELS

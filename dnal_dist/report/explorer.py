@@ -1,4 +1,4 @@
-"""The part of the run's page that one drags through the search: a picture of the network and a table of its layers.
+"""The part of the run's page that one drags through the search: an image of the network and a table of its layers.
 
 What is written here is the run's last state, which needs no script; the script moves it to another record of the search.
 """
@@ -65,11 +65,11 @@ def section(run: Run, told: dict | None) -> str:
     prune, found = run.last("prune"), told["frames"]
     undecided = found[-1].get("undecided") or [0] * len(told["channels"])
     sites = [diagram.Site(*site) for site in zip(_sites(run), told["channels"], found[-1]["open"], undecided, strict=True)]
-    picture = diagram.draw(sites, run.last("start").get("shortcuts") or [])
+    image = diagram.draw(sites, run.last("start").get("shortcuts") or [])
     readout = '<p class="note" id="readout" aria-live="polite"></p>'
     counts = next((frame["counts"] for frame in reversed(found) if "counts" in frame), None)
     note = _note(sites, prune, bool(prune or run.of("gates")), any("undecided" in frame for frame in found))
-    return markup.section("The architecture", note, _slider(found), picture, readout, layers.table(run, sites, counts))
+    return markup.section("The architecture", note, _slider(found), image, readout, layers.table(run, sites, counts))
 
 
 def _note(sites: list[diagram.Site], prune: dict, searched: bool, graded: bool) -> str:

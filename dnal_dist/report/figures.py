@@ -37,7 +37,7 @@ def write(run: Run, result: dict) -> dict[str, str]:
 
 
 def curves(run: Run, result: dict):
-    """Accuracy and cross-entropy of training batches and of held-out pictures; None before the first iteration."""
+    """Accuracy and cross-entropy of training batches and of held-out images; None before the first iteration."""
     spans = report_records.spans(run)
     if not spans:
         return None
@@ -49,7 +49,7 @@ def curves(run: Run, result: dict):
         held_out = [r for r in run.of("eval") if r.get("phase") != "prune"]
         points = Run(run.folder, {}, "", held_out).series("eval", "global_step", key)
         dots = {"marker": "o", "markersize": 2.5} if len(points[0]) < 100 else {}
-        _curve(axes, points, scale, "held-out pictures", style.ACCENT, 1.4, **dots)
+        _curve(axes, points, scale, "held-out images", style.ACCENT, 1.4, **dots)
         mark = {"marker": "D", "markersize": 5, "linestyle": "none", "zorder": 4}
         _curve(axes, run.series("eval", "global_step", key, "prune"), scale, "after pruning", style.SECOND, 1, **mark)
     penalised = thinned(run.series("train", "global_step", "loss", "search"))
@@ -84,7 +84,7 @@ def _bands(axes, spans: list[tuple[str, int, int]], named: bool) -> None:
 
 
 def search(run: Run, result: dict):
-    """Histogram of the gates over the epochs of the search, and expected multiply-adds below; None before the search."""
+    """Histogram of the gates over the epochs of the search, and expected MACs below; None before the search."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     records = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
@@ -148,7 +148,7 @@ def _expected(axes, run: Run, expected: tuple[list[float], list[float]], end: fl
         mark = {"marker": "D", "markersize": 5, "linestyle": "none", "clip_on": False, "zorder": 4}
         _curve(axes, ([end], [compact]), 1, f"compact network, {text.amount(compact, full)}", style.SECOND, 1, **mark)
     axes.set_ylim(0)
-    axes.set_ylabel("multiply-adds\nfor one picture")
+    axes.set_ylabel("MACs\nfor one image")
     style.amounts(axes.yaxis)
     style.legend(axes)
 
@@ -190,7 +190,7 @@ def cost(run: Run, result: dict):
     points = pareto.of_table(place.rows, place.table, not place.differences) if place and place.own else _own_points(result)
     if not any(point.kind == "own" for point in points):
         return None
-    size = pareto.unit(place.table) if place and place.own else "multiply-adds for one picture"
+    size = pareto.unit(place.table) if place and place.own else "MACs for one image"
     return pareto.figure([pareto.Panel(size, points, {"own": style.words(run.name)})])
 
 

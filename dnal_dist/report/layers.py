@@ -9,9 +9,7 @@ from dnal_dist.report import markup
 from dnal_dist.report.diagram import Site
 from dnal_dist.report.records import Run
 
-_COSTS = [
-    (which, key, words) for key, words in (("macs", "multiply-adds"), ("params", "parameters")) for which in ("full", "compact")
-]
+_COSTS = [(which, key, words) for key, words in (("macs", "MACs"), ("params", "parameters")) for which in ("full", "compact")]
 _FILTER = (
     '<div class="filter" hidden><label>Layers <input type="search" id="filter" placeholder="part of a name" autocomplete="off" '
     'spellcheck="false"></label><label>State <select id="state"><option value="">all</option><option value="closed">closed</option>'

@@ -11,7 +11,7 @@ from dnal_dist.report.records import Run
 
 HEADS = {
     "device_seconds": "device time",
-    "images": "training pictures",
+    "images": "training images",
     "bytes_sent": "sent by each process",
     "energy_kwh": "energy",
 }
@@ -62,9 +62,9 @@ def _accuracy(run: Run, result: dict) -> str:
         record = run.last("eval", phase)
         shares = [percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         entropy = f"{record['cross_entropy']:.4f}" if "cross_entropy" in record else ""
-        pictures = f"{record['samples']:,}" if "samples" in record else ""
-        rows.append([text(records.when(result, phase)), records.NETWORKS.get(phase, ""), *shares, entropy, pictures])
-    return markdown.table(["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"], rows) if rows else ""
+        images = f"{record['samples']:,}" if "samples" in record else ""
+        rows.append([text(records.when(result, phase)), records.NETWORKS.get(phase, ""), *shares, entropy, images])
+    return markdown.table(["held-out images", "network", "top-1", "top-5", "cross-entropy", "pictures"], rows) if rows else ""
 
 
 def _published(run: Run, result: dict) -> list[str]:

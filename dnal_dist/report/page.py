@@ -80,7 +80,7 @@ def _curves(run: Run) -> dict:
 
 def _search(run: Run, limit: int = 240) -> dict | None:
     """What the search's figure shows: counts of gates (columns of 20 bins), each column's epoch and delta, the edges
-    between columns, two curves over epochs, and multiply-adds to compare with. None before the search.
+    between columns, two curves over epochs, and MACs to compare with. None before the search.
 
     At most `limit` columns, evenly taken."""
     records = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
@@ -110,12 +110,12 @@ def _search(run: Run, limit: int = 240) -> dict | None:
 
 
 _COST_NOTE = (
-    "For one picture. The exact rule counts every multiply-add and parameter of the network as it is; "
+    "For one image. The exact rule counts every multiply-add and parameter of the network as it is; "
     "the paper's rule counts as the paper's tables do."
 )
 _LABELS = {
     "curves": "Line charts of accuracy and loss over the run, phases shaded; the table below gives the final values",
-    "search": "Charts over the epochs of the search: gates by value, share of open gates, expected multiply-adds",
+    "search": "Charts over the epochs of the search: gates by value, share of open gates, expected MACs",
     "published": "Chart of top-1 accuracy against size, the published rows and this run; the table below gives its values",
 }
 
@@ -140,7 +140,7 @@ def _tiles(run: Run, result: dict) -> str:
         compared = before is not None and phase != "pretrain"
         detail = f"full network: {text.percent(before, 2)}" if compared else when(result, phase)
         tiles.append(("Top-1 accuracy", text.percent(accuracy, 2), detail))
-    for key, words in (("macs", "Multiply-adds"), ("params", "Parameters")):
+    for key, words in (("macs", "MACs"), ("params", "Parameters")):
         if f"{key}_ratio" in result:
             full, compact, ratio = result["full"]["exact"][key], result["compact"]["exact"][key], result[f"{key}_ratio"]
             tiles.append(
@@ -157,7 +157,7 @@ def _tiles(run: Run, result: dict) -> str:
         known = (text.percent(kept / max(total, 1)), f"{kept:,} of {total:,} kept") if kept is not None else None
         tiles.append(("Channels", *(known or (f"{total:,}", "with a gate"))))
     images = run.last("end").get("images")
-    tiles.append(("Time", text.duration(result["seconds"]), f"{images:,} training pictures" if images else "so far"))
+    tiles.append(("Time", text.duration(result["seconds"]), f"{images:,} training images" if images else "so far"))
     cells = "".join(
         f'<div><dt>{label}</dt><dd class="value">{markup.text(value)}</dd><dd class="detail">{markup.text(detail)}</dd></div>'
         for label, value, detail in tiles
@@ -168,7 +168,7 @@ def _tiles(run: Run, result: dict) -> str:
 def _curves_section(run: Run, phases: list[tuple[str, int, int]], curves: dict, result: dict) -> str:
     legend = {
         "training": "training batches",
-        "held-out": "held-out pictures",
+        "held-out": "held-out images",
         "compact": "after pruning" if curves["accuracy"]["prune"][0] else "",
         "penalty": "training loss with the penalty" if curves["loss"][0] else "",
     }
@@ -184,7 +184,7 @@ def _search_section(search: dict | None) -> str:
     threshold, full, compact = search["threshold"], search["full"], search["compact"]
     legend = {
         "threshold": "" if threshold is None else f"threshold {threshold}: channels above stay",
-        "full": "" if full is None else f"full network, {text.amount(full)} multiply-adds",
+        "full": "" if full is None else f"full network, {text.amount(full)} MACs",
         "compact": "" if compact is None else f"compact network, {text.amount(compact, full)}",
     }
     delta = f"{search['delta'][0]} to {search['delta'][-1]}"
@@ -202,7 +202,7 @@ def _accuracy_table(run: Run, result: dict) -> str:
         cells = [text.percent(record[key], 2) if key in record else "" for key in ("accuracy", "top5")]
         cells += [f"{record[key]:{form}}" if key in record else "" for key, form in (("cross_entropy", ".4f"), ("samples", ","))]
         rows.append([when(result, phase), NETWORKS.get(phase, ""), *cells])
-    head = ["held-out pictures", "network", "top-1", "top-5", "cross-entropy", "pictures"]
+    head = ["held-out images", "network", "top-1", "top-5", "cross-entropy", "pictures"]
     return markup.table("accuracy", "Accuracy after each phase", head, rows)
 
 
@@ -217,7 +217,7 @@ def _cost_table(result: dict) -> str:
     if len(rows) == 2:
         pairs = list(zip(*costs, strict=True))
         rows.append(["compact / full", *(text.percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
-    head = ["network", "multiply-adds", "parameters", "multiply-adds (paper)", "parameters (paper)"]
+    head = ["network", "MACs", "parameters", "MACs (paper)", "parameters (paper)"]
     return markup.table("cost", "Cost of the full and of the compact network", head, rows)
 
 

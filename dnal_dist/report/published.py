@@ -56,7 +56,7 @@ class Table:
     dataset: str
     num_classes: int
     image_size: int
-    pictures: dict[str, int]
+    images: dict[str, int]
     columns: dict[str, str]
     rows: list[Row]
 
@@ -129,8 +129,8 @@ def tables() -> dict[str, Table]:
 
 def _table(network: str, told: dict) -> Table:
     numbers = {key: int(told[key]) for key in ("num_classes", "image_size")}
-    pictures = {key: int(count) for key, count in told["pictures"].items()}
-    return Table(network, **told | numbers | {"pictures": pictures, "rows": [_row(row) for row in told["rows"]]})
+    images = {key: int(count) for key, count in told["pictures"].items()}
+    return Table(network, **told | numbers | {"pictures": images, "rows": [_row(row) for row in told["rows"]]})
 
 
 def _row(told: dict) -> Row:
@@ -229,15 +229,15 @@ def _epochs(run: Run) -> str:
 def differences(run: Run, table: Table) -> list[str]:
     """How the run's set-up differs from the published one, as far as its folder tells."""
     start, found = run.last("start"), []
-    for key, expected in table.pictures.items():
+    for key, expected in table.images.items():
         count = start.get({"train": "train_samples", "held_out": "val_samples"}[key])
-        # A few pictures that a copy of the data set lacks change no accuracy that is printed.
+        # A few images that a copy of the data set lacks change no accuracy that is printed.
         if isinstance(count, int) and abs(count - expected) > 0.01 * expected:
             kind = "training" if key == "train" else "held-out"
-            found.append(f"{count:,} {kind} pictures, not the {expected:,} of {table.dataset}")
+            found.append(f"{count:,} {kind} images, not the {expected:,} of {table.dataset}")
     for part, key, expected, words in (
         ("model", "num_classes", table.num_classes, "{} classes, not {}"),
-        ("data", "image_size", table.image_size, "pictures of {0} x {0} pixels, not {1} x {1}"),
+        ("data", "image_size", table.image_size, "images of {0} x {0} pixels, not {1} x {1}"),
         ("model", "width", 1, "width {}, not {}"),
     ):
         value = run.setting(part, key)
@@ -258,7 +258,7 @@ def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> li
     paper, exact = (result["compact"][rule] for rule in ("paper", "exact"))
     remarks.append(
         f"The run is placed by the paper's rule, {paper['macs']:,} FLOPs and {paper['params']:,} parameters; "
-        f"by the exact rule it has {exact['macs']:,} multiply-adds and {exact['params']:,} parameters."
+        f"by the exact rule it has {exact['macs']:,} MACs and {exact['params']:,} parameters."
     )
     found = accuracy(run)
     if not found:

@@ -187,11 +187,11 @@ def date(run: Run) -> str:
 
 
 def about(run: Run) -> str:
-    """Network, pictures, processes and date in a line."""
+    """Network, images, processes and date in a line."""
     start, model = run.last("start"), run.setting("model", "name")
     parts = [str(model)] if model else []
     if "train_samples" in start:
-        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out pictures")
+        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out images")
     if "world_size" in start:
         many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
         parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
@@ -203,7 +203,7 @@ def headline(run: Run, result: dict) -> str:
     phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
     if result["finished"] and accuracy is not None and "macs_ratio" in result:
         macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
-        kept = f"{macs} of the full network's multiply-adds and {params} of its parameters"
+        kept = f"{macs} of the full network's MACs and {params} of its parameters"
         return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
     reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
     return ("Finished." if result["finished"] else where(run)) + reached
@@ -241,7 +241,7 @@ def rows(result: dict) -> list[tuple[str, str]]:
     order = [*NETWORKS, *(phase for phase in result["accuracy"] if phase not in NETWORKS)]
     accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
     rows = [(f"accuracy {printable(when(result, phase))}", percent(value, 2)) for phase, value in accuracies]
-    for key, words in (("macs", "multiply-adds"), ("params", "parameters")):
+    for key, words in (("macs", "MACs"), ("params", "parameters")):
         for rule in ("exact", "paper"):
             full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
             label = words if rule == "exact" else f"{words} (paper's rule)"
@@ -251,7 +251,7 @@ def rows(result: dict) -> list[tuple[str, str]]:
             elif full:
                 rows.append((label, f"{amount(full)} in the full network"))
     if asked := result.get("budget"):
-        words = {"macs": "multiply-adds", "params": "parameters"}.get(asked["unit"], asked["unit"])
+        words = {"macs": "MACs", "params": "parameters"}.get(asked["unit"], asked["unit"])
         used = asked["used"] / max(asked["most"], 1)
         rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {percent(used, 2)}"))
     channels = result.get("channels", {})

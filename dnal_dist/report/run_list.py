@@ -82,7 +82,7 @@ def queue() -> dict[str, str] | None:
 def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
     """What a run folder tells of its run, as JSON; a key whose value is not known is absent. Never raises for what is in there.
 
-    run, name, state, phase, step, phase_steps, accuracy (of the last evaluation), macs_ratio (of the full network's multiply-adds;
+    run, name, state, phase, step, phase_steps, accuracy (of the last evaluation), macs_ratio (of the full network's MACs;
     expected ones while the search goes on), images_per_second, checkpoint_age and record_age (seconds), warnings (how many), job
     and job_state (SLURM's), why (it is broken). queued: see queue.
     """

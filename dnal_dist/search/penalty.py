@@ -37,7 +37,7 @@ class Penalty:
 
     @torch.no_grad()
     def _guard(self, delta: float) -> None:
-        """Let the penalty rest while hardened gates leave less than the recipe's floor of multiply-adds, and say so.
+        """Let the penalty rest while hardened gates leave less than the recipe's floor of MACs, and say so.
 
         Soft gates tell nothing yet: all of them may be small together, since the next BatchNorm takes that out again.
         """
@@ -47,9 +47,9 @@ class Penalty:
         share = float(self.share(gates))
         collapsing = hardened and share < settings.min_macs
         if collapsing and not run.penalty_rests:
-            run.track.global_step = run.global_step
-            run.track.warn(
-                f"the architecture is collapsing: {share:.2%} of the multiply-adds are left, architecture.min_macs is "
+            run.log.global_step = run.global_step
+            run.log.warn(
+                f"the architecture is collapsing: {share:.2%} of the MACs are left, architecture.min_macs is "
                 f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
             )
         run.penalty_rests = collapsing

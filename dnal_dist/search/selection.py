@@ -187,7 +187,7 @@ class _Choice:
 
 
 def reopen(net: GatedNetwork, image_size: int, keep: Tensor, alpha: Tensor, floor: float) -> tuple[Tensor, bool]:
-    """`keep` with as many channels opened again as bring the multiply-adds to the share `floor`; and whether any had to be.
+    """`keep` with as many channels opened again as bring the MACs to the share `floor`; and whether any had to be.
 
     The largest alpha of each site come first, the same share of every site: after a collapse alpha (N,) still ranks the channels of
     a site, but no longer one site against another.

@@ -41,10 +41,10 @@ SECTIONS: dict[str, tuple[Lines | Points | Table, ...]] = {
         Lines("learning rate", ("train/learning_rate",)),
     ),
     "Cost against accuracy": (
-        Points("share of the multiply-adds", "result/macs_ratio", "result/accuracy_finetune"),
-        Points("multiply-adds", "result/macs_compact", "result/accuracy_finetune", log_x=True),
+        Points("share of the MACs", "result/macs_ratio", "result/accuracy_finetune"),
+        Points("MACs", "result/macs_compact", "result/accuracy_finetune", log_x=True),
         Points("parameters", "result/params_compact", "result/accuracy_finetune", log_x=True),
-        Lines("multiply-adds, expected in the search and kept", ("train/expected_macs", "prune/macs_compact")),
+        Lines("MACs, expected in the search and kept", ("train/expected_macs", "prune/macs_compact")),
         Lines("parameters, expected in the search and kept", ("train/expected_params", "prune/params_compact")),
     ),
     "Gates": (
@@ -55,7 +55,7 @@ SECTIONS: dict[str, tuple[Lines | Points | Table, ...]] = {
         Table("channels of each site", "prune/sites"),
     ),
     "Speed and memory": (
-        Lines("pictures a second", ("train/images_per_second",)),
+        Lines("images a second", ("train/images_per_second",)),
         Lines("waiting for data, seconds", ("train/data_wait_seconds",)),
         Lines("memory of the GPU, bytes", ("train/device_memory_bytes",)),
         Lines("sent by a step, bytes", ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step")),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import tensorboard, wandb
 from dnal_dist.tracking.background import Sender
 from dnal_dist.tracking.progress import _Bar, _PlainLine
@@ -23,13 +23,13 @@ from dnal_dist.tracking.values import NAMES
 CLOSE_SECONDS = 10.0
 
 
-class Track:
+class RunLog:
     """The record of a run. Only the main process has one; on the others every call does nothing."""
 
-    def __init__(self, folder: Path, recipe, parallel: Parallel, keep: int | None = None, tracker_run: str | None = None):
+    def __init__(self, folder: Path, recipe, context: Context, keep: int | None = None, tracker_run: str | None = None):
         """keep: on resume, how many records stay, those of the time of the checkpoint; None: all that there are. tracker_run: the
         name under which the tracker knows the run that goes on."""
-        self.main, self.global_step = parallel.main, 0
+        self.main, self.global_step = context.main, 0
         self.records, self.ended = 0, False
         """Records in metrics.jsonl, and whether the last one is the run's end."""
         self.tracker_run = tracker_run or secrets.token_hex(4)
@@ -51,17 +51,17 @@ class Track:
             self._begun, behind = json.loads(kept[0])["time"], json.loads(kept[-1])["global_step"]
         if recipe.tracking.tracker != "none" and not self.ended:
             self._tracker_name = NAMES[recipe.tracking.tracker]
-            self._start_tracker(parallel, folder, recipe, behind)
+            self._start_tracker(context, folder, recipe, behind)
 
-    def _start_tracker(self, parallel: Parallel, folder: Path, recipe, behind: int) -> None:
+    def _start_tracker(self, context: Context, folder: Path, recipe, behind: int) -> None:
         try:
             if recipe.tracking.tracker == "wandb":
                 mode, remark = wandb.wandb_mode(recipe.tracking.mode)
                 if remark:
                     self.say(f"warning: {remark}")
-                tracker = wandb.Wandb(folder, recipe, parallel, self.tracker_run, mode)
+                tracker = wandb.Wandb(folder, recipe, context, self.tracker_run, mode)
             else:
-                tracker = tensorboard.TensorBoard(folder, recipe, parallel)
+                tracker = tensorboard.TensorBoard(folder, recipe, context)
             self._sender = Sender(tracker, behind)
         except Exception as error:
             self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")

@@ -4,22 +4,22 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.tracking.values import figures, outcome, sites_table
 
 
 class TensorBoard:
     """Event files in the run folder, through Accelerate."""
 
-    def __init__(self, folder: Path, recipe, parallel: Parallel):
+    def __init__(self, folder: Path, recipe, context: Context):
         import torch.utils.tensorboard  # noqa: F401  before loaders are forked, which may wait for a module that is half there
 
-        self.folder, self.recipe, self.parallel, self.sites = folder, recipe, parallel, {}
+        self.folder, self.recipe, self.context, self.sites = folder, recipe, context, {}
 
     def start(self, behind: int) -> None:
         # What was told of later steps is told again, and hidden until then.
         purge = {"purge_step": behind + 1}
-        self.writer = self.parallel.start_tracker("tensorboard", None, {"tensorboard": purge})
+        self.writer = self.context.start_tracker("tensorboard", None, {"tensorboard": purge})
         settings = self.recipe.model_dump_json(indent=2)
         self.writer.add_text("recipe", "\n".join(f"    {line}" for line in settings.splitlines()), behind)
 
@@ -27,7 +27,7 @@ class TensorBoard:
         if kind == "start":
             self.sites = values["sites"]
             return
-        self.parallel.log(figures(kind, values), global_step)
+        self.context.log(figures(kind, values), global_step)
         if kind == "gates":
             self._histogram(values["histogram"], global_step)
             for site, number in values["open"].items():
@@ -54,10 +54,10 @@ class TensorBoard:
 
     def deliver(self, global_step: int) -> None:
         """The figures of the final table."""
-        self.parallel.log(outcome(self.folder), global_step)
+        self.context.log(outcome(self.folder), global_step)
 
     def stop(self) -> None:
-        self.parallel.stop_tracker()
+        self.context.stop_tracker()
 
     def give_up(self) -> None:
         """Nothing: whatever it waits for is a disk."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.tracking.background import said
 from dnal_dist.tracking.values import figures, outcome, shown_name, sites_table
 
@@ -66,8 +66,8 @@ def wandb_mode(asked: str | None) -> tuple[str, str | None]:
 class Wandb:
     """A W&B run, through Accelerate."""
 
-    def __init__(self, folder: Path, recipe, parallel: Parallel, run_id: str, mode: str):
-        self.wandb, self.parallel, self.folder = library(), parallel, folder.resolve()
+    def __init__(self, folder: Path, recipe, context: Context, run_id: str, mode: str):
+        self.wandb, self.context, self.folder = library(), context, folder.resolve()
         self.recipe, self.id, self.mode, self.sites = recipe, run_id, mode, {}
         self.age, self.data, self.name = -1, None, shown_name(folder, recipe.name)
 
@@ -99,20 +99,20 @@ class Wandb:
         settings = self.wandb.Settings(**quiet, init_timeout=INIT_SECONDS, x_transaction_log_flush_interval=FLUSH_SECONDS)
         begin = {"name": self.name, "dir": str(self.folder), "mode": mode, "settings": settings}
         begin |= {"id": self.id, "resume": "allow"}
-        self.run = self.parallel.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
+        self.run = self.context.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
 
     def take(self, kind: str, values: dict, global_step: int, age: int) -> None:
         if kind == "start":
             self.sites = values["sites"]
             self.run.config.update({"start": values}, allow_val_change=True)
             return
-        told = figures(kind, values) | self._pictures(kind, values)
+        told = figures(kind, values) | self._images(kind, values)
         if told:
             # Of what comes at one step W&B keeps the last.
             self.age = max(self.age + 1, age)
             self.run.log(told | {"global_step": global_step}, step=self.age, commit=True)
 
-    def _pictures(self, kind: str, values: dict) -> dict:
+    def _images(self, kind: str, values: dict) -> dict:
         if kind == "gates":
             counts = values["histogram"]
             shares = {f"gates/open_share/{site}": number / self.sites[site] for site, number in values["open"].items()}
@@ -143,7 +143,7 @@ class Wandb:
         if self.data is not None and os.environ.get("WANDB_DATA_DIR") == self.data:
             del os.environ["WANDB_DATA_DIR"]
         try:
-            self.parallel.stop_tracker()
+            self.context.stop_tracker()
         finally:
             # Else Python would wait at its end, without a limit, for W&B's service to end.
             leaving = threading.Thread(target=self._take_leave, daemon=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Stream
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 
 
 class Evaluation(NamedTuple):
@@ -28,7 +28,7 @@ def evaluate(
     network: nn.Module,
     stream: Stream,
     data,
-    parallel: Parallel,
+    context: Context,
     gates: Tensor | None = None,
     edge: Callable[[], object] = lambda: None,
 ) -> Evaluation:
@@ -36,10 +36,10 @@ def evaluate(
     edge is called between two batches, equally often on all processes; what it raises passes."""
     network.eval()
     # correct, in the top five, summed cross-entropy, samples
-    sums, bad = torch.zeros(4, dtype=torch.float64, device=parallel.device), []
+    sums, bad = torch.zeros(4, dtype=torch.float64, device=context.device), []
     # Of the last batch, which may be a part of one, not all processes have a share.
     whole = stream.samples // data.global_batch
-    for number, (images, labels, batch, _) in enumerate(feed(stream.batches(), data, parallel.device)):
+    for number, (images, labels, batch, _) in enumerate(feed(stream.batches(), data, context.device)):
         if number < whole:
             edge()
         bad += map(str, batch.bad)
@@ -49,8 +49,8 @@ def evaluate(
         top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([top[:, 0].sum(), top.sum(), cross_entropy, top.new_tensor(len(labels), dtype=torch.long)])
-    correct, top5, cross_entropy, samples = parallel.sum_(sums).tolist()
-    bad = parallel.gather(bad)
+    correct, top5, cross_entropy, samples = context.sum_(sums).tolist()
+    bad = context.gather(bad)
     if samples + len(bad) != stream.samples:
         raise InputError(f"evaluated {samples:.0f} samples and skipped {len(bad)} of {stream.samples}: a process saw other shards")
     samples = max(samples, 1)

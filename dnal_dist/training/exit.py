@@ -26,25 +26,25 @@ UPLOAD_SECONDS, HURRY_SECONDS = 60.0, 2.0
 
 def finish(run: Run) -> str | None:
     """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
-    track = run.track
-    track.global_step = run.global_step
+    run_log = run.log
+    run_log.global_step = run.global_step
     run.saver.finish()
-    if not track.ended:
+    if not run_log.ended:
         per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
         images = run.global_step * run.recipe.data.global_batch
         spent = {phase: usage.told(run, phase) for phase in run.seconds}
-        track.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
+        run_log.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
         if run.saver.writes:
-            track.say(run.saver.told())
-    if run.parallel.main:
+            run_log.say(run.saver.told())
+    if run.context.main:
         _take_away_stop(run)
         reported = _tell_of_report(run, lambda folder: outputs.write_all(folder, draw=run.recipe.tracking.plots))
         # The tracker gets the report, so it is closed only now.
-        track.close(UPLOAD_SECONDS, finished=True)
+        run_log.close(UPLOAD_SECONDS, finished=True)
         if reported:
             _tell_of_report(run, outputs.print_table)
-    missed = run.parallel.from_main(_missed(run) if run.parallel.main else None)
-    run.parallel.close()
+    missed = run.context.from_main(_missed(run) if run.context.main else None)
+    run.context.close()
     return missed
 
 
@@ -69,7 +69,7 @@ def _missed(run: Run) -> str | None:
     return None if found in target else target.missed(found)
 
 
-def refuse(run, parallel, signals, error: InputError) -> None:
+def refuse(run, context, signals, error: InputError) -> None:
     """End with one line that says what was wrong; where all processes of a machine met the same fault, one of them speaks."""
     # The launcher ends all processes as soon as one has ended: the one that speaks must not be cut short by those that do not.
     if error.local or int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -77,16 +77,16 @@ def refuse(run, parallel, signals, error: InputError) -> None:
     elif signalled(signals):
         sys.exit(2)
     if run is not None:
-        run.track.abandon()
+        run.log.abandon()
     say_why(f"error: {error}")
     if run is not None:
-        run.track.close()
+        run.log.close()
         # With the checkpoint that is being written.
         run.close()
-    if parallel is not None:
+    if context is not None:
         if not error.local:
-            parallel.close()
-        parallel.leave(2)
+            context.close()
+        context.leave(2)
     sys.exit(2)
 
 
@@ -113,18 +113,18 @@ def leave(run: Run, signals: stopping.Signals, why: str) -> None:
     """End after all processes agreed to stop: wait for the checkpoint, say where the run stands, and exit with STOPPED."""
     signals.interrupt = lambda: os._exit(130)
     saved = run.saver.finish()
-    if run.parallel.main:
-        run.track.abandon()
+    if run.context.main:
+        run.log.abandon()
         _take_away_stop(run)
         rest = "the same command goes on from here" if saved else _last_checkpoint(run)
         say_why(f"stopped ({why}) in {run.phase} after {run.step} steps ({run.global_step} in all); {rest}")
-    run.track.close()
+    run.log.close()
     # A launcher ends all processes when the first has ended: none may before the checkpoint is written.
     with contextlib.suppress(RuntimeError):
-        run.parallel.wait()
-        run.parallel.close()
+        run.context.wait()
+        run.context.close()
     run.close()
-    run.parallel.leave(stopping.STOPPED)
+    run.context.leave(stopping.STOPPED)
     sys.exit(stopping.STOPPED)
 
 
@@ -141,11 +141,11 @@ def interrupted(run, signals: stopping.Signals) -> None:
         signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("RANK", 0)) == 0:
         if run is not None:
-            run.track.abandon()
+            run.log.abandon()
         where = "before training began" if run is None else f"in {run.phase} after {run.step} steps; {_last_checkpoint(run)}"
         print(f"\nstopped {where}", file=sys.stderr, flush=True)
         if run is not None:
-            run.track.close(HURRY_SECONDS)
+            run.log.close(HURRY_SECONDS)
     remove_temp()
     # Without the farewells of the process group, which would wait for processes that are gone.
     sys.stdout.flush()

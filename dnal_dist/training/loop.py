@@ -21,8 +21,8 @@ from dnal_dist.training.usage import Clock
 
 def fed(run: Run, fill: bool = True) -> Generator[Fed]:
     """The training batches from where `run` stands on, on its device; in full size even if samples had to be skipped."""
-    share = run.recipe.data.global_batch // run.parallel.world_size
-    return feed(run.train.batches(run.global_step), run.recipe.data, run.parallel.device, share if fill else 0)
+    share = run.recipe.data.global_batch // run.context.world_size
+    return feed(run.train.batches(run.global_step), run.recipe.data, run.context.device, share if fill else 0)
 
 
 def without_gates(trained: Trained, step: int, images: Tensor, labels: Tensor, share: int, parts: int) -> Outcome:
@@ -35,16 +35,16 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
 
     `do(trained, step, images, labels, share, parts)` takes one of them.
     """
-    recipe, parallel, track = run.recipe, run.parallel, run.track
+    recipe, context, run_log = run.recipe, run.context, run.log
     phase = getattr(recipe.phases, run.phase)
     per_epoch = run.train.steps_per_epoch
     total = phase.iterations(per_epoch)
-    share, parts = recipe.data.global_batch // parallel.world_size, parallel.parts(recipe.data)
-    trained = parallel.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
+    share, parts = recipe.data.global_batch // context.world_size, context.parts(recipe.data)
+    trained = context.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
     meter = Meter(run)
     result = meter.summary
     clock = Clock(run)
-    track.begin(run.phase, total, run.step)
+    run_log.begin(run.phase, total, run.step)
     try:
         while True:
             if ends_epoch(run, total) and run.evaluated != run.global_step:
@@ -64,17 +64,17 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
                 write_receipt(run)
             if run.step % recipe.tracking.log_every == 0 or ends_epoch(run, total):
                 result = meter.log(rate, total, run.step / per_epoch)
-                track.progress(run.step, result)
+                run_log.progress(run.step, result)
             if _is_time_to_save(run) and not ends_epoch(run, total):
                 _save(run, trained, meter, clock)
     except Stopped as stopped:
-        track.global_step = run.global_step
-        track.record("stop", phase=run.phase, step=run.step, reason=str(stopped))
+        run_log.global_step = run.global_step
+        run_log.record("stop", phase=run.phase, step=run.step, reason=str(stopped))
         _save(run, trained, meter, clock)
         raise
     trained.close()
-    track.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
-    track.record("phase", phase=run.phase, **usage.told(run, run.phase))
+    run_log.finish(f"{result}  {run.seconds[run.phase]:.0f} s")
+    run_log.record("phase", phase=run.phase, **usage.told(run, run.phase))
 
 
 def ends_epoch(run: Run, total: int) -> bool:
@@ -90,7 +90,7 @@ def _end_epoch(run: Run, trained: Trained, meter: Meter, clock: Clock, total: in
         result = f"accuracy {accuracy:.2%}  {meter.summary}"
         clock.tell(meter.bytes_sent() if run.step == total else None)
         if run.step < total:
-            run.track.progress(run.step, result)
+            run.log.progress(run.step, result)
             state.save(run, momentum, meter)
         else:
             run.momentum = {name: buffer.cpu() for name, buffer in momentum.items()}
@@ -122,29 +122,29 @@ def delta_of(run: Run, step: int) -> float:
 def look(run: Run, epoch: float) -> float:
     """Evaluate the current network on the validation set, record it and return its accuracy. If that is stopped, nothing is
     recorded."""
-    run.parallel.average_statistics(run.network)
+    run.context.average_statistics(run.network)
     gates = None
     if run.phase == "search":
         delta = delta_of(run, run.step - 1)
-        run.parallel.agree("alpha", run.supernet.by_site(run.architecture.alpha.detach()))
-        run.parallel.agree("the hardness of the gates", {"delta": torch.tensor(delta, dtype=torch.float64)})
+        run.context.agree("alpha", run.supernet.by_site(run.architecture.alpha.detach()))
+        run.context.agree("the hardness of the gates", {"delta": torch.tensor(delta, dtype=torch.float64)})
         gates = run.architecture.gates(delta).detach()
-    found = evaluate(run.network, run.val, run.recipe.data, run.parallel, gates, run.edges.look)
+    found = evaluate(run.network, run.val, run.recipe.data, run.context, gates, run.edges.look)
     if gates is not None:
         record_gates(run, delta)
-    run.track.global_step = run.global_step
+    run.log.global_step = run.global_step
     check_skipped(run, found.bad, run.val, "data.val")
     check_finite(run, found.cross_entropy)
     values = {k: round(v, 6) for k, v in found._asdict().items() if k != "bad"}
-    run.track.record("eval", phase=run.phase, step=run.step, epoch=round(epoch, 4), **values)
+    run.log.record("eval", phase=run.phase, step=run.step, epoch=round(epoch, 4), **values)
     return found.accuracy
 
 
 def record_gates(run: Run, delta: float) -> None:
-    run.track.global_step = run.global_step
+    run.log.global_step = run.global_step
     gates = run.architecture.gates(delta).detach().cpu()
     kept = gates > run.recipe.architecture.threshold
-    run.track.record(
+    run.log.record(
         "gates",
         phase="search",
         step=run.step,
@@ -159,6 +159,6 @@ def record_gates(run: Run, delta: float) -> None:
 def write_receipt(run: Run) -> None:
     """Record what was consumed of the epoch that ends here, or of its part that the run came to."""
     state.settle(run)
-    run.track.global_step = run.global_step
-    run.track.record("receipt", **run.receipt.packed())
+    run.log.global_step = run.global_step
+    run.log.record("receipt", **run.receipt.packed())
     run.receipt = Receipt()

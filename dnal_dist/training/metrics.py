@@ -1,4 +1,4 @@
-"""What the iterations since the last record came to: means over all processes, speed, and pictures that were skipped."""
+"""What the iterations since the last record came to: means over all processes, speed, and images that were skipped."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
     """Name skipped samples of `stream` when they are met first; raise InputError beyond the recipe's share."""
     if not skipped:
         return
-    new = [picture for picture in skipped if picture not in run.skipped] or skipped
+    new = [image for image in skipped if image not in run.skipped] or skipped
     named = "; ".join(new[:3]) + (f"; and {len(new) - 3} more" if len(new) > 3 else "")
     limit = run.recipe.data.max_bad_fraction
     if len(skipped) > limit * stream.samples:
@@ -29,7 +29,7 @@ def check_skipped(run, skipped: list[str], stream: Stream, key: str) -> None:
             f"data.max_bad_fraction={limit:g} allows; mend the shards or raise it"
         )
     if not run.skipped.issuperset(skipped):
-        run.track.warn(f"skipped {len(skipped)} of {stream.samples} samples of {key}: {named}")
+        run.log.warn(f"skipped {len(skipped)} of {stream.samples} samples of {key}: {named}")
     run.skipped.update(skipped)
 
 
@@ -70,12 +70,12 @@ class Meter:
     def __init__(self, run):
         self.run, self.summary = run, ""
         self.skipped: set[str] = set()
-        """Pictures of this phase that did not decode; each counts once, however often it is met."""
+        """Images of this phase that did not decode; each counts once, however often it is met."""
         self.bytes: dict[str, int] = {}
         """The least that a step of each kind communicated, of those that were listened to."""
         cycle = run.recipe.phases.search.cycle if run.phase == "search" else 1
         # The very first steps have more to say than all that follow. A compiled step would not compile while it is listened to.
-        deaf = run.recipe.training.compile or run.parallel.backend == "single"
+        deaf = run.recipe.training.compile or run.context.backend == "single"
         self.listening, self.heard = 0 if deaf else 3 * cycle, None
         self.steps: dict[str, int] = {}
         """How many steps of each kind these processes took."""
@@ -100,7 +100,7 @@ class Meter:
 
     def gathered(self) -> Gathered:
         """What there is for the next record so far; `sums` is apart, since each process has its own. All processes come here."""
-        skipped = sorted(set(self.run.parallel.gather(sorted(self.skipped))))
+        skipped = sorted(set(self.run.context.gather(sorted(self.skipped))))
         seconds = time.monotonic() - self.since - self.paused
         sent = {"steps": dict(self.steps), "sent": self.sent}
         return Gathered(summary=self.summary, bytes=self.bytes, listening=self.listening, seconds=seconds, skipped=skipped, **sent)
@@ -110,8 +110,8 @@ class Meter:
         return total_bytes(self.sent, self.steps, self.bytes) or None
 
     def _start_over(self) -> None:
-        # cross-entropy, correct, pictures, penalty, architecture steps, pictures skipped
-        self.sums = torch.zeros(6, dtype=torch.float64, device=self.run.parallel.device)
+        # cross-entropy, correct, images, penalty, architecture steps, images skipped
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.run.context.device)
         self.since, self.waited, self.paused = time.monotonic(), 0.0, 0.0
 
     def next(self, batches) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class Meter:
         self.sums[0] += outcome.cross_entropy
         self.sums[1] += outcome.correct
         kind = f"comm/bytes_{'weight' if outcome.penalty is None else 'architecture'}_step"
-        if self.run.parallel.world_size > 1:
+        if self.run.context.world_size > 1:
             self.steps[kind] = self.steps.get(kind, 0) + 1
         if self.heard is not None:
             # Not the last: the second step after a start has more to say under DDP, and a resumed run starts anywhere.
@@ -156,15 +156,15 @@ class Meter:
 
     def log(self, rate: float, total: int, epoch: float) -> str:
         """Record the means since the last time and return them as text. Raises InputError if the loss is no number any more, or
-        too many pictures were skipped."""
+        too many images were skipped."""
         run = self.run
-        run.track.global_step = run.global_step
-        cross_entropy, correct, pictures, penalty, penalties, skipped = run.parallel.sum_(self.sums).tolist()
+        run.log.global_step = run.global_step
+        cross_entropy, correct, images, penalty, penalties, skipped = run.context.sum_(self.sums).tolist()
         if skipped:
-            check_skipped(run, sorted(set(run.parallel.gather(sorted(self.skipped)))), run.train, "data.train")
+            check_skipped(run, sorted(set(run.context.gather(sorted(self.skipped)))), run.train, "data.train")
         check_finite(run, cross_entropy)
-        pictures = max(pictures, 1)
-        cross_entropy = cross_entropy / pictures
+        images = max(images, 1)
+        cross_entropy = cross_entropy / images
         # Each process added the same penalty once a step.
         penalty = penalty / penalties if penalties else None
         # A weight in closed loop changes with every step, its sign too, so a sum with it tells nothing.
@@ -173,19 +173,19 @@ class Meter:
             "loss": round(cross_entropy + (0.0 if driven else penalty or 0.0), 6),
             "cross_entropy": round(cross_entropy, 6),
             "penalty": penalty,
-            "accuracy": round(correct / pictures, 6),
+            "accuracy": round(correct / images, 6),
             "learning_rate": rate,
-            "images_per_second": round(pictures / (time.monotonic() - self.since - self.paused), 1),
+            "images_per_second": round(images / (time.monotonic() - self.since - self.paused), 1),
             "data_wait_seconds": round(self.waited, 4),
             "bad_samples": int(skipped),
-            "device_memory_bytes": _peak_memory(run.parallel.device),
+            "device_memory_bytes": _peak_memory(run.context.device),
             **self.bytes,
         }
         self.summary = f"loss {values['loss']:.4f}"
         if run.phase == "search":
             values |= self._gates()
             self.summary += f"  gates open {values['open_share']:.1%}"
-        run.track.record("train", phase=run.phase, step=run.step, phase_steps=total, epoch=round(epoch, 4), **values)
+        run.log.record("train", phase=run.phase, step=run.step, phase_steps=total, epoch=round(epoch, 4), **values)
         self._start_over()
         return f"{self.summary}  {values['images_per_second']:.0f} images/s"
 

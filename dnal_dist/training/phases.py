@@ -41,7 +41,7 @@ def pretrain(run: Run, batches) -> None:
     """Weights only, without gates; not at all if the recipe gives it no iterations."""
     given = run.recipe.model.init_from
     if given and run.step == 0:
-        run.track.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
+        run.log.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
     _enter(run, "search")
@@ -67,7 +67,7 @@ def search(run: Run, batches) -> None:
             delta,
             settings.penalty,
             penalty.weight(delta, step),
-            run.parallel.average_,
+            run.context.average_,
             penalty.share,
             parts,
             settings.optimizer.clip_norm,
@@ -84,7 +84,7 @@ def _finish(run: Run) -> None:
     """Write what the run was for."""
     if run.global_step % run.train.steps_per_epoch:
         write_receipt(run)
-    if run.parallel.main:
+    if run.context.main:
         facts = {"name": run.recipe.model.name, "image_size": run.recipe.data.image_size}
         data = {"mean": run.recipe.data.mean, "std": run.recipe.data.std}
         try:

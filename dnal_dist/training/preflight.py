@@ -8,7 +8,7 @@ import torch
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.shards import Shards
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.training.run import Run
 
 
@@ -42,9 +42,9 @@ def shorter_phase(run: Run) -> None:
         )
 
 
-def shards_that_differ(shards: Shards, parallel: Parallel) -> None:
+def shards_that_differ(shards: Shards, context: Context) -> None:
     """Raise InputError, on all processes, if one of them finds other shards than the main process."""
-    first, *others = parallel.gather([shards.fingerprints()])
+    first, *others = context.gather([shards.fingerprints()])
     for rank, other in enumerate(others, 1):
         if other != first:
             one, two = next((a, b) for a, b in itertools.zip_longest(first, other, fillvalue="nothing more") if a != b)
@@ -63,15 +63,15 @@ def search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None
         )
 
 
-def unfit_pictures(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
-    """Raise InputError if pictures of the recipe's size, or so few of them in each process, cannot pass through `network`."""
+def unfit_images(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
+    """Raise InputError if images of the recipe's size, or so few of them in each process, cannot pass through `network`."""
     size = data.image_size
     with torch.no_grad(), nets.resting_statistics(network.train()):
         try:
             network(torch.zeros(2, 3, size, size))
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"key 'data.image_size': the network cannot take pictures of {size}x{size} pixels "
+                f"key 'data.image_size': the network cannot take images of {size}x{size} pixels "
                 f"({str(error).splitlines()[0]}); change it or key 'model.name'"
             ) from None
         try:
@@ -79,6 +79,6 @@ def unfit_pictures(network: nets.GatedNetwork, data: recipe.Data, share: int) ->
                 network(torch.zeros(1, 3, size, size))
         except ValueError as error:
             raise InputError(
-                f"key 'data.global_batch': {data.global_batch} leaves one picture to a process at a time, too few for BatchNorm "
+                f"key 'data.global_batch': {data.global_batch} leaves one image to a process at a time, too few for BatchNorm "
                 f"({error}); raise it, or key 'data.per_device_batch_limit' if that is what divides it"
             ) from None

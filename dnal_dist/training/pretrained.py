@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
 from dnal_dist.nets.mobilenet import MobileNetV2, _names_of_mobilenet
 from dnal_dist.nets.resnet import BottleneckResNet, _names_of_resnet
@@ -35,18 +35,18 @@ class Given(NamedTuple):
     """What deserves a look about it."""
 
 
-def start_from(network: GatedNetwork, settings: Recipe, parallel: Parallel) -> Given:
+def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Given:
     """Give `network`, on the CPU, the weights and BatchNorm statistics that the recipe's model.init_from names.
 
     All processes call this, and raise InputError if any of them cannot, or if they do not end with the same weights.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     # What one process of a machine may have to download, the others then find.
-    given = _together(parallel, lambda: _read(settings) if first else None)
-    given = _together(parallel, lambda: given or _read(settings))
-    warnings = _together(parallel, lambda: fill(network, given, settings.model.name))
-    if parallel.world_size > 1:
-        digests = parallel.gather([_digest(network)])
+    given = _together(context, lambda: _read(settings) if first else None)
+    given = _together(context, lambda: given or _read(settings))
+    warnings = _together(context, lambda: fill(network, given, settings.model.name))
+    if context.world_size > 1:
+        digests = context.gather([_digest(network)])
         if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
             raise InputError(
                 f"{KEY}: process {other} reads other weights from {settings.model.init_from} than process 0; "
@@ -55,14 +55,14 @@ def start_from(network: GatedNetwork, settings: Recipe, parallel: Parallel) -> G
     return given._replace(warnings=[*given.warnings, *warnings])
 
 
-def _together(parallel: Parallel, do: Callable):
+def _together(context: Context, do: Callable):
     """What `do` gives in this process. Raises InputError on all processes if it does on one."""
     found = fault = None
     try:
         found = do()
     except InputError as error:
         fault = str(error)
-    faults = parallel.gather([fault])
+    faults = context.gather([fault])
     rank = next((rank for rank, fault in enumerate(faults) if fault is not None), None)
     if rank is not None:
         raise InputError(f"process {rank}: {faults[rank]}" if rank else faults[rank])

@@ -21,8 +21,8 @@ def prune(run: Run) -> None:
     image_size, settings = recipe.data.image_size, recipe.architecture
     target = selection.budget(settings, supernet, image_size)
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
-    run.parallel.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
-    run.parallel.agree("the keep mask", supernet.by_site(keep))
+    run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
+    run.context.agree("the keep mask", supernet.by_site(keep))
     run.small, run.mask = compact.compact(supernet, keep), masks.pack(keep)
     run.momentum = {}
     supernet.cpu()
@@ -33,18 +33,18 @@ def prune(run: Run) -> None:
     chosen_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
     layers = cost.of_layers(supernet, image_size, keep)
     facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.mask}
-    run.track.record("prune", kept=kept, full=full, compact=small, **chosen_by, **facts)
+    run.log.record("prune", kept=kept, full=full, compact=small, **chosen_by, **facts)
     try:
         accuracy = look(run, epoch=0.0)
     except Stopped as stopped:
         # What it goes on from is the checkpoint before: pruning is done again.
-        run.track.record("stop", phase="prune", step=0, reason=str(stopped))
+        run.log.record("stop", phase="prune", step=0, reason=str(stopped))
         raise
     clock.tell()
-    run.track.record("phase", phase="prune", **usage.told(run, "prune"))
+    run.log.record("phase", phase="prune", **usage.told(run, "prune"))
     share = small["exact"]["macs"] / full["exact"]["macs"]
-    run.track.begin("prune", 1, 1)
-    run.track.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {share:.1%} of the multiply-adds")
+    run.log.begin("prune", 1, 1)
+    run.log.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {share:.1%} of the MACs")
 
 
 @torch.no_grad()
@@ -73,15 +73,15 @@ def choose_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     alpha = run.architecture.alpha.detach().cpu()
     keep, rescued = masks.rescue(supernet, keep, alpha)
     if rescued:
-        run.track.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
+        run.log.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
     keep, collapsed = selection.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
     if collapsed:
-        run.track.warn(
-            f"the architecture collapsed: less than {settings.min_macs:.1%} of the multiply-adds were left, so the channels "
+        run.log.warn(
+            f"the architecture collapsed: less than {settings.min_macs:.1%} of the MACs were left, so the channels "
             f"closest to staying were opened again; lower architecture.penalty_weight ({settings.penalty_weight:g})"
         )
     if keep.all():
-        run.track.warn(f"no channel closed; raise architecture.penalty_weight ({settings.penalty_weight:g})")
+        run.log.warn(f"no channel closed; raise architecture.penalty_weight ({settings.penalty_weight:g})")
     return keep, rescued, collapsed
 
 
@@ -90,5 +90,5 @@ def choose_by_budget(run: Run, target: selection.Budget) -> Tensor:
     image_size = run.recipe.data.image_size
     keep = selection.select(run.supernet, image_size, run.architecture.alpha, target)
     if (found := target.of(cost.count(run.supernet, image_size, keep))) not in target:
-        run.track.warn(target.missed(found))
+        run.log.warn(target.missed(found))
     return keep

@@ -11,11 +11,11 @@ from dnal_dist.checkpoint.format import Gathered, Spent
 from dnal_dist.checkpoint.writer import Saver
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.tracking.run_log import Track
+from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training.stopping import Edges
 
 
@@ -25,8 +25,8 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    parallel: Parallel
-    track: Track
+    context: Context
+    log: RunLog
     train: Stream
     val: Stream
     supernet: GatedNetwork

@@ -19,7 +19,7 @@ from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.checkpoint.writer import UNWRITTEN
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
 # without it holds no run, whatever else is in it.
@@ -55,25 +55,25 @@ def has_checkpoints(folder: Path) -> bool:
         return True  # open_folder says why it cannot be looked at
 
 
-def open_folder(folder: Path, settings: recipe.Recipe, parallel: Parallel, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
+def open_folder(folder: Path, settings: recipe.Recipe, context: Context, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
     """Make `folder` ready for a run of `settings`: to go on from its newest checkpoint, or to begin. allowed: keys of the recipe
     that may have changed. The main process looks and writes first, so that all processes refuse the folder or none does. Raises
     InputError."""
     opened, refusal, path = Opened(None, [], {}, None), None, None
     try:
-        if parallel.main:
+        if context.main:
             path, opened = _prepare(folder, settings, overwrite, allowed)
     except InputError as error:
         refusal = str(error)
-    refusal, path = parallel.from_main((refusal, path))
+    refusal, path = context.from_main((refusal, path))
     if refusal:
         raise InputError(refusal)
-    if not parallel.main and path is not None:
+    if not context.main and path is not None:
         try:
             opened = opened._replace(saved=checkpoint.read(path))
         except (ValueError, OSError) as error:
             raise InputError(
-                f"key 'output': process {parallel.rank} cannot read what process 0 does ({error}); name a folder that all "
+                f"key 'output': process {context.rank} cannot read what process 0 does ({error}); name a folder that all "
                 "machines share",
                 local=True,
             ) from None

@@ -23,24 +23,24 @@ def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None, begu
     began to wait for it, by time.monotonic. Raises InputError: see saver.Saver."""
     begun = time.monotonic() if begun is None else begun
     taken = take(run, momentum, meter)
-    if not run.parallel.main:
+    if not run.context.main:
         return
     run.saver.settle()
     run.saver.pauses.append(time.monotonic() - begun)
-    run.track.global_step = run.global_step
+    run.log.global_step = run.global_step
     facts = {"name": name(taken.state), "pause_seconds": round(run.saver.pauses[-1], 4), **run.saver.last}
-    run.track.record("checkpoint", phase=run.phase, step=run.step, **facts)
-    taken.state.records = run.track.records
+    run.log.record("checkpoint", phase=run.phase, step=run.step, **facts)
+    taken.state.records = run.log.records
     run.saver.save(taken)
 
 
 def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> Checkpoint | None:
     """Copies of all that a run needs to go on, on the CPU of the main process; None on the others."""
     settle(run)
-    parallel, own = run.parallel, _own(run, meter)
-    ranks = {kind: parallel.gather_tensor(tensor) for kind, tensor in own.items()}
+    context, own = run.context, _own(run, meter)
+    ranks = {kind: context.gather_tensor(tensor) for kind, tensor in own.items()}
     gathered = None if meter is None else meter.gathered()
-    if not parallel.main:
+    if not context.main:
         return None
     tensors = {f"network.{key}": _copy(tensor) for key, tensor in run.network.state_dict().items()}
     tensors |= {f"momentum.{key}": _copy(tensor) for key, tensor in momentum.items()}
@@ -59,7 +59,7 @@ def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> C
 
 def settle(run: Run) -> None:
     """Hand what all processes have taken of the epoch over to the main one."""
-    run.receipt.settle(run.parallel.gather, run.parallel.main, run.global_step, run.train.steps_per_epoch)
+    run.receipt.settle(run.context.gather, run.context.main, run.global_step, run.train.steps_per_epoch)
 
 
 def _state(run: Run, meter: Gathered | None) -> State:
@@ -71,18 +71,18 @@ def _state(run: Run, meter: Gathered | None) -> State:
         receipt=run.receipt.packed(),
         skipped=sorted(run.skipped),
         meter=meter,
-        scaler=run.parallel.scaler.state_dict(),
-        world_size=run.parallel.world_size,
-        backend=run.parallel.backend,
+        scaler=run.context.scaler.state_dict(),
+        world_size=run.context.world_size,
+        backend=run.context.backend,
         shards=run.shards,
-        tracker_run=run.track.tracker_run,
+        tracker_run=run.log.tracker_run,
         recipe=run.recipe.model_dump(mode="json"),
     )
 
 
 def _own(run: Run, meter: Meter | None) -> dict[str, Tensor]:
     """What each process has of its own, one flat tensor a kind."""
-    device = run.parallel.device
+    device = run.context.device
     own = {"random": torch.get_rng_state().to(device), "statistics": torch.cat([torch.zeros(0, device=device), *_statistics(run)])}
     if device.type == "cuda":
         own["random_cuda"] = torch.cuda.get_rng_state(device).to(device)
@@ -103,7 +103,7 @@ def _statistics(run: Run) -> list[Tensor]:
 
 
 def _combine(statistics: Tensor, norms: list[tuple[str, _BatchNorm]], tensors: dict[str, Tensor]) -> None:
-    """Write into `tensors` the running statistics of all processes together (see parallel.average_statistics), from (world size,
+    """Write into `tensors` the running statistics of all processes together (see context.average_statistics), from (world size,
     2 * features) numbers."""
     mean, variance = statistics.double().chunk(2, dim=1)
     variance = (variance + mean**2).mean(0) - mean.mean(0) ** 2
@@ -141,7 +141,7 @@ def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
         raise ValueError(f"phase {state.phase} {'without' if state.compact is None else 'with'} a compact network")
     part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
     if state.compact is not None:
-        run.small = compact.restored(state.compact, part["network."]).to(run.parallel.device)
+        run.small = compact.restored(state.compact, part["network."]).to(run.context.device)
         run.supernet.cpu()
     else:
         run.network.load_state_dict(part["network."])
@@ -154,22 +154,22 @@ def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
             raise ValueError(f"alpha of {tuple(tensors['alpha'].shape)} for {run.architecture.alpha.numel()} gates")
         run.architecture.alpha.copy_(tensors["alpha"])
     if "alpha_momentum" in tensors:
-        buffer = tensors["alpha_momentum"].to(run.parallel.device).reshape_as(run.architecture.alpha)
+        buffer = tensors["alpha_momentum"].to(run.context.device).reshape_as(run.architecture.alpha)
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
     for key in SAME:
         setattr(run, key, getattr(state, key))
     run.seconds, run.spent, run.skipped = dict(state.seconds), dict(state.spent), set(state.skipped)
-    if run.parallel.main and state.receipt:
+    if run.context.main and state.receipt:
         # The other processes begin with nothing taken, however many there are now.
         run.receipt = Receipt.unpacked(state.receipt)
-    if state.scaler and run.parallel.scaler.is_enabled():
-        run.parallel.scaler.load_state_dict(state.scaler)
+    if state.scaler and run.context.scaler.is_enabled():
+        run.context.scaler.load_state_dict(state.scaler)
     _give_back(run, tensors, state)
 
 
 def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
     """What each process had of its own; where there are others now, what they had together, to the main one."""
-    rank, same = run.parallel.rank, run.parallel.world_size == state.world_size
+    rank, same = run.context.rank, run.context.world_size == state.world_size
     if same and "ranks.statistics" in tensors:
         own = tensors["ranks.statistics"][rank]
         targets = _statistics(run)
@@ -178,11 +178,11 @@ def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
     if same:
         # A copy: torch reads a view from the start of its storage and beyond, which ends the process.
         torch.set_rng_state(tensors["ranks.random"][rank].clone())
-        if run.parallel.device.type == "cuda" and "ranks.random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.parallel.device)
+        if run.context.device.type == "cuda" and "ranks.random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.context.device)
     if state.meter is not None:
         sums = tensors["ranks.sums"]
-        own = sums[rank] if same else sums.sum(0) if run.parallel.main else torch.zeros_like(sums[0])
+        own = sums[rank] if same else sums.sum(0) if run.context.main else torch.zeros_like(sums[0])
         if own.shape != (6,):
             raise ValueError(f"sums of {tuple(sums.shape)}")
-        run.meter = state.meter, own, same and state.backend == run.parallel.backend
+        run.meter = state.meter, own, same and state.backend == run.context.backend

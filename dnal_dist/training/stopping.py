@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 
 # Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75
@@ -62,13 +62,13 @@ class Edges:
 
     def __init__(
         self,
-        parallel: Parallel,
+        context: Context,
         signals: Signals | None = None,
         stop_file: Path | None = None,
         until: float | None = None,
         leaving: float = 0.0,
     ):
-        self.parallel, self.signals, self.stop_file, self.until, self.leaving = parallel, signals, stop_file, until, leaving
+        self.context, self.signals, self.stop_file, self.until, self.leaving = context, signals, stop_file, until, leaving
         # A shell that is left behind is no reason to stop; a launcher that is gone cannot end the others any more.
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self.parent = os.getppid() if launched else None
@@ -87,10 +87,10 @@ class Edges:
         found = torch.zeros(6, dtype=torch.float64)
         reasons = self._reasons(2 * needs + 2 * self.longest + 5.0 + self.leaving)
         found[: len(reasons)] = torch.tensor([bool(reason) for reason in reasons])
-        if self.parallel.main:
+        if self.context.main:
             found[4:] = torch.tensor([save, self._next(passed)])
-        if self.parallel.world_size > 1:
-            found = self.parallel.sum_(found.to(self.parallel.device))
+        if self.context.world_size > 1:
+            found = self.context.sum_(found.to(self.context.device))
         *asked, save, every = found.tolist()
         self.every = self.left = int(every)
         self.since = time.monotonic()
@@ -106,15 +106,15 @@ class Edges:
         found = [asked.name if asked else "", "", "", ""]
         if self.parent is not None and os.getppid() != self.parent:
             found[1] = "the launcher is gone"
-        if self.parallel.main and self.stop_file is not None and os.path.exists(self.stop_file):
+        if self.context.main and self.stop_file is not None and os.path.exists(self.stop_file):
             found[2] = f"{self.stop_file} is there"
-        if self.parallel.main and self.until is not None and time.time() > self.until - margin:
+        if self.context.main and self.until is not None and time.time() > self.until - margin:
             found[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit"
         return found
 
     def _next(self, passed: float) -> int:
         """After how many edges to look again. Where no other process is waited for, all a look costs is to ask for a file."""
-        seconds = LOOK_EVERY if self.parallel.world_size > 1 else LOOK_EVERY / 20
+        seconds = LOOK_EVERY if self.context.world_size > 1 else LOOK_EVERY / 20
         return max(1, min(2 * self.every, int(self.every * seconds / max(passed, 1e-6))))
 
 

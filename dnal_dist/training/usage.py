@@ -1,4 +1,4 @@
-"""What each phase of a run takes: time, devices, pictures, bytes between processes, energy. It goes on over stops and resumes."""
+"""What each phase of a run takes: time, devices, images, bytes between processes, energy. It goes on over stops and resumes."""
 
 import contextlib
 import math
@@ -18,24 +18,24 @@ class Clock:
     def __init__(self, run):
         self.run, self.phase, self.step, self.begun = run, run.phase, run.step, time.monotonic()
         self.seconds = run.seconds.get(run.phase, 0.0)
-        self.joules = joules(run.parallel)
+        self.joules = joules(run.context)
         self.before = run.spent.get(run.phase)
         if self.before is None:
             begins = run.step == 0
             # A checkpoint of an earlier release, in the midst of a phase, tells only its seconds.
-            images, device_seconds = run.step * run.recipe.data.global_batch, self.seconds * run.parallel.world_size
+            images, device_seconds = run.step * run.recipe.data.global_batch, self.seconds * run.context.world_size
             self.before = Spent(images=images, device_seconds=device_seconds, energy_kwh=0.0 if begins else None)
 
     def tell(self, bytes_sent: int | None = None) -> None:
         """Set what the phase took until now. All processes must come here."""
         run, passed = self.run, time.monotonic() - self.begun
-        used, kwh = joules(run.parallel), None
+        used, kwh = joules(run.context), None
         if None not in (used, self.joules, self.before.energy_kwh):
             kwh = self.before.energy_kwh + (used - self.joules) / JOULES_PER_KWH
         run.seconds[self.phase] = self.seconds + passed
         run.spent[self.phase] = Spent(
             images=self.before.images + (run.step - self.step) * run.recipe.data.global_batch,
-            device_seconds=self.before.device_seconds + passed * run.parallel.world_size,
+            device_seconds=self.before.device_seconds + passed * run.context.world_size,
             energy_kwh=kwh,
             bytes_sent=bytes_sent,
         )
@@ -48,15 +48,15 @@ def told(run, phase: str) -> dict[str, float]:
     return {"seconds": round(run.seconds[phase], 3), **rounded}
 
 
-def joules(parallel) -> float | None:
+def joules(context) -> float | None:
     """What the GPUs of all processes have used since their drivers were loaded; None without GPUs, or where one does not tell."""
-    if parallel.device.type != "cuda":
+    if context.device.type != "cuda":
         return None
     used = math.nan
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         # By its name: CUDA and NVML may count the devices of a machine differently.
-        name = f"GPU-{torch.cuda.get_device_properties(parallel.device).uuid}"
+        name = f"GPU-{torch.cuda.get_device_properties(context.device).uuid}"
         used = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(name)) / 1e3
-    total = parallel.sum_(torch.tensor([used], dtype=torch.float64, device=parallel.device)).item()
+    total = context.sum_(torch.tensor([used], dtype=torch.float64, device=context.device)).item()
     return None if math.isnan(total) else total

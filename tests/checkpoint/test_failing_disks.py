@@ -109,14 +109,14 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
 
 def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch):
     """Nothing is lost, and no checkpoint counts on records that are not there."""
-    run, flush, count = tmp_path / "run", run_log.Track._flush, iter(range(10_000))
+    run, flush, count = tmp_path / "run", run_log.RunLog._flush, iter(range(10_000))
 
     def full(self):
         if 5 < next(count) < 20:
             raise OSError(28, "No space left on device")
         flush(self)
 
-    monkeypatch.setattr(run_log.Track, "_flush", full)
+    monkeypatch.setattr(run_log.RunLog, "_flush", full)
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: cannot be written (No space left on device); training goes on, make room" in ended.out

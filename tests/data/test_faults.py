@@ -23,8 +23,8 @@ def test_a_file_that_is_no_shard(train, folder, content):
     refused(train(ANY), r".*/train-0\.tar: not a readable tar shard \(.+\); make or copy it anew")
 
 
-CUTS = {"in a picture": ("09.png", 520), "in a header": ("09.png", 100), "between samples": ("09.png", 0)}
-CUTS["between picture and class"] = ("09.cls", 0)
+CUTS = {"in an image": ("09.png", 520), "in a header": ("09.png", 100), "between samples": ("09.png", 0)}
+CUTS["between image and class"] = ("09.cls", 0)
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
@@ -141,10 +141,10 @@ def test_an_index_that_tells_of_a_shard_that_is_not_there(train, folder):
         ({"_05_cls": b"1.5"}, r"sample 05 at byte \d+: label '1\.5' is out of range, expected a whole number"),
         ({"_05_cls": b"\xb2\n\x1b[31m"}, r"sample 05 at byte \d+: label .* is out of range"),
         ({"_05_cls": b""}, r"sample 05 at byte \d+: label '' is out of range"),
-        ({"_05_cls": None}, r"sample 05 at byte \d+: expected one picture \(png, jpg, jpeg\) and one class \(cls\), found 1 and 0"),
-        ({"_05_png": None}, r"sample 05 at byte \d+: expected one picture .* found 0 and 1"),
-        ({"_05_jpg": png()}, r"sample 05 at byte \d+: expected one picture .* found 2 and 1"),
-        ({"_notes_txt": b"hello"}, r"sample notes at byte \d+: expected one picture .* found 0 and 0"),
+        ({"_05_cls": None}, r"sample 05 at byte \d+: expected one image \(png, jpg, jpeg\) and one class \(cls\), found 1 and 0"),
+        ({"_05_png": None}, r"sample 05 at byte \d+: expected one image .* found 0 and 1"),
+        ({"_05_jpg": png()}, r"sample 05 at byte \d+: expected one image .* found 2 and 1"),
+        ({"_notes_txt": b"hello"}, r"sample notes at byte \d+: expected one image .* found 0 and 0"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value)[:20],
 )
@@ -159,11 +159,11 @@ def test_a_sample_that_is_none(train, folder, change, told, indexed):
     assert any(re.search(told, r["message"]) for r in records(folder, "warning"))
 
 
-NO_PICTURES = {"cut": png()[:40], "words": b"words", "empty": b""}
+NO_IMAGES = {"cut": png()[:40], "words": b"words", "empty": b""}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_picture_that_does_not_decode_is_skipped_and_named(train, folder, split):
+def test_a_image_that_does_not_decode_is_skipped_and_named(train, folder, split):
     write_tar(folder / f"{split}-0.tar", samples(_03_png=png()[:40]))
     ended = train("data.max_bad_fraction=0.1")
     assert ended.code == 0, ended.err
@@ -171,21 +171,21 @@ def test_a_picture_that_does_not_decode_is_skipped_and_named(train, folder, spli
     assert re.match(rf"skipped 1 of 16 samples of data\.{split}: .*/{split}-0\.tar: sample 03 at byte \d+: \w.*", warning)
     assert f"warning: {warning}" in ended.out
     bad = sum(r["bad_samples"] for r in records(folder, "train"))
-    # 6 iterations of 8 pictures are 3 epochs; validation sees the picture at each look.
+    # 6 iterations of 8 images are 3 epochs; validation sees the image at each look.
     assert bad == (3 if split == "train" else 0)
     assert {r["samples"] for r in records(folder, "eval")} == {16 if split == "train" else 15}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_too_many_pictures_that_do_not_decode(train, folder, split, workers):
-    changes = {f"_{i:02}_png": picture for i, picture in enumerate(NO_PICTURES.values(), 3)}
+def test_too_many_images_that_do_not_decode(train, folder, split, workers):
+    changes = {f"_{i:02}_png": image for i, image in enumerate(NO_IMAGES.values(), 3)}
     write_tar(folder / f"{split}-0.tar", samples(**changes))
     told = rf".*/{split}-0\.tar: sample 0\d at byte \d+: .*[123] of 16 samples of data\.{split} cannot be used, more than "
     refused(train("data.max_bad_fraction=0.1", f"data.workers={workers}"), told + r"data\.max_bad_fraction=0\.1 allows")
 
 
-def test_bad_pictures_at_an_epochs_end_are_not_forgotten(train, folder):
+def test_bad_images_at_an_epochs_end_are_not_forgotten(train, folder):
     """The records do not come at the epochs' ends, and what was skipped in between still counts."""
     write_tar(folder / "train-0.tar", samples(_03_png=b"", _07_png=b""))
     ended = train("data.max_bad_fraction=0.2", "tracking.log_every=5", "phases.pretrain.steps=5", "data.global_batch=4")
@@ -199,13 +199,13 @@ def test_bad_pictures_at_an_epochs_end_are_not_forgotten(train, folder):
     )
 
 
-def test_no_picture_of_a_batch_decodes(train, folder):
+def test_no_image_of_a_batch_decodes(train, folder):
     write_tar(folder / "train-0.tar", samples(**{f"_{i:02}_png": b"" for i in range(16)}))
-    told = r".*/train-0\.tar: sample \d\d at byte \d+: it is empty: no picture of a batch of 8 can be used; mend the shards"
+    told = r".*/train-0\.tar: sample \d\d at byte \d+: it is empty: no image of a batch of 8 can be used; mend the shards"
     refused(train(ANY), told)
 
 
-def test_pictures_of_other_kinds_are_pictures(train, folder):
+def test_images_of_other_kinds_are_images(train, folder):
     """16 bits, a palette, transparency, black and white: all of them decode, and none comes out as a foreign type."""
     kinds = {f"_{i:02}_png": png(1, mode=mode) for i, mode in enumerate(("I;16", "P", "RGBA", "LA", "1", "RGB"))}
     write_tar(folder / "train-0.tar", samples(**kinds))
@@ -213,7 +213,7 @@ def test_pictures_of_other_kinds_are_pictures(train, folder):
     assert ended.code == 0, ended.err
 
 
-def test_an_animation_is_no_picture(train, folder):
+def test_an_animation_is_no_image(train, folder):
     encoded = io.BytesIO()
     frames = [Image.new("L", (8, 8), grey) for grey in (0, 200)]
     frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:])
@@ -282,7 +282,7 @@ def test_names_that_climb_out_are_refused_and_write_nothing(train, folder):
 def test_names_cannot_write_to_the_terminal(train, folder):
     write_tar(folder / "train-0.tar", samples() | {"\x1b[2Jevil\n\udcff.cls": b"1"})
     ended = train("data.global_batch=17")
-    refused(ended, r".*/train-0\.tar: sample \\x1b\[2Jevil\\n\\udcff at byte \d+: expected one picture")
+    refused(ended, r".*/train-0\.tar: sample \\x1b\[2Jevil\\n\\udcff at byte \d+: expected one image")
     assert "\x1b" not in ended.err
 
 

@@ -1,4 +1,4 @@
-"""Batches reach the device in order, none is taken ahead, and nvJPEG's path gives the pictures of the CPU's."""
+"""Batches reach the device in order, none is taken ahead, and nvJPEG's path gives the images of the CPU's."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from dnal_dist.data import device as feeding
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Origin, Shards
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import Augmentation, Data
 from dnal_dist.training import setup
 
@@ -122,10 +122,10 @@ def folder(tmp_path_factory):
     with webdataset.TarWriter(str(path)) as tar:
         for i in range(24):
             height, width = rng.integers(20, 120, 2).tolist()
-            picture = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+            image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
             mode = {3: "L", 5: "CMYK"}.get(i, "RGB")
             file = io.BytesIO()
-            picture.convert(mode).save(file, "PNG" if i == 7 else "JPEG", **{"keep_rgb": True} if i == 8 else {})
+            image.convert(mode).save(file, "PNG" if i == 7 else "JPEG", **{"keep_rgb": True} if i == 8 else {})
             encoded = file.getvalue()[: 300 if i == 9 else None]
             tar.write({"__key__": f"{i:02d}", "jpg": encoded, "cls": str(i % 10).encode()})
     index = {"shards": [{"file": path.name, "samples": 24, "bytes": path.stat().st_size}], "classes": []}
@@ -174,7 +174,7 @@ def same(ones, others, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "kind, augmentation", [("none", {}), ("pad_crop", {}), ("resized_crop", {}), ("resized_crop", {"resize": 40})]
 )
-def test_the_device_gives_the_pictures_of_the_cpu(kind, augmentation, folder, decoder, monkeypatch):
+def test_the_device_gives_the_images_of_the_cpu(kind, augmentation, folder, decoder, monkeypatch):
     monkeypatch.setattr(images, "reduction_of", lambda *_: 1)
     ours = batches(folder, decode="cuda", kind=kind, augmentation=augmentation)
     # What nvJPEG can take of the 24.
@@ -187,10 +187,10 @@ def test_what_waits_for_the_device_comes_through_loader_processes(folder, decode
     same(batches(folder, decode="cuda", workers=1), batches(folder, decode="cuda"), 0)
 
 
-def test_a_picture_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
+def test_a_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
     data = settings(folder)
     shards = Shards(data.train, "data.train", 10)
-    decoder.refused = {shards[4].picture, shards[11].picture}
+    decoder.refused = {shards[4].image, shards[11].image}
     same(batches(folder, decode="cuda"), batches(folder), 40)
     assert len(decoder.seen) == 18
 
@@ -219,12 +219,12 @@ def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch)
 def test_a_batch_of_which_nothing_is_left_stops_the_run(decoder):
     waiting = nvjpeg.Waiting()
     waiting.add(
-        b"\xff\xd8 no picture \xff\xd9", 0, nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8)), Origin("shard/3", 0, "3", "shard", 9, 3)
+        b"\xff\xd8 no image \xff\xd9", 0, nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8)), Origin("shard/3", 0, "3", "shard", 9, 3)
     )
     decoder.refused = set(waiting.jpegs)
     empty = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
     batch = Batch(empty, torch.tensor([1]), torch.tensor([False]), ["3"], [], (0, 0), waiting.encoded())
-    with pytest.raises(InputError, match=r"shard: sample 3 at byte 9: .*: no picture of a batch of 1 can be used"):
+    with pytest.raises(InputError, match=r"shard: sample 3 at byte 9: .*: no image of a batch of 1 can be used"):
         nvjpeg.finish(batch, 8, CPU)
 
 
@@ -240,7 +240,7 @@ def test_without_a_gpu_decoding_there_is_refused_before_training(digits, tmp_pat
     paths = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path / 'run'}"]
     asked = recipe.load("recipes/digits.yaml", [*paths, "data.decode=cuda"])
     with pytest.raises(InputError, match=r"key 'data\.decode': cuda needs an NVIDIA GPU, and this run computes on the cpu"):
-        setup.assemble(asked, Parallel())
+        setup.assemble(asked, Context())
 
 
 def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):
@@ -253,7 +253,7 @@ def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):
 
 
 def test_a_batch_that_lost_samples_is_filled_with_what_counts_for_nothing():
-    """The loss and its gradient are those of the pictures that there are, and all processes see the same number."""
+    """The loss and its gradient are those of the images that there are, and all processes see the same number."""
     batch = batch_of(3)
     (fed,) = feed(iter_closing([batch]), settings(), CPU, fill=7)
     (plain,) = feed(iter_closing([batch]), settings(), CPU)

@@ -11,7 +11,7 @@ from faulty import png, write_tar
 from dnal_dist.data import order as data_order
 from dnal_dist.data import shards
 from dnal_dist.data.order import Slices, order_with_locality
-from dnal_dist.data.pipeline import Pictures, Stream
+from dnal_dist.data.pipeline import Images, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
 
@@ -78,13 +78,13 @@ def test_one_shard_on_eight_ranks(tmp_path):
 def test_resuming_at_every_batch_twice_in_a_row_with_other_numbers_of_ranks(digits, reference, monkeypatch):
     """4 ranks stop, 2 go on and stop, 8 go on to the epoch's end and beyond; nothing is decoded twice and no header is read."""
     decoded, scans = [], []
-    picture = Pictures._picture
+    image = Images._image
 
     def counting(self, encoded, place, origin, *more):
         decoded.append(origin.key)
-        return picture(self, encoded, place, origin, *more)
+        return image(self, encoded, place, origin, *more)
 
-    monkeypatch.setattr(Pictures, "_picture", counting)
+    monkeypatch.setattr(Images, "_image", counting)
     monkeypatch.setattr(shards, "boundaries", lambda *_: scans.append(1))
     data = settings(digits)
     for first in range(31):

@@ -1,4 +1,4 @@
-"""Encoded pictures become squares: those of the stock transforms, from any bytes, or a reason why not."""
+"""Encoded images become squares: those of the stock transforms, from any bytes, or a reason why not."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dnal_dist.data import images
-from dnal_dist.data.images import Header, PictureError, Stack, Transform, _random_part, decode, normalise, reduction_of
+from dnal_dist.data.images import Header, ImageError, Stack, Transform, _random_part, decode, normalise, reduction_of
 from dnal_dist.recipe import Augmentation, Data
 
 KINDS = ["none", "pad_crop", "resized_crop"]
@@ -59,8 +59,8 @@ def test_validation_is_bit_for_bit_the_stock_one(height, width, kind, mode):
     encoded = encode(scene(height, width), kind, mode)
     expected = v2.CenterCrop(224)(v2.Resize(256, antialias=True)(stock(encoded)))
     for train in (False, True):
-        picture, flip = Transform(settings(image_size=224, resize=256), 0, train)(encoded, 3, 5)
-        assert np.array_equal(picture, np.asarray(expected)) and not flip
+        image, flip = Transform(settings(image_size=224, resize=256), 0, train)(encoded, 3, 5)
+        assert np.array_equal(image, np.asarray(expected)) and not flip
 
 
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"keep_rgb": True}])
@@ -71,14 +71,14 @@ def test_jpegs_of_all_kinds_decode_to_the_bits_that_pillow_gives(options):
 
 @pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("kind", ["none", "pad_crop"])
-def test_pictures_of_fixed_size_are_not_resized(kind, size):
+def test_images_of_fixed_size_are_not_resized(kind, size):
     pixels = scene(size, size)
     transform = Transform(settings(kind, size, augmentation={"padding": 2}), 0, True)
     assert np.array_equal(Transform(settings(kind, size), 0, False)(encode(pixels, "PNG"), 0, 0)[0], pixels)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
     for index in range(20):
-        picture, _ = transform(encode(pixels, "PNG"), 0, index)
-        places = [(y, x) for y in range(9) for x in range(9) if np.array_equal(padded[y : y + size, x : x + size], picture)]
+        image, _ = transform(encode(pixels, "PNG"), 0, index)
+        places = [(y, x) for y in range(9) for x in range(9) if np.array_equal(padded[y : y + size, x : x + size], image)]
         assert len(places) == 1 and (places[0] == (4, 4) if kind == "none" else 2 <= min(places[0]) <= max(places[0]) <= 6)
 
 
@@ -86,7 +86,7 @@ def test_pictures_of_fixed_size_are_not_resized(kind, size):
 
 
 def reference(pixels: np.ndarray, data: Data, seed: int, epoch: int, index: int) -> tuple[np.ndarray, bool]:
-    """The augmentation step by step with torchvision on the whole picture, at full resolution."""
+    """The augmentation step by step with torchvision on the whole image, at full resolution."""
     image, size, augmentation = torch.from_numpy(pixels).permute(2, 0, 1), data.image_size, data.augmentation
     rng = np.random.default_rng((seed, epoch, index))
     if augmentation.kind == "pad_crop":
@@ -111,15 +111,15 @@ AUGMENTATIONS = [
 
 @pytest.mark.parametrize("height, width", [(150, 200), (200, 150), (97, 64), (40, 300), (64, 64)])
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
-def test_training_pictures_are_those_of_the_augmentation_at_full_resolution(kind, augmentation, height, width, monkeypatch):
+def test_training_images_are_those_of_the_augmentation_at_full_resolution(kind, augmentation, height, width, monkeypatch):
     monkeypatch.setattr(images, "reduction_of", lambda *_: 1)
     data, encoded = settings(kind, 64, augmentation=augmentation), encode(scene(height, width))
     pixels = np.array(stock(encoded))
     for index in range(12):
-        picture, flip = Transform(data, 7, True)(encoded, 2, index)
+        image, flip = Transform(data, 7, True)(encoded, 2, index)
         expected, mirrored = reference(pixels, data, 7, 2, index)
         # pad_crop resizes as validation does, by Pillow, which rounds otherwise than torch here and there.
-        assert np.abs(picture.astype(int) - expected).max() <= 1 and flip == mirrored
+        assert np.abs(image.astype(int) - expected).max() <= 1 and flip == mirrored
 
 
 @pytest.mark.parametrize("kind, augmentation", AUGMENTATIONS)
@@ -165,16 +165,16 @@ def test_random_changes_depend_on_seed_epoch_and_index_alone():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("height, width", [(300, 40), (40, 300), (24, 24), (7, 5), (1, 1), (1, 90)])
-def test_pictures_of_any_shape_become_square(kind, height, width):
+def test_images_of_any_shape_become_square(kind, height, width):
     data, encoded = settings(kind, augmentation={"flip": True}), encode(np.full((height, width, 3), 200, np.uint8))
     for train in (True, False):
-        picture, flip = Transform(data, 0, train)(encoded, 0, 0)
-        assert (picture.shape, picture.dtype, type(flip)) == ((24, 24, 3), np.uint8, bool)
-        assert 195 < picture.max() < 205
+        image, flip = Transform(data, 0, train)(encoded, 0, 0)
+        assert (image.shape, image.dtype, type(flip)) == ((24, 24, 3), np.uint8, bool)
+        assert 195 < image.max() < 205
 
 
-def test_a_random_part_may_be_taken_of_the_resized_picture():
-    """A picture that is one pixel in eight, resized away: only the part of a resized picture has lost its stripes."""
+def test_a_random_part_may_be_taken_of_the_resized_image():
+    """An image that is one pixel in eight, resized away: only the part of a resized image has lost its stripes."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::8] = 255
     spreads = []
@@ -192,7 +192,7 @@ def test_a_stack_is_one_tensor_of_channels_last_memory_without_gaps():
     for seed in (0, 1):
         stack.next[...] = scene(8, 8, seed)
         stack.keep()
-    stack.next[...] = 77  # of a picture that failed half way
+    stack.next[...] = 77  # of an image that failed half way
     images = stack.images
     assert images.shape == (2, 3, 8, 8) and images.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(images[1].permute(1, 2, 0), scene(8, 8, 1))
@@ -213,7 +213,7 @@ def test_normalise_is_the_usual_one(dtype):
     assert torch.equal(mirrored[flips], found[flips].flip(-1)) and torch.equal(mirrored[~flips], found[~flips])
 
 
-# --- pictures that are odd, and what is none
+# --- images that are odd, and what is none
 
 
 def png_of_16_bits(pixels: np.ndarray, colour: int) -> bytes:
@@ -245,21 +245,21 @@ def test_pngs_of_all_modes_are_what_pillow_converts_them_to(mode):
 def test_an_animation_is_refused(kind):
     frames, file = [Image.new("RGB", (8, 8), (grey, 0, 0)) for grey in (0, 200)], io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(PictureError, match="it is animated"):
+    with pytest.raises(ImageError, match="it is animated"):
         decode(file.getvalue())
 
 
-def test_what_is_no_picture_is_refused_with_a_reason():
+def test_what_is_no_image_is_refused_with_a_reason():
     transform = Transform(settings(), 0, False)
     cut = encode(scene(8, 8))[:100]
-    for encoded, reason in ((b"", "it is empty"), (b"words", "no picture"), (b"\xff\xd8", "no picture"), (cut, ".")):
-        with pytest.raises(PictureError, match=reason) as told:
+    for encoded, reason in ((b"", "it is empty"), (b"words", "no image"), (b"\xff\xd8", "no image"), (cut, ".")):
+        with pytest.raises(ImageError, match=reason) as told:
             transform(encoded, 0, 0)
         assert str(told.value).isprintable()
 
 
 def bomb(kind: str) -> bytes:
-    """A picture of few bytes whose header tells of 60000 x 60000 pixels."""
+    """An image of few bytes whose header tells of 60000 x 60000 pixels."""
     if kind == "PNG":
         whole = png_of_16_bits(np.zeros((1, 1, 3), np.uint16), 2)
         head = b"IHDR" + struct.pack(">II", 60000, 60000) + whole[24:29]
@@ -270,9 +270,9 @@ def bomb(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_picture_of_too_many_pixels_is_refused_by_its_header(kind, monkeypatch):
+def test_a_image_of_too_many_pixels_is_refused_by_its_header(kind, monkeypatch):
     monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(PictureError, match=r"^60000 x 60000 pixels, more than data\.max_pixels \(100000000\) allows$"):
+    with pytest.raises(ImageError, match=r"^60000 x 60000 pixels, more than data\.max_pixels \(100000000\) allows$"):
         Transform(settings(), 0, False)(bomb(kind), 0, 0)
 
 
@@ -280,29 +280,29 @@ def test_max_pixels_is_the_bound_and_pillows_own_is_left_alone(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     encoded = encode(scene(30, 40), "PNG")
     assert Transform(settings(max_pixels=1200), 0, False)(encoded, 0, 0)[0].shape == (24, 24, 3)
-    with pytest.raises(PictureError, match=r"^40 x 30 pixels"):
+    with pytest.raises(ImageError, match=r"^40 x 30 pixels"):
         Transform(settings(max_pixels=1199), 0, False)(encoded, 0, 0)
     assert Image.MAX_IMAGE_PIXELS == 50
 
 
 def test_a_line_that_would_grow_without_bounds_is_refused():
     encoded = encode(np.zeros((1, 60_000, 3), np.uint8))
-    with pytest.raises(PictureError, match=r"resized from 60000 x 1 to 15360000 x 256 pixels, more than data\.max_pixels"):
+    with pytest.raises(ImageError, match=r"resized from 60000 x 1 to 15360000 x 256 pixels, more than data\.max_pixels"):
         Transform(settings(image_size=224, resize=256, max_pixels=10_000_000), 0, False)(encoded, 0, 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "CMYK"}, {"mode": "L"}])
-def test_a_truncated_jpeg_is_an_error_and_not_half_a_picture(options):
+def test_a_truncated_jpeg_is_an_error_and_not_half_a_image(options):
     whole = encode(scene(120, 160), **options)
-    picture = decode(whole)
+    image = decode(whole)
     for length in range(len(whole) - 1, 0, -37):
         try:
             found = decode(whole[:length])
-        except PictureError:
+        except ImageError:
             continue
-        assert np.array_equal(found, picture), length
+        assert np.array_equal(found, image), length
     for end in (b"", b"\xff\xd9"):
-        with pytest.raises(PictureError, match="truncated"):
+        with pytest.raises(ImageError, match="truncated"):
             decode(whole[: len(whole) // 2] + end)
 
 
@@ -314,7 +314,7 @@ def test_harmless_faults_of_a_jpeg_are_passed_over(mode):
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P")])
-def test_damaged_pictures_are_pictures_or_refused_and_say_nothing_else(kind, mode, capfd):
+def test_damaged_images_are_images_or_refused_and_say_nothing_else(kind, mode, capfd):
     whole, rng, refused = encode(scene(24, 36), kind, mode), np.random.default_rng(0), 0
     transform = Transform(settings(max_pixels=1_000_000), 0, False)
     with warnings.catch_warnings():
@@ -324,9 +324,9 @@ def test_damaged_pictures_are_pictures_or_refused_and_say_nothing_else(kind, mod
             for place in rng.integers(0, len(damaged), rng.integers(0, 6)):
                 damaged[place] ^= 1 << rng.integers(8)
             try:
-                picture, _ = transform(bytes(damaged), 0, 0)
-                assert (picture.shape, picture.dtype) == ((24, 24, 3), np.uint8)
-            except PictureError as error:
+                image, _ = transform(bytes(damaged), 0, 0)
+                assert (image.shape, image.dtype) == ((24, 24, 3), np.uint8)
+            except ImageError as error:
                 refused += 1
                 assert "\n" not in str(error) and str(error).isprintable()
     assert refused > 300

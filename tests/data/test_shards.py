@@ -38,8 +38,8 @@ def samples(data: bytes) -> list[Sample | str]:
     return found
 
 
-def pair(key: str, picture: bytes = b"pixels", label: bytes = b"3") -> tuple:
-    return (f"{key}.jpg", picture), (f"{key}.cls", label)
+def pair(key: str, image: bytes = b"pixels", label: bytes = b"3") -> tuple:
+    return (f"{key}.jpg", image), (f"{key}.cls", label)
 
 
 def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
@@ -119,7 +119,7 @@ def test_samples_are_webdatasets(tmp_path):
         (s["__key__"], next(s[e] for e in ("jpg", "png") if e in s), int(s["cls"]))
         for s in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     ]
-    assert [(key, picture, label) for key, picture, _, label in samples((tmp_path / "a.tar").read_bytes())] == stock
+    assert [(key, image, label) for key, image, _, label in samples((tmp_path / "a.tar").read_bytes())] == stock
     assert len(stock) == 3
 
 
@@ -206,8 +206,8 @@ def test_random_damage_never_does_more_than_lose_samples():
             del data[rng.randrange(len(data)) :]
         for sample in samples(bytes(data)):
             if isinstance(sample, Sample):
-                # Damage inside a picture is for the decoder to see.
-                assert sample.extension == "jpg" and len(sample.picture) in {len(one.picture) for one in true} | {0, *range(1200)}
+                # Damage inside an image is for the decoder to see.
+                assert sample.extension == "jpg" and len(sample.image) in {len(one.image) for one in true} | {0, *range(1200)}
 
 
 def test_hidden_files_of_a_mac_are_no_samples():

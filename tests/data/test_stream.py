@@ -85,11 +85,11 @@ def test_stock_webdataset_reads_the_same_samples(digits):
     paths = sorted(str(path) for path in digits.glob("train-*.tar"))
     stock = {s["__key__"]: (s["png"], int(s["cls"])) for s in webdataset.WebDataset(paths, shardshuffle=False)}
     found = Shards(f"{digits}/train-*.tar", "data.train", 10)
-    ours = {sample.key: (sample.picture, sample.label) for sample in map(found.__getitem__, range(found.samples))}
+    ours = {sample.key: (sample.image, sample.label) for sample in map(found.__getitem__, range(found.samples))}
     assert ours == stock and len(ours) == 1442
 
 
-def test_pictures_are_the_scans(digits):
+def test_images_are_the_scans(digits):
     from sklearn.datasets import load_digits
 
     batch = next(iter(opened(data_settings(digits), False).batches()))
@@ -107,10 +107,10 @@ def test_without_an_index_the_headers_tell_the_counts(digits, tmp_path):
 
 def test_random_changes_do_not_depend_on_the_batch(digits):
     data = data_settings(digits, augmentation=Augmentation(kind="pad_crop", padding=1))
-    pictures = pipeline.Pictures(Shards(data.train, "data.train", 10), data, 0, True)
-    alone = pictures.__getitems__([Place(0, 3, 0, 77)]).images[0]
-    assert torch.equal(pictures.__getitems__([Place(0, 3, 8, 5), Place(0, 3, 9, 77)]).images[1], alone)
-    assert any(not torch.equal(pictures.__getitems__([Place(0, epoch, 0, 77)]).images[0], alone) for epoch in range(4, 9))
+    images = pipeline.Images(Shards(data.train, "data.train", 10), data, 0, True)
+    alone = images.__getitems__([Place(0, 3, 0, 77)]).images[0]
+    assert torch.equal(images.__getitems__([Place(0, 3, 8, 5), Place(0, 3, 9, 77)]).images[1], alone)
+    assert any(not torch.equal(images.__getitems__([Place(0, epoch, 0, 77)]).images[0], alone) for epoch in range(4, 9))
 
 
 def test_few_files_stay_open_however_many_shards_there_are(digits, monkeypatch):

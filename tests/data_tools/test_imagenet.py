@@ -28,7 +28,7 @@ LABELS = {"n01440764": 0, "n02012849": 1, "n03126707": 2, "n15075141": 3}
 def test_imagenets_tars_come_through_byte_for_byte(ilsvrc, tmp_path, monkeypatch, capsys):
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "imagenet", ilsvrc.folder, out, "--shard-samples", 70)
-    assert code == 0 and said.startswith(f"{out}: 238 samples for train, 12 samples for val; 2 pictures left out")
+    assert code == 0 and said.startswith(f"{out}: 238 samples for train, 12 samples for val; 2 images left out")
     assert skipped(out).keys() == {"n01440764_8.JPEG", "n01440764_9.JPEG"}
     expected = [
         ("png" if content.startswith(b"\x89PNG") else "jpeg", content, LABELS[name.partition("_")[0]])
@@ -77,8 +77,8 @@ def test_workers_change_no_byte_of_imagenet(ilsvrc, tmp_path):
         make_shards.imagenet(ilsvrc.folder, new(tmp_path / f"{workers}"), workers=workers, shard_samples=80, resize=20)
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
     for _, content, _ in members(tmp_path / "1", "train"):
-        with Image.open(io.BytesIO(content)) as picture:
-            assert min(picture.size) <= 20
+        with Image.open(io.BytesIO(content)) as image:
+            assert min(image.size) <= 20
 
 
 def test_other_ground_truths_give_the_same_labels(ilsvrc, tmp_path):
@@ -117,7 +117,7 @@ def devkit_lines(folder) -> list[str]:
 def renamed(content: bytes, old: bytes = b"n03126707.tar", new: bytes = b"cranes000.tar") -> bytes:
     """A tar with a member in it by another name of the same length, and the checksum that goes with it."""
     name = content.index(old)
-    # Validation pictures are called ILSVRC2012_val_...
+    # Validation images are called ILSVRC2012_val_...
     at, content = name - 11 * old.startswith(b"val_"), bytearray(content)
     content[name : name + len(old)] = new
     content[at + 148 : at + 156] = b" " * 8
@@ -149,7 +149,7 @@ def _truth(change_lines):
     [
         (_without("ILSVRC2012_img_train.tar"), "holds neither ILSVRC2012_img_train.tar nor train/"),
         (_without("ILSVRC2012_img_val.tar"), "holds neither ILSVRC2012_img_val.tar nor val/"),
-        (_without("ILSVRC2012_devkit_t12.tar.gz"), "validation pictures without their classes; put ILSVRC2012_devkit_t12"),
+        (_without("ILSVRC2012_devkit_t12.tar.gz"), "validation images without their classes; put ILSVRC2012_devkit_t12"),
         (_changed("ILSVRC2012_img_train.tar", lambda b: b[: len(b) // 2]), "img_train.tar: not a whole tar archive"),
         (_changed("ILSVRC2012_img_train.tar", lambda b: flipped(b, b.index(b"n03126707_7.JPEG"))), "(in n03126707.tar)"),
         (_changed("ILSVRC2012_img_train.tar", renamed), "holds 'cranes000.tar', expected one tar for each"),
@@ -159,7 +159,7 @@ def _truth(change_lines):
         (_truth(lambda wnids: wnids[:-1]), "val_00000012.JPEG: the ground truth does not tell its class"),
         (
             _truth(lambda wnids: [*wnids, wnids[0]]),
-            "12 of 13 validation pictures, the first that is missing",
+            "12 of 13 validation images, the first that is missing",
         ),
         (_truth(lambda wnids: [*wnids[:-1], "n00000001"]), "class n00000001 is in the ground truth, but not in training"),
         (_truth(lambda wnids: ["n01440764"] * 12), "class n02012849 is in training, but not in the ground truth"),
@@ -186,7 +186,7 @@ def test_a_meta_file_of_other_content_is_refused(ilsvrc, tmp_path, monkeypatch, 
 
 @pytest.fixture
 def unpacked(ilsvrc, tmp_path):
-    """The same unpacked, without those that cannot be used, validation pictures loose; and the devkit."""
+    """The same unpacked, without those that cannot be used, validation images loose; and the devkit."""
     folder = new(tmp_path / "unpacked")
     for name, content in ilsvrc.train.items():
         (folder / "train" / name.partition("_")[0]).mkdir(parents=True, exist_ok=True)
@@ -199,13 +199,13 @@ def unpacked(ilsvrc, tmp_path):
     return folder
 
 
-def test_validation_pictures_that_are_not_those_of_the_ground_truth_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
+def test_validation_images_that_are_not_those_of_the_ground_truth_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
     def line():
         return refused(monkeypatch, capsys, "imagenet", unpacked, tmp_path / "shards", "--workers", 1)
 
     name, content, wnid = ilsvrc.val[4]
     (unpacked / "val" / name).unlink()
-    assert "11 of 12 validation pictures, the first that is missing is ILSVRC2012_val_00000005" in line()
+    assert "11 of 12 validation images, the first that is missing is ILSVRC2012_val_00000005" in line()
     (unpacked / "val" / wnid).mkdir()
     (unpacked / "val" / wnid / name).write_bytes(content)
     assert "ILSVRC2012_val_00000001.JPEG: beside folders of WordNet ids" in line()
@@ -213,7 +213,7 @@ def test_validation_pictures_that_are_not_those_of_the_ground_truth_are_refused(
         (unpacked / "val" / true).mkdir(exist_ok=True)
         if other != name:
             (unpacked / "val" / other).rename(unpacked / "val" / true / other)
-    (unpacked / "val" / "prepare.sh").write_text("no picture")
+    (unpacked / "val" / "prepare.sh").write_text("no image")
     make_shards.imagenet(unpacked, new(tmp_path / "whole"))
     wrong = next(one for one in LABELS if one != wnid)
     (unpacked / "val" / wnid / name).rename(unpacked / "val" / wrong / name)
@@ -225,13 +225,13 @@ def test_validation_pictures_that_are_not_those_of_the_ground_truth_are_refused(
     assert "the class n02000000 is in training, but not in the ground truth" in line()
 
 
-def test_a_bad_picture_costs_no_good_one_of_its_name(ilsvrc, tmp_path):
+def test_a_bad_image_costs_no_good_one_of_its_name(ilsvrc, tmp_path):
     """In the tars of two classes."""
     path = ilsvrc.folder / "ILSVRC2012_img_train.tar"
     path.write_bytes(renamed(path.read_bytes(), b"n03126707_9.JPEG", b"n01440764_9.JPEG"))
     make_shards.imagenet(ilsvrc.folder, new(tmp_path / "shards"))
-    pictures = [content for _, content, _ in members(tmp_path / "shards", "train")]
-    assert len(pictures) == 238 and ilsvrc.train["n03126707_9.JPEG"] in pictures
+    images = [content for _, content, _ in members(tmp_path / "shards", "train")]
+    assert len(images) == 238 and ilsvrc.train["n03126707_9.JPEG"] in images
 
 
 def test_kaggles_folders_are_taken_as_they_are(ilsvrc, unpacked, tmp_path):

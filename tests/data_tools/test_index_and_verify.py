@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from servers import FileServer
 
 from data_tools import index, make_shards, verify
-from data_tools.pictures import png
+from data_tools.images import png
 from dnal_dist.data.shards import Shards
 
 
@@ -30,7 +30,7 @@ def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-def picture(number: int, extension: str = "png") -> bytes:
+def image(number: int, extension: str = "png") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (6 + number % 3, 8, 3), np.uint8)
     if extension == "png":
         return png(pixels)
@@ -50,7 +50,7 @@ def tar(path: Path, *members: tuple[str, bytes]) -> Path:
 
 
 def sample(key: str, number: int, label: object) -> list[tuple[str, bytes]]:
-    return [(f"{key}.cls", str(label).encode()), (f"{key}.jpg", picture(number, "jpg"))]
+    return [(f"{key}.cls", str(label).encode()), (f"{key}.jpg", image(number, "jpg"))]
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_an_index_keeps_what_it_says_of_other_shards(own, monkeypatch, capsys):
 
 
 def test_faulty_samples_are_named_and_stay_in_the_index(tmp_path, monkeypatch, capsys):
-    members = [*sample("a", 1, 2), ("b.jpg", picture(2)), *sample("c", 3, "x"), *sample("d", 4, 0), ("e.jpg", b""), ("e.pyd", b"1")]
+    members = [*sample("a", 1, 2), ("b.jpg", image(2)), *sample("c", 3, "x"), *sample("d", 4, 0), ("e.jpg", b""), ("e.pyd", b"1")]
     path = tar(tmp_path / "foreign" / "part-0.tar", *members)
     code, said, wrong = ended(index, monkeypatch, capsys, path.parent)
     assert (code, said) == (0, "1 shards, 5 samples; 3 of them will be skipped\n")
@@ -163,7 +163,7 @@ def _labels(path: Path) -> list[int]:
 def test_a_shard_that_is_not_as_the_index_says_is_found(own, monkeypatch, capsys):
     path = own / "train-000001.tar"
     content = bytearray(path.read_bytes())
-    # In the padding behind a picture, where no sample is harmed by it.
+    # In the padding behind an image, where no sample is harmed by it.
     content[content.index(b"IEND") + 40] ^= 1
     path.write_bytes(content)
     (kind, where, what), *others = findings(monkeypatch, capsys, own)
@@ -321,14 +321,14 @@ def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
         ("label", "train-000000.tar: c"),
         ("leak", "val-000000.tar: w"),
     ]
-    assert "the same picture as" in found[1][2] and "of label 0 there and 1 here" in found[1][2]
+    assert "the same image as" in found[1][2] and "of label 0 there and 1 here" in found[1][2]
     assert "train-000000.tar: d, in another split" in found[2][2]
     _, out, _ = ended(verify, monkeypatch, capsys, folder, "--json")
     assert {name: row["same_picture"] for name, row in json.loads(out)["splits"].items()} == {"train": 2, "val": 0}
 
 
 def test_only_decode_finds_what_does_not_decode(tmp_path, monkeypatch, capsys):
-    cut, damaged = picture(1, "jpg")[:-60], bytearray(picture(2))
+    cut, damaged = image(1, "jpg")[:-60], bytearray(image(2))
     damaged[60] ^= 0xFF
     members = [("a.cls", b"0"), ("a.jpg", cut), ("b.cls", b"0"), ("b.png", bytes(damaged)), ("c.cls", b"0"), ("c.jpg", b"")]
     folder = made(tmp_path / "own", 1, train=[*members, *sample("d", 5, 0)])
@@ -406,7 +406,7 @@ def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, caps
     assert (sheets["a"] == sheets["again"]).all() and (sheets["a"] != sheets["b"]).any()
     tiles = sheets["a"].reshape(8, 180, 8, 160, 3).transpose(0, 2, 1, 3, 4).reshape(64, 180, 160, 3)
     for tile in tiles:
-        # A picture in many colours, and below it a caption in black on white.
+        # An image in many colours, and below it a caption in black on white.
         assert len(np.unique(tile[:160].reshape(-1, 3), axis=0)) > 200 and tile[160:].min() < 80 and tile[160, 0].min() == 255
 
 
@@ -448,7 +448,7 @@ def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, monkeypatch, cap
 
 
 def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, capsys):
-    folder = made(tmp_path / "own", 1, train=[("a.cls", b"0"), ("a.jpg", b"no picture")])
+    folder = made(tmp_path / "own", 1, train=[("a.cls", b"0"), ("a.jpg", b"no image")])
     code, _, _ = ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")
     assert code == 0
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -80,7 +80,7 @@ def test_the_index_tells_where_each_sample_begins(tmp_path):
         for begin, end in itertools.pairwise(entry["offsets"]):
             sample = parse(content[begin:end], 3)
             assert (sample.key, sample.label) == (f"{number[split]:03d}", number[split] % 3)
-            assert sample.picture == f"picture of {split[0]}{number[split]}".encode()
+            assert sample.image == f"image of {split[0]}{number[split]}".encode()
             number[split] += 1
         assert content[entry["offsets"][-1] :].count(0) == len(content) - entry["offsets"][-1]
         assert boundaries(io.BytesIO(content)) == (entry["offsets"], [])
@@ -91,8 +91,8 @@ def test_the_tars_are_those_of_webdataset(tmp_path):
     made(tmp_path, count=4, shards=1)
     with webdataset.TarWriter(str(tmp_path / "theirs.tar"), mtime=0) as tar:
         for i in range(4):
-            key, picture, extension, label = draw(i, f"t{i}")
-            tar.write({"__key__": key, extension: picture, "cls": str(label).encode()})
+            key, image, extension, label = draw(i, f"t{i}")
+            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
     assert (tmp_path / "theirs.tar").read_bytes() == (tmp_path / "train-000000.tar").read_bytes()
 
 
@@ -277,7 +277,7 @@ def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, monkeypatch, capsys
 def test_help_of_a_kind_is_for_those_who_call_it(kind, monkeypatch, capsys):
     code, said = command(monkeypatch, capsys, kind, "--help")
     assert code == 0 and " ".join(make_shards.MORE[kind].split())[:40] in " ".join(said.split())
-    assert "Returns" not in said and "write_pictures" not in said
+    assert "Returns" not in said and "write_images" not in said
 
 
 def test_workers_end_with_a_main_process_that_was_killed(tmp_path):

@@ -28,8 +28,8 @@ def test_fashion_mnist_comes_through_to_the_pixel(fashion, tmp_path, monkeypatch
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "fashion_mnist", out, "--source", fashion.folder, "--shard-samples", 5)
     assert (code, said) == (0, f"{out}: 12 samples for train, 5 samples for val\n")
-    for split, (pictures, labels) in fashion.truth.items():
-        assert_streams(out, split, pictures, labels)
+    for split, (images, labels) in fashion.truth.items():
+        assert_streams(out, split, images, labels)
     index = json.loads((out / "index.json").read_text())
     assert [(entry["file"], entry["samples"]) for entry in index["shards"]] == [
         *((f"train-{i:06d}.tar", 4) for i in range(3)),
@@ -79,8 +79,8 @@ def test_cifar10_comes_through_to_the_pixel(cifar, tmp_path, monkeypatch, capsys
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "cifar10", path, out, "--shard-samples", 10)
     assert (code, said) == (0, f"{out}: 30 samples for train, 6 samples for val\n")
-    for split, (pictures, labels) in cifar.truth.items():
-        assert_streams(out, split, pictures, labels)
+    for split, (images, labels) in cifar.truth.items():
+        assert_streams(out, split, images, labels)
     assert json.loads((out / "index.json").read_text())["classes"] == sources.CIFAR10_CLASSES
 
 
@@ -142,9 +142,9 @@ def python_version(tmp_path, monkeypatch):
 def test_the_tests_write_what_python_unpickles(python_version):
     """Else the next tests would prove nothing of the true files."""
     batch = pickle.loads((python_version.folder / "data_batch_2").read_bytes(), encoding="latin-1")
-    pictures, labels = python_version.truth["train"]
+    images, labels = python_version.truth["train"]
     assert batch["labels"] == labels[6:12].tolist()
-    assert np.array_equal(batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), pictures[6:12])
+    assert np.array_equal(batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), images[6:12])
 
 
 @pytest.mark.parametrize("source", ["archive", "folder", "folder above"])
@@ -197,8 +197,8 @@ def test_a_harmful_batch_is_refused_and_runs_nothing(python_version, tmp_path, m
 def test_a_batch_for_python_of_other_content_is_refused(python_version, tmp_path, monkeypatch, capsys):
     path, ones = python_version.folder / "test_batch", np.ones((6, 3072), np.uint8)
     for batch, said in (
-        ({"data": ones[:5], "labels": [1] * 5}, "holds pictures as (5, 3072), expected an array (6, 3072)"),
-        ({"data": "text", "labels": [1] * 6}, "holds pictures as str"),
+        ({"data": ones[:5], "labels": [1] * 5}, "holds images as (5, 3072), expected an array (6, 3072)"),
+        ({"data": "text", "labels": [1] * 6}, "holds images as str"),
         ({"data": ones, "labels": [1] * 5}, "holds no 6 labels"),
         ({"data": ones, "labels": [10] * 6}, "a label of 10"),
         ({"data": ones, "fine_labels": [1] * 6}, "holds no 6 labels"),

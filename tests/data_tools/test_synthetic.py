@@ -1,4 +1,4 @@
-"""Drawn pictures: as large as ImageNet's, learnable, and a function of seed, split and number alone."""
+"""Drawn images: as large as ImageNet's, learnable, and a function of seed, split and number alone."""
 
 import io
 import json
@@ -16,15 +16,15 @@ def opened(encoded: bytes) -> Image.Image:
     return Image.open(io.BytesIO(encoded))
 
 
-def test_a_picture_depends_on_seed_split_and_number_alone(tmp_path):
+def test_a_image_depends_on_seed_split_and_number_alone(tmp_path):
     make_shards.synthetic(new(tmp_path / "few"), classes=4, train=8, val=4, size=48)
     make_shards.synthetic(new(tmp_path / "many"), classes=4, train=20, val=12, size=48, shard_samples=7)
     make_shards.synthetic(new(tmp_path / "other"), classes=4, train=8, val=4, size=48, seed=1)
     few, many, other = (members(tmp_path / name, "train") for name in ("few", "many", "other"))
     assert few == many[:8]
     assert not {encoded for _, encoded, _ in few} & {encoded for _, encoded, _ in other}
-    pictures = {encoded for split in ("train", "val") for _, encoded, _ in members(tmp_path / "many", split)}
-    assert len(pictures) == 32
+    images = {encoded for split in ("train", "val") for _, encoded, _ in members(tmp_path / "many", split)}
+    assert len(images) == 32
 
 
 def test_classes_are_of_equal_counts_in_every_shard(tmp_path, monkeypatch, capsys):

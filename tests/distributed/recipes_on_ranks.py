@@ -9,25 +9,25 @@ import sys
 from pathlib import Path
 
 from dnal_dist import recipe
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.training import phases, setup
 
 
 def main(runs: str) -> None:
-    parallel = Parallel()
+    context = Context()
     for path, *overrides in json.loads(Path(runs).read_text()):
-        print(f"rank {parallel.rank}: {path}", flush=True)
-        run = setup.assemble(recipe.load(path, overrides), parallel)
+        print(f"rank {context.rank}: {path}", flush=True)
+        run = setup.assemble(recipe.load(path, overrides), context)
         phases.go(run)
         assert run.phase == "done", run.phase
         assert run.saver.finish()
-        run.track.close()
+        run.log.close()
         run.close()
         # Each phase collects garbage, and would look through all that the modules hold.
         gc.freeze()
-    parallel.close()
-    print(f"rank {parallel.rank} done", flush=True)
-    parallel.leave(0)
+    context.close()
+    print(f"rank {context.rank} done", flush=True)
+    context.leave(0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ accelerate launch ... tests/distributed/resumes_on_ranks.py until STEP FOLDER [k
 import sys
 
 from dnal_dist import recipe
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.training import phases, setup, state
 from dnal_dist.training.stopping import Edges, Stopped
 
@@ -19,8 +19,8 @@ STOPS = (2, 6, 9, 15)
 class EdgesOfTest(Edges):
     """Stops after the given iterations of the run, and no evaluation."""
 
-    def __init__(self, parallel, stops):
-        super().__init__(parallel)
+    def __init__(self, context, stops):
+        super().__init__(context)
         self.stops, self.run = stops, None
 
     def look(self, *of_a_step):
@@ -29,11 +29,11 @@ class EdgesOfTest(Edges):
         return super().look(*of_a_step)
 
 
-def go(parallel: Parallel, folder, changes, stops=()) -> bool:
+def go(context: Context, folder, changes, stops=()) -> bool:
     """Begin the run in `folder`, or go on with it. Returns whether it came to its end."""
     settings = recipe.load("recipes/digits.yaml", [*changes, f"output={folder}"])
-    edges = EdgesOfTest(parallel, stops)
-    edges.run = run = setup.assemble(settings, parallel, edges)
+    edges = EdgesOfTest(context, stops)
+    edges.run = run = setup.assemble(settings, context, edges)
     try:
         phases.go(run)
         ended = True
@@ -41,36 +41,36 @@ def go(parallel: Parallel, folder, changes, stops=()) -> bool:
         ended = False
     assert run.saver.finish()
     if ended:
-        run.track.global_step = run.global_step
-        run.track.record("end", images=run.global_step * settings.data.global_batch)
-    run.track.close()
+        run.log.global_step = run.global_step
+        run.log.record("end", images=run.global_step * settings.data.global_batch)
+    run.log.close()
     run.close()
-    parallel.wait()
+    context.wait()
     return ended
 
 
-def every(parallel: Parallel, folder: str, changes: list[str]) -> None:
+def every(context: Context, folder: str, changes: list[str]) -> None:
     save = state.save
     state.save = lambda run, *_: state.settle(run)
-    assert go(parallel, f"{folder}/never", changes)
+    assert go(context, f"{folder}/never", changes)
     state.save = save
-    assert go(parallel, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
+    assert go(context, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
     for number in range(len(STOPS)):
-        assert not go(parallel, f"{folder}/stopped", changes, STOPS[number:])
-    assert go(parallel, f"{folder}/stopped", changes)
+        assert not go(context, f"{folder}/stopped", changes, STOPS[number:])
+    assert go(context, f"{folder}/stopped", changes)
 
 
 def main(kind: str, *arguments: str) -> None:
-    parallel = Parallel()
+    context = Context()
     if kind == "every":
         folder, *changes = arguments
-        every(parallel, folder, changes)
+        every(context, folder, changes)
     else:
         step, folder, *changes = arguments
-        ended = go(parallel, folder, changes, (int(step),))
+        ended = go(context, folder, changes, (int(step),))
         assert ended == (int(step) == 0)
-    parallel.close()
-    parallel.leave(0)
+    context.close()
+    context.leave(0)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from dnal_dist.training import loop, phases, state
 def agreeing(function, of):
     def call(*arguments):
         run = of(*arguments)
-        run.parallel.agree("the network", run.network.state_dict())
-        run.parallel.agree("alpha", {"alpha": run.architecture.alpha})
+        run.context.agree("the network", run.network.state_dict())
+        run.context.agree("alpha", {"alpha": run.architecture.alpha})
         return function(*arguments)
 
     return call

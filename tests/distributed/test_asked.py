@@ -10,7 +10,7 @@ from launching import execute, launch, succeed
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.accelerate_config import asked
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import Data
 
 pytestmark = pytest.mark.timeout(1000)
@@ -103,7 +103,7 @@ def test_what_cannot_be_done_is_refused(monkeypatch, tmp_path, change, told):
         asked()
 
 
-SCRIPT = "from dnal_dist.parallel import Parallel; found = Parallel(); print('backend', found.backend, found.world_size)"
+SCRIPT = "from dnal_dist.context import Context; found = Context(); print('backend', found.backend, found.world_size)"
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -153,16 +153,16 @@ def test_one_process_too_is_on_the_backend_that_was_asked_for(script, backend):
     [(64, None, 1, 1), (64, 64, 1, 1), (64, 10, 1, 8), (60, 16, 1, 4), (64, 40, 2, 2), (7, 3, 1, 7)],
 )
 def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
-    parallel = Parallel()
-    parallel.asked = parallel.asked._replace(accumulation=accumulation)
+    context = Context()
+    context.asked = context.asked._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=batch, per_device_batch_limit=limit)
-    assert parallel.parts(data) == parts
+    assert context.parts(data) == parts
 
 
 @pytest.mark.parametrize(("limit", "accumulation"), [(None, 3), (8, 2)])
 def test_parts_that_do_not_fit_are_refused(limit, accumulation):
-    parallel = Parallel()
-    parallel.asked = parallel.asked._replace(accumulation=accumulation)
+    context = Context()
+    context.asked = context.asked._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)
     with pytest.raises(InputError, match=r"gradient_accumulation_steps \d.*'data\.per_device_batch_limit'"):
-        parallel.parts(data)
+        context.parts(data)

@@ -45,7 +45,7 @@ def test_json_adds_up(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([RECIPE, "--ranks", "5"], "error: key 'data.global_batch': 384 pictures cannot be divided evenly among 5 ranks"),
+        ([RECIPE, "--ranks", "5"], "error: key 'data.global_batch': 384 images cannot be divided evenly among 5 ranks"),
         ([RECIPE, "--ranks", "0"], "error: --ranks 0: expected at least 1"),
         ([RECIPE, "--device-memory", "80"], "error: --device-memory 80: expected an amount such as 80GB, 24GiB or 500MB"),
         ([RECIPE, "--device-memory", "0GB"], "error: --device-memory 0GB: expected"),
@@ -53,7 +53,7 @@ def test_json_adds_up(monkeypatch, capsys):
         (["recipes/none.yaml"], "error: recipes/none.yaml: no such recipe"),
         (
             ["recipes/vgg16_cifar.yaml", "data.image_size=8"],
-            "error: key 'data.image_size': vgg16_cifar does not take pictures of 8x8",
+            "error: key 'data.image_size': vgg16_cifar does not take images of 8x8",
         ),
         ([RECIPE, "--docs", "none.md"], "error: --docs none.md: no such page"),
         ([RECIPE, "--docs", "README.md"], "error: --docs README.md: expected the lines <!-- traffic -->"),

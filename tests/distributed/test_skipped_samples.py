@@ -24,13 +24,13 @@ SHORT = (
 
 def members(bad: set[int]) -> dict[str, bytes]:
     pairs = ((f"{i:02}", b"" if i in bad else png(3 * i), str(i % 10).encode()) for i in range(64))
-    return {name: content for key, picture, label in pairs for name, content in ((f"{key}.png", picture), (f"{key}.cls", label))}
+    return {name: content for key, image, label in pairs for name, content in ((f"{key}.png", image), (f"{key}.cls", label))}
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("lost", [2, 7])
 def test_one_process_loses_samples_of_a_batch_in_parts(tmp_path, backend, lost):
-    """Of the 8 pictures that process 0 takes of the second batch, in parts of 2, `lost` cannot be used."""
+    """Of the 8 images that process 0 takes of the second batch, in parts of 2, `lost` cannot be used."""
     write_tar(tmp_path / "train-0.tar", members(set()))
     write_tar(tmp_path / "val-0.tar", members(set(range(16, 64))))
     data = Data(train=f"{tmp_path}/train-0.tar", val="-", image_size=8, global_batch=16)

@@ -2,7 +2,7 @@
 
 accelerate launch ... tests/distributed/traffic_on_ranks.py OUT CASE...
 
-A case is network:parts, parts being how many the pictures of a step are taken in, one after the other. Of what is kept, OUT has the
+A case is network:parts, parts being how many the images of a step are taken in, one after the other. Of what is kept, OUT has the
 most that any process keeps.
 """
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from dnal_dist import nets
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search.architecture import Architecture
@@ -45,13 +45,13 @@ def note_gradients(trained, found: dict[str, int]) -> None:
     stepper.step = noted
 
 
-def measure(parallel: Parallel, case: str) -> dict:
+def measure(context: Context, case: str) -> dict:
     name, _, parts = case.partition(":")
     torch.manual_seed(0)
     net = nets.build(name)
     architecture = Architecture(net.num_gates)
     alphas = torch.optim.SGD(architecture.parameters(), 0.1, 0.9)
-    trained = parallel.wrap(net, SGD(lr=0.01), {}, Training())
+    trained = context.wrap(net, SGD(lr=0.01), {}, Training())
     images, labels = torch.randn(BATCH, 3, 8, 8), torch.arange(BATCH)
     memory: dict[str, int] = {}
     note_gradients(trained, memory)
@@ -59,7 +59,7 @@ def measure(parallel: Parallel, case: str) -> dict:
         with Traffic() as weight:
             weight_step(trained, images, labels, BATCH, architecture.gates(DELTA), int(parts))
         with Traffic() as alpha:
-            penalty, average_ = ("sigmoid", 0.01), parallel.average_
+            penalty, average_ = ("sigmoid", 0.01), context.average_
             architecture_step(trained, architecture, alphas, images, labels, BATCH, DELTA, *penalty, average_, parts=int(parts))
     inner = getattr(trained.optimizer, "optimizer", trained.optimizer)
     parameters = [(p.data, getattr(p, "ds_tensor", None)) for p in trained.module.parameters()]
@@ -69,18 +69,18 @@ def measure(parallel: Parallel, case: str) -> dict:
     masters = [getattr(trained.optimizer, name, None) for name in names]
     memory["optimizer"] = kept([masters, [list(state.values()) for state in inner.state.values()]])
     trained.close()
-    everywhere = parallel.gather([memory])
+    everywhere = context.gather([memory])
     memory = {kind: max(one[kind] for one in everywhere) for kind in memory}
     return {"weight": weight.operations, "architecture": alpha.operations, "memory": memory}
 
 
 def main(out: str, cases: list[str]) -> None:
-    parallel = Parallel()
-    found = {case: measure(parallel, case) for case in cases}
-    if parallel.main:
+    context = Context()
+    found = {case: measure(context, case) for case in cases}
+    if context.main:
         Path(out).write_text(json.dumps(found))
-    parallel.close()
-    parallel.leave(0)
+    context.close()
+    context.leave(0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ batches, for each case in turn.
 [accelerate launch ...] tests/distributed/trajectory_on_ranks.py OUT CASE...
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
-evaluation, so that a picture's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
+evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
 checkpointing, double and shared: the smallest parameter and block are shared out and gathered too, where a backend does so.
 """
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact, masks
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search import schedule
@@ -48,14 +48,14 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
-def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
+def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
     assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double", "shared"}
     fix_statistics(nn.Module, statistics == "fixed")
-    if parallel.backend == "fsdp2":
-        parallel.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
-    if parallel.backend == "zero3":
-        zero = parallel.asked.settings["deepspeed"]["zero_optimization"]
+    if context.backend == "fsdp2":
+        context.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
+    if context.backend == "zero3":
+        zero = context.asked.settings["deepspeed"]["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
     torch.manual_seed(0)
     net = nets.build(name)
@@ -68,14 +68,14 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
     training = Training(sync_batchnorm="sync" in extras, activation_checkpointing="checkpointing" in extras)
-    parts = 3 if "parts" in extras and parallel.world_size == 1 else 2 if "parts" in extras else 1
+    parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
     architecture = Architecture(net.num_gates).to(dtype)
     alphas = torch.optim.SGD(architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
-    share = BATCH // parallel.world_size
-    mine = slice(parallel.rank * share, (parallel.rank + 1) * share)
+    share = BATCH // context.world_size
+    mine = slice(context.rank * share, (context.rank + 1) * share)
     found, count, momentum, network = {}, 0, {}, net
     for phase, steps in STEPS.items():
-        trained = parallel.wrap(network, sgd, momentum, training)
+        trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
             generator = torch.Generator().manual_seed(count)
             images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine].to(dtype)
@@ -86,7 +86,7 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 more = {"parts": parts, "clip_norm": clip}
                 outcome = architecture_step(
-                    trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, parallel.average_, **more
+                    trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, context.average_, **more
                 )
                 assert same(weights, local(trained)), f"{case}: weights moved while they rest"
                 assert all(p.grad is None for p in trained.module.parameters())
@@ -96,7 +96,7 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
                 after = [architecture.alpha.detach(), *(s["momentum_buffer"] for s in alphas.state.values())]
                 assert same(others, after), f"{case}: alpha moved while it rests"
                 assert not same(weights, local(trained))
-            found[f"{count:02d}.cross_entropy"] = parallel.sum_(outcome.cross_entropy.clone())
+            found[f"{count:02d}.cross_entropy"] = context.sum_(outcome.cross_entropy.clone())
             count += 1
         with trained.gathered() as momentum:
             # As evaluation leaves it.
@@ -104,7 +104,7 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
             momentum = {name: buffer.clone() for name, buffer in momentum.items()}
             found |= {f"{phase}.momentum.{name}": buffer for name, buffer in momentum.items()}
             found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
-            if "sync" in extras or parallel.world_size == 1:
+            if "sync" in extras or context.world_size == 1:
                 found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
         held = [weakref.ref(tensor) for tensor in (*trained.module.parameters(), *trained.module.buffers())]
         held += [weakref.ref(tensor) for state in trained.optimizer.state.values() for tensor in state.values()]
@@ -119,24 +119,24 @@ def trajectory(parallel: Parallel, case: str) -> dict[str, torch.Tensor]:
             cut = len(ordered) // 3 + int(gaps.argmax())
             keep = architecture.alpha.detach() > (ordered[cut] + ordered[cut + 1]) / 2
             keep, _ = masks.rescue(net, keep, architecture.alpha.detach())
-            parallel.agree("the keep mask", net.by_site(keep))
+            context.agree("the keep mask", net.by_site(keep))
             network, momentum = compact.compact(net, keep), {}
     return found
 
 
 def main(out: str, cases: list[str]) -> None:
-    parallel = Parallel()
+    context = Context()
     found = {}
     for case in cases:
         # What the modules hold is by far the most that a collection looks through, and there are six of them in each case.
         gc.freeze()
-        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(parallel, case).items()}
-    if parallel.main:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": parallel.backend})
+        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(context, case).items()}
+    if context.main:
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": context.backend})
     # Or modules that keep count complain, at the end of the process, of what was left of them.
     gc.unfreeze()
-    parallel.close()
-    parallel.leave(0)
+    context.close()
+    context.leave(0)
 
 
 if __name__ == "__main__":

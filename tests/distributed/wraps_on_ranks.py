@@ -7,7 +7,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.training.steps import weight_step
 
@@ -15,13 +15,13 @@ IMAGES, LABELS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed
 
 
 def main() -> None:
-    parallel = Parallel()
-    assert parallel.precision == "bfloat16"
+    context = Context()
+    assert context.precision == "bfloat16"
     torch.manual_seed(0)
     net = nets.build("vgg_digits")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     saved = {name: torch.randn_like(p) for name, p in net.named_parameters()}
-    trained = parallel.wrap(net, SGD(lr=0.1), saved, Training())
+    trained = context.wrap(net, SGD(lr=0.1), saved, Training())
     with trained.gathered() as momentum:
         for name, tensor in net.state_dict().items():
             assert torch.equal(before[name], tensor), f"{name} lost its low bits"
@@ -30,16 +30,16 @@ def main() -> None:
             assert torch.equal(saved[name], buffer.cpu()), f"momentum of {name}"
     trained.close()
     # Without momentum there is none to save, after a step either.
-    trained = parallel.wrap(net, SGD(lr=0.1, momentum=0.0), {}, Training())
+    trained = context.wrap(net, SGD(lr=0.1, momentum=0.0), {}, Training())
     weight_step(trained, IMAGES, LABELS, 8)
     with trained.gathered() as momentum:
         assert not momentum
     trained.close()
-    # All processes have the same pictures, so that statistics over all of them are those of each.
+    # All processes have the same images, so that statistics over all of them are those of each.
     first = {}
     for sync in (False, True):
         net.load_state_dict(before)
-        trained = parallel.wrap(net, SGD(lr=0.1), {}, Training(sync_batchnorm=sync))
+        trained = context.wrap(net, SGD(lr=0.1), {}, Training(sync_batchnorm=sync))
         outcome = weight_step(trained, IMAGES, LABELS, 8)
         with trained.gathered():
             norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
@@ -48,9 +48,9 @@ def main() -> None:
         trained.close()
     for one, other in zip(first[False], first[True], strict=True):
         torch.testing.assert_close(one, other, rtol=3e-3, atol=3e-4)
-    parallel.close()
-    print(f"rank {parallel.rank} done", flush=True)
-    parallel.leave(0)
+    context.close()
+    print(f"rank {context.rank} done", flush=True)
+    context.leave(0)
 
 
 if __name__ == "__main__":

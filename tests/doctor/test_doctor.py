@@ -28,7 +28,7 @@ def test_shards_that_are_whole(case_of):
     found(data.train_shards, case_of(), "pass", "4 shards, 1 442 samples, 22 steps of 64 an epoch, with their index")
     found(data.val_shards, case_of(nodes=2, processes=4), "pass", "2 shards, 355 samples")
     found(data.labels, case_of(), "pass", "train: 10 of 10 classes, labels 0 to 9, in 512 samples read")
-    found(data.pictures, case_of(), "pass", "train: 32 decoded to 8x8")
+    found(data.images, case_of(), "pass", "train: 32 decoded to 8x8")
     found(data.cache, case_of(), "pass", "no remote shards")
 
 
@@ -36,17 +36,17 @@ def test_shards_that_are_not_there(case_of, tmp_path):
     case = case_of(f"data.train={tmp_path}/*.tar")
     found(data.train_shards, case, "fail", "key 'data.train': no shard matches", "correct the pattern")
     found(data.labels, case, "fail", "shards of data.train", "mend key 'data.train'")
-    found(data.pictures, case, "fail", "shards of data.train", "mend key 'data.train'")
+    found(data.images, case, "fail", "shards of data.train", "mend key 'data.train'")
 
 
 @pytest.mark.parametrize(
     ("change", "facts", "words", "remedy"),
     [
-        ("data.global_batch=5000", {}, "a step takes 5000 pictures, but 'data.train' holds 1442", "lower it or add shards"),
+        ("data.global_batch=5000", {}, "a step takes 5000 images, but 'data.train' holds 1442", "lower it or add shards"),
         (
             "data.global_batch=64",
             {"nodes": 3, "processes": 8},
-            "64 pictures cannot be divided evenly among 24",
+            "64 images cannot be divided evenly among 24",
             "nearest that can is 72",
         ),
         ("phases.search.weight_steps=2000", {}, "no gate would ever move", "lower it"),
@@ -100,13 +100,13 @@ def test_labels_beyond_the_classes(case_of, folder):
     found(data.labels, tolerant, "warn", "is out of range", "model.num_classes")
 
 
-def test_a_picture_that_is_none(case_of, folder):
-    write_tar(folder / "train-0.tar", samples(_15_png=b"no picture"))
+def test_a_image_that_is_none(case_of, folder):
+    write_tar(folder / "train-0.tar", samples(_15_png=b"no image"))
     few = (f"data.train={folder}/train-0.tar", f"data.val={folder}/val-0.tar", "data.global_batch=8")
-    found(data.pictures, case_of(*few), "fail", f"{folder}/train-0.tar at byte", "data_tools.verify --decode")
+    found(data.images, case_of(*few), "fail", f"{folder}/train-0.tar at byte", "data_tools.verify --decode")
     truncate(folder / "val-0.tar", "15.png", 520)
     write_tar(folder / "train-0.tar", samples())
-    found(data.pictures, case_of(*few), "fail", "data.val: a picture of the 1 looked at", "data.max_bad_fraction")
+    found(data.images, case_of(*few), "fail", "data.val: an image of the 1 looked at", "data.max_bad_fraction")
 
 
 def test_remote_shards_are_looked_at_in_part_and_not_copied(case_of, tmp_path, digits, monkeypatch):
@@ -116,7 +116,7 @@ def test_remote_shards_are_looked_at_in_part_and_not_copied(case_of, tmp_path, d
         wanted = [f"data.{key}={server.url}/{key}-*.tar" for key in ("train", "val")]
         case = case_of(*wanted, f"data.cache={tmp_path}/cache")
         found(data.train_shards, case, "pass", "1 442 samples")
-        found(data.pictures, case, "pass", "train: 4 decoded")
+        found(data.images, case, "pass", "train: 4 decoded")
         found(data.cache, case, "pass", f"in {tmp_path}/cache, 0 B are there")
         assert not (tmp_path / "cache").exists()
         assert all(sent < len(server.files[path]) / 4 for path, sent in server.sent.items() if path.endswith(".tar"))

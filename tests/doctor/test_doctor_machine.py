@@ -13,20 +13,20 @@ from dnal_dist.doctor import bounded, cluster, machine, network
 
 
 def test_networks_that_cannot_train(case_of):
-    found(network.network, case_of(), "pass", "digits: vgg_digits, 448 gates, pictures of 8x8, 64 a step")
+    found(network.network, case_of(), "pass", "digits: vgg_digits, 448 gates, images of 8x8, 64 a step")
     found(network.network, case_of("model.name=vgg17"), "fail", "no network is called 'vgg17'", "there are")
-    found(network.network, case_of("data.image_size=2"), "fail", "cannot take pictures of 2x2", "key 'model.name'")
+    found(network.network, case_of("data.image_size=2"), "fail", "cannot take images of 2x2", "key 'model.name'")
     found(network.network, case_of("architecture.target={macs: 1}"), "fail", "architecture.target", "")
     found(network.network, case_of("model.init_from=runs/none"), "fail", "there is no runs/none", ".safetensors")
 
 
 def test_memory_of_a_device(case_of):
     found(network.memory, case_of(device_memory=80 * 10**9), "pass", "a device has 80 GB")
-    found(network.memory, case_of(device_memory=10**6), "fail", "one picture at a time does not fit", "more processes")
+    found(network.memory, case_of(device_memory=10**6), "fail", "one image at a time does not fit", "more processes")
     case = case_of(device_memory=5 * 10**6)
     limit = network.memory(case).remedy.partition(",")[0]
     assert limit.startswith("data.per_device_batch_limit=")
-    found(network.memory, case_of(limit, device_memory=5 * 10**6), "pass", "pictures at a time of 64")
+    found(network.memory, case_of(limit, device_memory=5 * 10**6), "pass", "images at a time of 64")
 
 
 def test_a_job_without_gpus_is_not_asked_for_any(case_of, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_job_without_gpus_is_not_asked_for_any(case_of, monkeypatch):
     found(network.memory, case_of(cpu=True, processes=2), "pass", "it has 8 GB (its share of this machine's, by 2)")
     monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**6))
     found(network.memory, case_of(cpu=True), "warn", "it has 5 MB", "nodes with more memory")
-    found(network.memory, case_of(cpu=True, device_memory=10**6), "fail", "one picture at a time does not fit", "more processes")
+    found(network.memory, case_of(cpu=True, device_memory=10**6), "fail", "one image at a time does not fit", "more processes")
 
 
 def test_code_that_was_changed(case_of, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def launched(case: Case, silent: float = 60.0, **changes) -> Finding:
     one = launch.Launch(case)
     one._silence = lambda: silent
     one.processes, one.seconds = 2, 5.0
-    facts = {"backend": "fsdp2", "world_size": 2, "device": "one H100", "precision": "float32", "reduced": ["2 pictures"]}
+    facts = {"backend": "fsdp2", "world_size": 2, "device": "one H100", "precision": "float32", "reduced": ["2 images"]}
     steps = {kind: (1.0, 0.1) for kind in ("pretrain", "weights", "architecture")}
     facts |= {"steps": steps, "alike": True} | changes
     return one._judged({key: value for key, value in facts.items() if value is not None})
@@ -178,7 +178,7 @@ def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_pat
     assert code == 1
     lines = out.splitlines()
     (failed,) = [line for line in lines if line.startswith("fail  training shards")]
-    assert "a step takes 5000 pictures" in failed and "remedy: lower it or add shards" in lines[lines.index(failed) + 1]
+    assert "a step takes 5000 images" in failed and "remedy: lower it or add shards" in lines[lines.index(failed) + 1]
     assert " 1 failed" in lines[-1] and not (tmp_path / "run").exists()
 
 

@@ -246,7 +246,7 @@ def test_expected_cost_has_the_right_gradient(name, unit, hard):
 
 
 def expected_by_hand(net, image_size: int, gates: torch.Tensor) -> float:
-    """Multiply-adds of a residual network of basic blocks, gates taken as independent chances, told anew."""
+    """MACs of a residual network of basic blocks, gates taken as independent chances, told anew."""
     g = net.by_site(gates)
     side, closed = image_size, 1 - g["stem"]
     total = side**2 * 9 * 3 * g["stem"].sum()

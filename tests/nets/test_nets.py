@@ -181,7 +181,7 @@ def test_sites_say_where_they_are():
 
 @pytest.mark.parametrize("name", nets.NETWORKS)
 def test_classes_and_width(name):
-    """Any network takes both, passes pictures and gates, and a narrower one is cheaper."""
+    """Any network takes both, passes images and gates, and a narrower one is cheaper."""
     net = nets.build(name, 37, width=0.25)
     images = torch.randn(2, 3, 32, 32)
     assert net(images).shape == net(images, torch.rand(net.num_gates)).shape == (2, 37)

@@ -47,7 +47,7 @@ PAPER = {
     "mobilenetv2_imagenet": ("mobilenetv2_imagenet", (80, 10, 90), 256, 4e-5, (CROP, (0.2, 1)), MOBILENETV2, 6e-5),
     "proxyless": ("proxyless_supernet", (100, 10, 110), 4 * 96, 4e-5, (CROP, (0.2, 1)), PROXYLESS, 6e-5),
 }
-PICTURES = {"CIFAR-10": 50_000, "ImageNet-1K": 1_281_167}
+IMAGES = {"CIFAR-10": 50_000, "ImageNet-1K": 1_281_167}
 PHASES = ("pretrain", "search", "finetune")
 
 
@@ -87,7 +87,7 @@ def test_epochs_are_those_that_the_table_prints(case):
     assert printed <= {"", "+".join(map(str, case.expected.epochs))}
 
 
-def test_pictures_are_the_papers(case):
+def test_images_are_the_papers(case):
     data, (kind, amount) = case.settings.data, case.expected.augmentation
     assert (data.augmentation.kind, data.augmentation.flip) == (kind, True)
     if case.table.dataset == "CIFAR-10":
@@ -103,7 +103,7 @@ def test_pictures_are_the_papers(case):
 @pytest.mark.parametrize("number, name", list(enumerate(PHASES)))
 def test_learning_rate_of_every_phase_is_the_formulas(case, number, name):
     phase, rate = getattr(case.settings.phases, name), case.expected.rates[number]
-    per_epoch = PICTURES[case.table.dataset] // case.expected.batch
+    per_epoch = IMAGES[case.table.dataset] // case.expected.batch
     epochs = case.expected.epochs[number]
     steps = {0, 1, per_epoch // 3, per_epoch * epochs - 1, *(per_epoch * epochs * i // 97 for i in range(97))}
     # On both sides of each milestone.

@@ -1,4 +1,4 @@
-"""Every recipe that ships goes through its phases, on pictures in the format of its own data set."""
+"""Every recipe that ships goes through its phases, on images in the format of its own data set."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ FEW_STEPS = [
     "tracking.plots=false",
     "data.workers=0",
 ]
-# ImageNet's recipes: pictures of 32 pixels, which all of their networks can take. VGG16's two Linear layers alone are 120 M
+# ImageNet's recipes: images of 32 pixels, which all of their networks can take. VGG16's two Linear layers alone are 120 M
 # parameters, which SGD and DDP keep three times over in each process; a quarter of the channels leaves 8 M of them.
 SMALLER = {"data/imagenet": ["data.image_size=32", "data.resize=36"], "vgg16_imagenet": ["model.width=0.25"]}
 

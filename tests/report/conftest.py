@@ -89,5 +89,5 @@ def opened(loaded) -> Opened:
         loaded.complaints += page.evaluate("violations.splice(0)") if javascript else []
     complaints, asked = loaded.complaints, loaded.asked
     loaded.complaints, loaded.asked = [], []
-    # What a figure makes a picture of itself of is data, not asked for.
+    # What a figure makes an image of itself of is data, not asked for.
     assert complaints == [] and [url for url in asked if not url.startswith(("data:", "blob:"))] == []

@@ -1,4 +1,4 @@
-"""What the page's explorer and its accounts are made of: states of the search, the picture's blocks, layers' costs, the ledger."""
+"""What the page's explorer and its accounts are made of: states of the search, the image's blocks, layers' costs, the ledger."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_shortcuts_are_the_blocks_with_a_way_around_them():
 
 
 @pytest.mark.parametrize("name", nets.NETWORKS)
-def test_every_site_is_in_one_box_of_the_picture(name):
+def test_every_site_is_in_one_box_of_the_image(name):
     with torch.device("meta"):
         net = nets.build(name)
     blocks = diagram.blocks(list(net.gate_sites))

@@ -34,7 +34,7 @@ def told_in_full() -> list[dict]:
         records.append(record)
     where = {"host": "node7", "code": "0123abc+", "slurm_job": "812", "environment": {"nccl": "2.27.3"}, "shortcuts": ["conv1"]}
     records = changed(changed(records, "prune", layers=COSTS), "start", **where)
-    skipped = [[7, "train-000000.tar", 512, "00007", "not a picture"]]
+    skipped = [[7, "train-000000.tar", 512, "00007", "not an image"]]
     receipt = {"kind": "receipt", "global_step": 90, "epoch": 0, "batches": 90, "samples": 5759, "digest": "ab" * 16}
     return [*records, receipt | {"ordered": "cd" * 16, "skipped": skipped}]
 
@@ -159,7 +159,7 @@ def test_without_a_script_the_last_state_and_all_tables_are_there(opened, pages)
     page = opened(pages["finished"], javascript=False)
     assert page.locator(".layers tbody tr .channels").all_inner_texts() == ["1 of 8", "4 of 16", "0 of 16", "no gates"]
     assert page.locator(".layers tfoot .cost").all_inner_texts() == ["13\u00a0k", "1.32\u00a0k", "1.38\u00a0k", "158"]
-    # Both draw the same picture: one in Python, the other by script.
+    # Both draw the same image: one in Python, the other by script.
     for part in (".fill", ".hull", ".gates path"):
         script, plain = (numbers(one.locator(part).all()) for one in (moved, page))
         assert script and script == pytest.approx(plain, abs=0.02)
@@ -180,7 +180,7 @@ def test_play_goes_from_the_beginning_to_the_end(opened, pages):
     assert (shown(page)["value"], page.inner_text("#play")) == ("3", "Play")
 
 
-def test_play_gives_single_pictures_to_whom_motion_disturbs(opened, pages):
+def test_play_gives_single_images_to_whom_motion_disturbs(opened, pages):
     page = opened(pages["finished"], clock=True)
     page.emulate_media(reduced_motion="reduce")
     page.click("#play")
@@ -200,7 +200,7 @@ def test_layers_are_filtered_and_sorted(opened, pages):
     page.select_option("#state", "closed")
     assert visible(page) == ["conv2"]
     page.select_option("#state", "")
-    head = page.locator(".layers thead th", has_text="multiply-adds, compact")
+    head = page.locator(".layers thead th", has_text="MACs, compact")
     for expected, sort in (
         (["conv1", "conv0", "classifier", "conv2"], "descending"),
         (["conv2", "classifier", "conv0", "conv1"], "ascending"),
@@ -218,7 +218,7 @@ def test_layers_are_filtered_and_sorted(opened, pages):
     assert visible(page) == ["conv2"]
 
 
-def test_the_picture_tells_numbers_by_pointer_and_keyboard(opened, pages):
+def test_the_image_tells_numbers_by_pointer_and_keyboard(opened, pages):
     page = opened(pages["supernet"])
     box = page.locator('.box[data-name="stages.1.cells.2.k5e6"]')
     box.hover()

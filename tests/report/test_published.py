@@ -152,7 +152,7 @@ def test_page_and_table_state_both_counts_and_the_published_rows(tmp_path):
     page, table = page_of(run_of(tmp_path)), table_of(tmp_path)
     text = " ".join(" ".join(Tags(page).text).split())
     for shown in (text, table):
-        for words in ("121,974,000 FLOPs and 1,234,567 parameters", "120,001,000 multiply-adds and 1,230,500 parameters"):
+        for words in ("121,974,000 FLOPs and 1,234,567 parameters", "120,001,000 MACs and 1,230,500 parameters"):
             assert words in shown
         assert "VGG16 on CIFAR-10" in shown and "Variational-pruning" in shown and "Not comparable" not in shown
     assert page.count('<tr class="own">') == 1
@@ -185,9 +185,9 @@ def test_the_supernets_rows_go_by_parameters(tmp_path):
     [
         ({"model": ", num_classes: 4"}, "4 classes, not 10"),
         ({"model": ", width: 0.25"}, "width 0.25, not 1"),
-        ({"size": 28}, "pictures of 28 x 28 pixels, not 32 x 32"),
-        ({"train": 1442}, "1,442 training pictures, not the 50,000 of CIFAR-10"),
-        ({"val": 355}, "355 held-out pictures, not the 10,000 of CIFAR-10"),
+        ({"size": 28}, "images of 28 x 28 pixels, not 32 x 32"),
+        ({"train": 1442}, "1,442 training images, not the 50,000 of CIFAR-10"),
+        ({"val": 355}, "355 held-out images, not the 10,000 of CIFAR-10"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )

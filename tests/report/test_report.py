@@ -238,7 +238,7 @@ def test_table_is_plain_and_uncut_where_there_is_no_terminal(tmp_path):
         "accuracy after pretrain        97.00 %",
         "accuracy after pruning         93.00 %",
         "accuracy after finetune        99.44 %",
-        "multiply-adds                  2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
+        "MACs                  2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
         "parameters                     287 k -> 28.2 k, 9.8 %, 10.2x fewer",
         "channels kept                  5 of 40, 12.5 %",
         "time                           1 min 30 s",

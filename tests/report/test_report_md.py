@@ -46,7 +46,7 @@ def test_the_report_tells_what_the_records_say(tmp_path):
     tags = rendered(save(tmp_path, made_up_run()))
     text = words(tags)
     for part in (
-        "99.44 % top-1 accuracy with 11.6 % of the full network's multiply-adds and 9.8 % of its parameters.",
+        "99.44 % top-1 accuracy with 11.6 % of the full network's MACs and 9.8 % of its parameters.",
         "accuracy after pruning 93.00 %",
         "2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
         "after finetune compact 99.44 % 99.90 % 0.1000 355",
@@ -67,7 +67,7 @@ def test_the_ledger_has_the_columns_that_are_told(tmp_path):
     text = words(rendered(save(tmp_path / "without", made_up_run())))
     assert "device time" not in text and "energy" not in text and "search 30.0 s" in text
     text = words(rendered(save(tmp_path / "with", ledgers(made_up_run()))))
-    assert "phase time device time training pictures sent by each process energy" in text
+    assert "phase time device time training images sent by each process energy" in text
     assert "search 30.0 s 2 h 00 min 1,280 4 MB 0.25 kWh" in text and "whole run 1 min 30 s 6 h 00 min 3,840 12 MB 0.75 kWh" in text
 
 
@@ -105,9 +105,9 @@ def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
     for name in PLOTS:
         root = ElementTree.parse(tmp_path / "plots" / f"{name}.svg").getroot()
         assert root.tag.endswith("svg")
-        with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
-            assert picture.width == round(style.WIDTH * 200) and picture.height > 300
-            assert len(set(picture.convert("L").resize((60, 60)).get_flattened_data())) > 5
+        with Image.open(tmp_path / "plots" / f"{name}.png") as image:
+            assert image.width == round(style.WIDTH * 200) and image.height > 300
+            assert len(set(image.convert("L").resize((60, 60)).get_flattened_data())) > 5
 
 
 def test_equal_runs_have_equal_plots(tmp_path):
@@ -145,7 +145,7 @@ def test_plots_draw_the_records(tmp_path):
     run = report_records.load(save(tmp_path, records))
     lines, _ = drawn(run, "curves")
     held_out = [r["cross_entropy"] for r in records if r["kind"] == "eval" and r["phase"] != "prune"]
-    assert lines["held-out pictures"] == pytest.approx(held_out) and lines["after pruning"] == [0.2]
+    assert lines["held-out images"] == pytest.approx(held_out) and lines["after pruning"] == [0.2]
     lines, figure = drawn(run, "search")
     assert lines["expected"] == [500_000] * 3 and lines["compact network, 0.281 M"] == [281_344]
     mesh = figure.axes[0].collections[0].get_array()
@@ -221,8 +221,8 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
         raise RuntimeError("no such font")
 
     class Ended:
-        folder, global_step, parallel = save(tmp_path, made_up_run()), 90, Main()
-        track = type("Track", (), {"ended": True, "close": lambda self, *_, **__: None})()
+        folder, global_step, context = save(tmp_path, made_up_run()), 90, Main()
+        run_log = type("RunLog", (), {"ended": True, "close": lambda self, *_, **__: None})()
         saver = type("Saver", (), {"finish": lambda self: None})()
 
         recipe = load("recipes/digits.yaml")

@@ -228,7 +228,7 @@ def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, t
     assert ended.code == 0, ended.err
     (prune,) = records(tmp_path, "prune")
     assert "threshold" not in prune and prune["budget"]["unit"] == "macs"
-    assert re.search(r"^budget +[\d,]+ of [\d,]+ multiply-adds, (99\.\d\d|100\.00) %$", ended.out, re.M), ended.out
+    assert re.search(r"^budget +[\d,]+ of [\d,]+ MACs, (99\.\d\d|100\.00) %$", ended.out, re.M), ended.out
     assert all(r["loss"] == r["cross_entropy"] for r in records(tmp_path, "train"))
     full = prune["full"]["exact"]["macs"]
     assert 0.2 * 0.99 * full <= prune["compact"]["exact"]["macs"] <= 0.2 * full

@@ -20,7 +20,7 @@ from wandb_read import offline
 from dnal_dist.recipe import load
 from dnal_dist.tracking import background, dashboard, values
 from dnal_dist.tracking.background import Sender
-from dnal_dist.tracking.run_log import Track
+from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.tracking.wandb import wandb_mode
 from dnal_dist.training import loop, metrics, phases
 from dnal_dist.training.stopping import STOPPED
@@ -246,7 +246,7 @@ def test_runs_of_a_sweep_have_names_of_their_own(folder, shown):
 def test_nothing_is_recorded_after_the_end(tmp_path):
     """What reads metrics.jsonl may look at its last line."""
 
-    told = Track(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
+    told = RunLog(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
     faults = ["stopped taking records"]
     told._sender, told._tracker_name = SimpleNamespace(faults=faults, take=lambda *record: None), "W&B"
     told.record("end", seconds=1.0)

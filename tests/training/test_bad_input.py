@@ -60,9 +60,9 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["model=vgg_digits"], r"key 'model': "),
         (["model.name=vgg_digit"], r"key 'model\.name': no network is called 'vgg_digit'; there are .*vgg_digits"),
         (["seed=-1", "nam=2", "data.workers=x"], r".*'seed'.*'data\.workers'.*'nam'"),
-        (["data.image_size=7"], r"key 'data\.image_size': the network cannot take pictures of 7x7 pixels"),
+        (["data.image_size=7"], r"key 'data\.image_size': the network cannot take images of 7x7 pixels"),
         (["model.name=vgg16_cifar", "data.image_size=32", "data.global_batch=1"], r"key 'data\.global_batch': 1 .*BatchNorm"),
-        (["data.global_batch=17"], r"key 'data\.global_batch': a step takes 17 pictures, but 'data\.train' holds 16; lower it"),
+        (["data.global_batch=17"], r"key 'data\.global_batch': a step takes 17 images, but 'data\.train' holds 16; lower it"),
         (["data.train=nowhere/x-*.tar"], r"key 'data\.train': no shard matches 'nowhere/x-\*\.tar'; make shards with"),
         (["data.val=nowhere/x-{0..3}.tar"], r"key 'data\.val': no shard matches 'nowhere/x-0\.tar'"),
         (["data.train=''"], r"key 'data\.train': expected the path of shards"),
@@ -226,7 +226,7 @@ def told_by_one(ended, told: str) -> None:
     [
         (
             ["data.global_batch=7"],
-            r"key 'data\.global_batch': 7 pictures cannot be divided evenly among 2 processes; .* is 8",
+            r"key 'data\.global_batch': 7 images cannot be divided evenly among 2 processes; .* is 8",
         ),
         (["output=recipes/digits.yaml/run"], r"key 'output': .* cannot be written \(Not a directory\)"),
     ],
@@ -240,11 +240,11 @@ def test_two_processes_refuse_as_one(train_command, folder, change, told):
 
 
 def test_a_fault_that_one_of_two_processes_meets_ends_both(train_command, folder):
-    """Of batches of two pictures, one a process, the bad one is met by one process alone, whose part is empty then."""
+    """Of batches of two images, one a process, the bad one is met by one process alone, whose part is empty then."""
     write_tar(folder / "train-0.tar", samples(_09_png=b""))
     shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")
     ended = train_command("recipes/digits.yaml", *shards, *FEW, "data.global_batch=2", "phases.pretrain.steps=64", processes=2)
-    told_by_one(ended, r".*/train-0\.tar: sample 09 at byte \d+: it is empty: no picture of a batch of 1 can be used")
+    told_by_one(ended, r".*/train-0\.tar: sample 09 at byte \d+: it is empty: no image of a batch of 1 can be used")
 
 
 def test_processes_stay_in_step_when_their_parts_lose_samples(train_command, folder):

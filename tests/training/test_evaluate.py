@@ -7,13 +7,13 @@ from torch import nn
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import Data
 from dnal_dist.training.evaluate import evaluate
 
 
 class Sums:
-    """In place of Parallel: `others` is what the other processes have summed up."""
+    """In place of Context: `others` is what the other processes have summed up."""
 
     device = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def stream(data: Data, rank: int = 0, world_size: int = 1) -> Stream:
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_any_number_of_processes_comes_to_the_same(data, network, world_size):
-    whole = evaluate(network, stream(data), data, Parallel())
+    whole = evaluate(network, stream(data), data, Context())
     assert whole.samples == 355
     parts = []
     for rank in range(world_size):

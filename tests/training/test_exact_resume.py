@@ -10,7 +10,7 @@ from runs import Killed, arguments, records, tensors, told
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Spent
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.training import evaluate, loop, phases, pruning, setup, state, stopping
 from dnal_dist.training import state as training_state
 from dnal_dist.training.metrics import Meter
@@ -174,12 +174,12 @@ def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch,
 def test_all_that_is_saved_comes_back(digits, tmp_path):
     """Also what the runs above do not come to: a guard that has acted, samples that were skipped."""
     settings = recipe.load("recipes/digits.yaml", [*arguments(digits, tmp_path / "run", *TINY)[1:]])
-    run = setup.assemble(settings, Parallel())
+    run = setup.assemble(settings, Context())
     told = {
         "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_rests": True,
         "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
         "spent": {"pretrain": Spent(images=80, device_seconds=5.0, energy_kwh=0.25, bytes_sent=7)},
-        "skipped": {"a picture", "another"},
+        "skipped": {"an image", "another"},
     }  # fmt: skip
     for key, value in told.items():
         assert getattr(run, key) != value
@@ -188,16 +188,16 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     momentum = {name: torch.randn_like(p) for name, p in run.supernet.named_parameters()}
     meter = Meter(run)
     meter.sums += torch.arange(6)
-    meter.skipped, meter.summary, meter.bytes = {"a picture"}, "loss 1", {"comm/bytes_weight_step": 7}
+    meter.skipped, meter.summary, meter.bytes = {"an image"}, "loss 1", {"comm/bytes_weight_step": 7}
     meter.steps, meter.sent = {"comm/bytes_weight_step": 3}, 100
     run.receipt.take((5, 6), 90, [])
     training_state.save(run, momentum, meter)
     random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
     assert run.saver.finish()
-    run.track.close()
+    run.log.close()
     run.close()
 
-    again = setup.assemble(settings, Parallel())
+    again = setup.assemble(settings, Context())
     assert {key: getattr(again, key) for key in told} == told
     assert again.architecture.alpha.equal(run.architecture.alpha)
     assert again.momentum.keys() == momentum.keys() and all(again.momentum[key].equal(momentum[key]) for key in momentum)
@@ -207,7 +207,7 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     assert came.sums.equal(meter.sums) and came.gathered().model_dump(exclude={"seconds"}) == meter.gathered().model_dump(
         exclude={"seconds"}
     )
-    again.track.close()
+    again.log.close()
     again.close()
 
 

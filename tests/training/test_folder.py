@@ -1,4 +1,4 @@
-"""Pictures of folders come through byte for byte, or smaller; those that training cannot use are left out and listed."""
+"""Images of folders come through byte for byte, or smaller; those that training cannot use are left out and listed."""
 
 import io
 import json
@@ -14,15 +14,15 @@ from making import command, digests, flipped, members, new, refused, scan, skipp
 from PIL import Image
 
 from data_tools import make_shards
-from data_tools.pictures import MAX_PIXELS, Draw, Picture, decoding_fault, files_in, listing, resized
+from data_tools.images import MAX_PIXELS, Draw, ImageFile, decoding_fault, files_in, listing, resized
 from data_tools.record import digest
-from dnal_dist.data.images import PictureError, decode
+from dnal_dist.data.images import ImageError, decode
 from dnal_dist.recipe import Data
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Folders of pictures with extensions as they occur, and beside them what is no picture."""
+def images(tmp_path):
+    """Folders of images with extensions as they occur, and beside them what is no image."""
     random.seed(0)
     for split, count in (("train", 7), ("val", 2)):
         for c, name in enumerate(("n01440764", "n01443537", "z.last")):
@@ -35,25 +35,25 @@ def pictures(tmp_path):
     inner.mkdir()
     Image.new("RGB", (9, 9)).save(inner / "grey.v2.JPEG", "JPEG")
     (inner / "._grey.JPEG").write_bytes(b"of a Mac")
-    (inner / "boxes.txt").write_text("no picture")
+    (inner / "boxes.txt").write_text("no image")
     (tmp_path / "in" / "train" / ".hidden").mkdir()
     (inner.parent / ".thumbnails").mkdir()
-    (inner.parent / ".thumbnails" / "grey.JPEG").write_bytes(b"no picture of the set")
+    (inner.parent / ".thumbnails" / "grey.JPEG").write_bytes(b"no image of the set")
     return tmp_path / "in"
 
 
-def test_pictures_of_folders_come_through_byte_for_byte(pictures, tmp_path, monkeypatch, capsys):
+def test_images_of_folders_come_through_byte_for_byte(images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "folder", pictures, out, "--shard-samples", 8)
+    code, said = command(monkeypatch, capsys, "folder", images, out, "--shard-samples", 8)
     assert (code, said) == (0, f"{out}: 22 samples for train, 6 samples for val\n")
     for split in ("train", "val"):
         expected = [
             (
                 path.suffix[1:].lower(),
                 path.read_bytes(),
-                ("n01440764", "n01443537", "z.last").index(path.relative_to(pictures).parts[1]),
+                ("n01440764", "n01443537", "z.last").index(path.relative_to(images).parts[1]),
             )
-            for path in (pictures / split).rglob("*.*")
+            for path in (images / split).rglob("*.*")
             if path.suffix in (".JPEG", ".jpg", ".png") and not {".thumbnails", "._grey.JPEG"} & {*path.parts}
         ]
         assert sorted(members(out, split)) == sorted(expected)
@@ -62,18 +62,18 @@ def test_pictures_of_folders_come_through_byte_for_byte(pictures, tmp_path, monk
     assert json.loads((out / "index.json").read_text())["classes"] == ["n01440764", "n01443537", "z.last"]
 
 
-def test_pictures_such_as_imagenet_has_decode(tmp_path):
+def test_images_such_as_imagenet_has_decode(tmp_path):
     """Grey ones, CMYK ones and a PNG that is called JPEG."""
     sources.imagenet(tmp_path / "in", 4)
     make_shards.image_folder(tmp_path / "in", new(tmp_path / "shards"))
     assert len(streamed(tmp_path / "shards", "train", 32, 4)) == 8
 
 
-def test_the_seed_orders_training_pictures_and_nothing_else(pictures, tmp_path):
+def test_the_seed_orders_training_images_and_nothing_else(images, tmp_path):
     folders = {}
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         folders[name] = new(tmp_path / name)
-        make_shards.image_folder(pictures, folders[name], seed=seed)
+        make_shards.image_folder(images, folders[name], seed=seed)
     assert digests(folders["a"]) == digests(folders["again"])
     assert members(folders["a"], "val") == members(folders["b"], "val")
     assert members(folders["a"], "train") != members(folders["b"], "train")
@@ -82,16 +82,16 @@ def test_the_seed_orders_training_pictures_and_nothing_else(pictures, tmp_path):
     assert labels != sorted(labels)
 
 
-def test_folders_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, capsys):
-    def line(source=pictures):
+def test_folders_that_do_not_fit_are_refused(images, tmp_path, monkeypatch, capsys):
+    def line(source=images):
         return refused(monkeypatch, capsys, "folder", source, tmp_path / "shards")
 
     assert "nowhere/train: no such folder" in line(tmp_path / "nowhere")
-    (pictures / "val" / "other").mkdir()
+    (images / "val" / "other").mkdir()
     assert "val/other: no such class among the 3" in line()
-    (pictures / "val" / "other").rmdir()
-    (pictures / "train" / "empty").mkdir()
-    assert "train/empty: no picture (png, jpg, jpeg, gif)" in line()
+    (images / "val" / "other").rmdir()
+    (images / "train" / "empty").mkdir()
+    assert "train/empty: no image (png, jpg, jpeg, gif)" in line()
     flat = tmp_path / "flat"
     for split in ("train", "val"):
         (flat / split).mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_folders_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, ca
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Folders of 400 pictures, of which some are damaged each in its own way."""
+    """Folders of 400 images, of which some are damaged each in its own way."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 190), ("val", 10)):
         for name in ("a", "b"):
@@ -114,7 +114,7 @@ def damaged(tmp_path):
     return SimpleNamespace(folder=tmp_path / "in", train=train, whole=(train / "000.jpg").read_bytes())
 
 
-def test_pictures_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_path, monkeypatch, capsys):
+def test_images_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_path, monkeypatch, capsys):
     (damaged.train / "001.jpg").write_bytes(b"")
     (damaged.train / "002.jpg").write_bytes(damaged.whole[:-100])
     (damaged.train / "003.jpg").write_bytes(b"RIFF" + bytes(100))
@@ -123,7 +123,7 @@ def test_pictures_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "folder", damaged.folder, out, "--shard-samples", 100, "--max-bad", "0.02")
     assert code == 0
-    assert said == f"{out}: 376 samples for train, 20 samples for val; 4 pictures left out, see {out / 'skipped.json'}\n"
+    assert said == f"{out}: 376 samples for train, 20 samples for val; 4 images left out, see {out / 'skipped.json'}\n"
     reasons = skipped(out)
     assert reasons.keys() == {"001.jpg", "002.jpg", "003.jpg", "050.jpg"}
     assert reasons["001.jpg"] == "it is empty" and "truncated" in reasons["002.jpg"]
@@ -142,11 +142,11 @@ def test_only_check_and_resize_decode_what_looks_whole(damaged, tmp_path):
     assert skipped(tmp_path / "check").keys() == skipped(tmp_path / "resize").keys() == {"000.jpg"}
 
 
-def test_a_source_with_many_bad_pictures_is_refused(damaged, tmp_path, monkeypatch, capsys):
+def test_a_source_with_many_bad_images_is_refused(damaged, tmp_path, monkeypatch, capsys):
     for i in range(4):
         (damaged.train / f"{i:03d}.jpg").write_bytes(b"")
     line = refused(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards")
-    assert "4 of 380 pictures for train cannot be used, more than 1.0%" in line and "000.jpg: it is empty" in line
+    assert "4 of 380 images for train cannot be used, more than 1.0%" in line and "000.jpg: it is empty" in line
     assert not list((tmp_path / "shards").glob("*.tar"))
     with pytest.raises(ValueError, match="all of"):
         for path in (damaged.folder / "val").rglob("*.jpg"):
@@ -157,14 +157,14 @@ def test_a_source_with_many_bad_pictures_is_refused(damaged, tmp_path, monkeypat
 def test_a_source_that_changed_is_not_gone_on_with(damaged, tmp_path, monkeypatch):
     drawn, draw = [], Draw.__call__
 
-    def stop(self, number, picture):
+    def stop(self, number, image):
         drawn.append(number)
         if len(drawn) > 150:
             raise KeyboardInterrupt
-        return draw(self, number, picture)
+        return draw(self, number, image)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data_tools.pictures.Draw.__call__", stop)
+        patch.setattr("data_tools.images.Draw.__call__", stop)
         make_shards.image_folder(damaged.folder, new(tmp_path / "shards"), shard_samples=100)
     (damaged.train / "000.jpg").unlink()
     with pytest.raises(ValueError, match=r"made otherwise \(its source has changed\)"):
@@ -178,10 +178,10 @@ def test_what_was_checked_is_not_checked_again_by_a_command_that_goes_on(damaged
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data_tools.pictures.Draw.__call__", stop)
+        patch.setattr("data_tools.images.Draw.__call__", stop)
         make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.pictures.fault", stop)
+        patch.setattr("data_tools.images.fault", stop)
         make_shards.image_folder(damaged.folder, tmp_path / "shards")
     make_shards.image_folder(damaged.folder, new(tmp_path / "at_once"))
     assert digests(tmp_path / "shards") == digests(tmp_path / "at_once")
@@ -216,7 +216,7 @@ def test_a_source_that_was_mended_is_taken(damaged, tmp_path, monkeypatch, capsy
 
 
 def spoiled(number: int) -> bytes:
-    """A picture that is cut short, or has a bit, a byte or forty bytes changed."""
+    """An image that is cut short, or has a bit, a byte or forty bytes changed."""
     rng, out = np.random.default_rng(number), io.BytesIO()
     kinds = ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progressive": True}), ("PNG", "RGB", {})
     kind, mode, options = kinds[number % 4]
@@ -240,7 +240,7 @@ def test_what_is_left_out_is_what_training_skips():
         content = spoiled(number)
         try:
             decode(content)
-        except PictureError:
+        except ImageError:
             verdicts.append(False)
         else:
             verdicts.append(True)
@@ -264,9 +264,9 @@ def test_a_png_with_a_wrong_checksum_is_left_out():
     assert decoding_fault(content)[0] is None and "IDAT" in decoding_fault(flipped(content, len(content) - 13))[0]
 
 
-def test_pictures_of_more_pixels_than_training_takes_are_left_out(damaged, tmp_path, monkeypatch):
+def test_images_of_more_pixels_than_training_takes_are_left_out(damaged, tmp_path, monkeypatch):
     assert MAX_PIXELS == Data(train="-", val="-", image_size=8, global_batch=1).max_pixels == 100_000_000
-    monkeypatch.setattr("data_tools.pictures.MAX_PIXELS", 1000)
+    monkeypatch.setattr("data_tools.images.MAX_PIXELS", 1000)
     for number, (width, height) in enumerate(((40, 25), (40, 26))):
         Image.new("RGB", (width, height)).save(damaged.train / f"{number:03d}.jpg")
         Image.new("RGB", (width, height)).save(damaged.train / f"{number:03d}.png")
@@ -276,7 +276,7 @@ def test_pictures_of_more_pixels_than_training_takes_are_left_out(damaged, tmp_p
 
 
 def test_a_bound_of_pillow_is_none_of_ours():
-    """Of 180 million pixels Pillow refuses a picture; a whole one of 99 million is let pass."""
+    """Of 180 million pixels Pillow refuses an image; a whole one of 99 million is let pass."""
     out = io.BytesIO()
     Image.new("1", (9000, 11_000)).save(out, "PNG")
     assert decoding_fault(out.getvalue()) == (None, (9000, 11_000))
@@ -285,11 +285,11 @@ def test_a_bound_of_pillow_is_none_of_ours():
     assert "20000 x 10000 pixels, more than data.max_pixels" in decoding_fault(out.getvalue())[0]
 
 
-def test_a_gif_becomes_a_png_of_the_same_pixels(pictures, tmp_path):
+def test_a_gif_becomes_a_png_of_the_same_pixels(images, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 11), np.uint8)
     for name in ("a.gif", "b.jpg"):
-        Image.fromarray(pixels).save(pictures / "val" / "z.last" / name, "GIF")
-    make_shards.image_folder(pictures, new(tmp_path / "shards"))
+        Image.fromarray(pixels).save(images / "val" / "z.last" / name, "GIF")
+    make_shards.image_folder(images, new(tmp_path / "shards"))
     found = [encoded for extension, encoded, _ in members(tmp_path / "shards", "val") if extension == "png"]
     same = [one for one in found if (decode(one) == pixels[..., None]).all() and one.startswith(b"\x89PNG")]
     assert len(found) == 2 and len(same) == 2
@@ -305,27 +305,27 @@ def test_other_kinds_and_links_to_nothing_are_counted(damaged, tmp_path):
     assert "none of JPEG, PNG, GIF" in reasons["other.webp"] and reasons["gone.jpg"] == "it is a link to what is not there"
 
 
-def test_a_class_that_loses_all_its_pictures_is_refused(damaged, tmp_path):
+def test_a_class_that_loses_all_its_images_is_refused(damaged, tmp_path):
     (damaged.folder / "train" / "c").mkdir()
     Image.new("RGB", (8, 8)).save(damaged.folder / "train" / "c" / "other.webp")
-    with pytest.raises(ValueError, match="none of the training pictures of 'c' can be used"):
+    with pytest.raises(ValueError, match="none of the training images of 'c' can be used"):
         make_shards.image_folder(damaged.folder, new(tmp_path / "shards"))
 
 
-def test_links_are_followed_but_not_in_circles(pictures, tmp_path, monkeypatch, capsys):
+def test_links_are_followed_but_not_in_circles(images, tmp_path, monkeypatch, capsys):
     (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "inner" / "far.jpg")
-    for link in (pictures / "train" / "z.last" / "linked", pictures / "train" / "zz"):
+    for link in (images / "train" / "z.last" / "linked", images / "train" / "zz"):
         link.symlink_to(tmp_path / "elsewhere")
-    make_shards.image_folder(pictures, new(tmp_path / "shards"))
+    make_shards.image_folder(images, new(tmp_path / "shards"))
     assert len(members(tmp_path / "shards", "train")) == 24
     (tmp_path / "elsewhere" / "inner" / "back").symlink_to(tmp_path / "elsewhere")
-    said = refused(monkeypatch, capsys, "folder", pictures, tmp_path / "other")
+    said = refused(monkeypatch, capsys, "folder", images, tmp_path / "other")
     assert "linked/inner/back: a link to a folder that it is in itself" in said
 
 
-def test_what_cannot_be_read_is_named(pictures, tmp_path, monkeypatch, capsys):
-    secret, scandir = pictures / "train" / "n01440764" / "images", os.scandir
+def test_what_cannot_be_read_is_named(images, tmp_path, monkeypatch, capsys):
+    secret, scandir = images / "train" / "n01440764" / "images", os.scandir
 
     def closed(path):
         if Path(path) == secret:
@@ -334,16 +334,16 @@ def test_what_cannot_be_read_is_named(pictures, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.scandir", closed)
-        said = refused(monkeypatch, capsys, "folder", pictures, tmp_path / "shards")
+        said = refused(monkeypatch, capsys, "folder", images, tmp_path / "shards")
     assert f"{secret}: cannot be read (Permission denied); make it readable, or remove it" in said
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"\.JPEG: cannot be read \(Input/output error\)"):
         patch.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-        make_shards.image_folder(pictures, new(tmp_path / "io"))
+        make_shards.image_folder(images, new(tmp_path / "io"))
     with pytest.raises(ValueError, match=r"gone\.jpg: cannot be read \(No such file .*; make it readable, or remove it"):
-        Draw()(0, Picture(str(tmp_path / "gone.jpg"), 0, 9, "gone.jpg", 0))
+        Draw()(0, ImageFile(str(tmp_path / "gone.jpg"), 0, 9, "gone.jpg", 0))
 
 
-def test_a_picture_that_changed_to_one_of_the_same_size_is_noticed_and_a_move_is_not(damaged, tmp_path, monkeypatch):
+def test_a_image_that_changed_to_one_of_the_same_size_is_noticed_and_a_move_is_not(damaged, tmp_path, monkeypatch):
     def content(source):
         found = files_in(source / "train" / "a", 0)
         return digest(listing({"train": found}, source))
@@ -362,7 +362,7 @@ SMOOTH = np.add.outer(np.arange(90), np.arange(120))[..., None].repeat(3, 2).ast
 @pytest.mark.parametrize(
     "mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("I;16", "PNG"), ("P", "PNG")]
 )
-def test_a_larger_picture_becomes_a_smaller_jpeg_of_the_same_looks(mode, kind):
+def test_a_larger_image_becomes_a_smaller_jpeg_of_the_same_looks(mode, kind):
     source = Image.fromarray(SMOOTH[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(SMOOTH).convert(mode)
     out = io.BytesIO()
     source.save(out, kind, **({"quality": 95} if kind == "JPEG" else {}))
@@ -381,13 +381,13 @@ def test_resizing_follows_no_orientation_and_drops_what_training_does_not_look_a
         assert small.size == (40, 30) and not small.getexif() and "icc_profile" not in small.info
 
 
-def test_resize_leaves_small_pictures_as_they_are(pictures, tmp_path):
-    Image.fromarray(SMOOTH).save(pictures / "val" / "z.last" / "large.png")
-    make_shards.image_folder(pictures, new(tmp_path / "shards"), resize=30, quality=80)
-    make_shards.image_folder(pictures, new(tmp_path / "as_they_are"))
+def test_resize_leaves_small_images_as_they_are(images, tmp_path):
+    Image.fromarray(SMOOTH).save(images / "val" / "z.last" / "large.png")
+    make_shards.image_folder(images, new(tmp_path / "shards"), resize=30, quality=80)
+    make_shards.image_folder(images, new(tmp_path / "as_they_are"))
     assert members(tmp_path / "shards", "train") == members(tmp_path / "as_they_are", "train")
     small, before = (dict(enumerate(members(tmp_path / name, "val"))) for name in ("shards", "as_they_are"))
     (changed,) = (i for i in small if small[i] != before[i])
     assert small[changed][0] == "jpg" and before[changed][0] == "png" and small[changed][2] == before[changed][2]
-    with Image.open(io.BytesIO(small[changed][1])) as picture:
-        assert picture.size == (40, 30)
+    with Image.open(io.BytesIO(small[changed][1])) as image:
+        assert image.size == (40, 30)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, pretrained, setup
 
@@ -22,7 +22,7 @@ SKIP = "phases.pretrain.steps=0"
 
 def theirs(name: str, classes: int = 1000) -> torch.nn.Module:
     """torchvision's network with random weights and affines, for evaluation. Its statistics are random, but near those of some
-    pictures, or what tells pictures apart would be lost within a few layers."""
+    images, or what tells images apart would be lost within a few layers."""
     torch.manual_seed(0)
     net = torchvision.models.get_model(name, weights=None, num_classes=classes)
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -81,7 +81,7 @@ def test_logits_are_those_of_torchvision(name, model):
         assert filled(net, tensors, model) == []
         expected, found = reference(images), net(images)
     scale = float(expected.abs().max())
-    # The two pictures are told apart, so more than biases are compared.
+    # The two images are told apart, so more than biases are compared.
     assert (expected[0] - expected[1]).abs().max() > 1e-3 * scale
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
@@ -192,10 +192,10 @@ def test_what_one_process_cannot_read_stops_all(tmp_path):
 def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
     """It reads in its turn, when the machine's first one has, and nobody waits for it in vain."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    parallel = Stub(None, None)
+    context = Stub(None, None)
     with pytest.raises(errors.InputError, match="there is no nowhere"):
-        pretrained.start_from(nets.build("vgg_digits"), settings("nowhere"), parallel)
-    assert not parallel.others
+        pretrained.start_from(nets.build("vgg_digits"), settings("nowhere"), context)
+    assert not context.others
 
 
 def cache(folder: Path, name: str, content) -> Path:
@@ -219,7 +219,7 @@ def test_torchvisions_weights_come_from_its_cache(tmp_path, monkeypatch):
     state = theirs("mobilenet_v2").state_dict()
     cache(tmp_path, "mobilenet_v2", state)
     net = nets.build("mobilenetv2_imagenet")
-    found = pretrained.start_from(net, settings("torchvision:mobilenet_v2", "mobilenetv2_imagenet"), Parallel())
+    found = pretrained.start_from(net, settings("torchvision:mobilenet_v2", "mobilenetv2_imagenet"), Context())
     names = pretrained.torchvision_names(net, "mobilenetv2_imagenet")
     assert same(net.state_dict(), {names[name]: tensor for name, tensor in state.items()})
     assert "MobileNet_V2_Weights" in found.origin and not found.warnings
@@ -304,11 +304,11 @@ def source(digits, tmp_path_factory):
     """A run that stands where its search begins, and its network."""
     folder = tmp_path_factory.mktemp("source") / "run"
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={folder}"]
-    run = setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Parallel())
+    run = setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Context())
     batches = phases.fed(run)
     phases.pretrain(run, batches)
     batches.close()
-    run.track.close()
+    run.log.close()
     run.close()
     return folder, {name: tensor.clone() for name, tensor in run.supernet.state_dict().items()}
 

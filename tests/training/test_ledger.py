@@ -73,36 +73,36 @@ def test_the_code_is_the_commit_of_its_own_checkout(tmp_path):
 
 def test_energy_is_of_all_devices_or_not_told(monkeypatch):
     device = SimpleNamespace(type="cuda")
-    parallel = SimpleNamespace(device=device, sum_=lambda tensor: 2 * tensor)
+    context = SimpleNamespace(device=device, sum_=lambda tensor: 2 * tensor)
     tensor = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda values, dtype, device: tensor(values, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: {"GPU-1-2": 5}[name])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: handle * 1_000_000)
-    assert usage.joules(parallel) == 2 * 5_000
+    assert usage.joules(context) == 2 * 5_000
 
     def refuse(handle):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", refuse)
-    assert usage.joules(parallel) is None
+    assert usage.joules(context) is None
 
 
 def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
     recipe = SimpleNamespace(data=SimpleNamespace(global_batch=10))
     run = SimpleNamespace(
-        phase="search", step=0, seconds={}, spent={}, recipe=recipe, parallel=SimpleNamespace(world_size=2, device=None)
+        phase="search", step=0, seconds={}, spent={}, recipe=recipe, context=SimpleNamespace(world_size=2, device=None)
     )
     used, now = iter([1e6, 1e6 + 3.6e6, 5.0, 5.0 + 7.2e6, 0.0, None]), iter([0.0, 10.0, 100.0, 105.0, 200.0, 201.0])
-    monkeypatch.setattr(usage, "joules", lambda parallel: next(used))
+    monkeypatch.setattr(usage, "joules", lambda context: next(used))
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(now))
     clock = usage.Clock(run)
     run.step = 3
     clock.tell()
     assert usage.told(run, "search") == {"seconds": 10, "images": 30, "device_seconds": 20, "energy_kwh": pytest.approx(1.0)}
     # Another number of processes, on another machine, with another batch.
-    run.parallel.world_size, recipe.data.global_batch = 4, 20
+    run.context.world_size, recipe.data.global_batch = 4, 20
     clock = usage.Clock(run)
     run.step = 5
     clock.tell(77)
@@ -122,7 +122,7 @@ def test_bytes_are_those_of_all_steps_or_not_told():
 
 
 def test_a_checkpoint_of_an_earlier_release_is_gone_on_with(train_here, digits, tmp_path, monkeypatch):
-    """It lacks what came later; the phases that it has behind it are not told of, and the one it stands in from its pictures on."""
+    """It lacks what came later; the phases that it has behind it are not told of, and the one it stands in from its images on."""
     run = tmp_path / "run"
     assert train_here(*arguments(digits, run, *SHORT), "checkpoint.every_steps=1", "--max-time=1s").code == STOPPED
     path, (tensors, state), _ = checkpoint.latest(run / "checkpoints")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dnal_dist import cost, recipe
 from dnal_dist.data.images import normalise
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact
 from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, pruning, setup
@@ -28,7 +28,7 @@ def arguments(digits, output, *changes: str) -> list[str]:
 
 
 def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp_path):
-    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Parallel())
+    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
     run.global_step = 5
     run.small = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
     run.small.train()(torch.randn(8, 3, 8, 8))  # statistics that must not last
@@ -76,7 +76,7 @@ def test_recalibration_leaves_the_order_of_samples_alone(finished, digits, tmp_p
 
 def test_a_run_starts_its_finetune_where_the_search_ended(digits, tmp_path):
     """With recalibration, the finetune's first batch is the one that follows the search's last."""
-    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Parallel())
+    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
     seen = []
     batches = run.train.batches
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dnal_dist import nets
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training.steps import architecture_step, weight_step
@@ -18,7 +18,7 @@ class Setting:
         torch.manual_seed(0)
         self.net, self.images, self.labels = nets.build(name), torch.randn(8, 3, 8, 8), torch.arange(8) % 10
         self.architecture = Architecture(self.net.num_gates)
-        self.trained = Parallel().wrap(self.net, SGD(lr=0.05, momentum=0.9, weight_decay=1e-4), {}, Training())
+        self.trained = Context().wrap(self.net, SGD(lr=0.05, momentum=0.9, weight_decay=1e-4), {}, Training())
         self.net, self.weights = self.trained.module, self.trained.optimizer
         self.alphas = torch.optim.SGD(self.architecture.parameters(), 0.01, 0.9)
         for _ in range(2):
@@ -129,7 +129,7 @@ def test_parts_make_the_step_of_the_whole():
                     norm.train = lambda mode=True, norm=norm: norm
                     norm.training = False
             net, architecture = net.double(), Architecture(net.num_gates).double()
-            trained = Parallel().wrap(net, SGD(lr=0.05, clip_norm=clip), {}, Training())
+            trained = Context().wrap(net, SGD(lr=0.05, clip_norm=clip), {}, Training())
             alphas = torch.optim.SGD(architecture.parameters(), 0.1, 0.9)
             images, labels = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8)
             for _ in range(2):
@@ -146,7 +146,7 @@ def test_parts_make_the_step_of_the_whole():
 
 def test_what_trains_is_a_copy_in_training_mode_whatever_the_network_was_last_used_for():
     net = nets.build("vgg_digits").eval()
-    trained = Parallel().wrap(net, SGD(lr=0.1), {}, Training())
+    trained = Context().wrap(net, SGD(lr=0.1), {}, Training())
     assert trained.module is not net and all(module.training for module in trained.module.modules())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     weight_step(trained, torch.randn(8, 3, 8, 8), torch.arange(8), 8)
@@ -162,7 +162,7 @@ def test_what_trains_is_a_copy_in_training_mode_whatever_the_network_was_last_us
 def test_clipping_bounds_the_norm_of_the_whole_group():
     torch.manual_seed(0)
     net = nets.build("vgg_digits")
-    trained = Parallel().wrap(net, SGD(lr=1.0, momentum=0.0, clip_norm=0.1), {}, Training())
+    trained = Context().wrap(net, SGD(lr=1.0, momentum=0.0, clip_norm=0.1), {}, Training())
     before = torch.cat([p.detach().flatten() for p in trained.module.parameters()])
     weight_step(trained, torch.randn(8, 3, 8, 8), torch.arange(8), 8)
     moved = torch.cat([p.detach().flatten() for p in trained.module.parameters()]) - before

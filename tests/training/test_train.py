@@ -14,7 +14,7 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
-from dnal_dist.distributed.context import Parallel
+from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact
 from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, setup
@@ -63,7 +63,7 @@ def test_demo_tells_a_line_a_phase_and_the_table(demo):
         "after search",
         "after pruning",
         "after finetune",
-        "multiply-adds",
+        "MACs",
         "channels kept",
         "report.html",
     ):
@@ -94,7 +94,7 @@ def test_compact_network_is_the_one_that_was_evaluated(demo, digits):
     net = compact.load(output / "compact")
     settings = recipe.load(output / "recipe.yaml")
     shards = Shards(settings.data.val, "data.val", 10)
-    found = evaluate(net, Stream(shards, settings.data, 0, False), settings.data, Parallel())
+    found = evaluate(net, Stream(shards, settings.data, 0, False), settings.data, Context())
     last = records(output, "eval")[-1]
     assert found.accuracy == pytest.approx(last["accuracy"], abs=1e-6)
     assert found.cross_entropy == pytest.approx(last["cross_entropy"], rel=1e-3)
@@ -136,7 +136,7 @@ def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
 def run_here(digits, output, *changes: str):
     """A run of the demo's recipe in this process, ready to go."""
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", "tracking.tracker=none"]
-    return setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Parallel())
+    return setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Context())
 
 
 def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
@@ -155,7 +155,7 @@ def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
 def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
     run = run_here(digits, tmp_path, *FEW)
     phases.pretrain(run, phases.fed(run))
-    search = run.parallel.wrap(run.network, run.recipe.phases.search.optimizer, run.momentum, run.recipe.training)
+    search = run.context.wrap(run.network, run.recipe.phases.search.optimizer, run.momentum, run.recipe.training)
     with search.gathered() as momentum:
         assert momentum.keys() == run.momentum.keys() == dict(run.supernet.named_parameters()).keys()
         assert all(torch.equal(momentum[name], buffer) for name, buffer in run.momentum.items())
@@ -198,5 +198,5 @@ def test_fewer_gpus_than_processes_leave_it_to_the_cpu(digits, tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     run = run_here(digits, tmp_path, *FEW)
-    assert run.parallel.device.type == "cpu"
+    assert run.context.device.type == "cpu"
     assert any("1 GPU for" in warning for warning in report_records.summary(tmp_path)["warnings"])

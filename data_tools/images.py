@@ -1,4 +1,4 @@
-"""Pictures in files and tars: found by their place, checked, and made smaller."""
+"""Images in files and tars: found by their place, checked, and made smaller."""
 
 import io
 import os
@@ -15,10 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
-from dnal_dist.data.tar import FORMATS, PICTURES
+from dnal_dist.data.tar import FORMATS, IMAGES
 from dnal_dist.recipe import Data
 
-EXTENSIONS = (*PICTURES, "gif")
+EXTENSIONS = (*IMAGES, "gif")
 # Found too, so that they are counted among those that are left out.
 OTHERS = ("webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "jfif", "avif", "heic", "jxl")
 MAX_PIXELS = Data.model_fields["max_pixels"].default
@@ -33,8 +33,8 @@ UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.De
 Image.MAX_IMAGE_PIXELS = None
 
 
-class Picture(NamedTuple):
-    """An encoded picture: `size` bytes from `offset` of the file at `path`, which may be a tar."""
+class ImageFile(NamedTuple):
+    """An encoded image: `size` bytes from `offset` of the file at `path`, which may be a tar."""
 
     path: str
     offset: int
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
     """When the file at `path` last was, in ns."""
 
     def read(self, start: int = 0, most: int | None = None) -> bytes:
-        """Up to `most` bytes from byte `start` of the picture on. Raises ValueError if they cannot be read."""
+        """Up to `most` bytes from byte `start` of the image on. Raises ValueError if they cannot be read."""
         wanted = min(self.size - start, self.size if most is None else most)
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -74,7 +74,7 @@ def pixel_sample(number: int, reference: tuple[np.ndarray, int]) -> Sample:
 
 
 def extension_of(head: bytes) -> str | None:
-    """What a picture is by its first bytes, whatever its name says."""
+    """What an image is by its first bytes, whatever its name says."""
     if head.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -82,48 +82,48 @@ def extension_of(head: bytes) -> str | None:
     return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
 
 
-def fault(picture: Picture, decode: bool) -> str | None:
-    """Why training could not use this picture, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
+def fault(image: ImageFile, decode: bool) -> str | None:
+    """Why training could not use this image, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
     only if it does not end as a whole file does, which some whole ones do not either. Other kinds are always decoded."""
-    if not picture.size:
-        return "it is empty" if os.path.exists(picture.path) else "it is a link to what is not there"
-    head = picture.read(0, HEAD)
+    if not image.size:
+        return "it is empty" if os.path.exists(image.path) else "it is a link to what is not there"
+    head = image.read(0, HEAD)
     if extension_of(head) is None:
         return f"it is none of {', '.join(FORMATS)} (it begins with {head[:4].hex(' ')})"
     # A PNG does not show at its ends that it is damaged within, and some decoders (torchvision 0.29) then end the whole process.
-    if decode or extension_of(head) != "jpg" or picture.read(max(0, picture.size - 2)) != END_OF_JPEG:
-        return decoding_fault(picture.read())[0]
+    if decode or extension_of(head) != "jpg" or image.read(max(0, image.size - 2)) != END_OF_JPEG:
+        return decoding_fault(image.read())[0]
     try:
-        with Image.open(io.BytesIO(head), formats=("JPEG",)) as image:
-            return too_large(image.size)
+        with Image.open(io.BytesIO(head), formats=("JPEG",)) as decoded:
+            return too_large(decoded.size)
     except UNREADABLE:
-        # Long comments and colour profiles come before what says the picture's size.
-        return decoding_fault(picture.read())[0]
+        # Long comments and colour profiles come before what says the image's size.
+        return decoding_fault(image.read())[0]
 
 
 def too_large(size: tuple[int, int]) -> str | None:
-    """Why training refuses a picture of this width and height, or None."""
+    """Why training refuses an image of this width and height, or None."""
     if size[0] * size[1] <= MAX_PIXELS:
         return None
     return f"it has {size[0]} x {size[1]} pixels, more than data.max_pixels allows by default ({MAX_PIXELS})"
 
 
 def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """Why a picture cannot be decoded, or None, and its width and height if it tells them."""
+    """Why an image cannot be decoded, or None, and its width and height if it tells them."""
     size = None
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            size = image.size
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
+            size = decoded.size
             if reason := too_large(size):
                 return reason, size
             if ends_early(encoded):
                 return "it is truncated, though it has an end", None
-            if getattr(image, "is_animated", False):
+            if getattr(decoded, "is_animated", False):
                 return "it is animated", size
             # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
-            image.draft(None, (1, 1))
-            image.load()
-            if image.format == "PNG":
+            decoded.draft(None, (1, 1))
+            decoded.load()
+            if decoded.format == "PNG":
                 with Image.open(io.BytesIO(encoded)) as again:  # its checksums, which loading does not look at
                     again.verify()
     except UnidentifiedImageError:
@@ -134,7 +134,7 @@ def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
 
 
 def ends_early(encoded: bytes) -> bool:
-    """Whether a JPEG's data ends before its picture does: with an end behind it, it is whole to Pillow, the missing part grey."""
+    """Whether a JPEG's data ends before its image does: with an end behind it, it is whole to Pillow, the missing part grey."""
     if extension_of(encoded) != "jpg":
         return False
     try:
@@ -147,23 +147,23 @@ def ends_early(encoded: bytes) -> bool:
 
 
 class Check(NamedTuple):
-    """Finds the faults of some pictures, in a worker."""
+    """Finds the faults of some images, in a worker."""
 
     decode: bool
 
-    def __call__(self, pictures: Sequence[Picture], tick: Tick) -> list[dict]:
+    def __call__(self, images: Sequence[ImageFile], tick: Tick) -> list[dict]:
         found = []
-        for picture in pictures:
-            if reason := fault(picture, self.decode):
-                found.append({"picture": str(picture), "reason": reason, "place": [picture.path, picture.offset]})
+        for image in images:
+            if reason := fault(image, self.decode):
+                found.append({"picture": str(image), "reason": reason, "place": [image.path, image.offset]})
             tick(1)
         return found
 
 
 def without_faults(
-    splits: dict[str, list[Picture]], record: Record, workers: int, decode: bool, max_bad: float = MAX_BAD
-) -> tuple[dict[str, list[Picture]], list[dict]]:
-    """The pictures that training can use, and of the others which they are and why, as {"picture", "reason"}.
+    splits: dict[str, list[ImageFile]], record: Record, workers: int, decode: bool, max_bad: float = MAX_BAD
+) -> tuple[dict[str, list[ImageFile]], list[dict]]:
+    """The images that training can use, and of the others which they are and why, as {"picture", "reason"}.
 
     Raises ValueError if more than `max_bad` of a split are of no use: then the source itself is suspect.
     """
@@ -171,9 +171,9 @@ def without_faults(
 
     def check_all() -> dict[str, list[dict]]:
         found = {}
-        for name, pictures in splits.items():
-            chunks = [pictures[i : i + CHUNK] for i in range(0, len(pictures), CHUNK)]
-            parts = in_order(Check(decode), chunks, workers, f"{name}: checking", len(pictures))
+        for name, images in splits.items():
+            chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+            parts = in_order(Check(decode), chunks, workers, f"{name}: checking", len(images))
             found[name] = [one for part in parts for one in part]
         return found
 
@@ -182,26 +182,26 @@ def without_faults(
         if len(bad) > max_bad * len(splits[name]):
             first = "; ".join(f"{one['picture']}: {one['reason']}" for one in bad[:3])
             raise ValueError(
-                f"{len(bad)} of {len(splits[name])} pictures for {name} cannot be used, more than "
+                f"{len(bad)} of {len(splits[name])} images for {name} cannot be used, more than "
                 f"{max_bad:.1%}: {first}; mend the source, or allow more by --max-bad"
             )
     if empty := next((name for name, bad in faults.items() if len(bad) == len(splits[name])), None):
-        raise ValueError(f"all of {empty}'s pictures cannot be used ({faults[empty][0]['reason']}); mend the source")
-    # Pictures of a tar may share a name.
+        raise ValueError(f"all of {empty}'s images cannot be used ({faults[empty][0]['reason']}); mend the source")
+    # Images of a tar may share a name.
     bad = {tuple(one["place"]) for found in faults.values() for one in found}
-    good = {name: [p for p in pictures if not bad or (p.path, p.offset) not in bad] for name, pictures in splits.items()}
+    good = {name: [p for p in images if not bad or (p.path, p.offset) not in bad] for name, images in splits.items()}
     left_out = [(name, one["picture"], one["reason"]) for name, found in faults.items() for one in found]
-    return good, [{"split": name, "picture": picture, "reason": reason} for name, picture, reason in left_out]
+    return good, [{"split": name, "picture": image, "reason": reason} for name, image, reason in left_out]
 
 
 class Draw(NamedTuple):
-    """Makes a sample of a picture: its bytes as they are, or, if its shorter side exceeds `shorter` pixels, a smaller JPEG."""
+    """Makes a sample of an image: its bytes as they are, or, if its shorter side exceeds `shorter` pixels, a smaller JPEG."""
 
     shorter: int | None = None
     quality: int = 90
 
-    def __call__(self, number: int, picture: Picture) -> Sample:
-        encoded, (stem, extension) = picture.read(), os.path.splitext(picture.name)
+    def __call__(self, number: int, image: ImageFile) -> Sample:
+        encoded, (stem, extension) = image.read(), os.path.splitext(image.name)
         # A key ends at its first dot; two files may share a name; and a name may be of any bytes.
         key = f"{number:08d}-{re.sub('[^A-Za-z0-9_-]', '_', stem)[:80]}"
         true = extension_of(encoded)
@@ -212,60 +212,60 @@ class Draw(NamedTuple):
             try:
                 smaller = resized(encoded, self.shorter, self.quality)
             except UNREADABLE as error:
-                raise ValueError(f"{picture}: cannot be decoded ({error}); mend or remove it") from None
+                raise ValueError(f"{image}: cannot be decoded ({error}); mend or remove it") from None
             if smaller is not None:
-                return key, smaller, "jpg", picture.label
+                return key, smaller, "jpg", image.label
         if true == "gif":
             # Readers of shards know no GIF by its extension; PNG holds the same pixels.
-            with Image.open(io.BytesIO(encoded), formats=("GIF",)) as image:
-                return key, png(np.asarray(rgb(image))), "png", picture.label
-        return key, encoded, extension, picture.label
+            with Image.open(io.BytesIO(encoded), formats=("GIF",)) as decoded:
+                return key, png(np.asarray(rgb(decoded))), "png", image.label
+        return key, encoded, extension, image.label
 
 
 def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
-    """A JPEG (RGB, 4:2:0) of the picture whose shorter side is `shorter` pixels, or None if it is no larger than that already.
+    """A JPEG (RGB, 4:2:0) of the image whose shorter side is `shorter` pixels, or None if it is no larger than that already.
 
     As in ImageNet's own use an orientation in EXIF is not followed, and EXIF and colour profile, which training does not look at,
-    are left out. Raises one of UNREADABLE for what is no picture.
+    are left out. Raises one of UNREADABLE for what is no image.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        width, height = image.size
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
+        width, height = decoded.size
         if min(width, height) <= shorter:
             return None
         scale = shorter / min(width, height)
         size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
         # A JPEG of many times the size is decoded at a half, a quarter or an eighth, but at no less than twice what is wanted.
-        image.draft(None, (2 * size[0], 2 * size[1]))
-        image.load()
-        smaller = rgb(image).resize(size, Image.Resampling.LANCZOS)
+        decoded.draft(None, (2 * size[0], 2 * size[1]))
+        decoded.load()
+        smaller = rgb(decoded).resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     smaller.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
     return out.getvalue()
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """The picture in the colours that training sees."""
-    if image.mode.startswith("I"):
+def rgb(decoded: Image.Image) -> Image.Image:
+    """The image in the colours that training sees."""
+    if decoded.mode.startswith("I"):
         # A grey PNG of 16 bits: the upper byte is what one of 8 bits would hold, as in training.
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        decoded = Image.fromarray((np.asarray(decoded, np.uint32) >> 8).astype(np.uint8))
+    return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """By its name, and of whatever kind."""
     return path.suffix[1:].lower() in (*EXTENSIONS, *OTHERS)
 
 
-def files_in(folder: Path, label: int) -> list[Picture]:
-    """The pictures in `folder` and its own folders, by name; links are followed. What is hidden is left out: ._NAME.jpg, of a Mac,
-    is no picture. Raises ValueError for folders that cannot be read, or lead back to themselves."""
+def files_in(folder: Path, label: int) -> list[ImageFile]:
+    """The images in `folder` and its own folders, by name; links are followed. What is hidden is left out: ._NAME.jpg, of a Mac,
+    is no image. Raises ValueError for folders that cannot be read, or lead back to themselves."""
     found = []
     for path in _files(folder, ()):
-        # A pipe or a device by a picture's name would be read for ever.
-        if is_picture(path) and (path.is_file() or not path.exists()):
+        # A pipe or a device by an image's name would be read for ever.
+        if is_image(path) and (path.is_file() or not path.exists()):
             size, changed = (state.st_size, state.st_mtime_ns) if (state := _state(path)) else (0, 0)
             found.append((path, size, changed))
-    return [Picture(str(path), 0, size, path.name, label, changed) for path, size, changed in sorted(found)]
+    return [ImageFile(str(path), 0, size, path.name, label, changed) for path, size, changed in sorted(found)]
 
 
 def _state(path: Path) -> os.stat_result | None:
@@ -292,11 +292,11 @@ def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
             yield path
 
 
-def listing(splits: dict[str, list[Picture]], source: Path) -> list[str]:
-    """A line for each picture, from which a digest of the source can be made, wherever it lies."""
+def listing(splits: dict[str, list[ImageFile]], source: Path) -> list[str]:
+    """A line for each image, from which a digest of the source can be made, wherever it lies."""
     root = f"{source}/"
     return [
         f"{name} {p.path.removeprefix(root)} {p.offset} {p.size} {p.changed} {p.name} {p.label}"
-        for name, pictures in splits.items()
-        for p in pictures
+        for name, images in splits.items()
+        for p in images
     ]
