@@ -129,8 +129,8 @@ def tables() -> dict[str, Table]:
 
 def _table(network: str, told: dict) -> Table:
     numbers = {key: int(told[key]) for key in ("num_classes", "image_size")}
-    images = {key: int(count) for key, count in told["pictures"].items()}
-    return Table(network, **told | numbers | {"pictures": images, "rows": [_row(row) for row in told["rows"]]})
+    images = {key: int(count) for key, count in told["images"].items()}
+    return Table(network, **told | numbers | {"images": images, "rows": [_row(row) for row in told["rows"]]})
 
 
 def _row(told: dict) -> Row:
