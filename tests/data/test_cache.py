@@ -71,8 +71,8 @@ def start(server: FileServer, folder: Path, program: str, **more) -> subprocess.
     head = f"""
 import hashlib, json, os, random, sys, time
 from pathlib import Path
-from dnal_dist.ahead import Ahead, Need
-from dnal_dist.cache import Cache
+from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.cache import Cache
 globals().update(json.loads({json.dumps(given)!r}))
 cache = Cache(Path(folder), limit)
 def digest(descriptor):

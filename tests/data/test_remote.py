@@ -371,7 +371,7 @@ def test_a_forked_process_reads_with_connections_of_its_own(server):
     url = f"{server.url}/a.tar"
     program = f"""
 import hashlib, os
-from dnal_dist import remote
+from dnal_dist.data import remote
 before = remote.read({url!r})
 child = os.fork()
 if not child:
