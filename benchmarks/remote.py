@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.prefetch import Prefetcher, Need
 
 
 def serve(body: bytes, latency: float, rate: float, port) -> None:
@@ -54,7 +54,7 @@ def waits(url: str, size: int, sha256: str, steps: int, step: float, ahead_bytes
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), 1 << 40)
         needs = [Need(n, f"{url}/{n}.tar", size, sha256) for n in range(steps)]
-        ahead = Ahead(cache, lambda begin: iter(needs[begin:]), ahead_bytes) if ahead_bytes else None
+        ahead = Prefetcher(cache, lambda begin: iter(needs[begin:]), ahead_bytes) if ahead_bytes else None
         for need in needs:
             if ahead:
                 ahead.at(need.position)

@@ -15,7 +15,7 @@ from dnal_dist.data import nvjpeg, receipts
 from dnal_dist.data.images import Geometry, ImageError, Stack, Transform, read_header, render
 from dnal_dist.data.nvjpeg import Encoded
 from dnal_dist.data.order import Place, Slices
-from dnal_dist.data.prefetch import Ahead
+from dnal_dist.data.prefetch import Prefetcher
 from dnal_dist.data.remote import RemoteError
 from dnal_dist.data.shards import Origin, Shards
 from dnal_dist.data.tar import Fault
@@ -38,7 +38,7 @@ class Images(Dataset):
     """Decoded images by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
     exception would arrive from a loader process as a page of traceback."""
 
-    def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Ahead | None = None):
+    def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Prefetcher | None = None):
         self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
         self.ahead, self.on_device = ahead, train and data.decode == "cuda"
 

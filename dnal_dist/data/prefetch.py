@@ -19,7 +19,7 @@ class Need(NamedTuple):
     sha256: str
 
 
-class Ahead:
+class Prefetcher:
     """Keeps the shards that come next in `cache`.
 
     plan: given a position, the shards needed from there on, in the order of their positions, with or without end; it is asked again

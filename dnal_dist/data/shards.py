@@ -19,7 +19,7 @@ import numpy as np
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.prefetch import Prefetcher, Need
 from dnal_dist.data.shardlist import Url, expand, read_index, refuse_gaps
 from dnal_dist.data.tar import BLOCK, Fault, Sample, boundaries, first_key, parse
 
@@ -71,7 +71,9 @@ class Shards:
         )
         self.cache = Cache(Path(cache), int(cache_gb * 1e9)) if self.remote_bytes else None
 
-    def ahead(self, first_uses: Callable[[int], Iterator[tuple[int, int]]], together: int | None, downloads: int) -> Ahead | None:
+    def ahead(
+        self, first_uses: Callable[[int], Iterator[tuple[int, int]]], together: int | None, downloads: int
+    ) -> Prefetcher | None:
         """What fetches remote shards before they are needed; None if there are none.
 
         first_uses: from a batch on, (batch, shard) of the shards in the order of their first uses. together: how many shards are in
@@ -93,7 +95,7 @@ class Shards:
             self.open_shards = min(OPEN_SHARDS, in_use)
         # Of a set that does not fit as a whole, what is coming must not drive out what is in use.
         plan = functools.partial(self._needs, first_uses, fits)
-        return Ahead(self.cache, plan, limit if fits else max((limit - wanted) // 2, 1), downloads)
+        return Prefetcher(self.cache, plan, limit if fits else max((limit - wanted) // 2, 1), downloads)
 
     def _needs(self, first_uses: Callable[[int], Iterator[tuple[int, int]]], once: bool, batch: int) -> Iterator[Need]:
         """Remote shards in the order in which they are needed from `batch` on; `once`: none of them again."""

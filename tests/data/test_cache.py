@@ -19,7 +19,7 @@ from servers import FileServer, without_proxies
 
 from dnal_dist.data import remote
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.prefetch import Prefetcher, Need
 from dnal_dist.data.remote import RemoteError
 
 SIZE = 100_000
@@ -71,7 +71,7 @@ def start(server: FileServer, folder: Path, program: str, **more) -> subprocess.
     head = f"""
 import hashlib, json, os, random, sys, time
 from pathlib import Path
-from dnal_dist.data.prefetch import Ahead, Need
+from dnal_dist.data.prefetch import Prefetcher, Need
 from dnal_dist.data.cache import Cache
 globals().update(json.loads({json.dumps(given)!r}))
 cache = Cache(Path(folder), limit)
@@ -331,7 +331,7 @@ def plan_of(server: FileServer, positions: list[int]) -> Callable:
 
 def test_it_fetches_what_comes_next_within_its_limit(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Ahead(cache, plan_of(server, [0, 1, 1, 2, 5, 7]), 3 * SIZE)
+    ahead = Prefetcher(cache, plan_of(server, [0, 1, 1, 2, 5, 7]), 3 * SIZE)
     held = lambda *numbers: all(cache.has(*shard(server, n)) for n in numbers)  # noqa: E731
     ahead.at(0)
     until(lambda: held(0, 1, 2))
@@ -346,7 +346,7 @@ def test_it_fetches_what_comes_next_within_its_limit(server, tmp_path):
 
 def test_one_shard_beyond_the_limit_is_still_fetched_and_passed_ones_are_not(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Ahead(cache, lambda begin: (Need(n, *shard(server, n)) for n in range(6)), 1)
+    ahead = Prefetcher(cache, lambda begin: (Need(n, *shard(server, n)) for n in range(6)), 1)
     ahead.at(4)
     until(lambda: bool(cache.has(*shard(server, 4))))
     ahead.at(5)
@@ -357,7 +357,7 @@ def test_one_shard_beyond_the_limit_is_still_fetched_and_passed_ones_are_not(ser
 
 def test_going_back_begins_anew(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Ahead(cache, plan_of(server, [0, 1, 2, 3, 4, 5]), SIZE)
+    ahead = Prefetcher(cache, plan_of(server, [0, 1, 2, 3, 4, 5]), SIZE)
     ahead.at(5)
     until(lambda: bool(cache.has(*shard(server, 5))))
     ahead.at(2)
@@ -368,7 +368,7 @@ def test_going_back_begins_anew(server, tmp_path):
 def test_a_fault_stops_neither_the_thread_nor_who_asks(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
     missing = Need(0, f"{server.url}/none.tar", SIZE, "0" * 64)
-    ahead = Ahead(cache, lambda begin: iter([missing, missing, Need(1, *shard(server, 1))]), 10**9, downloads=1)
+    ahead = Prefetcher(cache, lambda begin: iter([missing, missing, Need(1, *shard(server, 1))]), 10**9, downloads=1)
     ahead.at(0)
     until(lambda: bool(cache.has(*shard(server, 1))))
     ahead.close()
@@ -381,7 +381,7 @@ def test_what_another_process_downloads_is_left_to_it(server, tmp_path):
     other = start(server, tmp_path, "cache.get(*shards[0])")
     until(lambda: len(server.requests) == 1)
     cache = Cache(tmp_path, 10**9)
-    ahead = Ahead(cache, plan_of(server, [0, 1]), 10**9, downloads=1)
+    ahead = Prefetcher(cache, plan_of(server, [0, 1]), 10**9, downloads=1)
     ahead.at(0)
     until(lambda: bool(cache.has(*shard(server, 1))))
     assert cache.has(*shard(server, 0)) is None
@@ -394,7 +394,7 @@ def test_what_another_process_downloads_is_left_to_it(server, tmp_path):
 def test_a_process_ends_although_its_downloads_hang(server, tmp_path):
     server.stalls = 100
     program = """
-ahead = Ahead(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards)), 10**9)
+ahead = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards)), 10**9)
 ahead.at(0)
 while len(list(Path(folder).glob("*.part"))) < 2:
     time.sleep(0.01)
@@ -407,7 +407,7 @@ while len(list(Path(folder).glob("*.part"))) < 2:
 
 def test_a_forked_process_looks_ahead_with_threads_of_its_own(server, tmp_path):
     program = """
-ahead = Ahead(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
+ahead = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
 ahead.at(0)
 while not cache.has(*shards[0]):
     time.sleep(0.01)
@@ -431,7 +431,7 @@ class Reading:
     def __init__(self, server: FileServer, folder: Path):
         self.shards = [shard(server, number) for number in range(len(SHARDS))]
         self.cache = Cache(folder, 10**9)
-        self.ahead = Ahead(self.cache, lambda begin: (Need(n, *one) for n, one in enumerate(self.shards) if n >= begin), 10**9)
+        self.ahead = Prefetcher(self.cache, lambda begin: (Need(n, *one) for n, one in enumerate(self.shards) if n >= begin), 10**9)
 
     def __len__(self) -> int:
         return len(self.shards)
