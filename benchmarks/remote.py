@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Prefetcher, Need
+from dnal_dist.data.prefetch import Need, Prefetcher
 
 
 def serve(body: bytes, latency: float, rate: float, port) -> None:

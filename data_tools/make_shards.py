@@ -2,7 +2,7 @@
 
   python -m data_tools.make_shards digits data/digits                              1 797 scanned digits, nothing to fetch
   python -m data_tools.make_shards fashion_mnist data/fashion_mnist                from Debian's package dataset-fashion-mnist
-  python -m data_tools.make_shards cifar10 cifar-10-python.tar.gz data/cifar10     or cifar-10-binary.tar.gz, either as it is
+  python -m data_tools.make_shards cifar10 cifar-10-binary.tar.gz data/cifar10     the archive as it is
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the tars as they are handed out
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   the large ones reduced
   python -m data_tools.make_shards folder images data/own                        images/train/CLASS/*, images/val/CLASS/*
@@ -38,7 +38,8 @@ MORE = {
     "digits": "They come with scikit-learn. Of each class every fifth is for validation.",
     "fashion_mnist": "The four idx files, gzipped or not: Debian's package dataset-fashion-mnist has them, and so has "
     "https://github.com/zalandoresearch/fashion-mnist.",
-    "cifar10": "SOURCE is from https://www.cs.toronto.edu/~kriz/cifar.html; nothing of it is unpacked to disk or unpickled.",
+    "cifar10": "SOURCE is from https://www.cs.toronto.edu/~kriz/cifar.html; nothing is unpacked to disk. The Python version of the "
+    "archive is refused, since its batches are pickled; the binary version holds the same images.",
     "imagenet": "Nothing is unpacked to disk, and every image goes through byte for byte unless --resize is given. A class's "
     "number is its place among the sorted WordNet ids. docs/data.md tells what SOURCE may hold.",
     "folder": "Every image goes through byte for byte unless --resize is given; a GIF becomes PNG. Classes are numbered by name.",
@@ -115,8 +116,7 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     kind("digits", digits, "scikit-learn's 1 797 scanned digits, 8x8 grey")
     fashion = kind("fashion_mnist", fashion_mnist, "70 000 images of clothes, 28x28 grey")
     fashion.add_argument("--source", type=Path, default=FASHION_MNIST_SOURCE, help="folder of the four idx files (%(default)s)")
-    archives = "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, or the folder that it unpacks to"
-    cifar = kind("cifar10", cifar10, "60 000 images, 32x32 RGB", archives)
+    cifar = kind("cifar10", cifar10, "60 000 images, 32x32 RGB", "cifar-10-binary.tar.gz, or its unpacked folder")
     tars = "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with train/ and val/"
     large = kind("imagenet", imagenet, "ImageNet-1K, from its tars or unpacked", tars)
     own = kind("folder", image_folder, "your own images, in a folder for each class", "holds train/CLASS/* and val/CLASS/*")

@@ -35,47 +35,17 @@ def fashion_mnist(folder: Path) -> Truth:
     return truth
 
 
-def cifar10(folder: Path, version: str = "binary") -> Truth:
-    """Write CIFAR-10's binary version, or that for "python", of CIFAR10_RECORDS records a file, to the new `folder`. Returns what
-    it holds."""
+def cifar10(folder: Path) -> Truth:
+    """Write CIFAR-10's binary version, of CIFAR10_RECORDS records a file, to the new `folder`. Returns its content."""
     folder.mkdir()
     rng, each = np.random.default_rng(1), CIFAR10_RECORDS
     images, labels = rng.integers(0, 256, (6 * each, 32, 32, 3), np.uint8), rng.integers(0, 10, 6 * each).astype(np.uint8)
     for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
         part = slice(each * i, each * i + each)
         planes = images[part].transpose(0, 3, 1, 2).reshape(each, 3072)
-        if version == "binary":
-            (folder / f"{name}.bin").write_bytes(np.concatenate([labels[part, None], planes], axis=1).tobytes())
-        else:
-            batch = {"batch_label": name, "labels": labels[part].tolist(), "data": planes, "filenames": ["a.png"] * each}
-            (folder / name).write_bytes(as_python_2_writes(batch))
-    if version == "binary":
-        (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_CLASSES) + "\n\n")
-    else:
-        meta = {"num_cases_per_batch": 10_000, "label_names": CIFAR10_CLASSES, "num_vis": 3072}
-        (folder / "batches.meta").write_bytes(as_python_2_writes(meta))
+        (folder / f"{name}.bin").write_bytes(np.concatenate([labels[part, None], planes], axis=1).tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_CLASSES) + "\n\n")
     return {"train": (images[: 5 * each], labels[: 5 * each]), "val": (images[5 * each :], labels[5 * each :])}
-
-
-def as_python_2_writes(value: dict) -> bytes:
-    """What Python 2 and its NumPy write for `value` by protocol 2, as CIFAR-10's files were."""
-    return b"\x80\x02" + _python_2(value) + b"."
-
-
-def _python_2(value) -> bytes:
-    if isinstance(value, str):
-        text = value.encode("latin-1")
-        return (b"U" + bytes([len(text)]) if len(text) < 256 else b"T" + struct.pack("<I", len(text))) + text + b"q\x01"
-    if isinstance(value, int):
-        return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
-    if isinstance(value, list):
-        return b"]q\x02(" + b"".join(map(_python_2, value)) + b"e"
-    if isinstance(value, dict):
-        return b"}q\x03(" + b"".join(_python_2(part) for item in value.items() for part in item) + b"u"
-    kind = b"cnumpy\ndtype\nq\x04(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    shape = b"".join(map(_python_2, value.shape)) + b"\x86"
-    begun = b"cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87R"
-    return begun + b"(K\x01" + shape + kind + b"\x89" + _python_2(value.tobytes().decode("latin-1")) + b"tb"
 
 
 def archived(folder: Path, prefix: str = "cifar-10-batches-bin/", name: str = "cifar-10-binary.tar.gz") -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Prefetcher, Need
+from dnal_dist.data.prefetch import Need, Prefetcher
 from dnal_dist.data.shardlist import Url, expand, read_index, refuse_gaps
 from dnal_dist.data.tar import BLOCK, Fault, Sample, boundaries, first_key, parse
 

@@ -19,7 +19,7 @@ from servers import FileServer, without_proxies
 
 from dnal_dist.data import remote
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.prefetch import Prefetcher, Need
+from dnal_dist.data.prefetch import Need, Prefetcher
 from dnal_dist.data.remote import RemoteError
 
 SIZE = 100_000
