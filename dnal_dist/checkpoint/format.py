@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dnal_dist.common import atomic
+from dnal_dist.common.span import spanned
 
 FORMAT = 1
 PHASES = ("pretrain", "search", "prune", "finetune", "done")
@@ -172,6 +173,7 @@ def latest(folder: Path) -> tuple[Path | None, Checkpoint | None, dict[Path, str
     return None, None, damaged
 
 
+@spanned("checkpoint read")
 def read(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Raises ValueError, naming it, if it is not whole, and OSError or MemoryError if that
     cannot be known. Nothing in it is ever run."""

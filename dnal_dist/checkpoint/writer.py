@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.tracking.run_log import RunLog
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
@@ -106,6 +107,7 @@ class Saver:
     def close(self) -> None:
         self._thread.shutdown()
 
+    @spanned("checkpoint write")
     def _write(self, taken: Checkpoint) -> tuple[float, int]:
         begun = time.monotonic()
         # A checkpoint counts on the records that were told before it.

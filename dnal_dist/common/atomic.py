@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dnal_dist.common.span import span, spanned
+
 # Leftovers of a process that was killed have names of these forms, and no other process looks at them.
 UNFINISHED, REPLACED, REMOVED = ".{}.unfinished", ".{}.replaced", ".{}.removed"
 
@@ -61,11 +63,12 @@ def _exchange(unfinished: Path, final: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """A new file at `path`, on disk when this returns; its folder need not be."""
-    with path.open("wb") as file:
+    with span("write", (path, content)), path.open("wb") as file:
         file.write(content)
     to_disk(path)
 
 
+@spanned("fsync")
 def to_disk(path: Path) -> None:
     """Wait until what was written to the file or folder `path` is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -76,10 +79,12 @@ def to_disk(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    os.replace(old, new)
+    with span("rename"):
+        os.replace(old, new)
     to_disk(new.parent)
 
 
+@spanned("removal")
 def remove(path: Path) -> None:
     """Remove a folder; a reader finds it whole or not at all."""
     removed = path.with_name(REMOVED.format(path.name))

@@ -7,6 +7,7 @@ import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dnal_dist.common.span import span
 from dnal_dist.distributed.wrapper import Trained
 
 
@@ -54,10 +55,13 @@ class Replicated(Trained):
         for number, loss in enumerate(losses):
             last = number + 1 == len(losses)
             with contextlib.nullcontext() if last or alone else self.network.no_sync():
-                scaler.scale(loss(self.network)).backward()
-        scaler.unscale_(self.optimizer)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-        self.optimizer.zero_grad()
+                scaled = scaler.scale(loss(self.network))
+                with span("backward"):
+                    scaled.backward()
+        with span("optimizer"):
+            scaler.unscale_(self.optimizer)
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.optimizer.zero_grad()

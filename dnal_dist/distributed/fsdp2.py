@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import span
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets.gated import segments
 
@@ -42,11 +43,14 @@ class FullySharded(Trained):
     def step(self, losses):
         for number, loss in enumerate(losses):
             self.module.set_requires_gradient_sync(number + 1 == len(losses))
-            loss(self.network).backward()
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            total = loss(self.network)
+            with span("backward"):
+                total.backward()
+        with span("optimizer"):
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def weight(self, name):
         return self.parameters[name].full_tensor()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch._dynamo
 from torch import Tensor, nn
 
+from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import _checkpoint
 from dnal_dist.distributed.batchnorm import _replace_norms
 from dnal_dist.nets.gated import segments
@@ -74,7 +75,7 @@ class Trained:
         momentum by parameter name; empty before the first step. All processes must enter together."""
         self.plain.to(self.options.device)
         buffers = dict(self.module.named_buffers())
-        with torch.no_grad():
+        with span("gather"), torch.no_grad():
             for name, buffer in self.plain.named_buffers():
                 buffer.copy_(buffers[name])
             for name, parameter in self.plain.named_parameters():

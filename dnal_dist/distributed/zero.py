@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import span
 from dnal_dist.distributed.wrapper import Trained
 
 
@@ -86,13 +87,17 @@ class Zero(Trained):
         *first, last = losses
         gradients = None
         for loss in first:
-            found = torch.autograd.grad(loss(self.module), self.parameters.values())
+            total = loss(self.module)
+            with span("backward"):
+                found = torch.autograd.grad(total, self.parameters.values())
             gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
         total = last(self.network)
         if gradients is not None:
             total = _WithGradients.apply(total, gradients, *self.parameters.values())
-        self.engine.backward(total)
-        self.engine.step()
+        with span("backward"):
+            self.engine.backward(total)
+        with span("optimizer"):
+            self.engine.step()
         self.stepped = True
 
     def weight(self, name):

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist.common import text
+from dnal_dist.common.span import spanned
 from dnal_dist.report import comparison, comparison_files, figures, markdown_report, page, published, records
 from dnal_dist.report.records import Run, load
 
 
+@spanned("report")
 def write_all(run: str | Path | Run, draw: bool = True) -> None:
     """Write RUN/report.html, RUN/report.md and, to `draw`, RUN/plots/*.svg and *.png; each file appears whole or not at all.
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import tensorboard, wandb
 from dnal_dist.tracking.background import Sender
@@ -66,6 +67,7 @@ class RunLog:
         except Exception as error:
             self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")
 
+    @spanned("logging")
     def record(self, kind: str, **values) -> None:
         """Append a record to metrics.jsonl and send its numbers to the tracker. What is None or no finite number is left out."""
         if not self.main:

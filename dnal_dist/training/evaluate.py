@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.context import Context
@@ -23,6 +24,7 @@ class Evaluation(NamedTuple):
     bad: list[str]
 
 
+@spanned("evaluation")
 @torch.no_grad()
 def evaluate(
     network: nn.Module,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from dnal_dist.common.span import span
 from dnal_dist.data.device import Fed, feed
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.wrapper import Trained
@@ -53,7 +54,8 @@ def optimise(run: Run, batches, do: Callable[..., Outcome] = without_gates) -> N
                 break
             rate = schedule.learning_rate_at(phase, run.step, per_epoch)
             trained.set_rate(rate)
-            images, labels = meter.next(batches)
+            with span("data wait"):
+                images, labels = meter.next(batches)
             with meter.listen():
                 outcome = do(trained, run.step, images, labels, share, parts)
             meter.add(outcome)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dnal_dist.checkpoint.format import Gathered
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.nets import cost
@@ -154,6 +155,7 @@ class Meter:
         yield
         self.paused += time.monotonic() - begun
 
+    @spanned("logging")
     def log(self, rate: float, total: int, epoch: float) -> str:
         """Record the means since the last time and return them as text. Raises InputError if the loss is no number any more, or
         too many images were skipped."""

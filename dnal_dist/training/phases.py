@@ -5,6 +5,7 @@ import contextlib
 from safetensors import SafetensorError
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import span, spanned
 from dnal_dist.nets import compact
 from dnal_dist.search import schedule
 from dnal_dist.search.penalty import Penalty
@@ -17,6 +18,11 @@ from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 def go(run: Run) -> None:
     """From where `run` stands to its end. Raises stopping.Stopped if it was asked to stop; what it goes on from is saved then."""
+    with span("training", run):
+        _phases(run)
+
+
+def _phases(run: Run) -> None:
     if not run.resumed:
         # A disk that takes no checkpoint is better known now than hours from now.
         state.save(run, {})
@@ -32,11 +38,10 @@ def go(run: Run) -> None:
         _enter(run, "finetune")
     with contextlib.closing(fed(run)) as batches:
         if run.phase == "finetune":
-            optimise(run, batches)
-            _finish(run)
-            _enter(run, "done")
+            finetune(run, batches)
 
 
+@spanned("pretrain")
 def pretrain(run: Run, batches) -> None:
     """Weights only, without gates; not at all if the recipe gives it no iterations."""
     given = run.recipe.model.init_from
@@ -47,6 +52,7 @@ def pretrain(run: Run, batches) -> None:
     _enter(run, "search")
 
 
+@spanned("search")
 def search(run: Run, batches) -> None:
     """Weights and architecture in turn, while delta grows and the gates harden."""
     settings, phase = run.recipe.architecture, run.recipe.phases.search
@@ -80,6 +86,15 @@ def search(run: Run, batches) -> None:
     _enter(run, "prune")
 
 
+@spanned("finetune")
+def finetune(run: Run, batches) -> None:
+    """Weights of the compact network."""
+    optimise(run, batches)
+    _finish(run)
+    _enter(run, "done")
+
+
+@spanned("compact write")
 def _finish(run: Run) -> None:
     """Write what the run was for."""
     if run.global_step % run.train.steps_per_epoch:

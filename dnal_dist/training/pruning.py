@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dnal_dist.common.span import span, spanned
 from dnal_dist.nets import compact, cost, masks
 from dnal_dist.search import selection
 from dnal_dist.training import usage
@@ -15,6 +16,7 @@ from dnal_dist.training.stopping import Stopped
 from dnal_dist.training.usage import Clock
 
 
+@spanned("prune")
 def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
     recipe, supernet, clock = run.recipe, run.supernet, Clock(run)
@@ -23,7 +25,8 @@ def prune(run: Run) -> None:
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.context.agree("the keep mask", supernet.by_site(keep))
-    run.small, run.mask = compact.compact(supernet, keep), masks.pack(keep)
+    with span("compaction"):
+        run.small, run.mask = compact.compact(supernet, keep), masks.pack(keep)
     run.momentum = {}
     supernet.cpu()
     recalibrate(run, settings.recalibration_batches)

@@ -19,6 +19,7 @@ from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.checkpoint.writer import UNWRITTEN
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.distributed.context import Context
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
@@ -154,6 +155,7 @@ def _judged(folder: Path, found: list[str], settings: recipe.Recipe, overwrite: 
     return _Judged(path, saved, damaged, changed, faults)
 
 
+@spanned("recipe write")
 def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
     """Of a run that goes on, only when it is known that it does. Raises InputError."""
     try:

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.checkpoint.format import Checkpoint, Gathered, State, name
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.nets import compact
 from dnal_dist.training.metrics import Meter
@@ -17,6 +18,7 @@ from dnal_dist.training.run import Run
 SAME = ("phase", "step", "global_step", "evaluated", "accuracy", "penalty_rests", "penalty_weight", "penalty_lag", "mask")
 
 
+@spanned("checkpoint")
 def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None, begun: float | None = None) -> None:
     """Have a checkpoint written of where `run` stands. All processes must come here, with the network and `momentum` as
     backends.Trained.gathered gives them; nothing of what they train with is changed. begun: when training

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist.common.span import span, spanned
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import resting_statistics
 from dnal_dist.search.architecture import Architecture
@@ -20,6 +21,7 @@ class Outcome(NamedTuple):
     penalty: Tensor | None = None
 
 
+@spanned("forward")
 def _forward(trained: Trained, network: nn.Module, images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
     logits = trained.forward(network, images, gates)
     cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
@@ -34,6 +36,7 @@ def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
     return Outcome(sum(o.cross_entropy.detach() for o in outcomes), sum(o.correct for o in outcomes), penalty)
 
 
+@spanned("weight step")
 def weight_step(
     trained: Trained, images: Tensor, labels: Tensor, batch: int, gates: Tensor | None = None, parts: int = 1
 ) -> Outcome:
@@ -56,6 +59,7 @@ def weight_step(
     return _sum(outcomes)
 
 
+@spanned("architecture step")
 def architecture_step(
     trained: Trained,
     architecture: Architecture,
@@ -79,18 +83,22 @@ def architecture_step(
     """
     alpha, scaler = architecture.alpha, trained.options.scaler
     weighted = penalty_weight * architecture.penalty(penalty, delta, share)
-    (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
+    with span("backward"):
+        (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
     outcomes = []
     for part in _parts(images, labels, parts):
         with resting_statistics(trained.module):
             found = _forward(trained, trained.module, *part, architecture.gates(delta))
-        gradient = gradient + torch.autograd.grad(scaler.scale(found.cross_entropy / batch), alpha)[0]
+        with span("backward"):
+            gradient = gradient + torch.autograd.grad(scaler.scale(found.cross_entropy / batch), alpha)[0]
         outcomes.append(found)
-    alpha.grad = average_(gradient)
-    scaler.unscale_(optimizer)
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_([alpha], clip_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
+    with span("sync"):
+        alpha.grad = average_(gradient)
+    with span("optimizer"):
+        scaler.unscale_(optimizer)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_([alpha], clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
     return _sum(outcomes, weighted.detach())
