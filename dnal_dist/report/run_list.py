@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dnal_dist.common import text
+from dnal_dist.common import commands, text
 from dnal_dist.common.lock import occupied
 from dnal_dist.report import records
 
@@ -66,12 +65,11 @@ def queue() -> dict[str, str] | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--me", "--array", "--format=%F|%i|%T"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+    answer = commands.output_of(command, ANSWER)
+    if answer is None:
         return None
     found = {}
-    for line in told.splitlines():
+    for line in answer.splitlines():
         array, job, state = [*line.strip().split("|"), "", ""][:3]
         # Of an array that waits in part, some other task's state is known too.
         found.setdefault(array, state)

@@ -4,13 +4,14 @@ import contextlib
 import os
 import platform
 import socket
-import subprocess
 from pathlib import Path
 
 import pynvml
 import torch
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from dnal_dist.common import commands
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def facts(device: torch.device) -> dict[str, str | dict[str, str] | None]:
@@ -33,8 +34,4 @@ def code(checkout: Path = CHECKOUT) -> str | None:
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=quiet)
-        return found.stdout.strip() or None
-    return None
+    return commands.output_of(command, 10, {"GIT_OPTIONAL_LOCKS": "0"}) or None

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from datetime import datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dnal_dist.common import commands
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 
@@ -140,9 +140,8 @@ def end_of_job() -> float | None:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-        return datetime.fromisoformat(told).timestamp()
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return datetime.fromisoformat(commands.output_of(command, 20) or "").timestamp()
+    except ValueError:
         return None
 
 
