@@ -20,6 +20,7 @@ import numpy as np
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
+from dnal_dist.common.phases import PHASES
 from dnal_dist.nets import compact
 from dnal_dist.report import outputs
 from dnal_dist.training import loop, phases, steps
@@ -48,7 +49,7 @@ PLACES = (
 # Of these a process is always at one; a kill cannot be aimed at them by name, since it does not enter them.
 ALWAYS = ("start-up", "between steps")
 # Where the run stands; before it is set up, and from its last step on, as well.
-STAGES = ("start-up", *checkpoint.PHASES)
+STAGES = ("start-up", *PHASES)
 FIELDS = [
     ("pid", "i8"),
     ("where", "i1", 2),  # of the main thread and of any other; -1: nowhere

@@ -14,17 +14,17 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dnal_dist.common import atomic
+from dnal_dist.common.phases import PHASES, Phase
 from dnal_dist.common.span import spanned
 
 FORMAT = 1
-PHASES = ("pretrain", "search", "prune", "finetune", "done")
 UNKNOWN = (-1, -1)
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -67,7 +67,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
 
-    phase: Literal["pretrain", "search", "prune", "finetune", "done"]
+    phase: Phase
     step: int = Field(ge=0)
     """Iterations of the phase that lie behind."""
     global_step: int = Field(ge=0)

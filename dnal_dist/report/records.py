@@ -106,8 +106,8 @@ def summary(run: str | Path | Run) -> dict:
     """What a run came to, finished or not; a key whose value is not known yet is absent.
 
     accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
-    params_ratio (compact / full, exact rule), budget {unit, most, used}, channels {total, kept}, collapsed, warnings, seconds,
-    phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
+    params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed}, channels {total, kept}, collapsed,
+    warnings, seconds, phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
     """
     run = run if isinstance(run, Run) else load(run)
     start, prune, end = run.last("start"), run.last("prune"), run.last("end")
@@ -135,10 +135,13 @@ def summary(run: str | Path | Run) -> dict:
 
 
 def _budget(prune: dict) -> dict | None:
-    """{unit, most, used} of a run that was given a budget."""
-    asked = prune.get("budget")
-    used = prune.get("compact", {}).get("exact", {}).get(asked.get("unit")) if isinstance(asked, dict) else None
-    return None if used is None else {"unit": asked["unit"], "most": asked.get("most", 0), "used": used}
+    """{unit, least, most, used, missed} of a run that was given a budget."""
+    target = prune.get("budget")
+    used = prune.get("compact", {}).get("exact", {}).get(target.get("unit")) if isinstance(target, dict) else None
+    if used is None:
+        return None
+    least, most = target.get("least", 0), target.get("most", 0)
+    return {"unit": target["unit"], "least": least, "most": most, "used": used, "missed": not least <= used <= most}
 
 
 def _elapsed(run: Run) -> dict[str, float]:

@@ -140,7 +140,7 @@ def _state(run: records.Run, job: str | None) -> str:
     if taken or (job in BUSY and not run.last("end")):
         return "running"
     if run.last("end"):
-        return "missed" if _missed(run) else "finished"
+        return "missed" if records.summary(run).get("budget", {}).get("missed") else "finished"
     if job in WAITS:
         return "queued"
     if taken is None and run.last("start").get("host") not in (socket.gethostname(), socket.getfqdn()):
@@ -153,13 +153,6 @@ def _state(run: records.Run, job: str | None) -> str:
 def _stopped(run: records.Run) -> bool:
     """Whether it was asked to, since it was last started."""
     return next((r["kind"] == "stop" for r in reversed(run.records) if r.get("kind") in ("start", "stop")), False)
-
-
-def _missed(run: records.Run) -> bool:
-    prune = run.last("prune")
-    asked = prune.get("budget")
-    used = prune.get("compact", {}).get("exact", {}).get(asked["unit"]) if asked else None
-    return used is not None and not asked.get("least", 0) <= used <= asked["most"]
 
 
 def _saved(folder: Path) -> float | None:
