@@ -1,16 +1,17 @@
 """Checkpoints are written by a thread of the main process, while training goes on."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
-from dnal_dist.tracking.run_log import RunLog
 
 # How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
 TRIES, BETWEEN = 3, 1.0
@@ -18,15 +19,15 @@ TRIES, BETWEEN = 3, 1.0
 UNWRITTEN = "checkpoint cannot be written"
 
 
-class Saver:
-    """Writes one checkpoint at a time to `folder`. A failure is told and training goes on: the next save tries again.
+class Writer:
+    """Writes one checkpoint at a time to `folder`. After a failure it warns, training goes on, and the next save tries again.
 
-    What asks for a save raises InputError when the last checkpoint that could be written is older than the recipe's limit.
-    settings: the recipe's part `checkpoint`.
+    Saving raises InputError when the last checkpoint that could be written is older than the recipe's limit.
     """
 
-    def __init__(self, folder: Path, settings, run_log: RunLog):
-        self.folder, self.log, self.settings = folder, run_log, settings
+    def __init__(self, folder: Path, settings: recipe.Checkpoints, warn: Callable[[str], None], flush: Callable[[], None]):
+        """flush: puts the run's records on disk; a checkpoint refers to those written before it. Called from the thread."""
+        self.folder, self.settings, self.warn, self.flush = folder, settings, warn, flush
         self.kept = checkpoint.Kept(settings.keep.last, settings.keep.best)
         self.pauses: list[float] = []
         """Seconds that training stood still for each checkpoint."""
@@ -94,7 +95,7 @@ class Saver:
                 if self.settle():
                     return True
             except InputError as error:
-                self.log.warn(str(error))
+                self.warn(str(error))
         return False
 
     def told(self) -> str:
@@ -110,8 +111,7 @@ class Saver:
     @spanned("checkpoint write")
     def _write(self, taken: Checkpoint) -> tuple[float, int]:
         begun = time.monotonic()
-        # A checkpoint counts on the records that were told before it.
-        self.log.to_disk()
+        self.flush()
         size = checkpoint.write(self.folder, taken, self.kept)
         return time.monotonic() - begun, size
 
@@ -128,4 +128,4 @@ class Saver:
         last = (
             "there is none yet" if self.saved is None else f"the last good one is of step {self.saved}, {minutes:.0f} minutes old"
         )
-        self.log.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")
+        self.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")

@@ -1,55 +1,59 @@
-"""What the architecture steps of a search are pushed with."""
+"""The penalty of a search's architecture steps: its weight, and the guard against a collapse of the architecture."""
 
 import torch
+from torch import Tensor
 
-from dnal_dist.nets import cost
-from dnal_dist.search import controller, selection
-from dnal_dist.training.run import Run
+from dnal_dist.nets import GatedNetwork, cost
+from dnal_dist.recipe import ArchitectureSettings, SearchPhase
+from dnal_dist.search.architecture import Architecture
+from dnal_dist.search.controller import Loop
+from dnal_dist.search.selection import Budget
 
-# Architecture steps between two looks at the expected cost by the collapse guard.
+# Cycles of the search between two evaluations of the collapse guard.
 GUARD_EVERY = 10
 
 
 class Penalty:
-    """The penalty weight of each architecture step: the recipe's, or what the budget asks for."""
+    """The penalty weight of each architecture step: the recipe's, or driven towards `budget` in closed loop."""
 
-    def __init__(self, run: Run, steps: int):
-        self.run, self.steps = run, steps
-        settings, net, image_size = run.recipe.architecture, run.supernet, run.recipe.data.image_size
-        self.budget = selection.budget(settings, net, image_size)
-        unit = "macs" if self.budget is None else self.budget.unit
-        full = getattr(cost.count(net, image_size), unit)
-        self.share = lambda gates: getattr(cost.expected(net, image_size, gates), unit) / full
-        if self.budget is not None:
-            phase = run.recipe.phases.search
-            taken = steps * phase.architecture_steps / (phase.weight_steps + phase.architecture_steps)
-            self.loop = controller.Loop(self.budget, settings, self.share, run.architecture, taken)
+    def __init__(
+        self,
+        settings: ArchitectureSettings,
+        phase: SearchPhase,
+        steps: int,
+        net: GatedNetwork,
+        image_size: int,
+        architecture: Architecture,
+        budget: Budget | None,
+    ):
+        """steps: iterations of the whole search."""
+        self.settings, self.phase, self.steps = settings, phase, steps
+        self.net, self.image_size, self.architecture = net, image_size, architecture
+        self.unit = "macs" if budget is None else budget.unit
+        self.full = getattr(cost.count(net, image_size), self.unit)
+        self.loop: Loop | None = None
+        if budget is not None:
+            self.loop = Loop(budget, settings, self.cost_fraction, architecture, steps * phase.architecture_steps / phase.cycle)
 
-    def weight(self, delta: float, step: int) -> float:
-        """Of the search's iteration `step`; moves the state that the run keeps of it."""
-        run, phase = self.run, self.run.recipe.phases.search
-        if self.budget is not None:
-            run.penalty_weight, run.penalty_lag = self.loop.weight(delta, step / self.steps, run.penalty_lag)
-            return run.penalty_weight
-        if (step // (phase.weight_steps + phase.architecture_steps)) % GUARD_EVERY == 0:
-            self._guard(delta)
-        return 0.0 if run.penalty_rests else run.recipe.architecture.penalty_weight
+    def cost_fraction(self, gates: Tensor) -> Tensor:
+        """Expected cost at gates (N,), as a fraction of the full network's; a differentiable scalar."""
+        return getattr(cost.expected(self.net, self.image_size, gates), self.unit) / self.full
+
+    def driven(self, delta: float, step: int, lag: float) -> tuple[float, float]:
+        """The weight in the search's iteration `step` and the new lag of the closed loop (0 at first). Only with a budget."""
+        assert self.loop is not None
+        return self.loop.weight(delta, step / self.steps, lag)
 
     @torch.no_grad()
-    def _guard(self, delta: float) -> None:
-        """Let the penalty rest while hardened gates leave less than the recipe's floor of MACs, and say so.
+    def collapsing(self, delta: float) -> float | None:
+        """The fraction of MACs left if hardened gates leave less than the recipe's floor, else None.
 
-        Soft gates tell nothing yet: all of them may be small together, since the next BatchNorm takes that out again.
+        Soft gates are no evidence: all of them may be small together, since the next BatchNorm rescales.
         """
-        run, settings = self.run, self.run.recipe.architecture
-        gates = run.architecture.gates(delta)
+        gates = self.architecture.gates(delta)
         hardened = float((4 * gates * (1 - gates)).mean()) < 0.1
-        share = float(self.share(gates))
-        collapsing = hardened and share < settings.min_macs
-        if collapsing and not run.penalty_rests:
-            run.log.global_step = run.global_step
-            run.log.warn(
-                f"the architecture is collapsing: {share:.2%} of the MACs are left, architecture.min_macs is "
-                f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
-            )
-        run.penalty_rests = collapsing
+        fraction = float(self.cost_fraction(gates))
+        return fraction if hardened and fraction < self.settings.min_macs else None
+
+    def guard_is_due(self, step: int) -> bool:
+        return (step // self.phase.cycle) % GUARD_EVERY == 0

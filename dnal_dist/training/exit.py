@@ -13,7 +13,6 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
 from dnal_dist.report import outputs, records
-from dnal_dist.search import selection
 from dnal_dist.training import stopping, usage
 from dnal_dist.training.run import Run
 
@@ -28,14 +27,14 @@ def finish(run: Run) -> str | None:
     """Close the run and write its report. Returns, on all processes, what to say if the network misses the recipe's target."""
     run_log = run.log
     run_log.global_step = run.global_step
-    run.saver.finish()
+    run.writer.finish()
     if not run_log.ended:
         per_phase = {phase: round(s, 3) for phase, s in run.seconds.items()}
         images = run.global_step * run.recipe.data.global_batch
         spent = {phase: usage.told(run, phase) for phase in run.seconds}
         run_log.record("end", seconds=round(sum(run.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=spent)
-        if run.saver.writes:
-            run_log.say(run.saver.told())
+        if run.writer.writes:
+            run_log.say(run.writer.told())
     if run.context.main:
         _take_away_stop(run)
         reported = _tell_of_report(run, lambda folder: outputs.write_all(folder, draw=run.recipe.tracking.plots))
@@ -62,7 +61,7 @@ def _tell_of_report(run: Run, do: Callable) -> bool:
 
 
 def _missed(run: Run) -> str | None:
-    target = selection.budget(run.recipe.architecture, run.supernet, run.recipe.data.image_size)
+    target = run.budget
     if target is None:
         return None
     found = records.summary(run.folder)["compact"]["exact"][target.unit]
@@ -112,7 +111,7 @@ def signalled(signals: stopping.Signals) -> bool:
 def leave(run: Run, signals: stopping.Signals, why: str) -> None:
     """End after all processes agreed to stop: wait for the checkpoint, say where the run stands, and exit with STOPPED."""
     signals.interrupt = lambda: os._exit(130)
-    saved = run.saver.finish()
+    saved = run.writer.finish()
     if run.context.main:
         run.log.abandon()
         _take_away_stop(run)

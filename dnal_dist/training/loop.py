@@ -102,9 +102,9 @@ def _end_epoch(run: Run, trained: Trained, meter: Meter, clock: Clock, total: in
 def _is_time_to_save(run: Run) -> bool:
     """At a step's edge. Raises Stopped."""
     settings = run.recipe.checkpoint
-    run.saver.poll()
-    due = settings.every_minutes is not None and run.saver.age > 60 * settings.every_minutes
-    asked = run.edges.look(due, run.saver.seconds_for_one)
+    run.writer.poll()
+    due = settings.every_minutes is not None and run.writer.age > 60 * settings.every_minutes
+    asked = run.edges.look(due, run.writer.seconds_for_one)
     return asked or (settings.every_steps is not None and run.global_step % settings.every_steps == 0)
 
 
@@ -145,7 +145,7 @@ def look(run: Run, epoch: float) -> float:
 def record_gates(run: Run, delta: float) -> None:
     run.log.global_step = run.global_step
     gates = run.architecture.gates(delta).detach().cpu()
-    kept = gates > run.recipe.architecture.threshold
+    kept = run.architecture.keep(delta, run.recipe.architecture.threshold).cpu()
     run.log.record(
         "gates",
         phase="search",

@@ -197,7 +197,7 @@ class Meter:
         delta = schedule.delta_at(run.recipe.phases.search, settings, run.step - 1, run.train.steps_per_epoch)
         gates = run.architecture.gates(delta)
         macs, params = cost.expected(run.supernet, run.recipe.data.image_size, gates)
-        open_share = (gates > settings.threshold).float().mean()
+        open_share = run.architecture.keep(delta, settings.threshold).float().mean()
         values = {"delta": delta, "open_share": round(float(open_share), 6)}
         values |= {"expected_macs": round(float(macs)), "expected_params": round(float(params))}
         return values if settings.target is None else values | {"penalty_weight": run.penalty_weight}

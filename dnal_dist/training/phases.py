@@ -26,7 +26,7 @@ def _phases(run: Run) -> None:
     if not run.resumed:
         # A disk that takes no checkpoint is better known now than hours from now.
         state.save(run, {})
-        run.saver.settle()
+        run.writer.settle()
     # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
     with contextlib.closing(fed(run)) as batches:
         if run.phase == "pretrain":
@@ -57,7 +57,7 @@ def search(run: Run, batches) -> None:
     """Weights and architecture in turn, while delta grows and the gates harden."""
     settings, phase = run.recipe.architecture, run.recipe.phases.search
     total = phase.iterations(run.train.steps_per_epoch)
-    penalty = Penalty(run, total)
+    penalty = Penalty(settings, phase, total, run.supernet, run.recipe.data.image_size, run.architecture, run.budget)
 
     def step_either(trained, step, images, labels, share, parts) -> Outcome:
         delta = delta_of(run, step)
@@ -72,9 +72,9 @@ def search(run: Run, batches) -> None:
             share,
             delta,
             settings.penalty,
-            penalty.weight(delta, step),
+            penalty_weight(run, penalty, delta, step),
             run.context.average_,
-            penalty.share,
+            penalty.cost_fraction,
             parts,
             settings.optimizer.clip_norm,
         )
@@ -84,6 +84,24 @@ def search(run: Run, batches) -> None:
     optimise(run, batches, step_either)
     assert run.step == total
     _enter(run, "prune")
+
+
+def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float:
+    """The penalty weight of the search's iteration `step`. Below the recipe's floor of MACs the penalty is frozen."""
+    settings = run.recipe.architecture
+    if run.budget is not None:
+        run.penalty_weight, run.penalty_lag = penalty.driven(delta, step, run.penalty_lag)
+        return run.penalty_weight
+    if penalty.guard_is_due(step):
+        fraction = penalty.collapsing(delta)
+        if fraction is not None and not run.penalty_rests:
+            run.log.global_step = run.global_step
+            run.log.warn(
+                f"the architecture is collapsing: {fraction:.2%} of the MACs are left, architecture.min_macs is "
+                f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
+            )
+        run.penalty_rests = fraction is not None
+    return 0.0 if run.penalty_rests else settings.penalty_weight
 
 
 @spanned("finetune")

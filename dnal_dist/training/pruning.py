@@ -21,7 +21,7 @@ def prune(run: Run) -> None:
     """Decide which channels stay and make the network physically smaller."""
     recipe, supernet, clock = run.recipe, run.supernet, Clock(run)
     image_size, settings = recipe.data.image_size, recipe.architecture
-    target = selection.budget(settings, supernet, image_size)
+    target = run.budget
     keep, rescued, collapsed = choose_by_gates(run) if target is None else (choose_by_budget(run, target), [], False)
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.context.agree("the keep mask", supernet.by_site(keep))

@@ -8,13 +8,14 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from dnal_dist.checkpoint.format import Gathered, Spent
-from dnal_dist.checkpoint.writer import Saver
+from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
+from dnal_dist.search.selection import Budget
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training.stopping import Edges
 
@@ -32,10 +33,12 @@ class Run:
     supernet: GatedNetwork
     """The gated network; on the CPU once it is pruned."""
     architecture: Architecture
-    saver: Saver
+    writer: Writer
     edges: Edges
     lock: FileLock | None
     """On the run folder; the main process's."""
+    budget: Budget | None
+    """The cost that the recipe asks for, if it does."""
     shards: dict[str, str]
     """What the shards of each set are, as a digest: the order of samples means nothing over others."""
     resumed: bool = False
@@ -80,7 +83,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the folder, when the checkpoint that is being written is there."""
-        self.saver.close()
+        self.writer.close()
         if self.lock is not None:
             self.lock.release()
 

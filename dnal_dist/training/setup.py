@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dnal_dist import nets, recipe
-from dnal_dist.checkpoint.writer import Saver
+from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data import nvjpeg
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
@@ -40,7 +40,7 @@ def assemble(
     train, val = _streams(settings, network, context)
     for stream in (train, val):
         preflight.shards_that_differ(stream.shards, context)
-    _refuse(settings, network, train, context)
+    budget = _refuse(settings, network, train, context)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
@@ -61,7 +61,7 @@ def assemble(
     private_temp(folder, context.rank, context.world_size)
     supernet = network.to(context.device)
     architecture = Architecture(network.num_gates).to(context.device)
-    saver = Saver(folder / "checkpoints", settings.checkpoint, run_log)
+    writer = Writer(folder / "checkpoints", settings.checkpoint, run_log.warn, run_log.to_disk)
     run = Run(
         settings,
         folder,
@@ -71,9 +71,10 @@ def assemble(
         val,
         supernet,
         architecture,
-        saver,
+        writer,
         edges or Edges(context),
         lock,
+        budget,
         _digests(train, val),
         saved is not None,
     )
@@ -104,13 +105,12 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
     return stream("train", True), stream("val", False)
 
 
-def _refuse(settings: recipe.Recipe, network: nets.GatedNetwork, train: Stream, context: Context) -> None:
-    """Raise InputError for what would only fail in training."""
+def _refuse(settings: recipe.Recipe, network: nets.GatedNetwork, train: Stream, context: Context) -> selection.Budget | None:
+    """Raise InputError for what would only fail in training; return the budget, if the recipe has one."""
     preflight.search_without_architecture(settings, train.steps_per_epoch)
     share = settings.data.global_batch // context.world_size // context.parts(settings.data)
     preflight.unfit_images(network, settings.data, share)
-    # Raises if the target is out of reach.
-    selection.budget(settings.architecture, network, settings.data.image_size)
+    return selection.budget(settings.architecture, network, settings.data.image_size)
 
 
 def _digests(train: Stream, val: Stream) -> dict[str, str]:

@@ -22,18 +22,18 @@ SAME = ("phase", "step", "global_step", "evaluated", "accuracy", "penalty_rests"
 def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None, begun: float | None = None) -> None:
     """Have a checkpoint written of where `run` stands. All processes must come here, with the network and `momentum` as
     backends.Trained.gathered gives them; nothing of what they train with is changed. begun: when training
-    began to wait for it, by time.monotonic. Raises InputError: see saver.Saver."""
+    began to wait for it, by time.monotonic. Raises InputError: see writer.Writer."""
     begun = time.monotonic() if begun is None else begun
     taken = take(run, momentum, meter)
     if not run.context.main:
         return
-    run.saver.settle()
-    run.saver.pauses.append(time.monotonic() - begun)
+    run.writer.settle()
+    run.writer.pauses.append(time.monotonic() - begun)
     run.log.global_step = run.global_step
-    facts = {"name": name(taken.state), "pause_seconds": round(run.saver.pauses[-1], 4), **run.saver.last}
+    facts = {"name": name(taken.state), "pause_seconds": round(run.writer.pauses[-1], 4), **run.writer.last}
     run.log.record("checkpoint", phase=run.phase, step=run.step, **facts)
     taken.state.records = run.log.records
-    run.saver.save(taken)
+    run.writer.save(taken)
 
 
 def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> Checkpoint | None:

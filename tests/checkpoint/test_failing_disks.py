@@ -98,7 +98,7 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
 
     def vanish(state, *more):
         if state.phase == "search":
-            state.saver.settle()
+            state.writer.settle()
             shutil.rmtree(run / "checkpoints")
         save(state, *more)
 

@@ -20,7 +20,7 @@ def main(runs: str) -> None:
         run = setup.assemble(recipe.load(path, overrides), context)
         phases.go(run)
         assert run.phase == "done", run.phase
-        assert run.saver.finish()
+        assert run.writer.finish()
         run.log.close()
         run.close()
         # Each phase collects garbage, and would look through all that the modules hold.

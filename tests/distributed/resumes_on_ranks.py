@@ -39,7 +39,7 @@ def go(context: Context, folder, changes, stops=()) -> bool:
         ended = True
     except Stopped:
         ended = False
-    assert run.saver.finish()
+    assert run.writer.finish()
     if ended:
         run.log.global_step = run.global_step
         run.log.record("end", images=run.global_step * settings.data.global_batch)

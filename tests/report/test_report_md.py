@@ -223,7 +223,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys
     class Ended:
         folder, global_step, context = save(tmp_path, made_up_run()), 90, Main()
         log = type("RunLog", (), {"ended": True, "close": lambda self, *_, **__: None})()
-        saver = type("Saver", (), {"finish": lambda self: None})()
+        writer = type("Writer", (), {"finish": lambda self: None})()
 
         recipe = load("recipes/digits.yaml")
 

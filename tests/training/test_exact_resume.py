@@ -193,7 +193,7 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     run.receipt.take((5, 6), 90, [])
     training_state.save(run, momentum, meter)
     random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
-    assert run.saver.finish()
+    assert run.writer.finish()
     run.log.close()
     run.close()
 

@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_p
     run = run_here(digits, tmp_path, *changes)
     with pytest.raises(errors.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
         phases.go(run)
-    run.saver.settle()
+    run.writer.settle()
     _, saved, _ = checkpoint.latest(tmp_path / "checkpoints")
     # After one step the weights are huge; after the second they are no numbers.
     assert saved.state.global_step == (1 if "every_steps" in often else 0)
