@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,17 +94,16 @@ def _is_as_known(path: Path, known: dict) -> bool:
 
 
 def _write_tar(file: io.BufferedWriter, shard: Shard, tick: Tick) -> dict:
+    # It imports torch: only processes that write need it.
+    from webdataset import TarWriter
+
     out, offsets = _Digesting(file), [0]
-    # webdataset's TarWriter writes these very bytes, but importing it takes torch, seconds and 200 MB in every process.
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+    # A fixed time, or the same samples would give other bytes.
+    with TarWriter(out, encoder=False, mtime=0) as writer:
         for number, reference in enumerate(shard.references, shard.first):
             key, image, extension, label = shard.draw(number, reference)
-            for suffix, content in sorted([(extension, image), ("cls", str(label).encode())]):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size, member.mtime, member.mode = len(content), 0, 0o444
-                member.uname = member.gname = "bigdata"
-                tar.addfile(member, io.BytesIO(content))
-            offsets.append(tar.offset)
+            writer.write({"__key__": key, extension: image, "cls": str(label).encode()})
+            offsets.append(writer.tarstream.offset)
             tick(1)
     return {
         "file": shard.path.name,
