@@ -11,7 +11,7 @@ from dnal_dist.data.cache import Cache
 
 
 class Need(NamedTuple):
-    """A shard, and the position at which it is first read; positions count what the reader counts, batches for example."""
+    """A shard, and the position at which it is first read. The reader sets the unit of positions, for example batches."""
 
     position: int
     url: str
@@ -20,15 +20,14 @@ class Need(NamedTuple):
 
 
 class Prefetcher:
-    """Keeps the shards that come next in `cache`.
+    """Keeps the next shards in `cache`.
 
-    plan: given a position, the shards needed from there on, in the order of their positions, with or without end; it is asked again
-    only if the position goes back. limit_bytes: of the shards whose position is still to come, at most so many are fetched, but
-    always one; over all processes that share the cache this should be no more than half its limit, or one drives out what another
-    has fetched. downloads: shards under way at once.
+    plan: the shards needed from a position on, in the order of their positions, finite or not; it is called again only if the
+    position goes back. limit_bytes: the most that is fetched for positions still to come, but always one shard; over all processes
+    that share the cache, at most half of its limit, or they evict each other's shards. downloads: shards fetched in parallel.
 
-    A shard that another process is downloading is left to it. Errors are not reported here: who reads the shard meets them. Threads
-    begin with the first `at` of each process and end with it; nothing waits for them.
+    A shard that another process is downloading is skipped. Errors are not reported here: the reader of the shard meets them. The
+    threads start with the first `at` of each process and end with the process, which does not wait for them.
     """
 
     def __init__(self, cache: Cache, plan: Callable[[int], Iterator[Need]], limit_bytes: int, downloads: int = 2):
@@ -36,34 +35,34 @@ class Prefetcher:
         self._pid = None
 
     def at(self, position: int) -> None:
-        """The reader is at `position` now. Returns at once."""
+        """The reader is at `position`. Returns at once."""
         if self._pid != os.getpid():
-            # Threads, and a lock that one of them may have held, do not come along through a fork.
-            self._begin(position)
+            # Neither the threads nor a lock that one of them may have held survive a fork.
+            self._start(position)
         with self._moved:
             if position < self._position:
                 self._restart(position)
             self._position = position
-            while self._held and self._held[0][0] < position:
-                self._bytes -= self._held.popleft()[1]
+            while self._fetched and self._fetched[0][0] < position:
+                self._bytes -= self._fetched.popleft()[1]
             self._moved.notify_all()
 
     def close(self) -> None:
-        """Fetch nothing more; what is under way ends by itself."""
+        """Start no further download; those under way finish."""
         if self._pid == os.getpid():
             with self._moved:
                 self._closed = True
                 self._moved.notify_all()
 
-    def _begin(self, position: int) -> None:
+    def _start(self, position: int) -> None:
         self._pid, self._moved, self._closed = os.getpid(), threading.Condition(), False
         self._restart(position)
         for _ in range(self.downloads):
-            threading.Thread(target=self._work, name="shards ahead", daemon=True).start()
+            threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
 
     def _restart(self, position: int) -> None:
-        self._position, self._coming, self._next = position, self.plan(position), None
-        self._held: deque[tuple[int, int]] = deque()
+        self._position, self._needs, self._next = position, self.plan(position), None
+        self._fetched: deque[tuple[int, int]] = deque()
         self._bytes = 0
 
     def _work(self) -> None:
@@ -72,16 +71,16 @@ class Prefetcher:
                 self.cache.try_get(*need[1:])
 
     def _take(self) -> Need | None:
-        """The next shard to fetch, as soon as there is one within the limit; None once closed."""
+        """The next shard to fetch, as soon as one is within the limit; None once closed."""
         with self._moved:
             while not self._closed:
                 if self._next is None:
-                    self._next = next(self._coming, None)
+                    self._next = next(self._needs, None)
                 need = self._next
                 if need is not None and need.position < self._position:
                     self._next = None
-                elif need is not None and (not self._held or self._bytes + need.size <= self.limit_bytes):
-                    self._held.append((need.position, need.size))
+                elif need is not None and (not self._fetched or self._bytes + need.size <= self.limit_bytes):
+                    self._fetched.append((need.position, need.size))
                     self._bytes += need.size
                     self._next = None
                     return need
