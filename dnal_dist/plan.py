@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dnal_dist import recipe
 from dnal_dist.common import errors
-from dnal_dist.common.text import _spaced, bytes_of, short
+from dnal_dist.common.text import bytes_of, short, spaced
 from dnal_dist.distributed.estimate import BACKENDS, PRECISIONS, USABLE, _built, _counted, plan, traffic
 
 MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
@@ -28,7 +28,7 @@ def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, preci
     for backend in BACKENDS:
         for number, step in enumerate(("weight", "architecture")):
             counts = [_counted(found[backend, n][number]) for n in ranks]
-            cells = [f"{c['collectives']}: {_spaced(c['bytes'])}" for c in counts]
+            cells = [f"{c['collectives']}: {spaced(c['bytes'])}" for c in counts]
             lines.append(f"| {backend} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -64,7 +64,7 @@ def _tell(found: dict) -> None:
         fitting = f"{one['parts']} x {one['pictures_at_a_time']}" if one["fits"] else "does not fit"
         kept.add_row(backend, *(short(one["memory"][name]) for name in columns), fitting)
         steps = [one["weight_step"], one["architecture_step"]]
-        sent.add_row(backend, *(_spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
+        sent.add_row(backend, *(spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
     device = f" in devices of {short(found['device_memory'])}" if found["device_memory"] else ""
     ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
     console.print(f"{found['network']}, images of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"common", "recipe"},
     "tracking": {"common", "report", "distributed"},
     "training": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "report", "tracking"},
-    "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "training"},
+    "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "tracking", "training"},
     "chaos": {"common", "recipe", "nets", "report", "checkpoint", "training"},
 }
 

@@ -17,7 +17,7 @@ def bytes_of(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _spaced(number: int) -> str:
+def spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 

@@ -1,4 +1,4 @@
-"""What the doctor looks at: each check is a function of a Case that returns a Finding."""
+"""Checks before a run. Each is a function of a Case that returns a Finding."""
 
 from dnal_dist.doctor.case import Case, Finding, bounded
 

@@ -1,11 +1,11 @@
-"""Look for what would fail later, before a GPU is spent on it.
+"""Check what would fail later, before a GPU is spent on it.
 
 python -m dnal_dist.doctor recipes/digits.yaml
 python -m dnal_dist.doctor recipes/resnet50_imagenet.yaml --nodes 2 --processes-per-node 8 \\
     --config-file recipes/accelerate/ddp.yaml --time 12:00:00 --device-memory 80GB data.workers=8
 
-Within a minute, and without a trace: what is written for a check is taken away again, and the run folder is not made. Exit code 0:
-nothing failed, though there may be warnings; 1: something did; 2: the recipe or the command line cannot be read.
+Takes up to a minute and leaves no trace: files written for a check are removed, and the run folder is not created. Exit code 0:
+nothing failed, though there may be warnings; 1: a check failed; 2: the recipe or the command line cannot be read.
 """
 
 import argparse
@@ -27,14 +27,10 @@ from dnal_dist.common.text import bytes_of
 from dnal_dist.doctor import cluster, data, disk, machine, network
 from dnal_dist.doctor.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
 from dnal_dist.doctor.launch import Launch
-from dnal_dist.training import stopping
 
-# Seconds that all checks may take together, and any but the launch.
-LIMIT, EACH = 55.0, 20.0
-# What the launch leaves of them to the check behind it.
-SAVING = 12.0
-LAUNCH = "launch"
-# Too late they only tell that this machine is busy.
+# Seconds for all checks together, for any but the launch, and those that the launch leaves to the check after it.
+LIMIT, EACH, SAVING = 55.0, 20.0, 12.0
+# Where one of these is late, this machine is busy.
 COMPUTED = (network.network, network.memory)
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 SHIPPED = network.CHECKOUT / "recipes" / "accelerate" / "ddp.yaml"
@@ -58,29 +54,29 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "W&B": cluster.wandb,
     "SLURM": cluster.slurm,
     "device memory": network.memory,
-    # Last, when the launch no longer takes the disk's and the processors' time.
+    # Last, when the launch no longer uses the disk and the cores.
     "saving": disk.saving,
 }
 
 
-def examine(asked: Case, limit: float = LIMIT) -> dict[str, Finding]:
-    """What each check finds, by its name, in the order of the table. No longer than `limit` seconds, if nothing hangs in the
-    kernel. Nothing that was written stays."""
-    until, found = time.monotonic() + limit, {}
+def examine(case: Case, limit: float = LIMIT) -> dict[str, Finding]:
+    """The finding of each check, by its name, in the order of the table, within `limit` seconds unless something hangs in the
+    kernel. No file that was written stays."""
+    until, findings = time.monotonic() + limit, {}
     try:
-        with Launch(asked) as launch:
+        with Launch(case) as launch:
             for name, check in CHECKS.items():
                 if name == "saving":
-                    found[LAUNCH] = launch.finding(until - time.monotonic() - SAVING)
+                    findings["launch"] = launch.finding(until - time.monotonic() - SAVING)
                 late = warns if check in COMPUTED else fails
-                found[name] = bounded(check, asked, min(EACH, until - time.monotonic()), late)
+                findings[name] = bounded(check, case, min(EACH, until - time.monotonic()), late)
     finally:
-        asked.close()
-    return found
+        case.close()
+    return findings
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """Raises InputError for what cannot be read."""
+    """Raises InputError for a recipe or an option that cannot be read."""
     settings = recipe.load(args.recipe, args.overrides)
     config = None if args.config_file is None else read_config(args.config_file)
     for option in ("nodes", "processes_per_node"):
@@ -96,105 +92,82 @@ def case_of(args: argparse.Namespace) -> Case:
     if config is not None and args.mixed_precision is not None:
         config = config._replace(precision=args.mixed_precision)
     try:
-        seconds = None if args.time is None else _minutes(args.time)
+        seconds = None if args.time is None else cluster.seconds_of(args.time)
     except ValueError as error:
         raise InputError(f"--time: {error}") from None
     memory = None if args.device_memory is None else bytes_of(args.device_memory)
-    places = {"partition": args.partition, "account": args.account}
-    return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **places, quick=args.quick)
+    job = {"partition": args.partition, "account": args.account, "quick": args.quick}
+    return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **job)
 
 
-def _minutes(text: str) -> float:
-    """Seconds of a time as sbatch takes it: also 90 (minutes), 30:00 and 1-12. Raises ValueError."""
-    if text.isdecimal() and int(text):
-        return 60.0 * int(text)
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if dash and len(parts) < 3:
-        return stopping.duration(f"{days}-{':'.join([*parts, '00', '00'][:3])}")
-    return stopping.duration(f"0:{text}" if text.count(":") == 1 else text)
-
-
-def _tell(found: dict[str, Finding], seconds: float) -> None:
+def _print(findings: dict[str, Finding], seconds: float) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("", "check", "found", "remedy"):
-            table.add_column(name, overflow="fold", no_wrap=name in ("", "check"))
-        for name, (status, words, remedy) in found.items():
-            table.add_row(Text(status, COLOURS[status]), Text(name), Text(words), Text(remedy))
-        console.print(table)
-    else:
-        width = max(map(len, found))
-        for name, (status, words, remedy) in found.items():
-            print(f"{status}  {name:<{width}}  {words}" + (f"\n{'':{width + 8}}remedy: {remedy}" if remedy else ""))
-    count = {status: sum(one.status == status for one in found.values()) for status in COLOURS}
-    line = f"{len(found)} checks in {seconds:.0f} s: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed"
-    if console.is_terminal:
-        console.print(Text(line, COLOURS["fail" if count["fail"] else "warn" if count["warn"] else "pass"]), soft_wrap=True)
-    else:
-        print(line)
+    # Lines are wrapped by a terminal, and left whole in a pipe. Captured, since rich has an exit code of its own for a closed pipe.
+    console, width = Console(highlight=False, soft_wrap=True), max(map(len, findings))
+    count = {status: sum(one.status == status for one in findings.values()) for status in COLOURS}
+    worst = next(status for status in ("fail", "warn", "pass") if count[status])
+    line = f"{len(findings)} checks in {seconds:.0f} s: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed"
+    with console.capture() as capture:
+        for name, (status, found, remedy) in findings.items():
+            console.print(Text.assemble((status, COLOURS[status]), f"  {name:<{width}}  {found}"))
+            if remedy:
+                console.print(Text(f"{'':{width + 8}}remedy: {remedy}"))
+        console.print(Text(line, COLOURS[worst]))
+    print(capture.get(), end="")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file such as recipes/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that train (default 1)")
-    parser.add_argument(
-        "--processes-per-node", type=int, metavar="P", help="one a GPU (default: as the Accelerate config says, else 1)"
-    )
-    parser.add_argument(
-        "--config-file", type=Path, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml"
-    )
-    parser.add_argument("--mixed-precision", choices=PRECISIONS, help="in place of the Accelerate config's")
-    parser.add_argument("--time", metavar="TIME", help="time limit of the job, as sbatch takes it: 12:00:00, 1-12:00:00, 90")
-    parser.add_argument(
-        "--grace", type=float, metavar="SECONDS", help="how long before its end the job is told to save, as slurm/submit.py's"
-    )
-    parser.add_argument("--cpu", action="store_true", help="the job has no GPUs: look for none, and at the memory of this machine")
-    parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device of the job: 80GB, 24GiB")
-    parser.add_argument("--partition", help="SLURM's, which has to be there")
-    parser.add_argument("--account", help="likewise")
-    parser.add_argument("--quick", action="store_true", help="start no processes and write no checkpoint")
-    parser.add_argument("--json", action="store_true", help="print [{check, status, found, remedy}] instead of a table")
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a YAML file such as recipes/digits.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
+    add("--nodes", type=int, default=1, metavar="N", help="machines that train (default 1)")
+    add("--processes-per-node", type=int, metavar="P", help="one for each GPU (default: as in the Accelerate config, else 1)")
+    add("--config-file", type=Path, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml")
+    add("--mixed-precision", choices=PRECISIONS, help="in place of the Accelerate config's")
+    add("--time", metavar="TIME", help="time limit of the job, as for sbatch: 12:00:00, 1-12:00:00, 90")
+    add("--grace", type=float, metavar="SECONDS", help="time between the signal to save and the job's end, as for slurm/submit.py")
+    add("--cpu", action="store_true", help="the job has no GPUs: check the memory of this machine instead")
+    add("--device-memory", metavar="AMOUNT", help="of one device of the job: 80GB, 24GiB")
+    add("--partition", help="SLURM's, which must exist")
+    add("--account", help="likewise")
+    add("--quick", action="store_true", help="start no processes and write no checkpoint")
+    add("--json", action="store_true", help="print [{check, status, found, remedy}] instead of a table")
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    # With what Python itself and its imports took.
+    # Including the seconds of Python and its imports.
     begun = time.monotonic() - (time.time() - psutil.Process().create_time())
     args = _arguments()
     # A name that the terminal's encoding lacks is no reason to fail.
     sys.stdout.reconfigure(errors="replace")
-    # What was written is taken away then, too.
+    # So that files are removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        asked = case_of(args)
+        case = case_of(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    # On a login node others are at work, and threads that wait for one another then take many times as long as one does.
+    # On a busy login node, threads that wait for one another take many times as long as one does.
     torch.set_num_threads(1)
     try:
-        found = examine(asked, LIMIT - (time.monotonic() - begun))
+        findings = examine(case, LIMIT - (time.monotonic() - begun))
     except (SystemExit, KeyboardInterrupt) as ended:
         # Without Python's own end, which waits for a check that hangs in a disk or a server.
         os._exit(128 + signal.SIGINT if isinstance(ended, KeyboardInterrupt) else ended.code)
-    # Who closes the pipe early, as head does, has read enough.
+    # A reader that closes the pipe early, such as head, has read enough.
     with contextlib.suppress(BrokenPipeError):
         if args.json:
-            print(json.dumps([{"check": name, **one._asdict()} for name, one in found.items()], indent=1))
+            print(json.dumps([{"check": name, **one._asdict()} for name, one in findings.items()], indent=1))
         else:
-            _tell(found, time.monotonic() - begun)
+            _print(findings, time.monotonic() - begun)
         sys.stdout.flush()
-    os._exit(int(any(one.status == "fail" for one in found.values())))
+    os._exit(int(any(one.status == "fail" for one in findings.values())))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What the doctor is asked about, and how it tells what it found."""
+"""The run that the doctor examines, and what its checks return."""
 
 import functools
 import json
 import shutil
-import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +15,10 @@ import yaml
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.text import spaced
 from dnal_dist.data.shards import Shards
 from dnal_dist.training import preflight
 
-# With more than two processes nothing else would come to light, and a login node has few cores.
-PROBED = 2
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -29,7 +27,7 @@ class Finding(NamedTuple):
     """pass, warn or fail."""
     found: str
     remedy: str = ""
-    """The recipe's key or the command that mends it; empty for what passes."""
+    """The recipe key or the command that solves it; empty for what passes."""
 
 
 def passes(found: str) -> Finding:
@@ -45,11 +43,11 @@ def fails(found: str, remedy: str) -> Finding:
 
 
 class Config(NamedTuple):
-    """What of an Accelerate config is looked at."""
+    """The keys of an Accelerate config that the checks use."""
 
     path: Path
     processes: int
-    """Of one machine."""
+    """On one machine."""
     backend: str
     """ddp, fsdp2, zero1, ...; single: none of them."""
     precision: str
@@ -57,53 +55,53 @@ class Config(NamedTuple):
     accumulation: int
 
     def expected(self, processes: int) -> str:
-        """The backend of a launch of so many."""
+        """The backend of a launch of `processes`."""
         return "single" if processes == 1 and self.backend == "ddp" else self.backend
 
 
 def read_config(path: Path) -> Config:
-    """Raises InputError for what is no Accelerate config."""
+    """Raises InputError for a file that is not an Accelerate config."""
     try:
-        told = yaml.safe_load(path.read_text())
-        kind, machines = str(told.get("distributed_type", "NO")).upper(), int(told.get("num_machines") or 1)
-        own = told.get("deepspeed_config") or {}
-        if file := own.get("deepspeed_config_file"):
+        config = yaml.safe_load(path.read_text())
+        kind, machines = str(config.get("distributed_type", "NO")).upper(), int(config.get("num_machines") or 1)
+        deepspeed = config.get("deepspeed_config") or {}
+        if file := deepspeed.get("deepspeed_config_file"):
             stage = json.loads(Path(file).read_text())["zero_optimization"]["stage"]
         else:
-            stage = own.get("zero_stage", 2)
+            stage = deepspeed.get("zero_stage", 2)
         backend = {"FSDP": "fsdp2", "DEEPSPEED": f"zero{stage}", "NO": "single"}.get(kind, "ddp")
-        processes = max(1, int(told.get("num_processes") or 1) // machines)
-        accumulation = told.get("gradient_accumulation_steps") or own.get("gradient_accumulation_steps") or 1
+        processes = max(1, int(config.get("num_processes") or 1) // machines)
+        accumulation = config.get("gradient_accumulation_steps") or deepspeed.get("gradient_accumulation_steps") or 1
         accumulation = int(accumulation) if str(accumulation).isdigit() else 1
-        precision = str(told.get("mixed_precision") or "no").lower()
+        precision = str(config.get("mixed_precision") or "no").lower()
         return Config(path, processes, backend, {"false": "no"}.get(precision, precision), accumulation)
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--config-file {path}: not an Accelerate config ({why}); see recipes/accelerate") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"--config-file {path}: not an Accelerate config ({reason}); see recipes/accelerate") from None
 
 
 @dataclass
 class Case:
-    """A run that is to be: its recipe, and where and how it will be started."""
+    """A planned run: its recipe, and where and how it will be started."""
 
     settings: recipe.Recipe
     nodes: int = 1
     processes: int = 1
-    """Of one node."""
+    """On one node."""
     config: Config | None = None
     seconds: float | None = None
     """Time limit of the job."""
     grace: float | None = None
-    """Seconds between the word that the job is to end and its end."""
+    """Seconds between the signal to save and the end of the job."""
     device_memory: int | None = None
     """Bytes of one device."""
     cpu: bool = False
-    """Whether it is to train without GPUs, though there may be some here."""
+    """Train without GPUs, even if this machine has some."""
     partition: str | None = None
     account: str | None = None
     quick: bool = False
-    made: list[Path] = field(default_factory=list)
-    """What is to be taken away again."""
+    temporary: list[Path] = field(default_factory=list)
+    """Folders to remove at the end."""
 
     @property
     def ranks(self) -> int:
@@ -111,19 +109,17 @@ class Case:
 
     @property
     def backend(self) -> str:
-        """The one that the whole run is to have."""
-        own = "ddp" if self.config is None else self.config.backend
-        return "single" if self.ranks == 1 and own == "ddp" else own
+        """Of the whole run."""
+        return self.config.expected(self.ranks) if self.config else "single" if self.ranks == 1 else "ddp"
 
     @property
     def folder(self) -> Path:
         return Path(self.settings.output)
 
     @property
-    def place(self) -> Path:
-        """The run folder, or what of its path is there already."""
-        here = Path(self.settings.output).absolute()
-        return next(path for path in (here, *here.parents) if path.exists())
+    def existing(self) -> Path:
+        """The run folder, or its nearest parent that exists."""
+        return nearest(self.folder)
 
     @property
     def classes(self) -> int:
@@ -140,56 +136,66 @@ class Case:
 
     @functools.cached_property
     def splits(self) -> dict[str, Shards | InputError]:
-        """The shards of train and val, or why there are none. Copies of remote ones would be made in the scratch folder."""
-        return {key: self._shards(key) for key in ("train", "val")}
+        """The shards of train and val, or why they cannot be used. Remote ones would be copied into the scratch folder."""
+        return {key: self._open(key) for key in ("train", "val")}
 
-    def _shards(self, key: str) -> Shards | InputError:
+    def _open(self, key: str) -> Shards | InputError:
         data = self.settings.data
         try:
             return Shards(getattr(data, key), f"data.{key}", self.classes, str(self.scratch), data.cache_gb)
         except InputError as error:
             return error
 
-    def folder_in(self, place: Path) -> Path:
-        """A new folder in `place`, gone when the doctor leaves, even if a check still writes there."""
-        self.made.append(Path(tempfile.mkdtemp(prefix=".dnal_dist-doctor-", dir=place)))
-        return self.made[-1]
+    @property
+    def usable(self) -> list[Shards]:
+        return [shards for shards in self.splits.values() if isinstance(shards, Shards)]
+
+    def shards(self, key: str) -> Shards:
+        """Of one split, for a check that needs them. Raises InputError where the check of the shards themselves fails."""
+        if isinstance(self.splits[key], InputError):
+            raise InputError(f"not checked, since the shards of data.{key} cannot be used; correct key 'data.{key}'")
+        return self.splits[key]
+
+    def folder_in(self, parent: Path) -> Path:
+        """A new folder in `parent`, removed when the doctor ends, even if a check still writes there."""
+        self.temporary.append(Path(tempfile.mkdtemp(prefix=".dnal_dist-doctor-", dir=parent)))
+        return self.temporary[-1]
 
     def close(self) -> None:
-        for path in self.made:
-            # What is written meanwhile may be in the way of the first attempts.
+        for path in self.temporary:
+            # Files that a check still writes may be in the way of the first attempts.
             for _ in range(3):
                 shutil.rmtree(path, ignore_errors=True)
 
     @functools.cached_property
-    def tensor_bytes(self) -> int:
-        """Of a checkpoint in the search, the largest that a run has."""
+    def checkpoint_bytes(self) -> int:
+        """Tensors of a checkpoint in the search, the largest of a run."""
         with torch.no_grad():
             weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
             buffers = sum(b.numel() * b.element_size() for b in self.network.buffers())
-        # BatchNorm's statistics of each process lie beside those of all.
+        # BatchNorm's statistics of each process are kept beside their mean.
         return 2 * weights + buffers * (1 + (self.ranks > 1) * self.ranks) + 8 * self.network.num_gates
 
 
 def refused(error: InputError) -> Finding:
-    """The message ends with the remedy: behind its last semicolon, or on its last line."""
+    """The remedy is behind the message's last semicolon, or on its last line."""
     lines = str(error).splitlines()
     found, _, remedy = lines[0].rpartition("; ") if len(lines) == 1 else (" ".join(" ".join(lines[:-1]).split()), "", lines[-1])
     return fails(found or remedy, remedy if found else "correct it")
 
 
 def bounded(check: Callable[[Case], Finding], case: Case, seconds: float, late: Callable[[str, str], Finding] = fails) -> Finding:
-    """What `check` finds, or `late` if it did not come to an end in time: a file system or a server may never answer."""
-    found: list[Finding] = []
-    thread = threading.Thread(target=lambda: found.append(_judged(check, case)), daemon=True)
+    """The finding of `check`, or `late` after `seconds`: a file system or a server may never answer."""
+    findings: list[Finding] = []
+    thread = threading.Thread(target=lambda: findings.append(_checked(check, case)), daemon=True)
     thread.start()
     thread.join(max(0.1, seconds))
-    if found:
-        return found[0]
-    return late(f"no answer within {seconds:.0f} s", "see whether its disk, its server or this machine hangs, then ask again")
+    if findings:
+        return findings[0]
+    return late(f"no answer within {seconds:.0f} s", "check whether its disk, its server or this machine hangs, then try again")
 
 
-def _judged(check: Callable[[Case], Finding], case: Case) -> Finding:
+def _checked(check: Callable[[Case], Finding], case: Case) -> Finding:
     try:
         return check(case)
     except InputError as error:
@@ -198,18 +204,16 @@ def _judged(check: Callable[[Case], Finding], case: Case) -> Finding:
         where = f"{error.filename}: " if error.filename else ""
         return fails(f"{where}{error.strerror or error}", "check that path and its permissions")
     except Exception as error:
-        # One check that breaks must not take the answers of the others with it.
-        why = " ".join(str(error).split())[:200]
-        return fails(f"the check itself broke ({type(error).__name__}: {why})", "look at it by hand, and report it")
+        # A broken check must not hide the findings of the others.
+        reason = " ".join(str(error).split())[:200]
+        return fails(f"the check itself broke ({type(error).__name__}: {reason})", "check it by hand, and report the error")
 
 
-def output_of(command: Sequence[str], seconds: float = 5.0) -> str | None:
-    """What a program prints on stdout, None if it is not there, fails, or does not answer in time."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def nearest(path: Path) -> Path:
+    """`path`, or the nearest of its parents that exists."""
+    path = path.absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 def many(count: int, word: str) -> str:
-    return f"{count:,}".replace(",", " ") + f" {word}" + "s" * (count != 1)
+    return f"{spaced(count)} {word}" + "s" * (count != 1)

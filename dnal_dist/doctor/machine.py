@@ -1,4 +1,4 @@
-"""Checks of this machine: versions, GPUs, and the limits that loaders come up against."""
+"""Checks of this machine: versions, GPUs, and the limits that loaders reach."""
 
 import os
 import resource
@@ -11,24 +11,24 @@ from packaging.requirements import Requirement
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
-from dnal_dist.data.shards import OPEN_SHARDS, Shards
+from dnal_dist.data.shards import OPEN_SHARDS
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 
-# Batches that each loader has ready (torch's prefetch_factor), and file descriptors that each of them and a loader itself take.
-AHEAD, TENSORS, PIPES = 2, 6, 8
-# What Python, torch and the trackers have open besides.
+# Batches that each loader prepares (torch's prefetch_factor), and file descriptors of each of them and of a loader itself.
+PREFETCHED, TENSORS, PIPES = 2, 6, 8
+# File descriptors of Python, torch and the trackers.
 OTHERS = 128
 SHM = Path("/dev/shm")
 BUSY_GPU = 1 << 30
 
 
 def versions(case: Case) -> Finding:
-    """What is installed against what pyproject.toml asks for, and what was tested."""
-    asked = [Requirement(line) for line in _requirements()]
-    asked = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    """Installed versions against those that pyproject.toml requires and constraints.txt lists as tested."""
     found, wrong = {}, []
-    for one in asked:
+    for one in map(Requirement, requirements()):
+        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+            continue
         try:
             found[one.name] = version(one.name)
         except PackageNotFoundError:
@@ -38,94 +38,90 @@ def versions(case: Case) -> Finding:
             wrong.append(f"{one.name} {found[one.name]} is not {one.specifier}")
     if wrong:
         return fails(", ".join(wrong), "pip install -c constraints.txt -e .")
-    tested = _tested()
+    path = CHECKOUT / "constraints.txt"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    tested = {name.lower(): pinned for name, equals, pinned in (line.partition("==") for line in lines) if equals}
     others = [f"{name} {v} ({tested[name.lower()]})" for name, v in found.items() if tested.get(name.lower(), v) != v.split("+")[0]]
-    told = ", ".join(f"{name} {found[name]}" for name in ("torch", "accelerate", "deepspeed") if name in found)
-    if others:
-        told += f"; in bounds, but others than were tested: {', '.join(others)}"
-    return passes(told)
+    summary = ", ".join(f"{name} {found[name]}" for name in ("torch", "accelerate", "deepspeed") if name in found)
+    return passes(summary + (f"; allowed, but other versions were tested: {', '.join(others)}" if others else ""))
 
 
-def _requirements() -> list[str]:
+def requirements() -> list[str]:
+    """Of the checkout, which may be newer than what was installed from it."""
     path = CHECKOUT / "pyproject.toml"
     if path.is_file():
         return tomllib.loads(path.read_text("utf-8"))["project"]["dependencies"]
     return requires("dnal-dist") or []
 
 
-def _tested() -> dict[str, str]:
-    path = CHECKOUT / "constraints.txt"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return {name.lower(): pinned for name, equals, pinned in (line.partition("==") for line in lines) if equals}
-
-
 def gpus(case: Case) -> Finding:
-    """GPUs, CUDA, NCCL and the driver. No context is made on any GPU."""
+    """GPUs, CUDA, NCCL and the driver. No context is created on any GPU."""
     if case.cpu:
-        return passes("not asked for")
-    built, found, seen = torch.version.cuda, gpu_facts(), torch.cuda.device_count()
-    if not found and not seen:
+        return passes("not used, by --cpu")
+    listed, visible = gpu_facts(), torch.cuda.device_count()
+    if not listed and not visible:
         return warns(
-            "no GPU here: this looks like a login node, so neither CUDA, NCCL nor a driver were looked at, and steps "
-            "are tried on the CPU over gloo",
-            "ask again on a node of the job (`srun --gres=gpu:1 ...`), unless the CPU is what you train on",
+            "no GPU here: this is probably a login node, so CUDA, NCCL and the driver were not checked, and steps run on the CPU "
+            "over gloo",
+            "run the doctor on a node of the job (`srun --gres=gpu:1 ...`), unless you train on the CPU",
         )
-    names = ", ".join(dict.fromkeys(one["name"] for one in found)) or "unknown"
-    driver = found[0]["driver"] if found else "unknown"
-    told = f"{many(seen, 'GPU')} ({names}), driver {driver}, torch for CUDA {built or 'no'}"
-    if built is None:
-        return fails(told, "install the torch of this driver's CUDA (pytorch.org/get-started)")
-    if not seen or not torch.cuda.is_available():
-        return fails(f"{told}, which does not start", "check CUDA_VISIBLE_DEVICES, and that the driver is as new as torch's CUDA")
+    names = ", ".join(dict.fromkeys(one["name"] for one in listed)) or "unknown"
+    driver = listed[0]["driver"] if listed else "unknown"
+    found = f"{many(visible, 'GPU')} ({names}), driver {driver}, torch for CUDA {torch.version.cuda or 'no'}"
+    if torch.version.cuda is None:
+        return fails(found, "install the torch of this driver's CUDA (pytorch.org/get-started)")
+    if not visible or not torch.cuda.is_available():
+        return fails(f"{found}, which does not start", "check CUDA_VISIBLE_DEVICES, and that the driver is as new as torch's CUDA")
     try:
-        told += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     except (AttributeError, RuntimeError, ImportError):
         if case.ranks > 1:
-            return fails(f"{told}, no NCCL", "install a torch that has NCCL (pytorch.org/get-started)")
-    if seen < case.processes:
+            return fails(f"{found}, no NCCL", "install a torch that has NCCL (pytorch.org/get-started)")
+    if visible < case.processes:
         return fails(
-            f"{told}; {case.processes} processes of this node would leave them alone and run on the CPU",
-            f"--processes-per-node {seen}, or more GPUs for a node",
+            f"{found}; too few for {case.processes} processes of this node, which would run on the CPU instead",
+            f"--processes-per-node {visible}, or more GPUs for a node",
         )
-    if busy := [one for one in found if one["used"] > BUSY_GPU]:
-        return warns(f"{told}; {len(busy)} in use, {short(busy[0]['used'])} of one", "nvidia-smi tells by whom")
-    return passes(told)
+    if busy := [one for one in listed if one["used"] > BUSY_GPU]:
+        return warns(f"{found}; {len(busy)} in use, {short(busy[0]['used'])} of one", "nvidia-smi lists the processes")
+    return passes(found)
 
 
 def open_files(case: Case) -> Finding:
-    """The limit that processes started from here have against what a training process may open."""
+    """The limit for processes started from here against the files that a training process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = [len(shards.paths) for shards in case.splits.values() if isinstance(shards, Shards)]
+    shards = [min(OPEN_SHARDS, len(split.paths)) for split in case.usable]
     workers = case.settings.data.workers
-    # The main process holds the descriptors of what its loaders have ready, of both sets; without loaders, the shards.
-    main = OTHERS + 2 * workers * (AHEAD * TENSORS + PIPES) + (0 if workers else sum(min(OPEN_SHARDS, n) for n in found))
-    loader = OTHERS + max((min(OPEN_SHARDS, n) for n in found), default=OPEN_SHARDS)
-    needed = max(main, loader)
-    told = f"a process may open {soft} files at a time, and one of this run may need {needed}"
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        higher = f"ulimit -n {max(4096, needed)}"
-        return fails(told, higher if hard == resource.RLIM_INFINITY or hard >= needed else f"{higher}, by an administrator")
-    return passes(f"no limit, and one process of this run may need {needed}" if soft == resource.RLIM_INFINITY else told)
+    # The main process has the descriptors of the prefetched batches of both splits; without loaders, the shards.
+    main = OTHERS + 2 * workers * (PREFETCHED * TENSORS + PIPES) + (0 if workers else sum(shards))
+    needed = max(main, OTHERS + max(shards, default=OPEN_SHARDS))
+    if soft == resource.RLIM_INFINITY:
+        return passes(f"no limit, and one process of this run may need {needed}")
+    found = f"a process may open {soft} files at a time, and one of this run may need {needed}"
+    if soft >= needed:
+        return passes(found)
+    remedy = f"ulimit -n {max(4096, needed)}"
+    return fails(found, remedy if hard == resource.RLIM_INFINITY or hard >= needed else f"{remedy}, by an administrator")
 
 
 def shared_memory(case: Case) -> Finding:
-    """Through which loaders hand over their batches."""
+    """Where loaders put their batches."""
     data, workers = case.settings.data, case.settings.data.workers
     if not workers:
         return passes("not used, since data.workers is 0")
     if data.global_batch % case.ranks:
         raise InputError(f"key 'data.global_batch': {data.global_batch} is not a multiple of {case.ranks} processes; change it")
     batch = 3 * data.image_size**2 * data.global_batch // case.ranks
-    # Of training and of validation, whose loaders wait with theirs; and one that is being taken.
-    needed = case.processes * 2 * (workers * AHEAD + 1) * batch
+    # Prefetched batches of training and of validation, whose loaders stay, and the batch in use.
+    needed = case.processes * 2 * (workers * PREFETCHED + 1) * batch
     if not SHM.is_dir():
         return warns(f"no {SHM} here, and loaders need {short(needed)}", "mount a tmpfs there, or data.workers=0")
-    found = os.statvfs(SHM)
-    free = found.f_bavail * found.f_frsize
-    told = f"{short(free)} free in {SHM}; with a node's {case.processes} x {workers} loaders, batches take up to {short(needed)}"
+    stat = os.statvfs(SHM)
+    free = stat.f_bavail * stat.f_frsize
+    found = f"{short(free)} free in {SHM}; batches of a node's {case.processes} x {workers} loaders take up to {short(needed)}"
     if needed > free:
-        return fails(told, "a larger one (container: --shm-size, or --ipc=host), or lower key 'data.workers'")
-    return passes(told)
+        return fails(found, "a larger one (container: --shm-size, or --ipc=host), or lower key 'data.workers'")
+    return passes(found)
 
 
 def cores(case: Case) -> Finding:
@@ -133,12 +129,11 @@ def cores(case: Case) -> Finding:
     allowed = os.environ.get("SLURM_CPUS_ON_NODE", "")
     here = min(here, int(allowed)) if allowed.isdigit() else here
     workers, wanted = case.settings.data.workers, case.processes * (1 + case.settings.data.workers)
-    told = f"{many(here, 'core')} here; on a node, {case.processes} training {'process' if case.processes == 1 else 'processes'} "
-    told += f"with {many(workers, 'loader')} each (data.workers) want {wanted}"
-    if here < wanted:
-        fitting = max(0, here // case.processes - 1)
-        return warns(
-            f"{told}; loaders would wait for each other",
-            f"{wanted} cores for a node (slurm/submit.py: --cpus-per-node), or data.workers={fitting}",
-        )
-    return passes(told)
+    found = f"{many(here, 'core')} here; on a node, {case.processes} training {'process' if case.processes == 1 else 'processes'} "
+    found += f"with {many(workers, 'loader')} each (data.workers) need {wanted}"
+    if here >= wanted:
+        return passes(found)
+    return warns(
+        f"{found}; loaders would wait for each other",
+        f"{wanted} cores for a node (slurm/submit.py: --cpus-per-node), or data.workers={max(0, here // case.processes - 1)}",
+    )

@@ -1,14 +1,16 @@
-"""Checks of the recipe and of the network that it names: what a run would be refused for, and what it needs of a device."""
+"""Checks of the recipe, of its network and the memory that it needs, and of the code's version."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-from dnal_dist.common import text
-from dnal_dist.distributed import estimate as distributed_estimate
-from dnal_dist.distributed.estimate import USABLE
-from dnal_dist.doctor.case import Case, Finding, fails, many, output_of, passes, warns
+from dnal_dist.common.commands import output_of
+from dnal_dist.common.text import short
+from dnal_dist.distributed import estimate
+from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.search import selection
+from dnal_dist.tracking import environment
 from dnal_dist.training import preflight
 from dnal_dist.training.pretrained import PREFIX
 
@@ -16,71 +18,76 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def network(case: Case) -> Finding:
-    settings, net = case.settings, case.network
-    data, model = settings.data, settings.model
-    # What cannot be divided evenly is told with the shards.
-    share = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _parts(case)
-    preflight.unfit_images(net, data, share)
-    selection.budget(settings.architecture, net, data.image_size)
-    given = model.init_from
-    if given and not given.startswith(PREFIX) and not Path(given).expanduser().exists():
-        return fails(f"key 'model.init_from': there is no {given}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50")
-    begins = f", begins with {given}" if given else ""
+    data, model = case.settings.data, case.settings.model
+    # A batch that cannot be divided evenly is reported with the shards.
+    images = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _accumulation(case)
+    preflight.unfit_images(case.network, data, images)
+    selection.budget(case.settings.architecture, case.network, data.image_size)
+    weights = model.init_from
+    if weights and not weights.startswith(PREFIX) and not Path(weights).expanduser().exists():
+        return fails(
+            f"key 'model.init_from': there is no {weights}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50"
+        )
+    start = f", starts from {weights}" if weights else ""
     return passes(
-        f"{settings.name}: {model.name}, {many(net.num_gates, 'gate')}, images of {data.image_size}x{data.image_size}, "
-        f"{data.global_batch} a step{begins}"
+        f"{case.settings.name}: {model.name}, {many(case.network.num_gates, 'gate')}, "
+        f"images of {data.image_size}x{data.image_size}, {data.global_batch} a step{start}"
     )
 
 
-def _parts(case: Case) -> int:
-    """In how many parts a process will take its share: see Context.parts."""
+def _accumulation(case: Case) -> int:
+    """Micro-batches of a process in one step, as in distributed.context."""
     data = case.settings.data
-    share = data.global_batch // case.ranks
     if case.config is not None and case.config.accumulation > 1:
         return case.config.accumulation
-    limit = data.per_device_batch_limit or share
-    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)
+    local = data.global_batch // case.ranks
+    limit = data.per_device_batch_limit or local
+    return next(steps for steps in range(1, local + 1) if local % steps == 0 and local // steps <= limit)
 
 
 def memory(case: Case) -> Finding:
-    """What plan.py estimates of one process against the memory of a device."""
-    device, told = case.device_memory, ""
+    """The estimate of `python -m dnal_dist.plan` for one process against the memory of a device."""
+    device, source, own = case.device_memory, "", False
     if device is None and case.cpu:
-        device, told = psutil.virtual_memory().total // case.processes, f" (its share of this machine's, by {case.processes})"
+        device, source, own = (
+            psutil.virtual_memory().total // case.processes,
+            f" (this machine's, divided by {case.processes})",
+            True,
+        )
     elif device is None and (gpus := gpu_facts()):
-        device, told = min(gpu["memory"] for gpu in gpus), " (this machine's)"
+        device, source = min(gpu["memory"] for gpu in gpus), " (this machine's)"
     precision = "bf16" if case.config is not None and case.config.precision in ("bf16", "fp16") else "no"
     backend = "ddp" if case.backend == "single" else case.backend
-    # First, since it refuses what cannot be divided.
-    found = distributed_estimate.plan(case.settings, case.ranks, None, precision)["backends"][backend]
-    parts, share = _parts(case), case.settings.data.global_batch // case.ranks
-    kept = distributed_estimate.plan(case.settings, case.ranks, device, precision)["backends"][backend] if device else found
-    needs = found["memory"]["total"] if parts == found["parts"] else None
-    at_a_time = share // parts
-    words = f"{many(at_a_time, 'picture')} at a time of {share} for a process on {case.backend}"
-    estimate = f"{words} take about {text.short(needs)}" if needs else words
+
+    def estimated(memory: int | None) -> dict:
+        return estimate.plan(case.settings, case.ranks, memory, precision)["backends"][backend]
+
+    # First, since it refuses a batch that cannot be divided.
+    plan, steps, local = estimated(None), _accumulation(case), case.settings.data.global_batch // case.ranks
+    found = f"{many(local // steps, 'image')} at a time of {local} for a process on {case.backend}"
+    if steps == plan["parts"]:
+        found += f" take about {short(plan['memory']['total'])}"
     if device is None:
-        return warns(f"{estimate}; there is no device here to compare with", "--device-memory 80GB (of one device)")
-    own = case.cpu and case.device_memory is None
-    told = f"{estimate}; {'it' if own else 'a device'} has {text.short(device)}{told}, of which {USABLE:.0%} are counted on"
-    if own and not (kept["fits"] and kept["parts"] <= parts):
+        return warns(f"{found}; there is no device here to compare with", "--device-memory 80GB (of one device)")
+    plan = estimated(device)
+    found += f"; {'it' if own else 'a device'} has {short(device)}{source}, of which {estimate.USABLE:.0%} are counted on"
+    if plan["fits"] and plan["parts"] <= steps:
+        return passes(found)
+    if own:
         # The job's machines may have more.
-        return warns(told, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")
-    if not kept["fits"]:
-        return fails(
-            f"{told}; one image at a time does not fit", "more processes, training.activation_checkpointing=true, or fsdp2"
-        )
-    if kept["parts"] > parts:
-        return fails(told, f"data.per_device_batch_limit={kept['pictures_at_a_time']}, or more processes")
-    return passes(told)
+        return warns(found, "data.per_device_batch_limit, fewer processes of a node, or nodes with more memory")
+    if not plan["fits"]:
+        remedy = "more processes, training.activation_checkpointing=true, or fsdp2"
+        return fails(f"{found}; one image at a time does not fit", remedy)
+    return fails(found, f"data.per_device_batch_limit={plan['pictures_at_a_time']}, or more processes")
 
 
 def gpu_facts() -> list[dict]:
-    """Name, memory and used memory (bytes), and driver of each GPU that the driver tells of."""
+    """Name, memory and used memory (bytes), and driver of each GPU that the driver lists."""
     fields = "name,memory.total,memory.used,driver_version"
-    told = output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], 8) or ""
+    answer = output_of(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], 8) or ""
     found = []
-    for line in told.splitlines():
+    for line in answer.splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4 and words[1].isdigit():
             used = int(words[2]) if words[2].isdigit() else 0
@@ -89,23 +96,11 @@ def gpu_facts() -> list[dict]:
 
 
 def code(case: Case) -> Finding:
-    """The version of the code, so that a result can be traced to it."""
-    # A virtual environment may lie in a checkout of something else; and looking at one must not write to it.
-    git = ["git", "--no-optional-locks", "-C", str(CHECKOUT)]
-    commit = output_of([*git, "rev-parse", "--short=12", "HEAD"]) if (CHECKOUT / ".git").exists() else None
-    if commit is None:
-        return _installed()
-    changed = output_of([*git, "status", "--porcelain", "--untracked-files=no"], 8)
-    if changed is None:
-        return warns(f"commit {commit}; whether it was changed could not be found out", "git status")
-    if changed:
-        return warns(f"commit {commit}, with {many(len(changed.splitlines()), 'changed file')}", "git commit, or git stash")
-    return passes(f"commit {commit}, unchanged")
-
-
-def _installed() -> Finding:
-    from importlib.metadata import PackageNotFoundError, version
-
+    """The version of the code, to which a result can be traced."""
+    if commit := environment.code(CHECKOUT):
+        if commit.endswith("+"):
+            return warns(f"commit {commit[:12]}, with changed files", "git commit, or git stash")
+        return passes(f"commit {commit[:12]}, unchanged")
     try:
         return passes(f"release {version('dnal-dist')}, not a git checkout")
     except PackageNotFoundError:

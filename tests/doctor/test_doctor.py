@@ -1,4 +1,4 @@
-"""Each check of the doctor, brought to fail by what it is there for."""
+"""The doctor's checks of shards, run folder and disk, each with a fault that it must find."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def copy(digits, tmp_path):
 # --- data
 
 
-def test_shards_that_are_whole(case_of):
+def test_intact_shards_pass(case_of):
     found(data.train_shards, case_of(), "pass", "4 shards, 1 442 samples, 22 steps of 64 an epoch, with their index")
     found(data.val_shards, case_of(nodes=2, processes=4), "pass", "2 shards, 355 samples")
     found(data.labels, case_of(), "pass", "train: 10 of 10 classes, labels 0 to 9, in 512 samples read")
@@ -32,11 +32,11 @@ def test_shards_that_are_whole(case_of):
     found(data.cache, case_of(), "pass", "no remote shards")
 
 
-def test_shards_that_are_not_there(case_of, tmp_path):
+def test_missing_shards_fail_once_by_cause(case_of, tmp_path):
     case = case_of(f"data.train={tmp_path}/*.tar")
     found(data.train_shards, case, "fail", "key 'data.train': no shard matches", "correct the pattern")
-    found(data.labels, case, "fail", "shards of data.train", "mend key 'data.train'")
-    found(data.images, case, "fail", "shards of data.train", "mend key 'data.train'")
+    found(data.labels, case, "fail", "shards of data.train", "correct key 'data.train'")
+    found(data.images, case, "fail", "shards of data.train", "correct key 'data.train'")
 
 
 @pytest.mark.parametrize(
@@ -52,17 +52,17 @@ def test_shards_that_are_not_there(case_of, tmp_path):
         ("phases.search.weight_steps=2000", {}, "no gate would ever move", "lower it"),
     ],
 )
-def test_too_little_for_a_step(case_of, change, facts, words, remedy):
+def test_too_few_samples_for_a_step_fail(case_of, change, facts, words, remedy):
     found(data.train_shards, case_of(change, **facts), "fail", words, remedy)
 
 
-def test_more_loaders_than_batches(case_of):
+def test_more_loaders_than_batches_warn(case_of):
     found(
         data.train_shards, case_of("data.global_batch=400", "data.workers=8"), "warn", "fewer than loader", "'data.workers' from 8"
     )
 
 
-def test_shards_without_an_index(case_of, folder):
+def test_shards_without_an_index_warn(case_of, folder):
     found(
         data.train_shards,
         case_of(f"data.train={folder}/train-0.tar", "data.global_batch=8"),
@@ -72,24 +72,24 @@ def test_shards_without_an_index(case_of, folder):
     )
 
 
-def test_a_shard_that_is_cut_short(case_of, copy):
+def test_a_truncated_shard_fails(case_of, copy):
     path = copy / "train-000001.tar"
     os.truncate(path, path.stat().st_size // 2)
     found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "samples are lost", "copy it anew")
 
 
-def test_a_shard_that_is_longer_than_its_index_says(case_of, copy):
+def test_a_shard_longer_than_its_index_fails(case_of, copy):
     with (copy / "train-000001.tar").open("ab") as file:
         file.write(b"more")
     found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "index.json says", "make or copy the shard anew")
 
 
-def test_labels_beyond_the_classes(case_of, folder):
+def test_labels_out_of_range_fail_or_warn_by_the_tolerated_fraction(case_of, folder):
     found(
         data.labels,
         case_of("model.num_classes=5"),
         "fail",
-        "names 10 classes, the network tells 5 apart",
+        "names 10 classes, the network has 5",
         "'model.num_classes' to 10",
     )
     # Without names in an index, by the labels themselves.
@@ -100,16 +100,16 @@ def test_labels_beyond_the_classes(case_of, folder):
     found(data.labels, tolerant, "warn", "is out of range", "model.num_classes")
 
 
-def test_a_image_that_is_none(case_of, folder):
+def test_an_unusable_image_fails(case_of, folder):
     write_tar(folder / "train-0.tar", samples(_15_png=b"no image"))
     few = (f"data.train={folder}/train-0.tar", f"data.val={folder}/val-0.tar", "data.global_batch=8")
     found(data.images, case_of(*few), "fail", f"{folder}/train-0.tar at byte", "data_tools.verify --decode")
     truncate(folder / "val-0.tar", "15.png", 520)
     write_tar(folder / "train-0.tar", samples())
-    found(data.images, case_of(*few), "fail", "data.val: an image of the 1 looked at", "data.max_bad_fraction")
+    found(data.images, case_of(*few), "fail", "data.val: one of 1 images is unusable", "data.max_bad_fraction")
 
 
-def test_remote_shards_are_looked_at_in_part_and_not_copied(case_of, tmp_path, digits, monkeypatch):
+def test_remote_shards_are_read_in_part_and_not_copied(case_of, tmp_path, digits, monkeypatch):
     without_proxies(monkeypatch)
     with FileServer() as server:
         server.files = {path.name: path.read_bytes() for path in digits.iterdir()}
@@ -125,23 +125,23 @@ def test_remote_shards_are_looked_at_in_part_and_not_copied(case_of, tmp_path, d
 # --- the run folder and its disk
 
 
-def test_a_folder_that_is_new(case_of, tmp_path):
+def test_a_new_run_folder_passes_and_is_not_created(case_of, tmp_path):
     before = sorted(tmp_path.rglob("*")), tmp_path.stat().st_mtime_ns
-    for check, words in ((disk.run_folder, "begins there"), (disk.disk, "are free"), (disk.clock, "agrees with that of the file")):
+    for check, words in ((disk.run_folder, "starts there"), (disk.disk, "are free"), (disk.clock, "agrees with that of the file")):
         found(check, case_of(), "pass", words)
     assert before == (sorted(tmp_path.rglob("*")), tmp_path.stat().st_mtime_ns)
     found(disk.saving, case_of(), "pass", "to write and to read back")
     assert before[0] == sorted(tmp_path.rglob("*"))
 
 
-def test_a_folder_that_cannot_be_written(case_of, tmp_path):
+def test_an_output_that_cannot_be_written_fails(case_of, tmp_path):
     (tmp_path / "file").touch()
     found(disk.run_folder, case_of(f"output={tmp_path}/file"), "fail", "is not a folder", "key 'output'")
     for place in (f"{tmp_path}/file/run", "/proc/run"):
         found(disk.run_folder, case_of(f"output={place}"), "fail", "cannot be written", "key 'output'")
 
 
-def test_what_a_run_folder_holds(case_of, digits, short):
+def test_a_run_folder_is_read_and_left_unchanged(case_of, digits, short):
     own = [f"data.train={digits}/train-000000.tar", f"data.val={digits}/val-000000.tar", f"output={short}", *SHORT]
     found(disk.run_folder, case_of(*own), "warn", "holds this run, finished", "remove the folder (outside of SLURM: --over")
     found(
@@ -152,12 +152,12 @@ def test_what_a_run_folder_holds(case_of, digits, short):
         "--overwrite",
     )
     shutil.rmtree(short / "checkpoints" / "step-00000012-done")
-    found(disk.run_folder, case_of(*own), "pass", "goes on in finetune after 0 of its steps")
+    found(disk.run_folder, case_of(*own), "pass", "resumes in finetune after 0 of its steps")
     found(disk.run_folder, case_of(*own, "seed=4"), "fail", "the recipe has changed", "--overwrite")
     (short / "stop").touch()
     found(disk.run_folder, case_of(*own), "fail", "would stop at its first step", f"rm {short}/stop")
     (short / "stop").write_text("asked for by job 12_3\n")
-    found(disk.run_folder, case_of(*own), "pass", "goes on in finetune")
+    found(disk.run_folder, case_of(*own), "pass", "resumes in finetune")
     (short / "stop").unlink()
     before = {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     with FileLock(short / ".lock"):
@@ -168,7 +168,7 @@ def test_what_a_run_folder_holds(case_of, digits, short):
     found(disk.run_folder, case_of(*own), "fail", "it may be no run's", "name another folder")
 
 
-def test_a_disk_that_is_full(case_of, tmp_path):
+def test_a_full_disk_fails(case_of, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, text=True)
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full(case_of, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_the_time_limit_and_the_time_that_saving_takes(case_of, monkeypatch):
+def test_checkpoint_time_is_compared_with_the_time_limit(case_of, monkeypatch):
     found(disk.saving, case_of(seconds=30), "fail", "the time limit is 30.0 s: too little to start", "--time of more than")
     found(disk.saving, case_of(seconds=1200), "warn", "loses up to 15 minutes", "checkpoint.every_minutes=2")
     found(disk.saving, case_of(seconds=36_000), "pass", "the time limit is 10 h 00 min")
@@ -199,15 +199,15 @@ def test_the_time_limit_and_the_time_that_saving_takes(case_of, monkeypatch):
     ("grace", "seconds", "status"), [(300, 130, "pass"), (300, 140, "fail"), (40, 12, "pass"), (40, 13, "fail")]
 )
 def test_the_grace_has_room_for_two_checkpoints(case_of, grace, seconds, status):
-    """Beside what the batch script keeps of it: 30 s, of a short one a quarter."""
-    told = disk._judged(case_of(grace=grace), seconds, "one")
-    assert told.status == status and ("too little to save in" in told.found) == (status == "fail"), told
+    """Less what the batch script keeps: 30 s, of a short grace a quarter."""
+    found = disk.within_limits(case_of(grace=grace), seconds, "one")
+    assert found.status == status and ("too little" in found.found) == (status == "fail"), found
     if status == "fail":
-        least = int(told.remedy.split()[1].rstrip(","))
-        assert told.remedy.startswith("--grace ") and disk._judged(case_of(grace=least), seconds, "one").status == "pass"
+        least = int(found.remedy.split()[1].rstrip(","))
+        assert found.remedy.startswith("--grace ") and disk.within_limits(case_of(grace=least), seconds, "one").status == "pass"
 
 
-def test_a_clock_that_is_off(case_of, monkeypatch):
+def test_a_wrong_clock_warns(case_of, monkeypatch):
     now = time.time
     monkeypatch.setattr(disk.time, "time", lambda: now() + 3600)
     found(disk.clock, case_of(), "warn", "differs by 3", "NTP")

@@ -1,4 +1,4 @@
-"""The doctor's checks of the network, the machine and the cluster, brought to fail by what they are there for."""
+"""The doctor's checks of the network, the machine and the cluster, each with a fault that it must find."""
 
 import resource
 import shutil
@@ -12,7 +12,7 @@ from examining import found
 from dnal_dist.doctor import bounded, cluster, machine, network
 
 
-def test_networks_that_cannot_train(case_of):
+def test_networks_that_cannot_train_fail(case_of):
     found(network.network, case_of(), "pass", "digits: vgg_digits, 448 gates, images of 8x8, 64 a step")
     found(network.network, case_of("model.name=vgg17"), "fail", "no network is called 'vgg17'", "there are")
     found(network.network, case_of("data.image_size=2"), "fail", "cannot take images of 2x2", "key 'model.name'")
@@ -20,7 +20,7 @@ def test_networks_that_cannot_train(case_of):
     found(network.network, case_of("model.init_from=runs/none"), "fail", "there is no runs/none", ".safetensors")
 
 
-def test_memory_of_a_device(case_of):
+def test_device_memory_limits_the_images_at_a_time(case_of):
     found(network.memory, case_of(device_memory=80 * 10**9), "pass", "a device has 80 GB")
     found(network.memory, case_of(device_memory=10**6), "fail", "one image at a time does not fit", "more processes")
     case = case_of(device_memory=5 * 10**6)
@@ -29,18 +29,18 @@ def test_memory_of_a_device(case_of):
     found(network.memory, case_of(limit, device_memory=5 * 10**6), "pass", "images at a time of 64")
 
 
-def test_a_job_without_gpus_is_not_asked_for_any(case_of, monkeypatch):
-    found(machine.gpus, case_of(cpu=True), "pass", "not asked for")
-    # Those that this machine may have are none of the job's.
+def test_a_job_without_gpus_is_compared_with_this_machine_s_memory(case_of, monkeypatch):
+    found(machine.gpus, case_of(cpu=True), "pass", "not used")
+    # GPUs of this machine do not count.
     monkeypatch.setattr(network, "gpu_facts", lambda: [{"memory": 10**6}])
     monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * 10**9))
-    found(network.memory, case_of(cpu=True, processes=2), "pass", "it has 8 GB (its share of this machine's, by 2)")
+    found(network.memory, case_of(cpu=True, processes=2), "pass", "it has 8 GB (this machine's, divided by 2)")
     monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**6))
     found(network.memory, case_of(cpu=True), "warn", "it has 5 MB", "nodes with more memory")
     found(network.memory, case_of(cpu=True, device_memory=10**6), "fail", "one image at a time does not fit", "more processes")
 
 
-def test_code_that_was_changed(case_of, tmp_path, monkeypatch):
+def test_changed_code_warns(case_of, tmp_path, monkeypatch):
     if shutil.which("git") is None:
         pytest.skip("no git here")
     monkeypatch.setattr(network, "CHECKOUT", tmp_path)
@@ -52,18 +52,18 @@ def test_code_that_was_changed(case_of, tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
     found(network.code, case_of(), "pass", "unchanged")
     (tmp_path / "file").write_text("two")
-    found(network.code, case_of(), "warn", "with 1 changed file", "git commit")
+    found(network.code, case_of(), "warn", "with changed files", "git commit")
 
 
-def test_versions_out_of_bounds(case_of, monkeypatch):
+def test_versions_out_of_bounds_fail(case_of, monkeypatch):
     found(machine.versions, case_of(), "pass", "torch ")
     monkeypatch.setattr(
-        machine, "_requirements", lambda: ["torch>=99", "no-package-of-this-name>=1", 'tomli>=2; python_version<"3"']
+        machine, "requirements", lambda: ["torch>=99", "no-package-of-this-name>=1", 'tomli>=2; python_version<"3"']
     )
     found(machine.versions, case_of(), "fail", "is not >=99, no-package-of-this-name is missing (>=1)", "constraints.txt")
 
 
-def test_limits_of_the_machine(case_of):
+def test_low_limits_of_the_machine_fail(case_of):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     case = case_of("data.workers=8")
     assert case.splits
@@ -79,12 +79,12 @@ def test_limits_of_the_machine(case_of):
         machine.cores,
         case_of("data.workers=5000"),
         "warn",
-        "1 training process with 5 000 loaders each (data.workers) want 5001",
+        "1 training process with 5 000 loaders each (data.workers) need 5001",
         "",
     )
 
 
-def test_trackers(case_of, tmp_path, monkeypatch):
+def test_a_login_is_needed_online_only(case_of, tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -138,25 +138,25 @@ def slurm(tmp_path, monkeypatch):
         ({"account": "visions"}, "fail", "has no account visions (but sound, speech, vision)", "--account"),
     ],
 )
-def test_what_is_asked_of_slurm(case_of, slurm, facts, status, words, remedy):
+def test_partition_account_nodes_and_time_are_checked(case_of, slurm, facts, status, words, remedy):
     allowed = 'echo "PartitionName=$5 AllowGroups=ALL AllowAccounts=$accounts AllowQos=ALL"'
     allowed = f"if [ $5 = gpu ]; then accounts=vision,sound; else accounts=nobody; fi; {allowed}"
     slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech; echo sound", scontrol=allowed)
     found(cluster.slurm, case_of(**facts), status, words, remedy)
 
 
-def test_slurm_that_does_not_answer(case_of, slurm, monkeypatch, tmp_path):
+def test_slurm_without_an_answer_warns_or_fails(case_of, slurm, monkeypatch, tmp_path):
     monkeypatch.setattr(cluster, "ANSWER", 0.3)
     slurm(sinfo="exec sleep 60")
     found(cluster.slurm, case_of(), "warn", "does not answer", "scontrol ping")
     slurm(sinfo=SINFO, sacctmgr="exit 1")
-    found(cluster.slurm, case_of(account="vision"), "warn", "could not be asked", "sacctmgr")
+    found(cluster.slurm, case_of(account="vision"), "warn", "no answer whether", "sacctmgr")
     monkeypatch.setenv("PATH", str(tmp_path))
-    found(cluster.slurm, case_of(), "pass", "nothing of it is asked for")
-    found(cluster.slurm, case_of(partition="gpu"), "fail", "commands are not here", "--partition")
+    found(cluster.slurm, case_of(), "pass", "not needed")
+    found(cluster.slurm, case_of(partition="gpu"), "fail", "commands are not installed here", "--partition")
 
 
-def test_a_check_that_hangs_or_breaks(case_of):
+def test_a_check_that_hangs_or_breaks_fails(case_of):
     hung = bounded(lambda case: time.sleep(30), case_of(), 0.1)
     assert hung.status == "fail" and "no answer within" in hung.found
     broken = bounded(lambda case: 1 // 0, case_of(), 5)

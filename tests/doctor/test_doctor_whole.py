@@ -14,7 +14,7 @@ import pytest
 from runs import arguments
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.doctor import Case, Finding, __main__, launch
+from dnal_dist.doctor import Case, Finding, __main__, cluster, launch
 from dnal_dist.doctor.case import Config, read_config
 
 
@@ -28,86 +28,84 @@ def test_accelerate_configs_are_read():
 
 
 def launched(case: Case, silent: float = 60.0, **changes) -> Finding:
-    """What is said of a probe that found this, and told it so many seconds ago."""
+    """The finding for these facts of a probe, whose last sign of life is `silent` seconds ago."""
     one = launch.Launch(case)
-    one._silence = lambda: silent
-    one.processes, one.seconds = 2, 5.0
+    one.processes = 2
     facts = {"backend": "fsdp2", "world_size": 2, "device": "one H100", "precision": "float32", "reduced": ["2 images"]}
     steps = {kind: (1.0, 0.1) for kind in ("pretrain", "weights", "architecture")}
     facts |= {"steps": steps, "alike": True} | changes
-    return one._judged({key: value for key, value in facts.items() if value is not None})
+    return one.judge({key: value for key, value in facts.items() if value is not None}, 5.0, silent)
 
 
 @pytest.mark.parametrize(
     ("changes", "status", "words", "remedy"),
     [
         ({}, "pass", "fsdp2 on 2 of 16 processes", ""),
-        ({"backend": "ddp"}, "fail", "fsdp2 was asked for; found ddp", "distributed_type"),
-        ({"world_size": 1}, "fail", "2 processes were asked for; found fsdp2 on 1", "num_processes"),
-        ({"precision": "bfloat16"}, "fail", "float32 was asked for", "mixed_precision"),
+        ({"backend": "ddp"}, "fail", "expected fsdp2, found ddp", "distributed_type"),
+        ({"world_size": 1}, "fail", "expected 2 processes, found fsdp2 on 1", "num_processes"),
+        ({"precision": "bfloat16"}, "fail", "expected float32", "mixed_precision"),
         (
             {"steps": {"weights": (float("nan"), 0.1)}},
             "fail",
-            "loss of the weights step is no finite number",
+            "loss of the weights step is not finite",
             "phases.*.optimizer.lr",
         ),
         ({"alike": False}, "fail", "do not have the same weights", "network"),
-        ({"alike": None}, "fail", "did not all come to an end: fsdp2 on 2", "NCCL_DEBUG"),
-        ({"alike": None, "silent": 1.0}, "warn", "did not all come to an end: fsdp2 on 2", "less busy"),
-        ({"alike": None, "device": "CPU"}, "warn", "did not all come to an end: fsdp2 on 2", "a node with a GPU"),
+        ({"alike": None}, "fail", "not all steps finished: fsdp2 on 2", "NCCL_DEBUG"),
+        ({"alike": None, "silent": 1.0}, "warn", "not all steps finished: fsdp2 on 2", "less busy"),
+        ({"alike": None, "device": "CPU"}, "warn", "not all steps finished: fsdp2 on 2", "a node with a GPU"),
         ({"alike": None, "backend": None, "steps": {}}, "fail", "not yet wrapped: 2 of 16 processes", "NCCL_DEBUG"),
     ],
 )
-def test_what_a_launch_came_to(case_of, changes, status, words, remedy):
+def test_facts_of_a_probe_are_compared_with_the_config(case_of, changes, status, words, remedy):
     case = case_of(nodes=2, processes=8, config=Config(Path("fsdp2.yaml"), 8, "fsdp2", "no", 1))
     one = launched(case, **changes)
     assert one.status == status and words in one.found and remedy in one.remedy, one
 
 
-def test_a_config_that_is_refused(case_of, tmp_path):
+def test_an_unusable_config_fails(case_of, tmp_path):
     path = tmp_path / "fsdp1.yaml"
     path.write_text(Path("recipes/accelerate/fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
     case = case_of(processes=2, config=read_config(path))
     with launch.Launch(case) as one:
-        told = one.finding(400)
-        # It is waited for, and nothing of it is left.
+        found = one.finding(400)
         assert one.process.poll() is not None
-    assert told.status == "fail" and "FSDP in its first version" in told.found and "fsdp1.yaml" in told.remedy, told
+    assert found.status == "fail" and "FSDP in its first version" in found.found and "fsdp1.yaml" in found.remedy, found
 
 
-def test_a_launch_that_takes_too_long_is_ended(case_of):
+def test_a_slow_launch_is_ended(case_of):
     case = case_of(processes=2, config=read_config(Path("recipes/accelerate/ddp.yaml")))
     with launch.Launch(case) as one:
-        told = one.finding(0.5)
+        found = one.finding(0.5)
         assert one.process.poll() is not None
-    assert told.status == "warn" and "0 of 2 processes were up" in told.found and "may be busy" in told.found, told
-    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.doctor.probe" in told.remedy
+    assert found.status == "warn" and "0 of 2 processes were up" in found.found and "may be busy" in found.found, found
+    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.doctor.probe" in found.remedy
 
 
 @pytest.mark.parametrize(
-    ("gpus", "up", "age", "said", "status", "words"),
+    ("gpus", "up", "age", "printed", "status", "words"),
     [
         (True, 2, 60.0, "", "fail", "2 of 2 processes were up"),
         (True, 2, 1.0, "", "warn", "2 of 2 processes were up"),
         (True, 1, 60.0, "", "warn", "1 of 2 processes were up"),
         (False, 2, 60.0, "", "warn", "2 of 2 processes were up"),
-        (False, 2, 1.0, "RuntimeError: no address", "fail", "not at its end after"),
+        (False, 2, 1.0, "RuntimeError: no address", "fail", "not finished after"),
     ],
 )
-def test_processes_that_have_not_met_may_only_be_slow(case_of, tmp_path, gpus, up, age, said, status, words):
+def test_processes_that_have_not_joined_may_only_be_slow(case_of, tmp_path, gpus, up, age, printed, status, words):
     case = case_of(processes=2, config=read_config(Path("recipes/accelerate/ddp.yaml")))
     with launch.Launch(case) as one:
-        one._end()
+        one.end()
     one.gpus, one.result = gpus, tmp_path / "probe.json"
     for rank in range(up):
         path = tmp_path / f"probe.json.{rank}.up"
         path.touch()
         os.utime(path, (time.time() - age, time.time() - age))
     one.process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    with tempfile.TemporaryFile() as one.said:
-        one.said.write(said.encode())
-        told = one.finding(0.1)
-    assert told.status == status and words in told.found and said in told.found and told.remedy, told
+    with tempfile.TemporaryFile() as one.output:
+        one.output.write(printed.encode())
+        found = one.finding(0.1)
+    assert found.status == status and words in found.found and printed in found.found and found.remedy, found
 
 
 class Left(BaseException):
@@ -135,7 +133,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monkeypatch):
+def test_all_checks_pass_with_a_launch_on_two_processes(case_of, tmp_path, monkeypatch):
     """With more time than the command takes: this machine may have other things to do."""
     scratch, parent = tmp_path / "scratch", tmp_path / "runs"
     scratch.mkdir()
@@ -144,15 +142,15 @@ def test_the_whole_doctor_with_a_launch_on_two_processes(case_of, tmp_path, monk
     monkeypatch.setattr(__main__, "EACH", 100.0)
     config = read_config(Path("recipes/accelerate/zero2.yaml"))
     facts = {"processes": 2, "config": config, "seconds": 43_200.0, "device_memory": 24 << 30}
-    told = __main__.examine(case_of(f"output={parent}/run", **facts), 400)
-    assert list(told) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
-    assert not [one for one in told.values() if one.status == "fail"], told
-    assert told["launch"].status == "pass" and told["launch"].found.startswith("zero2 on 2 of 2 processes")
-    assert all(f"{kind} " in told["launch"].found for kind in ("pretrain", "weights", "architecture"))
+    found = __main__.examine(case_of(f"output={parent}/run", **facts), 400)
+    assert list(found) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
+    assert not [one for one in found.values() if one.status == "fail"], found
+    assert found["launch"].status == "pass" and found["launch"].found.startswith("zero2 on 2 of 2 processes")
+    assert all(f"{kind} " in found["launch"].found for kind in ("pretrain", "weights", "architecture"))
     assert not list(parent.iterdir()) and not list(scratch.glob("*doctor*"))
 
 
-def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
+def test_a_terminated_doctor_leaves_nothing(digits, tmp_path):
     (tmp_path / "scratch").mkdir()
     words = [*arguments(digits, tmp_path / "run"), "--config-file", "recipes/accelerate/ddp.yaml"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
@@ -165,15 +163,15 @@ def test_nothing_is_left_of_a_doctor_that_is_ended(digits, tmp_path):
     assert not list((tmp_path / "scratch").glob(".dnal_dist-doctor-*"))
 
 
-def test_the_list_for_programs(run, digits, tmp_path):
+def test_json_lists_every_check(run, digits, tmp_path):
     code, out = run(*arguments(digits, tmp_path / "run"), "--quick", "--json", "--time", "12:00:00", "--device-memory", "24GiB")
-    told = {one.pop("check"): one for one in json.loads(out)}
-    assert code == 0 and list(told) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
-    assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in told.values())
-    assert "--quick" in told["launch"]["found"] and "--quick" in told["saving"]["found"]
+    found = {one.pop("check"): one for one in json.loads(out)}
+    assert code == 0 and list(found) == [*list(__main__.CHECKS)[:-1], "launch", "saving"]
+    assert all(set(one) == {"status", "found", "remedy"} and one["status"] in ("pass", "warn") for one in found.values())
+    assert "--quick" in found["launch"]["found"] and "--quick" in found["saving"]["found"]
 
 
-def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_path):
+def test_the_table_is_plain_in_a_pipe_and_a_failure_exits_with_1(run, digits, tmp_path):
     code, out = run(*arguments(digits, tmp_path / "run", "data.global_batch=5000"), "--quick")
     assert code == 1
     lines = out.splitlines()
@@ -182,8 +180,8 @@ def test_the_table_is_plain_in_a_pipe_and_a_failure_gives_1(run, digits, tmp_pat
     assert " 1 failed" in lines[-1] and not (tmp_path / "run").exists()
 
 
-def test_a_pipe_that_is_closed_early_is_no_fault(monkeypatch, run, digits, tmp_path):
-    """As by head. The exit code tells the same."""
+def test_a_pipe_closed_early_keeps_the_exit_code(monkeypatch, run, digits, tmp_path):
+    """As by head."""
     for words, code in (((), 0), (("--json",), 0), (("data.global_batch=5000",), 1)):
         end, begin = os.pipe()
         os.close(end)
@@ -204,7 +202,7 @@ def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "found"),
     [
         (["recipes/none.yaml"], "recipes/none.yaml: no such recipe"),
         (["recipes/digits.yaml", "seeds=3"], "unknown key 'seeds'"),
@@ -215,18 +213,18 @@ def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypa
         (["recipes/digits.yaml", "--config-file", "none.yaml"], "--config-file none.yaml: not an Accelerate config"),
     ],
 )
-def test_what_cannot_be_read_gives_2(monkeypatch, capsys, words, told):
+def test_unreadable_input_exits_with_2(monkeypatch, capsys, words, found):
     monkeypatch.setattr(sys, "argv", ["doctor", *words])
     monkeypatch.setattr(__main__.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1, error
+    assert ended.value.code == 2 and error.startswith("error: ") and found in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 5400), ("30:00", 1800), ("12:00:00", 43_200), ("1-12", 129_600), ("1-12:30", 131_400), ("2d", 172_800)],
 )
-def test_times_as_sbatch_takes_them(text, seconds):
-    assert __main__._minutes(text) == seconds
+def test_sbatch_times_are_read(text, seconds):
+    assert cluster.seconds_of(text) == seconds
