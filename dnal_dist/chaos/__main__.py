@@ -1,4 +1,4 @@
-"""Kill a run at random instants, resume it each time, and compare what it comes to with a run that was left alone.
+"""Kill a run at random instants, resume it each time, and compare its end with an undisturbed run's.
 
 python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --seed 0
 python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --ranks 1,2 --report chaos.md
@@ -23,7 +23,7 @@ from dnal_dist.common.errors import InputError
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--victim"]:
+    if sys.argv[1:2] == ["--instrument"]:
         instrument.main(Path(sys.argv[2]), sys.argv[3:])
         return
     args = _arguments()
@@ -38,37 +38,37 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if taken := [one for one in args.overrides if one.startswith(("output=", "tracking.tracker="))]:
-        raise InputError(f"override '{taken[0]}': chaos runs into folders of its own, without a tracker; leave it out")
+    if refused := [one for one in args.overrides if one.startswith(("output=", "tracking.tracker="))]:
+        raise InputError(f"override '{refused[0]}': chaos runs into folders of its own, without a tracker; leave it out")
     overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
     settings = recipe.load(args.recipe, list(overrides))
     if args.config_file is not None and not Path(args.config_file).is_file():
         raise InputError(f"--config_file {args.config_file}: no such file; see recipes/accelerate/")
     if args.report is not None and not args.report.parent.is_dir():
         raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
-    train, begun = Train(args.recipe, overrides, args.config_file), time.monotonic()
+    train, began = Train(args.recipe, overrides, args.config_file), time.monotonic()
     base = _base(args.keep)
     become_reaper()
     try:
         chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)
-        _watched(chaos, args.kills)
+        _with_progress(chaos, args.kills)
         passed = not chaos.tally.faults
         if passed and args.keep is None:
             shutil.rmtree(base)
     except BaseException:
         _give_up(base if args.keep is None else None)
         raise
-    told = summary.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - begun)
-    print(told, flush=True)
+    report = summary.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - began)
+    print(report, flush=True)
     if not passed:
-        print(f"what was left is in {base}", file=sys.stderr)
+        print(f"the run folders are kept in {base}", file=sys.stderr)
     if args.report is not None:
-        args.report.write_text(told + "\n")
+        args.report.write_text(report + "\n")
     return 0 if passed else 1
 
 
 def _give_up(base: Path | None) -> None:
-    """Leave no process, nor the folder `base`. The processes go first, since they write into it."""
+    """Leave neither a process nor the folder `base`. The processes go first, since they write into it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     kill_family()
@@ -76,7 +76,7 @@ def _give_up(base: Path | None) -> None:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _watched(chaos: "Chaos", kills: int) -> None:
+def _with_progress(chaos: Chaos, kills: int) -> None:
     console = Console(stderr=True)
     columns = (TextColumn("kills"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[where]}"))
     # Without threads and without another stdout: processes are forked from here.
@@ -84,11 +84,11 @@ def _watched(chaos: "Chaos", kills: int) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **plain) as bar:
         task = bar.add_task("kills", total=kills, where="")
 
-        def tell(where: str) -> None:
+        def progress(where: str) -> None:
             bar.update(task, completed=chaos.tally.kills, where=where)
             bar.refresh()
 
-        chaos.go(kills, tell)
+        chaos.go(kills, progress)
 
 
 def _base(keep: Path | None) -> Path:
@@ -111,17 +111,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="what is run; choose short phases, since it is run many times")
+    parser.add_argument("recipe", help="recipe to run; choose short phases, since it runs many times")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many kills have to happen (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the plan of kills (default: 0)")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
     parser.add_argument("--ranks", type=_ranks, default=[1], metavar="N[,N]", help="numbers of processes, one drawn for each start")
     parser.add_argument("--config_file", metavar="FILE", help="start by `accelerate launch` with this config, on its backend")
     parser.add_argument(
-        "--tolerance", type=float, default=0.03, help="of the accuracy, where numbers of processes mix (default: 0.03)"
+        "--tolerance", type=float, default=0.03, help="on the accuracy, with several numbers of processes (default: 0.03)"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report, Markdown, there too")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder and leave all there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to this Markdown file")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder and keep everything there")
     args = parser.parse_intermixed_args()
     if args.kills < 1:
         parser.error("--kills: expected at least 1")

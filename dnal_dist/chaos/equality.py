@@ -1,17 +1,17 @@
-"""Whether two runs of a recipe came to the same, told by their folders."""
+"""Comparison of two runs of a recipe by their folders."""
 
 import json
 from pathlib import Path
 
-# Records about what was trained. Those of starts, stops, warnings and checkpoints tell how often a run was interrupted.
+# Records about training. Those of starts, stops, warnings and checkpoints depend on how often a run was interrupted.
 TRAINED = ("train", "eval", "gates", "prune", "receipt", "phase", "end")
 CLOCK = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds", "device_seconds", "energy_kwh")
-# The library's allocator keeps what it likes; a resumed run begins with less.
-CLOCK += ("device_memory_bytes",)
+# A resumed process has another history of allocations, and measures its own time.
+CLOCK += ("device_memory_bytes", "breakdown")
 
 
-def told(run: Path) -> list[dict]:
-    """The records of what a run trained, without what depends on the clock. Raises ValueError naming a line that is none."""
+def training_records(run: Path) -> list[dict]:
+    """A run's records about training, without what depends on the clock. Raises ValueError naming a line that is no record."""
     records = []
     for number, line in enumerate((run / "metrics.jsonl").read_text().splitlines(), 1):
         try:
@@ -24,18 +24,18 @@ def told(run: Path) -> list[dict]:
 
 
 def timeless(record: dict) -> dict:
-    """A record, or a part of one, without what depends on the clock."""
+    """A record, or a mapping within one, without what depends on the clock."""
     return {k: timeless(v) if isinstance(v, dict) else v for k, v in record.items() if k not in CLOCK}
 
 
 def same(run: Path, whole: Path) -> list[str]:
-    """What is not equal, bit for bit, in the result and the records of two runs; empty if all is."""
+    """Differences, bit for bit, between the results and records of two runs; empty if there are none."""
     faults = [
         f"compact/{file} is not that of the uninterrupted run"
         for file in ("architecture.json", "weights.safetensors")
         if (run / "compact" / file).read_bytes() != (whole / "compact" / file).read_bytes()
     ]
-    found, expected = told(run), told(whole)
+    found, expected = training_records(run), training_records(whole)
     for number, (one, other) in enumerate(zip(found, expected, strict=False)):
         if one != other:
             return [*faults, f"record {number}: {_difference(one, other)}"]
@@ -45,13 +45,13 @@ def same(run: Path, whole: Path) -> list[str]:
 
 
 def alike(run: Path, whole: Path, tolerance: float) -> list[str]:
-    """What differs between runs on other numbers of processes and should not: the samples of each epoch with their order, the
-    steps that were taken, and the last accuracy by more than `tolerance`."""
-    found, expected = told(run), told(whole)
+    """Differences that two runs on different numbers of processes may not have: in the samples of each epoch and their order, in
+    the recorded steps, and in the last accuracy beyond `tolerance`."""
+    found, expected = training_records(run), training_records(whole)
     faults = []
     for what, kinds, keys in (
         ("the samples and their order", ("receipt",), ("epoch", "batches", "samples", "digest", "ordered", "skipped")),
-        ("the steps told", ("train", "eval", "phase"), ("kind", "phase", "step", "global_step")),
+        ("the recorded steps", ("train", "eval", "phase"), ("kind", "phase", "step", "global_step")),
     ):
         one, other = ([[r.get(key) for key in keys] for r in records if r["kind"] in kinds] for records in (found, expected))
         if one != other:

@@ -1,7 +1,7 @@
-"""What runs inside a process that `dnal_dist.chaos` kills: the train command, watched at the places where a kill may matter.
+"""The train command inside a process that `dnal_dist.chaos` kills, with a listener at the spans of the run (common/span.py).
 
-Each process writes to a file, the board, where it is, how often it came to each place and how long it was there. The board outlives
-the process, so it also tells where a kill by the clock hit.
+Each process records in a file, the board, its present place, how often it entered each place and the seconds there. The board
+outlives the process, so it also shows where a kill by the clock hit.
 """
 
 import contextlib
@@ -18,48 +18,26 @@ from pathlib import Path
 
 import numpy as np
 
-from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.common import atomic
+from dnal_dist.common import span
 from dnal_dist.common.phases import PHASES
-from dnal_dist.nets import compact
-from dnal_dist.report import outputs
-from dnal_dist.training import loop, phases, steps
 
-PLACES = (
-    "start-up",
-    "reading a checkpoint",
-    "writing recipe.yaml",
-    "between steps",
-    "weight step",
-    "architecture step",
-    "between parts of a batch",
-    "evaluation",
-    "pruning",
-    "compaction",
-    "writing compact/",
-    "after the last checkpoint",
-    "writing the report",
-    "write",
-    "between write and fsync",
-    "fsync",
-    "before rename",
-    "after rename",
-    "removal",
-)
-# Of these a process is always at one; a kill cannot be aimed at them by name, since it does not enter them.
-ALWAYS = ("start-up", "between steps")
-# Where the run stands; before it is set up, and from its last step on, as well.
-STAGES = ("start-up", *PHASES)
+# A process is always at one of these three, or within a span; kills are aimed at the others and at the third.
+START_UP, BETWEEN_STEPS, LAST = "start-up", "between steps", "after the last checkpoint"
+SPANS = ("recipe write", "checkpoint read", "data wait", "weight step", "architecture step", "forward", "backward", "sync")
+SPANS += ("optimizer", "logging", "evaluation", "gather", "checkpoint", "checkpoint write", "prune", "compaction", "compact write")
+SPANS += ("report", "write", "fsync", "rename", "removal")
+PLACES = (START_UP, BETWEEN_STEPS, *SPANS, LAST)
+AIMABLE = (*SPANS, LAST)
+# Phases of a run, with the time before its first one.
+STAGES = (START_UP, *PHASES)
 FIELDS = [
     ("pid", "i8"),
-    ("where", "i1", 2),  # of the main thread and of any other; -1: nowhere
-    ("stage", "i1"),
-    ("resumed", "i1"),  # stage in which training began; 0: not yet
+    ("where", "i1", 2),  # place of the main thread and of any other; -1: none
     ("began", "f8"),  # on the machine's monotonic clock, as the next two
     ("trained", "f8"),
     ("ended", "f8"),
-    ("fired", "i1"),  # which of the two was the aimed kill's, from 1 on; 0: none
-    ("steps", "i8", len(STAGES)),  # the last global step that was seen in a stage
+    ("fired", "i1"),  # 1: the aimed kill hit the main thread, 2: another one; 0: it did not happen
+    ("steps", "i8", len(STAGES)),  # steps of this process by the end of each stage
     ("counts", "i8", (len(STAGES), len(PLACES))),
     ("seconds", "f8", len(PLACES)),
 ]
@@ -67,15 +45,16 @@ FIELDS = [
 
 @dataclass(frozen=True)
 class Aim:
-    """A kill `delay` seconds after `rank` came to `place` for the `occurrence`-th time in its life; of `everyone`, or of it alone.
-    share: of what is being written by then, how much is."""
+    """A kill at the `occurrence`-th entry of `rank` to `place`: `delay` seconds later, or at the end of the place if `leaving`.
+    everyone: all ranks are killed, not this one alone. fraction: of a file's content that is written by then."""
 
     rank: int
     place: str
     occurrence: int
     delay: float
+    leaving: bool
     everyone: bool
-    share: float
+    fraction: float
 
 
 def new_board(path: Path, ranks: int) -> np.ndarray:
@@ -85,11 +64,11 @@ def new_board(path: Path, ranks: int) -> np.ndarray:
 
 
 def place_of(entry: np.ndarray) -> str:
-    """Where the process of this entry of a board was last. While a save is under way beside its training it is at two places: an
-    aimed kill hit where it was aimed, one by the clock hit the save."""
+    """Last place of the process with this entry of a board. A checkpoint may be written beside training: an aimed kill then hit
+    the thread that it was aimed at, one by the clock the writer."""
     main, beside = entry["where"]
-    saving = beside >= 0 if entry["fired"] == 0 else entry["fired"] == 2
-    return PLACES[max(beside if saving else main, 0)]
+    in_writer = beside >= 0 if entry["fired"] == 0 else entry["fired"] == 2
+    return PLACES[max(beside if in_writer else main, 0)]
 
 
 def write_orders(path: Path, board: Path, aim: Aim | None) -> None:
@@ -97,144 +76,92 @@ def write_orders(path: Path, board: Path, aim: Aim | None) -> None:
 
 
 def main(orders: Path, arguments: list[str]) -> None:
-    """Run the train command with `arguments`, watched as the file `orders` says. Leaves as that command does."""
-    told = json.loads(orders.read_text())
-    watch = Watch(np.memmap(told["board"], FIELDS, "r+"), None if told["aim"] is None else Aim(**told["aim"]))
-    watch.seams()
+    """Run the train command with `arguments` under the orders in a file; exits as that command does."""
+    found = json.loads(orders.read_text())
+    span.attach(Instrument(np.memmap(found["board"], FIELDS, "r+"), None if found["aim"] is None else Aim(**found["aim"])))
     sys.argv = ["dnal_dist.train", *arguments]
     runpy.run_module("dnal_dist.train", run_name="__main__", alter_sys=True)
 
 
-class Watch:
+class Instrument:
+    """The listener: keeps this process's entry of the board and carries out `aim`."""
+
     def __init__(self, board: np.ndarray, aim: Aim | None):
         rank = int(os.environ.get("RANK", 0))
-        self.board, self.me = board, board[rank]
+        self.board, self.entry = board, board[rank]
         self.aim = aim if aim is not None and aim.rank == rank else None
-        self.come = dict.fromkeys(PLACES, 0)
-        self.run: phases.Run | None = None
-        self.parts = 0
-        self.me["where"][0] = PLACES.index("start-up")
-        self.me["began"], self.me["pid"] = time.monotonic(), os.getpid()
+        self.entered = dict.fromkeys(PLACES, 0)
+        self.stage = self.steps = 0
+        self.entry["where"][0] = PLACES.index(START_UP)
+        self.entry["began"], self.entry["pid"] = time.monotonic(), os.getpid()
+
+    def __call__(self, name: str, detail: object) -> contextlib.AbstractContextManager:
+        if name == "training":
+            return self.training()
+        if name in PHASES:
+            return self.phase(name)
+        return self.at(name, detail) if name in SPANS else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def at(self, place: str) -> Iterator[bool]:
-        """This process is at `place` meanwhile; yields whether it is to die there."""
+    def at(self, place: str, detail: object = None) -> Iterator[None]:
+        """This thread is at `place` meanwhile, and may be killed there."""
         slot = _slot()
-        number, before = PLACES.index(place), self.me["where"][slot]
-        self.me["where"][slot] = number
-        self.me["counts"][self._stage(), number] += 1
-        self.come[place] += 1
-        aimed = self.aim is not None and (place, self.come[place]) == (self.aim.place, self.aim.occurrence)
-        if aimed and place != "write":
-            self._die(slot)
+        number, before = PLACES.index(place), self.entry["where"][slot]
+        self.entry["where"][slot] = number
+        self.entry["counts"][self.stage, number] += 1
+        self.entered[place] += 1
+        aimed = self.aim is not None and (place, self.entered[place]) == (self.aim.place, self.aim.occurrence)
+        if aimed and not self.aim.leaving:
+            self._kill_later(slot, detail)
         began = time.monotonic()
         try:
-            yield aimed
+            yield
         finally:
-            self.me["seconds"][number] += time.monotonic() - began
-            self.me["where"][slot] = before
+            if aimed and self.aim.leaving:
+                self._kill(slot)
+            self.entry["seconds"][number] += time.monotonic() - began
+            self.entry["where"][slot] = before
+        if place in ("weight step", "architecture step"):
+            self.steps += 1
+            self.entry["steps"][self.stage :] = self.steps
 
-    def _stage(self) -> int:
-        if self.run is None:
-            return int(self.me["stage"])
-        stage = STAGES.index(self.run.phase)
-        self.me["stage"], self.me["steps"][stage] = stage, self.run.global_step
-        return stage
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Also the prune phase, which is both a phase and a place."""
+        self.stage = STAGES.index(name)
+        with self.at(name) if name in SPANS else contextlib.nullcontext():
+            yield
+        self.stage += 1
 
-    def _die(self, slot: int) -> None:
-        if self.aim.delay < 1e-4:
-            self._kill(slot)
-        timer = threading.Timer(self.aim.delay, self._kill, [slot])
-        timer.daemon = True
-        timer.start()
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        self.stage = 1
+        self.entry["trained"] = time.monotonic()
+        self.entry["where"][0] = PLACES.index(BETWEEN_STEPS)
+        yield
+        self.entry["ended"] = time.monotonic()
+        # Entered for good: all that follows is after the last checkpoint.
+        self.end = self.at(LAST)
+        self.end.__enter__()
+
+    def _kill_later(self, slot: int, detail: object) -> None:
+        if self.aim.place == "write":
+            path, content = detail
+            path.write_bytes(content[: int(self.aim.fraction * len(content))])
+        elif self.aim.delay >= 1e-4:
+            timer = threading.Timer(self.aim.delay, self._kill, [slot])
+            timer.daemon = True
+            timer.start()
+            return
+        self._kill(slot)
 
     def _kill(self, slot: int) -> None:
-        self.me["fired"] = slot + 1
+        self.entry["fired"] = slot + 1
         others = [int(pid) for pid in self.board["pid"] if pid not in (0, os.getpid())]
         for pid in others if self.aim.everyone else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
-
-    def seams(self) -> None:
-        """Put the watch around what a run calls; the run's own code does not know of it."""
-        self._around(checkpoint, "latest", "reading a checkpoint")
-        self._around(checkpoint, "read", "reading a checkpoint")
-        self._around(loop, "evaluate", "evaluation")
-        self._around(phases, "prune", "pruning")
-        self._around(compact, "compact", "compaction")
-        self._around(compact, "save", "writing compact/")
-        self._around(outputs, "write_all", "writing the report")
-        self._around(atomic, "remove", "removal")
-        self._around(loop, "weight_step", "weight step", self._new_batch)
-        self._around(phases, "weight_step", "weight step", self._new_batch)
-        self._around(phases, "architecture_step", "architecture step", self._new_batch)
-        for module, name in ((steps, "_forward"), (phases, "go"), (atomic, "replace"), (atomic, "rename")):
-            self._replace(module, name, getattr(self, name.strip("_")))
-        self._replace(atomic, "to_disk", self.to_disk)
-        self._replace(atomic, "write", self.write)
-
-    def _around(self, module, name: str, place: str, first=lambda: None) -> None:
-        def watched(original, *arguments, **named):
-            first()
-            with self.at(place):
-                return original(*arguments, **named)
-
-        self._replace(module, name, watched)
-
-    def _replace(self, module, name: str, watched) -> None:
-        original = getattr(module, name)
-        setattr(module, name, lambda *arguments, **named: watched(original, *arguments, **named))
-
-    def _new_batch(self) -> None:
-        self.parts = 0
-
-    def forward(self, original, *arguments):
-        if self.parts:
-            with self.at("between parts of a batch"):
-                pass
-        self.parts += 1
-        return original(*arguments)
-
-    def go(self, original, run) -> None:
-        self.run = run
-        self.me["resumed"], self.me["trained"] = self._stage(), time.monotonic()
-        self.me["where"][0] = PLACES.index("between steps")
-        try:
-            original(run)
-        finally:
-            self._stage()
-            # A run that someone still held would keep its loaders alive at the end of the process.
-            self.run = None
-        self.me["ended"] = time.monotonic()
-        # Not left any more: all that comes is after the last checkpoint.
-        self.end = self.at("after the last checkpoint")
-        self.end.__enter__()
-
-    def replace(self, original, path: Path, content: bytes) -> None:
-        with self.at("writing recipe.yaml") if path.name == "recipe.yaml" else contextlib.nullcontext():
-            original(path, content)
-
-    def rename(self, original, old: Path, new: Path) -> None:
-        with self.at("before rename"):
-            pass
-        original(old, new)
-        with self.at("after rename"):
-            pass
-
-    def to_disk(self, original, path: Path) -> None:
-        with self.at("between write and fsync"):
-            pass
-        with self.at("fsync"):
-            original(path)
-
-    def write(self, original, path: Path, content: bytes) -> None:
-        with self.at("write") as aimed:
-            if aimed:
-                with path.open("wb") as file:
-                    file.write(content[: int(self.aim.share * len(content))])
-                self._kill(_slot())
-            original(path, content)
 
 
 def _slot() -> int:
