@@ -179,20 +179,24 @@ class Chaos:
         faults += [(kind, found) for kind, found in ended.left.items() if found]
 
     def _compare(self, run: Path) -> None:
-        whole = next(iter(self.references.values())).folder
         self.tally.compared += 1
-        try:
-            found = equality.same(run, whole) if self.exact else equality.alike(run, whole, self.tolerance)
-        except (OSError, ValueError) as error:
-            found = [str(error)]
-        except (LookupError, TypeError) as error:
-            found = [f"its records cannot be compared: {type(error).__name__}: {error}"]
+        found = compare(run, next(iter(self.references.values())).folder, None if self.exact else self.tolerance)
         self.tally.faults += [("equal", one) for one in found]
         remains = [path.name for path in run.rglob("*") if path.name.endswith((".unfinished", ".removed"))]
         remains += [path.name for path in run.rglob("damaged-*")]
         self.tally.faults += [("folder", f"{name} is left in the run folder") for name in remains]
         if isolated(compact.load, run / "compact"):
             self.tally.faults.append(("folder", "its compact network cannot be loaded"))
+
+
+def compare(run: Path, whole: Path, tolerance: float | None) -> list[str]:
+    """Differences between two run folders, or why they cannot be compared. tolerance: on the accuracy; None: bit for bit."""
+    try:
+        return equality.same(run, whole) if tolerance is None else equality.alike(run, whole, tolerance)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    except (LookupError, TypeError) as error:
+        return [f"its records cannot be compared: {type(error).__name__}: {error}"]
 
 
 def _failed(what: str, ended: Ended) -> str:
