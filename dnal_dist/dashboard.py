@@ -1,12 +1,12 @@
-"""Lay out the panels of a W&B project: a saved view of its workspace, with what runs of this project tell.
+"""Lay out the panels of a W&B project: a saved view of its workspace, with panels for all metrics of a run.
 
-python -m dnal_dist.dashboard --entity my-team --project dnal_dist              save the view, and print its address
-python -m dnal_dist.dashboard --entity my-team --project dnal_dist --dry-run    list the panels; nothing is sent
-python -m dnal_dist.dashboard --entity my-team --project dnal_dist --json       print the whole definition; nothing is sent
+python -m dnal_dist.dashboard --entity my-team --project dnal_dist              # save the view, and print its address
+python -m dnal_dist.dashboard --entity my-team --project dnal_dist --dry-run    # list the panels; nothing is sent
+python -m dnal_dist.dashboard --entity my-team --project dnal_dist --json       # print the whole definition; nothing is sent
 
-The entity is the user or team under which the project stands at W&B, the project what recipes name as tracking.project. Saving
-needs `wandb login` (or WANDB_API_KEY) and the package wandb-workspaces: pip install 'dnal-dist[dashboard]'. Each save makes a view
-of its own; the workspace and views that are there stay as they are.
+The entity is the user or team at W&B that owns the project; the project is tracking.project of the recipes. Saving
+needs `wandb login` (or WANDB_API_KEY) and the package wandb-workspaces: pip install 'dnal-dist[dashboard]'. Each save makes a
+new view; the workspace and its other views stay unchanged.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 
-from dnal_dist.tracking.dashboard import SECTIONS, Lines, Points, Table, spec, workspace
+from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 
 
 def main() -> None:
@@ -23,15 +23,15 @@ def main() -> None:
         prog="python -m dnal_dist.dashboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--entity", required=True, help="user or team at W&B")
-    parser.add_argument("--project", required=True, help="project at W&B, what recipes name as tracking.project")
-    parser.add_argument("--name", default="dnal_dist", help="what the view is called there (dnal_dist)")
+    parser.add_argument("--project", required=True, help="project at W&B, tracking.project of the recipes")
+    parser.add_argument("--name", default="dnal_dist", help="name of the view (default: dnal_dist)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list sections and panels; nothing is sent")
     what.add_argument("--json", action="store_true", help="print the definition as JSON; nothing is sent")
     args = parser.parse_args()
     if args.dry_run:
         for title, panels in SECTIONS.items():
-            print(title, *(f"  {panel.title}: {', '.join(_shown(panel))}" for panel in panels), sep="\n")
+            print(title, *(f"  {panel.title}: {', '.join(panel.metrics)}" for panel in panels), sep="\n")
         return
     if importlib.util.find_spec("wandb_workspaces") is None:
         _fail("the package wandb-workspaces is missing: pip install 'dnal-dist[dashboard]'")
@@ -40,13 +40,6 @@ def main() -> None:
         print(json.dumps(spec(view), indent=2))
         return
     _save(view)
-
-
-def _shown(panel: Lines | Points | Table) -> tuple[str, ...]:
-    """Names of what a panel shows."""
-    if isinstance(panel, Lines):
-        return panel.series
-    return (panel.x, panel.y) if isinstance(panel, Points) else (panel.name,)
 
 
 def _save(view) -> None:
@@ -58,7 +51,7 @@ def _save(view) -> None:
         view.save()
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        _fail(f"W&B did not take the view ({why}); see that {view.entity}/{view.project} is there and yours")
+        _fail(f"W&B did not take the view ({why}); see that {view.entity}/{view.project} exists and is yours")
     print(view.url)
 
 

@@ -8,7 +8,7 @@ docs/chaos.md lists the names. Spans nest, and a span of the checkpoint writer b
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 # Takes a span's name and detail; the context that it returns is entered and left with the span.
@@ -54,6 +54,12 @@ def attach(listener: Listener) -> None:
     _listeners = (*_listeners, listener)
 
 
-def detach(listener: Listener) -> None:
+@contextlib.contextmanager
+def attached(listener: Listener) -> Iterator[None]:
+    """Likewise, within a context."""
     global _listeners
-    _listeners = tuple(other for other in _listeners if other != listener)
+    attach(listener)
+    try:
+        yield
+    finally:
+        _listeners = tuple(other for other in _listeners if other is not listener)

@@ -5,19 +5,18 @@ from typing import NamedTuple
 
 
 class Lines(NamedTuple):
-    """Series over the steps of the run; `series` may be a regular expression."""
+    """Metrics over the steps of the run; each may be a regular expression."""
 
     title: str
-    series: tuple[str, ...]
+    metrics: tuple[str, ...]
     regex: bool = False
 
 
 class Points(NamedTuple):
-    """One point a run: two figures of its summary."""
+    """One point a run: two metrics (x, y) of its summary."""
 
     title: str
-    x: str
-    y: str
+    metrics: tuple[str, str]
     log_x: bool = False
 
 
@@ -25,13 +24,13 @@ class Table(NamedTuple):
     """The last table of each run under this name."""
 
     title: str
-    name: str
+    metrics: tuple[str]
 
 
 SECTIONS: dict[str, tuple[Lines | Points | Table, ...]] = {
     "Accuracy": (
         Lines("accuracy", ("eval/accuracy", "train/accuracy")),
-        Lines("accuracy as cut", ("prune/accuracy",)),
+        Lines("accuracy after pruning", ("prune/accuracy",)),
         Lines("top-5", ("eval/top5",)),
     ),
     "Loss": (
@@ -41,32 +40,32 @@ SECTIONS: dict[str, tuple[Lines | Points | Table, ...]] = {
         Lines("learning rate", ("train/learning_rate",)),
     ),
     "Cost against accuracy": (
-        Points("share of the MACs", "result/macs_ratio", "result/accuracy_finetune"),
-        Points("MACs", "result/macs_compact", "result/accuracy_finetune", log_x=True),
-        Points("parameters", "result/params_compact", "result/accuracy_finetune", log_x=True),
-        Lines("MACs, expected in the search and kept", ("train/expected_macs", "prune/macs_compact")),
-        Lines("parameters, expected in the search and kept", ("train/expected_params", "prune/params_compact")),
+        Points("fraction of the MACs", ("result/macs_ratio", "result/accuracy_finetune")),
+        Points("MACs", ("result/macs_compact", "result/accuracy_finetune"), log_x=True),
+        Points("parameters", ("result/params_compact", "result/accuracy_finetune"), log_x=True),
+        Lines("MACs, expected in the search and compact", ("train/expected_macs", "prune/macs_compact")),
+        Lines("parameters, expected in the search and compact", ("train/expected_params", "prune/params_compact")),
     ),
     "Gates": (
-        Lines("how hard they are", ("gates/histogram",)),
-        Lines("open, of all", ("train/open_share",)),
-        Lines("open, site by site", ("gates/open_share/.*",), regex=True),
+        Lines("hardness", ("gates/histogram",)),
+        Lines("open fraction", ("train/open_share",)),
+        Lines("open fraction by site", ("gates/open_share/.*",), regex=True),
         Lines("delta", ("train/delta",)),
-        Table("channels of each site", "prune/sites"),
+        Table("channels of each site", ("prune/sites",)),
     ),
     "Speed and memory": (
-        Lines("images a second", ("train/images_per_second",)),
-        Lines("waiting for data, seconds", ("train/data_wait_seconds",)),
-        Lines("memory of the GPU, bytes", ("train/device_memory_bytes",)),
-        Lines("sent by a step, bytes", ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step")),
+        Lines("images per second", ("train/images_per_second",)),
+        Lines("data wait, seconds", ("train/data_wait_seconds",)),
+        Lines("GPU memory, bytes", ("train/device_memory_bytes",)),
+        Lines("bytes sent by a step", ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step")),
         Lines("pause for a checkpoint, seconds", ("checkpoint/pause_seconds",)),
-        Points("device time and accuracy", "result/device_seconds", "result/accuracy_finetune"),
+        Points("device time and accuracy", ("result/device_seconds", "result/accuracy_finetune")),
     ),
 }
 
 
 def workspace(entity: str, project: str, name: str):
-    """The view as wandb_workspaces has it; nothing is sent."""
+    """A view of all SECTIONS, as a wandb_workspaces object; nothing is sent."""
     import wandb_workspaces.workspaces as ws
 
     sections = [ws.Section(name=title, panels=[_panel(one) for one in panels], is_open=True) for title, panels in SECTIONS.items()]
@@ -78,15 +77,15 @@ def _panel(panel: Lines | Points | Table):
     import wandb_workspaces.reports.v2 as wr
 
     if isinstance(panel, Points):
-        x, y = wr.SummaryMetric(panel.x), wr.SummaryMetric(panel.y)
+        x, y = map(wr.SummaryMetric, panel.metrics)
         return wr.ScatterPlot(title=panel.title, x=x, y=y, log_x=panel.log_x or None)
     if isinstance(panel, Table):
-        return wr.WeavePanelSummaryTable(table_name=panel.name)
+        return wr.WeavePanelSummaryTable(table_name=panel.metrics[0])
     if panel.regex:
-        return wr.LinePlot(title=panel.title, x="global_step", metric_regex="|".join(panel.series))
-    return wr.LinePlot(title=panel.title, x="global_step", y=list(panel.series))
+        return wr.LinePlot(title=panel.title, x="global_step", metric_regex="|".join(panel.metrics))
+    return wr.LinePlot(title=panel.title, x="global_step", y=list(panel.metrics))
 
 
 def spec(view) -> dict:
-    """What would be sent of a view, as JSON has it."""
+    """The definition of a view as JSON, as W&B receives it."""
     return json.loads(view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))

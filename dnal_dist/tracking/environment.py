@@ -1,4 +1,4 @@
-"""Where a run takes place: machine, code, SLURM job, and the software beneath torch."""
+"""The environment of a run: machine, code, SLURM job, and the software beneath torch."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def facts(device: torch.device) -> dict[str, str | dict[str, str] | None]:
-    """`host`, `code`, `slurm_job` and `environment`, as metrics.jsonl tells them; None for what is not there."""
+    """`host`, `code`, `slurm_job` and `environment`, as metrics.jsonl records them; None for what is missing."""
     beneath = {"os": platform.platform(), "cpus": str(os.cpu_count())}
     if device.type == "cuda":
         beneath |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl always, a tracker beside it, one progress line a phase."""
+"""The log of a run: metrics.jsonl, a tracker beside it, and one progress line a phase."""
 
 import contextlib
 import json
@@ -17,19 +17,19 @@ from dnal_dist.common.span import spanned
 from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import tensorboard, wandb
 from dnal_dist.tracking.background import Sender
-from dnal_dist.tracking.progress import _Bar, _PlainLine
+from dnal_dist.tracking.progress import ProgressLine
 from dnal_dist.tracking.values import NAMES
 
-# How long a run that stops waits for its tracker to take the last records; it takes some seconds more to let go of one that hangs.
+# Seconds that a stopping run waits for its tracker to take the last records. Abandoning a tracker that hangs takes some more.
 CLOSE_SECONDS = 10.0
 
 
 class RunLog:
-    """The record of a run. Only the main process has one; on the others every call does nothing."""
+    """Records, warnings and progress of a run. Only the main process writes; on the others every call does nothing."""
 
     def __init__(self, folder: Path, recipe, context: Context, keep: int | None = None, tracker_run: str | None = None):
-        """keep: on resume, how many records stay, those of the time of the checkpoint; None: all that there are. tracker_run: the
-        name under which the tracker knows the run that goes on."""
+        """keep: on a resume, the number of records at the checkpoint; later ones are removed. None: all stay. tracker_run: the
+        tracker's id of the resumed run."""
         self.main, self.global_step = context.main, 0
         self.records, self.ended = 0, False
         """Records in metrics.jsonl, and whether the last one is the run's end."""
@@ -43,10 +43,12 @@ class RunLog:
             kept = keep_records(folder / "metrics.jsonl", keep)
             self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
-            raise InputError(f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); mend that", local=True) from None
+            raise InputError(
+                f"{folder / 'metrics.jsonl'}: cannot be written ({error.strerror}); correct that", local=True
+            ) from None
         self.records, self.ended = len(kept), any('"kind": "end"' in line for line in kept)
         if keep is not None and len(kept) < keep:
-            self.warn(f"{folder / 'metrics.jsonl'} holds {len(kept)} of the {keep} records that were told by the checkpoint")
+            self.warn(f"{folder / 'metrics.jsonl'} holds {len(kept)} of the {keep} records at the checkpoint")
         behind = 0
         with contextlib.suppress(LookupError, TypeError):
             self._begun, behind = json.loads(kept[0])["time"], json.loads(kept[-1])["global_step"]
@@ -59,7 +61,7 @@ class RunLog:
             if recipe.tracking.tracker == "wandb":
                 mode, remark = wandb.wandb_mode(recipe.tracking.mode)
                 if remark:
-                    self.say(f"warning: {remark}")
+                    self.print(f"warning: {remark}")
                 tracker = wandb.Wandb(folder, recipe, context, self.tracker_run, mode)
             else:
                 tracker = tensorboard.TensorBoard(folder, recipe, context)
@@ -69,10 +71,10 @@ class RunLog:
 
     @spanned("logging")
     def record(self, kind: str, **values) -> None:
-        """Append a record to metrics.jsonl and send its numbers to the tracker. What is None or no finite number is left out."""
+        """Append a record to metrics.jsonl and send its numbers to the tracker. None, NaN and infinities are left out."""
         if not self.main:
             return
-        values = {key: value for key, value in values.items() if value is not None and not _is_no_number(value)}
+        values = {key: value for key, value in values.items() if value is not None and not _not_finite(value)}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
         self._begun = self._begun or head["time"]
         with self._lock:
@@ -83,12 +85,12 @@ class RunLog:
             self._flush()
             self._warned = False
         except OSError as error:
-            # It keeps until there is room again; a checkpoint is not written before (see to_disk).
+            # Kept until there is room again; no checkpoint is written before (see to_disk).
             if not self._warned:
                 self._warned = True
-                self.say(f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on, make room")
+                self.print(f"warning: {self._file.name}: cannot be written ({error.strerror}); training goes on, make room")
         if self._sender is not None:
-            self._sender.take(kind, values, self.global_step, int(1000 * (head["time"] - self._begun)))
+            self._sender.send(kind, values, self.global_step, int(1000 * (head["time"] - self._begun)))
             while self._sender.faults:
                 self.warn(f"{self._tracker_name} {self._sender.faults.pop(0)}")
 
@@ -104,45 +106,46 @@ class RunLog:
             os.fsync(self._file.fileno())
 
     def warn(self, message: str) -> None:
-        """Something that deserves a look: on the console, and in the record."""
+        """Print a warning, and record it unless the run has ended."""
         if self.main:
-            self.say(f"warning: {message}")
-            # That a run has ended stays its last word.
+            self.print(f"warning: {message}")
+            # The record of the end stays the last one.
             if not self.ended:
                 self.record("warning", message=message)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.main:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    say = print
+
     def begin(self, phase: str, steps: int, done: int) -> None:
-        """Start the progress line of a phase of `steps` iterations, `done` of which lie behind."""
+        """Start the progress line of a phase after `done` of its `steps`."""
         if self.main:
-            kind = _Bar if self.console.is_terminal else _PlainLine
-            self._line = kind(self.console, phase, steps, done)
+            self._line = ProgressLine(self.console, phase, steps, done)
 
     def progress(self, step: int, text: str) -> None:
         if self._line:
             self._line.update(step, text)
 
     def finish(self, text: str) -> None:
-        """End the phase's line with its result."""
+        """End the progress line with the phase's result."""
         if self._line:
             self._line.finish(text)
             self._line = None
 
     def abandon(self) -> None:
-        """Leave the phase's line as it stands."""
+        """Leave the progress line as it stands."""
         if self._line:
-            self._line.abandon()
+            self._line.stop()
             self._line = None
 
     def close(self, patience: float = CLOSE_SECONDS, finished: bool = False) -> None:
-        """patience: seconds that the tracker has to take the rest, with the run's outcome if it has finished."""
+        """patience: seconds for the tracker to take the last records, and the run's outcome if it is finished."""
         if not self.main:
             return
         self.abandon()
-        # What cannot be written now was told when it failed first.
+        # A failure was logged when it happened first.
         with contextlib.suppress(OSError):
             self.to_disk()
         self._file.close()
@@ -150,17 +153,17 @@ class RunLog:
             sender, self._sender = self._sender, None
             sender.close(patience, self.global_step if finished else None)
             for fault in sender.faults:
-                self.say(f"warning: {self._tracker_name} {fault}")
+                self.print(f"warning: {self._tracker_name} {fault}")
 
 
-def _is_no_number(value) -> bool:
-    """NaN and the infinities, which JSON does not have."""
+def _not_finite(value) -> bool:
+    """Whether JSON has no form of this number."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def keep_records(path: Path, count: int | None) -> list[str]:
-    """Cut metrics.jsonl at `path` down to its first `count` records (None: all) and return them, one a line. What a lost part of a
-    run wrote after its checkpoint goes, since the resumed run tells it again; a line that was cut off goes too."""
+    """Cut metrics.jsonl at `path` down to its first `count` records (None: all) and return them, one a line. Records after the
+    checkpoint go, since the resumed run writes them again; so does an incomplete line."""
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines[:count]:

@@ -1,7 +1,8 @@
-"""What W&B and TensorBoard get of a run's records."""
+"""Values of a run's records under the names by which W&B and TensorBoard show them."""
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.report import records
@@ -18,12 +19,31 @@ def require(tracker: str) -> None:
         )
 
 
-def figures(kind: str, values: dict) -> dict[str, float]:
-    """The numbers of a record under the names by which trackers show them."""
+class Sent(NamedTuple):
+    """A record as trackers show it, by name."""
+
+    scalars: dict[str, float]
+    histograms: dict[str, list[int]]
+    """Counts in bins of equal width between 0 and 1."""
+    tables: dict[str, tuple[list[str], list[list]]]
+    """Columns and rows."""
+
+
+def sent(kind: str, values: dict, sites: dict[str, int]) -> Sent:
+    """sites: channels of each gate site."""
+    if kind == "gates":
+        shares = {f"gates/open_share/{site}": number / sites[site] for site, number in values["open"].items()}
+        return Sent(_scalars(kind, values) | shares, {"gates/histogram": values["histogram"]}, {})
     if kind == "prune":
-        return {f"prune/{key}": v for key, v in costs(values["full"], values["compact"]).items()} | {
-            "prune/collapsed": int(values["collapsed"])
-        }
+        scalars = {f"prune/{key}": v for key, v in costs(values["full"], values["compact"]).items()}
+        kept = values["kept"]
+        rows = [[site, channels, kept[site], round(kept[site] / channels, 4)] for site, channels in sites.items()]
+        table = ["site", "channels", "kept", "share"], rows
+        return Sent(scalars | {"prune/collapsed": int(values["collapsed"])}, {}, {"prune/sites": table})
+    return Sent(_scalars(kind, values), {}, {})
+
+
+def _scalars(kind: str, values: dict) -> dict[str, float]:
     numbers = {key: v for key, v in values.items() if type(v) in (int, float)}
     if kind == "phase":
         return {f"ledger/{values['phase']}/{key}": v for key, v in numbers.items()}
@@ -43,29 +63,23 @@ def costs(full: dict, compact: dict) -> dict[str, float]:
 
 
 def outcome(folder: Path) -> dict[str, float]:
-    """The figures of a finished run's table, as result/NAME."""
+    """Numbers of a finished run's final table, as result/NAME."""
     run = records.load(folder)
-    told = records.summary(run)
-    found = {f"accuracy_{phase}": accuracy for phase, accuracy in told["accuracy"].items()}
-    if "full" in told and "compact" in told:
-        found |= costs(told["full"], told["compact"])
-    found |= {f"channels_{key}": number for key, number in told.get("channels", {}).items()}
+    summary = records.summary(run)
+    found = {f"accuracy_{phase}": accuracy for phase, accuracy in summary["accuracy"].items()}
+    if "full" in summary and "compact" in summary:
+        found |= costs(summary["full"], summary["compact"])
+    found |= {f"channels_{key}": number for key, number in summary.get("channels", {}).items()}
     spent = run.last("end").get("ledger", {}).values()
     for key in ("images", "device_seconds", "bytes_sent", "energy_kwh"):
         if known := [part[key] for part in spent if key in part]:
             found[key] = sum(known)
-    found |= {"seconds": told["seconds"], "collapsed": int(told["collapsed"])}
+    found |= {"seconds": summary["seconds"], "collapsed": int(summary["collapsed"])}
     return {f"result/{key}": value for key, value in found.items()}
 
 
 def shown_name(folder: Path, name: str) -> str:
-    """A run's name among others: the recipe's and, where it tells more, the run folder's, which the runs of a sweep differ in."""
+    """A run's name at the tracker: the recipe's and, if it adds to that, the run folder's, which differs within a sweep."""
     own = folder.resolve().name
-    # W&B takes no longer ones with what is put behind; the end of a folder's name tells more than its beginning.
+    # W&B refuses longer names with a suffix; the end of a folder's name differs more than its beginning.
     return (own if name in own else f"{name} {own}")[-100:]
-
-
-def sites_table(full: dict[str, int], kept: dict[str, int]) -> tuple[list[str], list[list]]:
-    """Columns and rows of the channels of each site before and after pruning."""
-    rows = [[site, channels, kept[site], round(kept[site] / channels, 4)] for site, channels in full.items()]
-    return ["site", "channels", "kept", "share"], rows

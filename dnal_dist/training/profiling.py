@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dnal_dist.common import span
 from dnal_dist.common.phases import PHASES
 
 # Spans, and the part of the breakdown that their time counts for.
-PARTS = {name: name.replace(" ", "_") for name in ("data wait", "forward", "backward", "sync", "optimizer", "logging", "evaluation")}
-PARTS |= {"gather": "checkpoint", "checkpoint": "checkpoint"}
+PARTS = {name: name for name in ("forward", "backward", "sync", "optimizer", "logging", "evaluation", "checkpoint")}
+PARTS = {"data wait": "data_wait", **PARTS, "gather": "checkpoint"}
 OTHER = "other"
 # Steps of a phase before a trace begins: the first ones also allocate and compile.
 WARM_UP = 2
@@ -103,12 +102,3 @@ class Tracer:
         found.stop()
         self.folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(self.folder / f"{self.phase}-rank{self.rank}.json.gz"))
-
-
-@contextlib.contextmanager
-def attached(listener: span.Listener) -> Iterator[None]:
-    span.attach(listener)
-    try:
-        yield
-    finally:
-        span.detach(listener)

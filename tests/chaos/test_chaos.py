@@ -103,8 +103,8 @@ def checks(report: str) -> dict[str, str]:
     return {held: outcome for outcome, held in re.findall(r"^- (pass|FAIL|not checked): (.*)$", report, re.MULTILINE)}
 
 
-# (place, occurrence, whether at its end): every place that a kill can be aimed at. Kills that let a run proceed by a number of steps
-# that depends on the checkpoint writer come where enough steps are left.
+# (place, occurrence, whether at its end): every place that a kill can be aimed at. The number of steps between two checkpoints
+# depends on the writer, so the kills within it come where enough steps are left.
 PLAN = [
     ("recipe write", 1, False), ("write", 3, False), ("fsync", 4, False), ("write", 4, True), ("data wait", 1, False),
     ("weight step", 1, False), ("rename", 4, False), ("forward", 2, False), ("backward", 2, True), ("optimizer", 1, True),

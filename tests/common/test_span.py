@@ -27,12 +27,7 @@ class Listener:
 @pytest.fixture
 def attached():
     with contextlib.ExitStack() as stack:
-
-        def attach(listener):
-            spans.attach(listener)
-            stack.callback(spans.detach, listener)
-
-        yield attach
+        yield lambda listener: stack.enter_context(spans.attached(listener))
 
 
 def test_a_listener_sees_spans_nested_and_with_their_detail(attached):
@@ -70,9 +65,8 @@ def test_errors_pass_through_a_span(attached):
 
 def test_detached_listeners_hear_nothing():
     events = []
-    listener = Listener(events)
-    spans.attach(listener)
-    spans.detach(listener)
+    with spans.attached(Listener(events)):
+        pass
     with span("silent"):
         pass
     assert events == []

@@ -1,10 +1,14 @@
-"""What W&B and TensorBoard get, read back from what they wrote; and that neither can stop or slow a run."""
+"""W&B and TensorBoard receive all values, read back from their files; and neither can stop or slow a run."""
 
 import base64
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,26 +17,30 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import wandb
+from rich.console import Console
 from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
+import dnal_dist.dashboard
+from dnal_dist.common.span import attached
 from dnal_dist.recipe import load
 from dnal_dist.tracking import background, dashboard, values
+from dnal_dist.tracking import wandb as wandb_tracker
 from dnal_dist.tracking.background import Sender
+from dnal_dist.tracking.progress import ProgressLine
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.tracking.wandb import wandb_mode
-from dnal_dist.training import loop, metrics, phases
-from dnal_dist.training.stopping import STOPPED
+from dnal_dist.training.stopping import STOPPED, Stopped
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
-# Told by a run on several processes alone: see test_train.
-SEVERAL = {"train/comm/bytes_weight_step", "train/comm/bytes_architecture_step"}
+# Recorded only by runs on several processes, or on a GPU.
+ELSEWHERE = {"train/comm/bytes_weight_step", "train/comm/bytes_architecture_step", "train/device_memory_bytes"}
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
-    """Whoever runs the tests may be logged in."""
+def logged_out(monkeypatch, tmp_path):
+    """The user of this machine may be logged in to W&B."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -47,7 +55,6 @@ def run(train_here, digits, tmp_path_factory):
     run = tmp_path_factory.mktemp("offline") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(metrics, "_peak_memory", lambda device: 5_000)
         first = train_here(*arguments(digits, run, *TRACKED), "--max-time=1s")
         assert first.code == STOPPED, first.err
         second = train_here(*arguments(digits, run, *TRACKED))
@@ -60,12 +67,12 @@ def found(run):
     return offline(run)
 
 
-def test_wandb_has_the_recipe_and_where_the_run_took_place(run, found):
+def test_wandb_has_the_recipe_and_the_environment_of_the_run(run, found):
     assert found.config["seed"] == 0 and found.config["phases"]["search"]["steps"] == 4
     assert found.config["start"]["host"] == records(run, "start")[-1]["host"]
 
 
-def test_it_is_one_run_and_its_steps_are_those_of_the_run(run, found):
+def test_a_resumed_run_is_one_run_with_the_steps_of_the_record(run, found):
     (name,) = {r["tracker_run"] for r in records(run, "start")}
     assert found.ids == [name, name] and found.names_shown == ["digits run"] * 2
     assert found.metrics["*"] == "global_step"
@@ -76,10 +83,9 @@ def test_it_is_one_run_and_its_steps_are_those_of_the_run(run, found):
     assert [row["global_step"] for row in rows] == list(range(1, 13))
 
 
-def test_wandb_gets_what_the_record_tells(run, found):
+def test_wandb_receives_the_values_of_the_record(run, found):
     for name in ("cross_entropy", "accuracy", "learning_rate", "images_per_second", "data_wait_seconds", "expected_macs"):
         assert found.series(f"train/{name}") == [r[name] for r in records(run, "train") if name in r]
-    assert set(found.series("train/device_memory_bytes")) == {5_000}
     evaluated = [r["accuracy"] for r in records(run, "eval") if r["phase"] != "prune"]
     assert found.series("eval/accuracy") == evaluated
     (pruned,) = records(run, "prune")
@@ -91,7 +97,7 @@ def test_wandb_gets_what_the_record_tells(run, found):
             assert found.series(f"ledger/{record['phase']}/{key}") == [record[key]]
 
 
-def test_gates_are_a_histogram_and_shares_by_site(run, found):
+def test_gates_are_a_histogram_and_open_fractions_by_site(run, found):
     gates, sites = records(run, "gates"), records(run, "start")[0]["sites"]
     shown = found.series("gates/histogram")
     assert [one["values"] for one in shown] == [r["histogram"] for r in gates]
@@ -137,42 +143,42 @@ def test_the_compact_network_and_the_report_are_artifacts(run, found):
     assert all(entry.local_path.startswith(f"{run}/") for one in found.artifacts.values() for entry in one.manifest.contents)
 
 
-def test_the_dashboard_shows_only_what_runs_tell(found):
-    shown = {name for panels in dashboard.SECTIONS.values() for panel in panels for name in dashboard._shown(panel)}
+def test_the_dashboard_shows_only_recorded_metrics(found):
+    shown = {name for panels in dashboard.SECTIONS.values() for panel in panels for name in panel.metrics}
     assert "gates/open_share/.*" in shown
     shown = {name.replace(".*", "stages.0.0") for name in shown}
-    assert shown - found.names == SEVERAL
+    assert shown - found.names == ELSEWHERE
 
 
-def test_the_dashboard_is_what_wandb_takes():
+def test_wandb_accepts_the_definition_of_the_dashboard():
     spec = json.dumps(dashboard.spec(dashboard.workspace("team", "project", "view")))
     for title, panels in dashboard.SECTIONS.items():
         assert title in spec
         for panel in panels:
-            assert all(json.dumps(name)[1:-1] in spec for name in dashboard._shown(panel)), panel
+            assert all(json.dumps(name)[1:-1] in spec for name in panel.metrics), panel
     sections = dashboard.spec(dashboard.workspace("team", "project", "view"))["section"]["panelBankConfig"]["sections"]
     assert [len(section["panels"]) for section in sections] == [len(panels) for panels in dashboard.SECTIONS.values()]
 
 
-@pytest.mark.parametrize(("options", "code", "says"), [
-    (["--dry-run"], 0, "open, site by site: gates/open_share/.*"),
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (["--dry-run"], 0, "open fraction by site: gates/open_share/.*"),
     (["--json"], 0, '"metricRegex": "gates/open_share/.*"'),
     ([], 2, "error: W&B finds no API key: use `wandb login`, or set WANDB_API_KEY"),
 ])  # fmt: skip
-def test_the_dashboard_command(monkeypatch, capsys, options, code, says):
+def test_the_dashboard_command_sends_nothing_unless_it_saves(monkeypatch, capsys, options, code, message):
     monkeypatch.setattr("sys.argv", ["dashboard", "--entity=team", "--project=project", *options])
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it called somebody"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it opened a connection"))
     try:
-        dashboard.main()
+        dnal_dist.dashboard.main()
         ended = 0
     except SystemExit as exit:
         ended = exit.code
     out, err = capsys.readouterr()
-    assert ended == code and says in out + err
+    assert ended == code and message in out + err
 
 
 def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it called somebody"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it opened a connection"))
     assert wandb_mode(None) == ("offline", None)
     mode, remark = wandb_mode("online")
     assert mode == "offline" and "wandb login" in remark
@@ -192,10 +198,10 @@ def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finis
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        monkeypatch.setattr(wandb, "INIT_SECONDS", 1.0)
+        monkeypatch.setattr(wandb_tracker, "INIT_SECONDS", 1.0)
         ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
         server.settimeout(1)
-        server.accept()  # it was asked
+        server.accept()  # W&B tried
     assert ended.code == 0, ended.err
     (warning,) = records(tmp_path / "run", "warning")
     assert warning["message"].startswith("W&B cannot be reached and runs offline, send the run later by `wandb sync` (")
@@ -210,22 +216,25 @@ def services() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.name() == "wandb-core"]
 
 
-def test_a_run_outlives_the_service_of_wandb(train_here, digits, finished, tmp_path, monkeypatch):
+def test_a_run_survives_the_end_of_the_wandb_service(train_here, digits, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    search = phases.search
 
-    def killed_before(*arguments):
+    def kill_before_the_search(name, _):
+        if name == "search":
+            kill()
+        return contextlib.nullcontext()
+
+    def kill():
         (service,) = services()
-        # Long before W&B would write by itself, what it was told is on disk.
+        # Long before W&B would write by itself, its values are on disk.
         until = time.monotonic() + 8
         while len(offline(tmp_path / "run").series("train/loss")) < 4 and time.monotonic() < until:
             time.sleep(0.1)
         service.terminate()
         service.wait()
-        search(*arguments)
 
-    monkeypatch.setattr(phases, "search", killed_before)
-    ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
+    with attached(kill_before_the_search):
+        ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED))
     assert ended.code == 0, ended.err
     (warning,) = records(tmp_path / "run", "warning")
     assert warning["message"].startswith("W&B stopped taking records; the run goes on without it (")
@@ -243,19 +252,41 @@ def test_runs_of_a_sweep_have_names_of_their_own(folder, shown):
     assert len(values.shown_name(Path("x" * 200 + folder), "digits")) == 100
 
 
-def test_nothing_is_recorded_after_the_end(tmp_path):
-    """What reads metrics.jsonl may look at its last line."""
+def test_numbers_alone_are_sent_as_scalars():
+    record = {"phase": "search", "step": 1, "device_memory_bytes": 5_000, "resumed": True, "breakdown": {"forward": 1.0}}
+    assert values.sent("train", record, {}).scalars == {"train/step": 1, "train/device_memory_bytes": 5_000}
+    assert values.sent("phase", record, {}).scalars["ledger/search/device_memory_bytes"] == 5_000
 
-    told = RunLog(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
-    faults = ["stopped taking records"]
-    told._sender, told._tracker_name = SimpleNamespace(faults=faults, take=lambda *record: None), "W&B"
-    told.record("end", seconds=1.0)
-    told.warn("something")
-    assert [record["kind"] for record in records(tmp_path)] == ["end"] and not faults
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_progress_line_fits_the_terminal(width):
+    file = io.StringIO()
+    line = ProgressLine(Console(file=file, force_terminal=True, width=width), "pretrain", 100_000, 99_000)
+    line.update(99_999, "loss 2.3022  gates open 54.2%  12345 images/s")
+    line.finish("accuracy 99.72%  loss 0.1234  gates open 54.2%  123 s")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, lines)) <= width
+    last = next(line for line in reversed(lines) if line.strip())
+    assert "100000/100000" in last and "accuracy 99.72%" in last and ("gates open 5" in last) == (width >= 80)
+
+
+def test_without_a_terminal_a_phase_prints_one_line(capsys):
+    line = ProgressLine(Console(file=sys.stdout, force_terminal=False), "search", 100, 0)
+    line.update(50, "loss 2.3")
+    line.finish("accuracy 99.72%")
+    assert capsys.readouterr().out == "search    100/100  accuracy 99.72%\n"
+
+
+def test_nothing_is_recorded_after_the_end(tmp_path):
+    """Readers of metrics.jsonl rely on its last line."""
+    log = RunLog(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
+    log.record("end", seconds=1.0)
+    log.warn("W&B stopped taking records")
+    assert [record["kind"] for record in records(tmp_path)] == ["end"]
 
 
 class Stuck:
-    """A tracker that takes one record and never comes back."""
+    """A tracker that hangs in its first record."""
 
     def __init__(self):
         self.taken, self.let_go, self.entered = [], threading.Event(), threading.Event()
@@ -263,12 +294,12 @@ class Stuck:
     def start(self, behind: int) -> None:
         pass
 
-    def take(self, *record) -> None:
+    def send(self, *record) -> None:
         self.taken.append(record)
         self.entered.set()
         self.let_go.wait()
 
-    def deliver(self, step: int) -> None:
+    def finish(self, step: int) -> None:
         self.taken.append(step)
 
     def stop(self) -> None:
@@ -278,32 +309,32 @@ class Stuck:
         self.let_go.set()
 
 
-def test_a_tracker_that_is_stuck_is_not_waited_for(monkeypatch):
+def test_a_hanging_tracker_is_abandoned(monkeypatch):
     monkeypatch.setattr(background, "WAITING", 5)
     tracker = Stuck()
     thread = Sender(tracker, 0)
-    thread.take("train", {}, 0, 0)
+    thread.send("train", {}, 0, 0)
     tracker.entered.wait()
     for step in range(1, 20):
-        thread.take("train", {}, step, step)
+        thread.send("train", {}, step, step)
     assert thread.faults == ["takes records more slowly than they come; some are left out there"] and thread.dropped == 14
     thread.close(0.1, 20)
     assert thread.faults[1].startswith("did not take the last records in 0.1 s")
-    assert thread.faults[2].startswith("was not given 14 records")
+    assert thread.faults[2].startswith("was too slow for 14 records")
     assert tracker.taken == [("train", {}, 0, 0), "stopped"]
 
 
-def test_what_waits_is_given_before_the_end():
+def test_waiting_records_are_sent_before_the_end():
     tracker = Stuck()
     tracker.let_go.set()
     thread = Sender(tracker, 0)
     for step in range(3):
-        thread.take("train", {}, step, step)
+        thread.send("train", {}, step, step)
     thread.close(60, 3)
     assert tracker.taken == [("train", {}, step, step) for step in range(3)] + [3, "stopped"] and not thread.faults
 
 
-def test_a_tracker_that_does_not_start_is_left_alone():
+def test_a_tracker_that_does_not_start_gets_no_records():
     tracker = Stuck()
 
     def refuse(behind):
@@ -312,20 +343,27 @@ def test_a_tracker_that_does_not_start_is_left_alone():
     tracker.start = refuse
     thread = Sender(tracker, 0)
     assert thread.faults == ["did not start; the run goes on without it (no room)"]
-    thread.take("train", {}, 0, 0)
+    thread.send("train", {}, 0, 0)
     thread.close(60, 1)
     assert tracker.taken == ["stopped"] and len(thread.faults) == 1
 
 
-def test_tensorboard_gets_the_same(train_here, digits, tmp_path, monkeypatch):
-    """Stopped twice; what it had told after the checkpoint that it goes on from is not shown twice."""
-    run, save = tmp_path / "run", loop._save
+def test_tensorboard_receives_the_same_values(train_here, digits, tmp_path):
+    """Of a run that stopped once; values after the checkpoint that it resumed from are not shown twice."""
+    run, saved = tmp_path / "run", []
     changes = [*TRACKED, "tracking.tracker=tensorboard"]
-    with monkeypatch.context() as patch:
-        # Without a checkpoint of where it stops, so that it has to go back.
-        patch.setattr(loop, "_save", lambda *_: None)
-        assert train_here(*arguments(digits, run, *changes), "--max-time=1s").code == STOPPED
-    assert loop._save is save and not (run / "wandb").exists()
+
+    def stop_before_the_second_checkpoint(name, _):
+        if name == "checkpoint":
+            saved.append(name)
+            if len(saved) == 2:
+                raise Stopped("test")
+        return contextlib.nullcontext()
+
+    with attached(stop_before_the_second_checkpoint):
+        assert train_here(*arguments(digits, run, *changes)).code == STOPPED
+    repeated = [r["global_step"] for r in records(run, "train")]
+    assert repeated == [1, 2, 3, 4] and not (run / "wandb").exists()
     ended = train_here(*arguments(digits, run, *changes))
     assert ended.code == 0 and "warning" not in ended.out + ended.err, ended.out + ended.err
     shown = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
@@ -346,7 +384,7 @@ def test_tensorboard_gets_the_same(train_here, digits, tmp_path, monkeypatch):
     assert result.value == pruned["compact"]["exact"]["macs"]
 
 
-def test_tensorboard_is_asked_for_by_name(train_here, digits, tmp_path, monkeypatch):
+def test_a_missing_tensorboard_package_is_named(train_here, digits, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more))
     ended = train_here(*arguments(digits, tmp_path / "run", *TRACKED, "tracking.tracker=tensorboard"))
