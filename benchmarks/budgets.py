@@ -40,8 +40,8 @@ def run(job: tuple) -> dict:
     folder = output / "runs" / f"{network}-{key}-{value}-{seed}"
     own = [f"model.name={network}", f"seed={seed}", f"architecture.{key}={value}", f"output={folder}", "tracking.tracker=none"]
     with contextlib.redirect_stdout(io.StringIO()):
-        state = setup.assemble(recipe.load("recipes/digits.yaml", [*overrides, *own]), Context(), overwrite=True)
-        phases.go(state)
+        state = setup.prepare(recipe.load("recipes/digits.yaml", [*overrides, *own]), Context(), overwrite=True)
+        phases.train(state)
     found = records.summary(folder)
     costs = {"macs": found["compact"]["exact"]["macs"], "full_macs": found["full"]["exact"]["macs"]}
     result = {"network": network, "seed": seed, "key": key, "value": value, "accuracy": found["accuracy"]["finetune"], **costs}

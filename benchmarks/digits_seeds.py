@@ -76,29 +76,29 @@ def _largest(high: int, fits) -> int:
 
 
 def learned(settings: recipe.Recipe) -> dict:
-    run = setup.assemble(settings, Context(), overwrite=True)
-    phases.go(run)
+    run = setup.prepare(settings, Context(), overwrite=True)
+    phases.train(run)
     found = records.summary(run.folder)
     return {"accuracy": found["accuracy"]["finetune"], "macs": found["compact"]["exact"]["macs"], "phases": found["accuracy"]}
 
 
 def baseline(settings: recipe.Recipe, method: str, most: int) -> dict:
     """Train the baseline `method` for as many iterations as the recipe's phases have together."""
-    run = setup.assemble(settings, Context(), overwrite=True)
+    run = setup.prepare(settings, Context(), overwrite=True)
     net, image_size, per_epoch = run.supernet, settings.data.image_size, run.train.steps_per_epoch
     total = sum(getattr(settings.phases, name).iterations(per_epoch) for name in ("pretrain", "search", "finetune"))
-    batches = phases.fed(run)
+    batches = phases.training_batches(run)
     if method == "random":
         phases.pretrain(run, batches)
         keep = removed_at_random(net, image_size, most, settings.seed)
     else:
         keep = masks.all_open(net) if method == "full" else thinned_evenly(net, image_size, most)
-    run.small, run.momentum = compact.compact(net, keep), {}
-    run.phase, run.step = "finetune", 0
-    longer = settings.phases.finetune.model_copy(update={"epochs": None, "steps": total - run.global_step})
+    run.compact, run.momentum = compact.compact(net, keep), {}
+    run.state.phase, run.state.step = "finetune", 0
+    longer = settings.phases.finetune.model_copy(update={"epochs": None, "steps": total - run.state.global_step})
     run.recipe = settings.model_copy(update={"phases": settings.phases.model_copy(update={"finetune": longer})})
     phases.finetune(run, batches)
-    assert run.global_step == total
+    assert run.state.global_step == total
     return {"accuracy": records.summary(run.folder)["accuracy"]["finetune"], "macs": cost.count(net, image_size, keep).macs}
 
 

@@ -130,7 +130,7 @@ class Bench:
         return recipe.load(NETWORKS[self.network], [*own, folder, f"architecture.target.macs={share}x", *steps, *self.overrides])
 
     def assemble(self, share: float) -> phases.Run:
-        run = setup.assemble(self.settings(share), Context(), overwrite=True)
+        run = setup.prepare(self.settings(share), Context(), overwrite=True)
         run.train, run.val = self.train, self.val
         if self.network == "supernet" and not torch.cuda.is_available():
             # Depthwise convolutions take half the time on a CPU so, and a feed's images are contiguous there.
@@ -143,30 +143,30 @@ class Bench:
         """A run whose pretraining lies behind it."""
         run = self.assemble(share)
         if self._pretrained is None:
-            batches = phases.fed(run)
+            batches = phases.training_batches(run)
             phases.pretrain(run, batches)
             clones = [{name: t.detach().clone() for name, t in d.items()} for d in (run.supernet.state_dict(), run.momentum)]
-            self._pretrained = Pretrained(*clones, run.global_step)
+            self._pretrained = Pretrained(*clones, run.state.global_step)
         else:
             run.supernet.load_state_dict(self._pretrained.weights)
-            run.momentum, run.global_step = self._pretrained.momentum, self._pretrained.steps
-        run.phase, run.step = "search", 0
+            run.momentum, run.state.global_step = self._pretrained.momentum, self._pretrained.steps
+        run.state.phase, run.state.step = "search", 0
         return run
 
     def learned(self, share: float) -> tuple[phases.Run, Tensor]:
         run = self.from_pretrained(share)
-        phases.go(run)
-        return run, run.small.keep
+        phases.train(run)
+        return run, run.compact.keep
 
     def trained(self, run: phases.Run, keep: Tensor) -> phases.Run:
         """`run` with the channels of `keep`, trained by the finetune's schedule for the steps that are left of all phases."""
         settings = run.recipe
         total = sum(getattr(settings.phases, name).steps for name in self.form.epochs)
-        longer = settings.phases.finetune.model_copy(update={"steps": total - run.global_step})
+        longer = settings.phases.finetune.model_copy(update={"steps": total - run.state.global_step})
         run.recipe = settings.model_copy(update={"phases": settings.phases.model_copy(update={"finetune": longer})})
-        run.small, run.momentum, run.phase, run.step = compact.compact(run.supernet, keep), {}, "finetune", 0
-        phases.finetune(run, phases.fed(run))
-        assert run.global_step == total
+        run.compact, run.momentum, run.state.phase, run.state.step = compact.compact(run.supernet, keep), {}, "finetune", 0
+        phases.finetune(run, phases.training_batches(run))
+        assert run.state.global_step == total
         return run
 
     def baseline(self, method: str, share: float, learned: Tensor | None) -> tuple[phases.Run, Tensor]:
@@ -228,7 +228,7 @@ def measure(args, network: str, seed: int) -> None:
             }
             result |= {"macs": found.macs, "params": found.params, "full_macs": cost.count(run.supernet, bench.form.side).macs}
             result |= {"sites": {site: int(part.sum()) for site, part in run.supernet.by_site(keep).items()}}
-            result |= {"seconds": round(time.monotonic() - begun, 1), "steps": run.global_step, "phases": accuracy}
+            result |= {"seconds": round(time.monotonic() - begun, 1), "steps": run.state.global_step, "phases": accuracy}
             result |= {"keep": keep.int().tolist()} if method == "learned" else {}
             with (args.output / "results.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")

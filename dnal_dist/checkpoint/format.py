@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -29,87 +29,89 @@ UNKNOWN = (-1, -1)
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
-class Spent(BaseModel):
-    """Of one phase so far; its wall time is told elsewhere."""
+class Model(BaseModel):
+    """Part of state.json. Aliases are its keys where they differ from the names in the code; they belong to the format."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_by_name=True, serialize_by_alias=True)
+
+
+class Usage(Model):
+    """Resources that one phase has used so far, beside its wall time."""
 
     images: int = 0
     """Training images."""
     device_seconds: float = 0.0
-    """Wall seconds times processes, which may have been others before a resume."""
+    """Wall seconds times processes; their number may change at a resume."""
     energy_kwh: float | None = None
-    """Of all devices; None where one of them does not tell."""
+    """Sum over all devices; None if one of them reports none."""
     bytes_sent: int | None = None
-    """By each process, once the phase has ended; None where nothing was sent or nobody listened."""
+    """Bytes that each process sent, set when the phase ends; None where nothing was sent or measured."""
 
 
-class Gathered(BaseModel):
-    """What the meter of a phase has gathered for the next record of training; its sums are tensors of each process."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class PendingMetrics(Model):
+    """Training metrics since the last record of a phase; the sums themselves are tensors, one for each process."""
 
     summary: str
     bytes: dict[str, int]
-    """What steps of each kind send, as far as that was heard."""
+    """Bytes that a step of each kind sends, as far as measured."""
     listening: int
-    """Steps that are still listened to."""
+    """Steps whose traffic is still to be measured."""
     seconds: float
     skipped: list[str]
     steps: dict[str, int] = {}
-    """How many steps of each kind were taken on the present processes and backend."""
+    """Steps of each kind taken on the present processes and backend."""
     sent: int | None = None
-    """Bytes that the steps before those communicated; None where that is not known."""
+    """Bytes sent by the steps before those; None if unknown."""
 
 
-class State(BaseModel):
-    """What a checkpoint holds beside its tensors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+class RunState(Model):
+    """Where a run stands. This is state.json, the part of a checkpoint beside its tensors."""
 
     phase: Phase
     step: int = Field(ge=0)
-    """Iterations of the phase that lie behind."""
+    """Iterations of the phase that are done."""
     global_step: int = Field(ge=0)
-    """Iterations of the run that lie behind; also the position in the stream of batches."""
+    """Iterations of the run that are done; also the position in the stream of batches."""
     evaluated: int = -1
-    """The global step of the last evaluation."""
+    """Global step of the last evaluation."""
     accuracy: float | None = None
-    """Of the evaluation at this very place of the phase, if there was one."""
-    penalty_rests: bool = False
+    """Validation accuracy at exactly this step, if it was evaluated."""
+    penalty_frozen: bool = Field(False, alias="penalty_rests")
+    """Whether the collapse guard has switched the penalty off."""
     penalty_weight: float | None = None
+    """Weight of the last architecture step of a search towards a budget."""
     penalty_lag: float = 0.0
-    """State of what drives the penalty: see phases.Penalty."""
+    """State of the closed loop that drives it (search.controller)."""
     seconds: dict[str, float] = {}
     """Wall time of each phase so far."""
-    spent: dict[str, Spent] = {}
-    """What else each phase took so far."""
+    usage: dict[str, Usage] = Field({}, alias="spent")
+    """Other resources of each phase so far."""
     records: int = Field(0, ge=0)
-    """Records of metrics.jsonl that were told by then."""
+    """Records in metrics.jsonl at this point."""
     mask: str | None = None
-    """The keep mask as cost.pack writes it; once the network is pruned."""
+    """The keep mask, packed by nets.masks; set once the network is pruned."""
     compact: list | None = None
-    """The compact network as compact.describe tells it, likewise; the network's tensors are its own then."""
+    """Description of the compact network by nets.compact, likewise; the network's tensors are its own from then on."""
     receipt: dict | None = None
-    """Of the pass over the training set that is under way (receipts.Receipt)."""
-    skipped: list[str] = []
-    """Samples that could not be used and were named."""
-    meter: Gathered | None = None
+    """Receipt of the pass over the training set that is under way (data.receipts)."""
+    skipped: Annotated[set[str], Field(strict=False), PlainSerializer(sorted)] = set()
+    """Samples that could not be used and have been reported."""
+    metrics: PendingMetrics | None = Field(None, alias="meter")
     scaler: dict = {}
-    """Of the loss under float16."""
+    """State of the loss scaler under float16."""
     world_size: int = Field(1, ge=1)
     backend: str = "single"
     shards: dict[str, str] = {}
-    """Digest of what the shards of each set are."""
+    """Digest of the shards of each set: a position in the stream means nothing over others."""
     tracker_run: str | None = None
-    """The name under which the tracker knows the run."""
+    """Name of the run in the tracker."""
     recipe: dict[str, Any] = {}
 
 
 class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     """On the CPU: network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum, ranks.WHAT; those that there are."""
-    state: State
+    state: RunState
 
 
 class Kept(NamedTuple):
@@ -119,7 +121,7 @@ class Kept(NamedTuple):
     best: int
 
 
-def name(state: State) -> str:
+def name(state: RunState) -> str:
     return f"step-{state.global_step:08d}-{state.phase}"
 
 
@@ -187,7 +189,7 @@ def read(path: Path) -> Checkpoint:
             if _described(contents[file]) != told["files"][file]:
                 raise ValueError(f"{file} is not what was saved")
         # The library gives them in another order on each process.
-        return Checkpoint(dict(sorted(load(contents[TENSORS]).items())), State.model_validate_json(contents[STATE]))
+        return Checkpoint(dict(sorted(load(contents[TENSORS]).items())), RunState.model_validate_json(contents[STATE]))
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{STATE}: key '{'.'.join(map(str, first['loc']))}': {first['msg']}"

@@ -13,9 +13,9 @@ from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
 
-# How often, and after how many seconds, a run that ends tries to write its last checkpoint again.
+# How often a run that ends tries to write its last checkpoint, and seconds between the tries.
 TRIES, BETWEEN = 3, 1.0
-# What the warnings of a checkpoint that failed have in common.
+# Text that all warnings about a failed checkpoint contain.
 UNWRITTEN = "checkpoint cannot be written"
 
 
@@ -30,67 +30,67 @@ class Writer:
         self.folder, self.settings, self.warn, self.flush = folder, settings, warn, flush
         self.kept = checkpoint.Kept(settings.keep.last, settings.keep.best)
         self.pauses: list[float] = []
-        """Seconds that training stood still for each checkpoint."""
+        """Seconds that training paused for each checkpoint."""
         self.writes: list[float] = []
         """Seconds that the thread took for each."""
         self.size = 0
         """Bytes of the last one."""
         self.safe = time.monotonic()
-        """When the last good one was taken; at first, when the run began."""
+        """Time of the last good one; at first, the start of the run."""
         self.saved: int | None = None
         """Its global step, if this process wrote one."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
-        self._asked: Checkpoint | None = None
+        self._taken: Checkpoint | None = None
         self._since = time.monotonic()
 
     @property
     def seconds_for_one(self) -> float:
-        """What the longest save took so far, the pause and the writing."""
+        """Seconds of the longest save so far, pause and writing."""
         return max(self.pauses, default=0.0) + max(self.writes, default=0.0)
 
     @property
     def last(self) -> dict[str, float]:
-        """What the last save came to: `write_seconds` and `bytes`, if there was one."""
+        """`write_seconds` and `bytes` of the last save, if there was one."""
         return {"write_seconds": round(self.writes[-1], 4), "bytes": self.size} if self.writes else {}
 
     @property
     def age(self) -> float:
-        """Seconds since the last save was asked for."""
+        """Seconds since the last save was requested."""
         return time.monotonic() - self._since
 
     def save(self, taken: Checkpoint) -> None:
         """Write `taken` in the background, after the one that is being written."""
         self.settle()
-        self._asked, self._since = taken, time.monotonic()
+        self._taken, self._since = taken, time.monotonic()
         self._writing = self._thread.submit(self._write, taken)
 
     def settle(self) -> bool:
-        """Wait for the checkpoint that is being written. Returns whether it was."""
+        """Wait for the checkpoint that is being written. Returns False if that failed."""
         if self._writing is None:
             return True
         writing, self._writing = self._writing, None
         try:
             seconds, self.size = writing.result()
         except (OSError, ValueError, MemoryError, SafetensorError) as error:
-            self._tell(error)
+            self._warn(error)
             return False
         self.writes.append(seconds)
-        self.safe, self.saved = self._since, self._asked.state.global_step
+        self.safe, self.saved = self._since, self._taken.state.global_step
         return True
 
     def poll(self) -> None:
-        """Tell what became of the checkpoint that was being written, if that is known by now."""
+        """Settle the checkpoint that was being written, if its thread is done."""
         if self._writing is not None and self._writing.done():
             self.settle()
 
     def finish(self) -> bool:
-        """Wait for the last checkpoint, and try again a few times if it cannot be written. Returns whether it was; raises nothing,
-        since the run ends anyway."""
+        """Wait for the last checkpoint, and retry a few times if it cannot be written. Returns whether it was written; raises
+        nothing, since the run ends anyway."""
         for number in range(TRIES):
             if number:
                 time.sleep(BETWEEN)
-                self._writing = self._thread.submit(self._write, self._asked)
+                self._writing = self._thread.submit(self._write, self._taken)
             try:
                 if self.settle():
                     return True
@@ -98,7 +98,7 @@ class Writer:
                 self.warn(str(error))
         return False
 
-    def told(self) -> str:
+    def summary(self) -> str:
         number, pauses = len(self.writes), self.pauses
         return (
             f"{number} checkpoint{'s' if number > 1 else ''}, the last of {self.size / 1e6:.3g} MB: training paused "
@@ -115,17 +115,17 @@ class Writer:
         size = checkpoint.write(self.folder, taken, self.kept)
         return time.monotonic() - begun, size
 
-    def _tell(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         why = getattr(error, "strerror", None) or error
         minutes, limit = (time.monotonic() - self.safe) / 60, self.settings.give_up_hours
-        told = f"{self.folder}: {UNWRITTEN} ({why})"
+        failure = f"{self.folder}: {UNWRITTEN} ({why})"
         if minutes > 60 * limit:
             raise InputError(
-                f"{told}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} allows; "
-                "make room, then use the same command again",
+                f"{failure}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} "
+                "allows; make room, then use the same command again",
                 local=True,
             )
         last = (
             "there is none yet" if self.saved is None else f"the last good one is of step {self.saved}, {minutes:.0f} minutes old"
         )
-        self.warn(f"{told}; {last}. Training goes on and the next save tries again: make room")
+        self.warn(f"{failure}; {last}. Training goes on and the next save tries again: make room")

@@ -87,8 +87,8 @@ class Context:
         )
         return kind(network, sgd, momentum, options)
 
-    def parts(self, data) -> int:
-        """In how many parts, one after the other, a process takes its share of the global batch. Raises InputError if it cannot be
+    def accumulation_steps(self, data) -> int:
+        """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be
         divided so. data: that part of the recipe."""
         share, asked = data.global_batch // self.world_size, self.asked.accumulation
         limit = data.per_device_batch_limit or share

@@ -45,7 +45,7 @@ def _shards(case: Case, key: str) -> Finding:
         first, _, remedy = shards.warnings[0].rpartition(": ")
         return fails(f"{first}{more}", f"{remedy}, then `python -m data_tools.verify`")
     if key == "train":
-        preflight.search_without_architecture(case.settings, stream.steps_per_epoch)
+        preflight.check_search_length(case.settings, stream.steps_per_epoch)
         found += f", {many(stream.steps_per_epoch, 'step')} of {data.global_batch} an epoch"
     elif shards.samples < case.ranks:
         found += f", so that only {shards.samples} of {case.ranks} processes evaluate"

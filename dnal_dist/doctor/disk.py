@@ -11,13 +11,13 @@ from shutil import disk_usage
 import torch
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Checkpoint, Kept, State
+from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
 from dnal_dist.common.commands import output_of
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
 from dnal_dist.doctor.case import Case, Finding, fails, passes, warns
 from dnal_dist.training import stopping
-from dnal_dist.training.run_folder import ANEW, look
+from dnal_dist.training.run_folder import REMEDY, inspect
 
 # Seconds by which two clocks may differ before files of one machine get wrong times on the other.
 CLOCKS = 2.0
@@ -44,7 +44,7 @@ def run_folder(case: Case) -> Finding:
     if stop.exists() and not (stop.is_file() and stop.read_text(errors="replace").startswith(SCRIPTS)):
         return fails(f"{stop} exists, so a run would stop at its first step", f"rm {stop}")
     taken = occupied(folder)
-    saved, faults = look(folder, case.settings)
+    saved, faults = inspect(folder, case.settings)
     if taken:
         return fails(f"another process trains in {folder}", "wait for its end, or change key 'output'")
     unknown = ", though a process on another machine may train there" if taken is None else ""
@@ -54,7 +54,7 @@ def run_folder(case: Case) -> Finding:
         return passes(f"{folder} can be written, and a run starts there{unknown}")
     state = saved.state
     if state.phase == "done":
-        return warns(f"{folder} holds this run, finished{unknown}", f"to train it again, {ANEW}")
+        return warns(f"{folder} holds this run, finished{unknown}", f"to train it again, {REMEDY}")
     found = f"{folder} holds this run, which resumes in {state.phase} after {state.step} of its steps{unknown}"
     return warns(f"{found}; {faults[0]}", "find out what damages files on this disk") if faults else passes(found)
 
@@ -110,7 +110,7 @@ def _sample(case: Case) -> Checkpoint:
             rows = max(1, min(len(p), (MEASURED - size) * len(p) // (4 * p.numel())))
             tensors[f"{part}.{name}"] = torch.rand(p.shape)[:rows]
             size += 4 * tensors[f"{part}.{name}"].numel()
-    return Checkpoint(tensors, State(phase="search", step=1, global_step=1, recipe=case.settings.model_dump(mode="json")))
+    return Checkpoint(tensors, RunState(phase="search", step=1, global_step=1, recipe=case.settings.model_dump(mode="json")))
 
 
 def within_limits(case: Case, seconds: float, found: str) -> Finding:

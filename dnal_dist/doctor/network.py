@@ -21,7 +21,7 @@ def network(case: Case) -> Finding:
     data, model = case.settings.data, case.settings.model
     # A batch that cannot be divided evenly is reported with the shards.
     images = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _accumulation(case)
-    preflight.unfit_images(case.network, data, images)
+    preflight.check_images(case.network, data, images)
     selection.budget(case.settings.architecture, case.network, data.image_size)
     weights = model.init_from
     if weights and not weights.startswith(PREFIX) and not Path(weights).expanduser().exists():

@@ -94,7 +94,7 @@ def _size(network: nets.GatedNetwork, data: recipe.Data, largest: int) -> int:
     for size in (largest, 2 * largest):
         if size < data.image_size:
             try:
-                preflight.unfit_images(network, data.model_copy(update={"image_size": size}), IMAGES)
+                preflight.check_images(network, data.model_copy(update={"image_size": size}), IMAGES)
                 return size
             except InputError:
                 continue

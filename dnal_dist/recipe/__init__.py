@@ -21,9 +21,12 @@ from dnal_dist.recipe.schema import (
     Tracking,
     Training,
     amount,
+    free_keys,
+    is_free,
 )  # fmt: skip
 
 __all__ = [
     "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase",
-    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "load",
+    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "free_keys",
+    "is_free", "load",
 ]  # fmt: skip

@@ -14,6 +14,12 @@ class Section(BaseModel):
     )
 
 
+# Marks of keys that do not affect a run's result ("setting": its seeds may differ in them), or that may change when a run resumes
+# ("resume"). Shards count by content, which is compared when a run resumes.
+FREE = {"free": ["setting", "resume"]}
+FREE_IN_SETTING, FREE_AT_RESUME = {"free": ["setting"]}, {"free": ["resume"]}
+
+
 class Network(Section):
     name: str
     """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
@@ -47,10 +53,10 @@ class Augmentation(Section):
 
 
 class Data(Section):
-    train: str
+    train: str = Field(json_schema_extra=FREE_AT_RESUME)
     """Training shards: a path with * ? [] and {000..007} patterns; several, separated by blanks; a path with
     blanks wants quotes. Also https://, s3:// and gs://."""
-    val: str
+    val: str = Field(json_schema_extra=FREE_AT_RESUME)
     """Validation shards, likewise."""
     image_size: int = Field(ge=1)
     """Height and width of the images the network sees, in pixels."""
@@ -74,11 +80,11 @@ class Data(Section):
     """About how many training shards are in use at any time. By default all: a uniform shuffle over the whole set, which reads it
     all over. A number (such as 32) lets shards come and go, for sets that do not fit into a cache; their samples should have been
     shuffled when the shards were made."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, json_schema_extra=FREE)
     """Loader processes for each training process; 0 loads in the training process itself."""
-    cache: str = Field("~/.cache/dnal_dist/shards", min_length=1)
+    cache: str = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
     """Folder of this machine for copies of remote shards; its processes share it."""
-    cache_gb: float = Field(100.0, gt=0)
+    cache_gb: float = Field(100.0, gt=0, json_schema_extra=FREE)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
     decode: Literal["cpu", "cuda"] = "cpu"
     """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation and whatever is
@@ -286,7 +292,7 @@ class Tracking(Section):
 class Training(Section):
     sync_batchnorm: bool = False
     """BatchNorm normalises with the statistics of all processes' batches instead of each its own."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(False, json_schema_extra=FREE_IN_SETTING)
     """Activations within a block are computed anew in the backward pass instead of kept: less memory, a third more work."""
     compile: bool = False
     """Each block goes through torch.compile."""
@@ -313,11 +319,11 @@ class Checkpoints(Section):
 class Recipe(Section):
     """A run of dnal_dist: pretrain, search, prune and finetune one network on one data set."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, json_schema_extra=FREE_IN_SETTING)
     """What the run is called in the report and the trackers."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, json_schema_extra=FREE_IN_SETTING)
     """Fixes the initial weights, the order of samples and their augmentation."""
-    output: str = Field(min_length=1)
+    output: str = Field(min_length=1, json_schema_extra=FREE)
     """The run folder."""
     model: Network
     """The network."""
@@ -329,7 +335,25 @@ class Recipe(Section):
     """How the gates learn."""
     training: Training = Training()
     """Switches that trade time, memory and communication; they go with every backend."""
-    checkpoint: Checkpoints = Checkpoints()
+    checkpoint: Checkpoints = Field(Checkpoints(), json_schema_extra=FREE)
     """When where the run stands is saved."""
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(Tracking(), json_schema_extra=FREE)
     """Where metrics go beside metrics.jsonl, and how often."""
+
+
+def free_keys(in_what: Literal["setting", "resume"], section: type[Section] = Recipe, head: str = "") -> set[str]:
+    """Dotted keys that do not affect a run's result ("setting"), or that may change when it resumes ("resume"); a whole section by
+    its name alone."""
+    found = set()
+    for name, field in section.model_fields.items():
+        if in_what in (field.json_schema_extra or {}).get("free", ()):
+            found.add(f"{head}{name}")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= free_keys(in_what, field.annotation, f"{head}{name}.")
+    return found
+
+
+def is_free(key: str, free: set[str]) -> bool:
+    """Whether the dotted `key`, or a section that it is in, is one of `free`."""
+    parts = key.split(".")
+    return any(".".join(parts[:number]) in free for number in range(1, len(parts) + 1))

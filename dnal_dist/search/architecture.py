@@ -17,26 +17,26 @@ class Architecture(nn.Module):
         """Gates sigmoid(delta * alpha), shape (N,): 0.5 at the start, 0 or 1 as delta grows."""
         return torch.sigmoid(delta * self.alpha)
 
-    def penalty(self, kind: str, delta: float, share: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code), that of
-        the gates themselves (`scaled_sigmoid`), what `share` makes of the gates (`expected_macs`): gates (N,) -> expected cost as a
-        share of the full network's; or the mean gate, each weighted by the square root of what its channel costs at present, which
-        is the gradient of `share` (`root_macs`)."""
+    def penalty(self, kind: str, delta: float, cost_fraction: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Scalar that pushes gates to close: the sum over channels of sigmoid(alpha) (`sigmoid`, as in the authors' code), the sum
+        of the gates (`scaled_sigmoid`), the expected cost as a fraction of the full network's (`expected_macs`), or the mean gate,
+        each weighted by the square root of its channel's present cost (`root_macs`). cost_fraction, needed by the last two: gates
+        (N,) -> that fraction, differentiable; a channel's cost is its gradient."""
         if kind == "sigmoid":
             return torch.sigmoid(self.alpha).sum()
         if kind == "scaled_sigmoid":
             return self.gates(delta).sum()
-        if kind == "expected_macs" and share is not None:
-            return share(self.gates(delta))
-        if kind == "root_macs" and share is not None:
+        if kind == "expected_macs" and cost_fraction is not None:
+            return cost_fraction(self.gates(delta))
+        if kind == "root_macs" and cost_fraction is not None:
             gates = self.gates(delta)
             at = gates.detach().requires_grad_()
-            weights = torch.autograd.grad(share(at), at)[0].clamp_min(1e-12).sqrt()
+            weights = torch.autograd.grad(cost_fraction(at), at)[0].clamp_min(1e-12).sqrt()
             return gates @ weights / weights.sum()
         known = "'sigmoid', 'scaled_sigmoid' or, with a cost, 'expected_macs' or 'root_macs'"
         raise ValueError(f"unknown penalty kind {kind!r}: expected {known}")
 
     @torch.no_grad()
     def keep(self, delta: float, threshold: float) -> Tensor:
-        """Which channels stay, bool (N,): those whose gate is above `threshold`."""
+        """The keep mask, bool (N,): channels whose gate is above `threshold`."""
         return self.gates(delta) > threshold

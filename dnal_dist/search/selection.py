@@ -18,7 +18,7 @@ TRIES = 4000
 
 
 class Budget(NamedTuple):
-    """`least` <= cost <= `most` is what the network must come to; `unit` is "macs" or "params", `full` what all channels cost."""
+    """The cost that a network may have, `least` to `most`. `unit` is "macs" or "params", `full` the cost of all channels."""
 
     unit: str
     least: int
@@ -26,14 +26,16 @@ class Budget(NamedTuple):
     full: int
 
     def of(self, cost) -> int | Tensor:
-        """The part of a Cost, or of an Expected, that the budget is about."""
+        """The component of a Cost, or of an Expected, in the budget's unit."""
         return getattr(cost, self.unit)
 
     def __contains__(self, found: int) -> bool:
         return self.least <= found <= self.most
 
-    def missed(self, found: int) -> str:
-        """What is to be said of a network that costs `found` and does not meet the budget."""
+    def missed(self, found: int) -> str | None:
+        """An error message if a network that costs `found` misses the budget."""
+        if found in self:
+            return None
         return (
             f"key 'architecture.target.{self.unit}': missed, the network costs {found:,} where {self.least:,} to {self.most:,} "
             f"were asked for; raise architecture.tolerance, or choose another target"

@@ -1,1 +1,1 @@
-"""A run from its recipe to the compact network: phases that alternate two steps."""
+"""A run, from its recipe to the compact network: phases that alternate two kinds of steps."""

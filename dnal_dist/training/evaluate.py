@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
 from dnal_dist.data.device import feed
@@ -15,7 +16,7 @@ from dnal_dist.distributed.context import Context
 
 
 class Evaluation(NamedTuple):
-    """Shares of 1, mean cross-entropy, how many samples that is over, and what was skipped."""
+    """Accuracies as fractions, mean cross-entropy, number of samples, and the samples that were skipped."""
 
     accuracy: float
     top5: float
@@ -29,21 +30,23 @@ class Evaluation(NamedTuple):
 def evaluate(
     network: nn.Module,
     stream: Stream,
-    data,
+    data: recipe.Data,
     context: Context,
     gates: Tensor | None = None,
-    edge: Callable[[], object] = lambda: None,
+    between: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Top-1 and top-5 of the bare `network` (with `gates` (N,), if given) over all of `stream`. `data` is the recipe's part.
-    edge is called between two batches, equally often on all processes; what it raises passes."""
+    """Top-1 and top-5 of the bare `network` (with `gates` (N,), if given) over all of `stream`.
+
+    between is called between two batches, equally often on all processes; its exceptions pass.
+    """
     network.eval()
     # correct, in the top five, summed cross-entropy, samples
     sums, bad = torch.zeros(4, dtype=torch.float64, device=context.device), []
-    # Of the last batch, which may be a part of one, not all processes have a share.
+    # The last batch may be a partial one, of which some processes have no samples.
     whole = stream.samples // data.global_batch
     for number, (images, labels, batch, _) in enumerate(feed(stream.batches(), data, context.device)):
         if number < whole:
-            edge()
+            between()
         bad += map(str, batch.bad)
         if not len(labels):
             continue

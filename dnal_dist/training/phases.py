@@ -1,23 +1,26 @@
 """The phases of a run: pretrain, search, prune, finetune."""
 
 import contextlib
+from collections.abc import Generator
 
 from safetensors import SafetensorError
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.phases import Phase
 from dnal_dist.common.span import span, spanned
+from dnal_dist.data.device import Fed
 from dnal_dist.nets import compact
 from dnal_dist.search import schedule
 from dnal_dist.search.penalty import Penalty
 from dnal_dist.training import state
-from dnal_dist.training.loop import delta_of, fed, look, optimise, record_gates, write_receipt
+from dnal_dist.training.loop import delta_at, evaluate_and_record, optimise, record_gates, record_receipt, training_batches
 from dnal_dist.training.pruning import prune
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 
-def go(run: Run) -> None:
-    """From where `run` stands to its end. Raises stopping.Stopped if it was asked to stop; what it goes on from is saved then."""
+def train(run: Run) -> None:
+    """Take all phases that are left. Raises stopping.Stopped, after a checkpoint to resume from, when a stop was requested."""
     with span("training", run):
         _phases(run)
 
@@ -27,109 +30,107 @@ def _phases(run: Run) -> None:
         # A disk that takes no checkpoint is better known now than hours from now.
         state.save(run, {})
         run.writer.settle()
-    # A stream has one reader at a time, and pruning looks at batches that the finetune will see again.
-    with contextlib.closing(fed(run)) as batches:
-        if run.phase == "pretrain":
+    # A stream has one reader at a time, and pruning reads batches that the finetune will see again.
+    with contextlib.closing(training_batches(run)) as batches:
+        if run.state.phase == "pretrain":
             pretrain(run, batches)
-        if run.phase == "search":
+        if run.state.phase == "search":
             search(run, batches)
-    if run.phase == "prune":
+    if run.state.phase == "prune":
         prune(run)
-        _enter(run, "finetune")
-    with contextlib.closing(fed(run)) as batches:
-        if run.phase == "finetune":
+        enter(run, "finetune")
+    with contextlib.closing(training_batches(run)) as batches:
+        if run.state.phase == "finetune":
             finetune(run, batches)
 
 
 @spanned("pretrain")
-def pretrain(run: Run, batches) -> None:
-    """Weights only, without gates; not at all if the recipe gives it no iterations."""
-    given = run.recipe.model.init_from
-    if given and run.step == 0:
-        run.log.say(f"accuracy {look(run, epoch=0.0):.2%} with the weights of {given}")
+def pretrain(run: Run, batches: Generator[Fed]) -> None:
+    """Weights only, without gates; skipped if the recipe gives it no iterations."""
+    source = run.recipe.model.init_from
+    if source and run.state.step == 0:
+        run.log.say(f"accuracy {evaluate_and_record(run, epoch=0.0):.2%} with the weights of {source}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
-    _enter(run, "search")
+    enter(run, "search")
 
 
 @spanned("search")
-def search(run: Run, batches) -> None:
+def search(run: Run, batches: Generator[Fed]) -> None:
     """Weights and architecture in turn, while delta grows and the gates harden."""
     settings, phase = run.recipe.architecture, run.recipe.phases.search
     total = phase.iterations(run.train.steps_per_epoch)
     penalty = Penalty(settings, phase, total, run.supernet, run.recipe.data.image_size, run.architecture, run.budget)
 
-    def step_either(trained, step, images, labels, share, parts) -> Outcome:
-        delta = delta_of(run, step)
+    def step_either(trained, step, images, labels, local_batch, accumulation) -> Outcome:
+        delta = delta_at(run, step)
         if not schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
-            return weight_step(trained, images, labels, share, run.architecture.gates(delta), parts)
+            return weight_step(trained, images, labels, local_batch, run.architecture.gates(delta), accumulation)
         return architecture_step(
             trained,
             run.architecture,
             run.architecture_optimizer,
             images,
             labels,
-            share,
+            local_batch,
             delta,
             settings.penalty,
             penalty_weight(run, penalty, delta, step),
             run.context.average_,
             penalty.cost_fraction,
-            parts,
+            accumulation,
             settings.optimizer.clip_norm,
         )
 
-    if run.step == 0:
+    if run.state.step == 0:
         record_gates(run, settings.delta_start)
     optimise(run, batches, step_either)
-    assert run.step == total
-    _enter(run, "prune")
+    assert run.state.step == total
+    enter(run, "prune")
 
 
 def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float:
     """The penalty weight of the search's iteration `step`. Below the recipe's floor of MACs the penalty is frozen."""
-    settings = run.recipe.architecture
+    settings, position = run.recipe.architecture, run.state
     if run.budget is not None:
-        run.penalty_weight, run.penalty_lag = penalty.driven(delta, step, run.penalty_lag)
-        return run.penalty_weight
+        position.penalty_weight, position.penalty_lag = penalty.driven(delta, step, position.penalty_lag)
+        return position.penalty_weight
     if penalty.guard_is_due(step):
         fraction = penalty.collapsing(delta)
-        if fraction is not None and not run.penalty_rests:
-            run.log.global_step = run.global_step
+        if fraction is not None and not position.penalty_frozen:
             run.log.warn(
                 f"the architecture is collapsing: {fraction:.2%} of the MACs are left, architecture.min_macs is "
-                f"{settings.min_macs:.1%}; the penalty rests. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
+                f"{settings.min_macs:.1%}; the penalty is frozen. Lower architecture.penalty_weight ({settings.penalty_weight:g})"
             )
-        run.penalty_rests = fraction is not None
-    return 0.0 if run.penalty_rests else settings.penalty_weight
+        position.penalty_frozen = fraction is not None
+    return 0.0 if position.penalty_frozen else settings.penalty_weight
 
 
 @spanned("finetune")
-def finetune(run: Run, batches) -> None:
+def finetune(run: Run, batches: Generator[Fed]) -> None:
     """Weights of the compact network."""
     optimise(run, batches)
-    _finish(run)
-    _enter(run, "done")
+    _write_compact(run)
+    enter(run, "done")
 
 
 @spanned("compact write")
-def _finish(run: Run) -> None:
-    """Write what the run was for."""
-    if run.global_step % run.train.steps_per_epoch:
-        write_receipt(run)
+def _write_compact(run: Run) -> None:
+    if run.state.global_step % run.train.steps_per_epoch:
+        record_receipt(run)
     if run.context.main:
         facts = {"name": run.recipe.model.name, "image_size": run.recipe.data.image_size}
         data = {"mean": run.recipe.data.mean, "std": run.recipe.data.std}
         try:
-            compact.save(run.small, run.folder / "compact", **facts, **data)
+            compact.save(run.compact, run.folder / "compact", **facts, **data)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{run.folder / 'compact'}: cannot be written ({error}); make room, then use the same command again", local=True
             ) from None
 
 
-def _enter(run: Run, phase: str) -> None:
-    """Begin `phase`, from a checkpoint on."""
-    run.phase, run.step, run.accuracy = phase, 0, None
-    # The compact network begins without any.
+def enter(run: Run, phase: Phase) -> None:
+    """Begin `phase` with a checkpoint."""
+    run.state.phase, run.state.step, run.state.accuracy = phase, 0, None
+    # The compact network starts without momentum.
     state.save(run, {} if phase == "prune" else run.momentum)

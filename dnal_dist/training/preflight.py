@@ -1,4 +1,4 @@
-"""What a run is refused for before it trains, each by an InputError that names the key and the remedy."""
+"""Checks before a run trains; each raises InputError with the key and the remedy."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,27 +23,29 @@ def build_network(model: recipe.Network) -> nets.GatedNetwork:
         raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
 
 
-def other_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
-    """Raise InputError if the order of samples would not go on as it began."""
-    for key, digest in run.shards.items():
+def check_same_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
+    """The order of samples continues only over the shards that the run began with."""
+    for key, digest in run.state.shards.items():
         if before.get(key, digest) != digest and not {key, "data"} & set(allowed):
             raise InputError(
                 f"key '{key}': the shards are not those that the run began with; put those back, or remove the folder to "
-                f"begin anew (outside of SLURM: --allow-changed {key} or --overwrite)"
+                f"start again (outside of SLURM: --allow-changed {key} or --overwrite)"
             )
 
 
-def shorter_phase(run: Run) -> None:
-    phase = getattr(run.recipe.phases, run.phase, None)
-    if phase is not None and run.step > (total := phase.iterations(run.train.steps_per_epoch)):
+def check_phase_length(run: Run) -> None:
+    """A phase that was shortened must still contain the present step."""
+    state = run.state
+    phase = getattr(run.recipe.phases, state.phase, None)
+    if phase is not None and state.step > (total := phase.iterations(run.train.steps_per_epoch)):
         raise InputError(
-            f"key 'phases.{run.phase}': the run has taken {run.step} of its iterations already, so {total} are too few; "
+            f"key 'phases.{state.phase}': the run has taken {state.step} of its iterations already, so {total} are too few; "
             "make it longer"
         )
 
 
-def shards_that_differ(shards: Shards, context: Context) -> None:
-    """Raise InputError, on all processes, if one of them finds other shards than the main process."""
+def check_shards_agree(shards: Shards, context: Context) -> None:
+    """All processes must find the shards of the main process; raises on all of them."""
     first, *others = context.gather([shards.fingerprints()])
     for rank, other in enumerate(others, 1):
         if other != first:
@@ -54,7 +56,8 @@ def shards_that_differ(shards: Shards, context: Context) -> None:
             )
 
 
-def search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None:
+def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:
+    """The search must contain an architecture step."""
     phase = settings.phases.search
     if phase.iterations(per_epoch) <= phase.weight_steps:
         raise InputError(
@@ -63,8 +66,8 @@ def search_without_architecture(settings: recipe.Recipe, per_epoch: int) -> None
         )
 
 
-def unfit_images(network: nets.GatedNetwork, data: recipe.Data, share: int) -> None:
-    """Raise InputError if images of the recipe's size, or so few of them in each process, cannot pass through `network`."""
+def check_images(network: nets.GatedNetwork, data: recipe.Data, micro_batch: int) -> None:
+    """Images of the recipe's size, and so few of them in a micro-batch, must pass through `network`."""
     size = data.image_size
     with torch.no_grad(), nets.resting_statistics(network.train()):
         try:
@@ -74,9 +77,11 @@ def unfit_images(network: nets.GatedNetwork, data: recipe.Data, share: int) -> N
                 f"key 'data.image_size': the network cannot take images of {size}x{size} pixels "
                 f"({str(error).splitlines()[0]}); change it or key 'model.name'"
             ) from None
+    if micro_batch > 1:
+        return
+    with torch.no_grad(), nets.resting_statistics(network.train()):
         try:
-            if share == 1:
-                network(torch.zeros(1, 3, size, size))
+            network(torch.zeros(1, 3, data.image_size, data.image_size))
         except ValueError as error:
             raise InputError(
                 f"key 'data.global_batch': {data.global_batch} leaves one image to a process at a time, too few for BatchNorm "

@@ -133,7 +133,7 @@ def _saved(path: Path, output: Path) -> Given:
             raise InputError(f"{KEY}: {error}; give another") from None
     elif os.path.isdir(run):
         _, saved, damaged = checkpoint.latest(run)
-        faults = [f"{fault}; it was passed over" for fault in damaged.values()]
+        faults = [f"{fault}; it was skipped" for fault in damaged.values()]
         if saved is None:
             raise InputError(f"{KEY}: {faults[0] if faults else f'{run} holds no checkpoint'}; give another run")
     else:

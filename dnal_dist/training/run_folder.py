@@ -1,4 +1,4 @@
-"""The run folder: what may be done with the one a recipe names, and doing it."""
+"""The run folder: whether a run may begin or resume in it, and its preparation."""
 
 import contextlib
 import hashlib
@@ -22,43 +22,41 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
 from dnal_dist.distributed.context import Context
 
-# What a run writes into its folder, and all that --overwrite removes from it. The last is there from start to end: a folder
-# without it holds no run, whatever else is in it.
+# What a run writes into its folder, and all that --overwrite removes from it. The last exists from start to end: a folder without
+# it holds no run, whatever else is in it.
 PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "report.md", "plots", "wandb", "tensorboard", "metrics.jsonl")
-# Seconds that a run which was killed may take to let go of its folder: its loaders notice after a few.
+# Seconds that a killed run may take to release its folder: its loader processes notice after a few.
 LOCK_SECONDS = 60
-# What has no say in the result. Of shards it is what they hold that has, which is compared elsewhere (train.assemble).
-FREE = ("output", "tracking.", "checkpoint.", "data.workers", "data.cache", "data.train", "data.val")
-# What the tensors of a checkpoint depend on.
+# Keys that determine the tensors of a checkpoint.
 FIXED = ("model.name", "model.num_classes", "model.width")
-# The remedy where a run is not to go on. A batch script takes no --overwrite: each requeue would begin anew.
-ANEW = "name another output=..., or remove the folder (outside of SLURM: --overwrite)"
+# The remedy where a run must not resume. A batch script takes no --overwrite: each requeue would start again.
+REMEDY = "name another output=..., or remove the folder (outside of SLURM: --overwrite)"
 
 
 class Opened(NamedTuple):
     """A run folder that is ready."""
 
     saved: Checkpoint | None
-    """What to go on from."""
+    """The checkpoint to resume from."""
     faults: list[str]
-    """What was found damaged."""
+    """Warnings about damage."""
     changed: dict[str, list]
     """Keys of the recipe that changed since, with both values."""
     lock: FileLock | None
-    """Held as long as the run goes on; the main process's."""
+    """Held by the main process until the run ends."""
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether the run folder has any, damaged or not: then a run there is gone on with or refused, but does not begin."""
+    """Whether the run folder has any, damaged or not: a run there is then resumed or refused, but does not begin."""
     try:
         return bool(checkpoint.found(folder / "checkpoints"))
     except (OSError, ValueError):
-        return True  # open_folder says why it cannot be looked at
+        return True  # open_folder reports why it cannot be read
 
 
 def open_folder(folder: Path, settings: recipe.Recipe, context: Context, overwrite: bool, allowed: Sequence[str] = ()) -> Opened:
-    """Make `folder` ready for a run of `settings`: to go on from its newest checkpoint, or to begin. allowed: keys of the recipe
-    that may have changed. The main process looks and writes first, so that all processes refuse the folder or none does. Raises
+    """Make `folder` ready for a run of `settings`, to resume from its newest checkpoint or to begin. allowed: keys of the recipe
+    that may have changed. The main process reads and writes first, so that all processes refuse the folder or none does. Raises
     InputError."""
     opened, refusal, path = Opened(None, [], {}, None), None, None
     try:
@@ -84,21 +82,20 @@ def open_folder(folder: Path, settings: recipe.Recipe, context: Context, overwri
 def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Sequence[str]) -> tuple[Path | None, Opened]:
     lock = None
     try:
-        found = _found(folder)
-        _refuse_strangers(folder, found)
+        _check_owned(folder, _products(folder))
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        # Once more: whoever had it may have written since.
-        found = _found(folder)
-        for place in (folder, folder / "checkpoints"):
-            atomic.clean(place)
-        path, saved, damaged, changed, faults = _judged(folder, found, settings, overwrite, allowed)
+        # Listed after locking: the previous holder may have written until then.
+        products = _products(folder)
+        for unclean in (folder, folder / "checkpoints"):
+            atomic.clean(unclean)
+        path, saved, damaged, changed, faults = _decide(folder, products, settings, overwrite, allowed)
         if saved is not None:
             faults = [_set_aside(*one) for one in damaged.items()]
         if saved is None:
-            for old in map(folder.joinpath, found):
+            for old in map(folder.joinpath, products):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        # First, since it is what marks the folder as a run's.
+        # First, since it marks the folder as a run's.
         (folder / PRODUCTS[-1]).touch()
         if saved is None:
             write_recipe(folder, settings)
@@ -112,24 +109,24 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
     return path, Opened(saved, faults, changed, lock)
 
 
-def look(folder: Path, settings: recipe.Recipe, overwrite: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """What a run of `settings` would go on from in `folder`, and what it would find damaged or begin anew. Nothing is written, no
-    lock is taken. Raises InputError as open_folder does, OSError if the folder cannot be looked at."""
-    found = _found(folder)
-    _refuse_strangers(folder, found)
-    _, saved, _, _, faults = _judged(folder, found, settings, overwrite, ())
+def inspect(folder: Path, settings: recipe.Recipe, overwrite: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that a run of `settings` would resume from in `folder`, and its warnings. Nothing is written or locked. Raises
+    InputError as open_folder does, OSError if the folder cannot be read."""
+    products = _products(folder)
+    _check_owned(folder, products)
+    _, saved, _, _, faults = _decide(folder, products, settings, overwrite, ())
     return saved, faults
 
 
-def _refuse_strangers(folder: Path, found: list[str]) -> None:
-    if found and PRODUCTS[-1] not in found:
+def _check_owned(folder: Path, products: list[str]) -> None:
+    if products and PRODUCTS[-1] not in products:
         raise InputError(
-            f"key 'output': {folder} holds {', '.join(found)}, but no {PRODUCTS[-1]}, so it may be no run's; "
+            f"key 'output': {folder} holds {', '.join(products)}, but no {PRODUCTS[-1]}, so it may not be a run's; "
             f"name another folder, or remove what is in the way"
         )
 
 
-class _Judged(NamedTuple):
+class _Decision(NamedTuple):
     path: Path | None
     saved: Checkpoint | None
     damaged: dict[Path, str]
@@ -137,27 +134,27 @@ class _Judged(NamedTuple):
     faults: list[str]
 
 
-def _judged(folder: Path, found: list[str], settings: recipe.Recipe, overwrite: bool, allowed: Sequence[str]) -> _Judged:
-    """Whether a run goes on or begins. Only looks. Raises InputError."""
+def _decide(folder: Path, products: list[str], settings: recipe.Recipe, overwrite: bool, allowed: Sequence[str]) -> _Decision:
+    """Whether a run resumes or begins. Writes nothing. Raises InputError."""
     path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
     changed, faults = {}, [*damaged.values()]
     if saved is not None:
         changed = _changed(folder, saved.state.recipe, settings, allowed)
         if changed and saved.state.phase == "done":
             raise InputError(
-                f"{folder}: this run is finished, and nothing of {', '.join(changed)} can change any more; undo that, or name "
+                f"{folder}: this run is finished, and {', '.join(changed)} can no longer change; undo that, or name "
                 "another output=..."
             )
     elif faults:
-        raise InputError(f"key 'output': {faults[0]}; none is left, so {ANEW}")
-    elif found and not overwrite:
-        faults = _begin_anew(folder, found, settings, allowed)
-    return _Judged(path, saved, damaged, changed, faults)
+        raise InputError(f"key 'output': {faults[0]}; none is left, so {REMEDY}")
+    elif products and not overwrite:
+        faults = _start_again(folder, products, settings, allowed)
+    return _Decision(path, saved, damaged, changed, faults)
 
 
 @spanned("recipe write")
 def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
-    """Of a run that goes on, only when it is known that it does. Raises InputError."""
+    """Raises InputError. When a run resumes, this comes last: a resume that fails must not change the folder's recipe."""
     try:
         atomic.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
     except OSError as error:
@@ -165,26 +162,26 @@ def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
 
 
 def private_temp(folder: Path, rank: int, world_size: int) -> None:
-    """Give this process a place of its own for the sockets of its loaders: always the same for a run, so that what a kill leaves is
-    gone when the run goes on."""
+    """Give this process a temporary folder for the sockets of its loaders, always the same one for a run and rank, so that the next
+    start of the run removes what a kill leaves."""
     head = f"dnal_dist-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-"
-    place = Path(tempfile.gettempdir(), f"{head}{rank}")
-    for old in place.parent.glob(f"{head}*"):
+    own = Path(tempfile.gettempdir(), f"{head}{rank}")
+    for old in own.parent.glob(f"{head}*"):
         number = old.name.removeprefix(head)
         # Those of other ranks of this run are theirs.
         if number.isdecimal() and (int(number) == rank or int(number) >= world_size):
             shutil.rmtree(old, ignore_errors=True)
     try:
-        place.mkdir(0o700)
+        own.mkdir(0o700)
     except OSError:
         return  # something else has that name
-    # Where multiprocessing looks before it makes one of any name; removed as that would be, after the sockets in it.
-    multiprocessing.current_process()._config["tempdir"] = str(place)
-    multiprocessing.util.Finalize(None, shutil.rmtree, (place, True), exitpriority=-100)
+    # multiprocessing uses this one instead of creating its own; removed at the same point of its exit, after the sockets.
+    multiprocessing.current_process()._config["tempdir"] = str(own)
+    multiprocessing.util.Finalize(None, shutil.rmtree, (own, True), exitpriority=-100)
 
 
-def _found(folder: Path) -> list[str]:
-    # lexists: what --overwrite must not leave behind includes links that lead nowhere.
+def _products(folder: Path) -> list[str]:
+    # lexists: --overwrite must remove broken links too.
     return [name for name in PRODUCTS if os.path.lexists(folder / name)]
 
 
@@ -199,31 +196,31 @@ def _lock(folder: Path) -> FileLock | None:
     return lock
 
 
-def _begin_anew(folder: Path, found: list[str], settings: recipe.Recipe, allowed: Sequence[str]) -> list[str]:
-    """What to say of a run without a checkpoint, which begins anew. Raises InputError for one that is not to be lost."""
-    if "compact" in found:
-        raise InputError(f"key 'output': {folder} holds a run without a checkpoint to go on from; {ANEW}")
-    told = _told(folder)
-    # One that took more than a moment to come to.
-    if any(r.get("kind") == "checkpoint" and r.get("global_step") != 0 for r in told):
-        if _none_written(told):
+def _start_again(folder: Path, products: list[str], settings: recipe.Recipe, allowed: Sequence[str]) -> list[str]:
+    """The warning about a run that ended before its first checkpoint and starts again. Raises InputError if work would be lost."""
+    if "compact" in products:
+        raise InputError(f"key 'output': {folder} holds a run without a checkpoint to resume from; {REMEDY}")
+    records = _checkpoint_records(folder)
+    # The one at step 0 costs no work.
+    if any(r.get("kind") == "checkpoint" and r.get("global_step") != 0 for r in records):
+        if _none_written(records):
             raise InputError(
-                f"key 'output': none of the checkpoints of {folder} could be written, as the warnings of its metrics.jsonl tell; "
-                f"make room, and {ANEW}"
+                f"key 'output': none of the checkpoints of {folder} could be written, see the warnings in its metrics.jsonl; "
+                f"make room, and {REMEDY}"
             )
         raise InputError(
-            f"key 'output': the checkpoints of {folder} are gone, though its metrics.jsonl tells of some; put them back, or {ANEW}"
+            f"key 'output': the checkpoints of {folder} are gone, but its metrics.jsonl names some; put them back, or {REMEDY}"
         )
     try:
         old = recipe.load(folder / "recipe.yaml")
     except InputError:
         old = settings  # it was cut off when it was written
     _changed(folder, old.model_dump(mode="json"), settings, allowed)
-    return [f"{folder}: the run ended before its first checkpoint; it begins anew"]
+    return [f"{folder}: the run ended before its first checkpoint; it starts again"]
 
 
-def _told(folder: Path) -> list[dict]:
-    """The records that tell what became of checkpoints."""
+def _checkpoint_records(folder: Path) -> list[dict]:
+    """The records about checkpoints: starts, checkpoints and warnings."""
     found = []
     with contextlib.suppress(OSError), (folder / "metrics.jsonl").open(errors="replace") as lines:
         for line in lines:
@@ -233,34 +230,35 @@ def _told(folder: Path) -> list[dict]:
     return [record for record in found if isinstance(record, dict)]
 
 
-def _none_written(told: list[dict]) -> bool:
-    # Each record of a checkpoint tells the size of the one before, if that was written; what a run resumed from was written, too.
-    written = any("bytes" in record or record.get("resumed") for record in told)
-    return not written and any(UNWRITTEN in str(record.get("message")) for record in told)
+def _none_written(records: list[dict]) -> bool:
+    # A checkpoint's record has the size of the one before, if that was written; a run that resumed had one.
+    written = any("bytes" in record or record.get("resumed") for record in records)
+    return not written and any(UNWRITTEN in str(record.get("message")) for record in records)
 
 
 def _set_aside(path: Path, fault: str) -> str:
-    """What to say of a damaged checkpoint, which must not be in the way of those to come."""
+    """Rename a damaged checkpoint, out of the way of later ones, and return the warning about it."""
     aside = path.with_name(f"damaged-{path.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
     except OSError:
-        return f"{fault}; it was passed over"
-    return f"{fault}; it was passed over and is called {aside.name} now"
+        return f"{fault}; it was skipped"
+    return f"{fault}; it was skipped and renamed to {aside.name}"
 
 
 def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence[str]) -> dict[str, list]:
-    """Keys that have another value now, with both. Raises InputError, showing them, for those that are not allowed to."""
+    """Keys that have another value now, with both values. Raises InputError with the difference for keys that may not change."""
     with contextlib.suppress(ValueError):
         # A key that came with a later release had its default.
         old = recipe.Recipe.model_validate_json(json.dumps(old)).model_dump(mode="json")
     before, after = _flat(old), _flat(settings.model_dump(mode="json"))
     changed = {key: [before.get(key), after.get(key)] for key in before | after if before.get(key) != after.get(key)}
-    changed = {key: values for key, values in changed.items() if not key.startswith(FREE)}
-    if unused := [key for key in allowed if not any(_covers(key, other) for other in before | after)]:
+    free = recipe.free_keys("resume")
+    changed = {key: values for key, values in changed.items() if not recipe.is_free(key, free)}
+    if unused := [key for key in allowed if not any(recipe.is_free(other, {key}) for other in before | after)]:
         raise InputError(f"--allow-changed {unused[0]}: no such key in the recipe")
-    refused = [key for key in changed if key in FIXED or not any(_covers(one, key) for one in allowed)]
+    refused = [key for key in changed if key in FIXED or not recipe.is_free(key, set(allowed))]
     if refused:
         diff = "".join(f"\n  - {key}: {changed[key][0]}\n  + {key}: {changed[key][1]}" for key in refused)
         hint = " ".join(f"--allow-changed {key}" for key in refused if key not in FIXED)
@@ -270,10 +268,6 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
             f"undo that, or name another output=..., or remove the folder (outside of SLURM: {options})"
         )
     return changed
-
-
-def _covers(allowed: str, key: str) -> bool:
-    return key == allowed or key.startswith(f"{allowed}.")
 
 
 def _flat(tree: dict, head: str = "") -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dnal_dist import nets, recipe
+from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data import nvjpeg
 from dnal_dist.data.pipeline import Stream
@@ -23,28 +24,31 @@ from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training import preflight, pretrained, state
 from dnal_dist.training.run import Run
 from dnal_dist.training.run_folder import has_checkpoints, open_folder, private_temp, write_recipe
-from dnal_dist.training.stopping import Edges
+from dnal_dist.training.stopping import StopPoll
 
 
-def assemble(
+def prepare(
     settings: recipe.Recipe,
     context: Context,
-    edges: Edges | None = None,
+    stops: StopPoll | None = None,
     overwrite: bool = False,
     allowed: Sequence[str] = (),
 ) -> Run:
-    """Everything that a run of `settings` needs, its folder prepared, ready for phases.go. allowed: keys of the recipe that may
+    """A run of `settings`, new or resumed, with its folder prepared, ready for phases.train. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
     network = preflight.build_network(settings.model)
     train, val = _streams(settings, network, context)
     for stream in (train, val):
-        preflight.shards_that_differ(stream.shards, context)
-    budget = _refuse(settings, network, train, context)
+        preflight.check_shards_agree(stream.shards, context)
+    preflight.check_search_length(settings, train.steps_per_epoch)
+    local_batch = settings.data.global_batch // context.world_size
+    preflight.check_images(network, settings.data, local_batch // context.accumulation_steps(settings.data))
+    budget = selection.budget(settings.architecture, network, settings.data.image_size)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
-    given = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
+    source = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
     saved, faults, changed, lock = open_folder(folder, settings, context, overwrite, allowed)
     assert begins or saved is not None
     finished = saved is not None and saved.state.phase == "done"
@@ -53,9 +57,9 @@ def assemble(
     if context.idle_gpus:
         few = f"{context.idle_gpus} GPU for {context.world_size} processes"
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
-    if given is not None:
-        faults += given.warnings
-        run_log.say(f"the first weights are those of {given.origin}")
+    if source is not None:
+        faults += source.warnings
+        run_log.say(f"the first weights are those of {source.origin}")
     for fault in (*faults, *dict.fromkeys(context.gather([*train.shards.warnings, *val.shards.warnings]))):
         run_log.warn(fault)
     private_temp(folder, context.rank, context.world_size)
@@ -63,36 +67,45 @@ def assemble(
     architecture = Architecture(network.num_gates).to(context.device)
     writer = Writer(folder / "checkpoints", settings.checkpoint, run_log.warn, run_log.to_disk)
     run = Run(
-        settings,
-        folder,
-        context,
-        run_log,
-        train,
-        val,
-        supernet,
-        architecture,
-        writer,
-        edges or Edges(context),
-        lock,
-        budget,
-        _digests(train, val),
-        saved is not None,
+        recipe=settings,
+        folder=folder,
+        context=context,
+        state=_state(settings, context, _digests(train, val), run_log.tracker_run, saved),
+        log=run_log,
+        train=train,
+        val=val,
+        supernet=supernet,
+        architecture=architecture,
+        budget=budget,
+        writer=writer,
+        stops=stops or StopPoll(context),
+        lock=lock,
+        resumed=saved is not None,
     )
     if saved is not None:
-        preflight.other_shards(run, saved.state.shards, allowed)
+        preflight.check_same_shards(run, saved.state.shards, allowed)
         state.restore(run, saved)
-        preflight.shorter_phase(run)
+        preflight.check_phase_length(run)
         if context.main:
             write_recipe(folder, settings)
     if finished:
         run_log.say(f"{folder}: this run is finished; nothing is left to train")
     else:
-        _tell(run, saved is not None, changed)
+        _record_start(run, changed)
     return run
 
 
+def _state(
+    settings: recipe.Recipe, context: Context, shards: dict[str, str], tracker_run: str, saved: Checkpoint | None
+) -> RunState:
+    """The checkpoint's state or a new one, with the facts of the present processes."""
+    facts = {"world_size": context.world_size, "backend": context.backend, "shards": shards, "tracker_run": tracker_run}
+    facts["recipe"] = settings.model_dump(mode="json")
+    return saved.state.model_copy(update=facts) if saved else RunState(phase="pretrain", step=0, global_step=0, **facts)
+
+
 def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Context) -> tuple[Stream, Stream]:
-    """Of training and of validation."""
+    """The training stream and the validation stream."""
     data, classes = settings.data, settings.model.num_classes or network.num_classes
     if data.decode == "cuda":
         nvjpeg.require(context.device)
@@ -105,39 +118,30 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
     return stream("train", True), stream("val", False)
 
 
-def _refuse(settings: recipe.Recipe, network: nets.GatedNetwork, train: Stream, context: Context) -> selection.Budget | None:
-    """Raise InputError for what would only fail in training; return the budget, if the recipe has one."""
-    preflight.search_without_architecture(settings, train.steps_per_epoch)
-    share = settings.data.global_batch // context.world_size // context.parts(settings.data)
-    preflight.unfit_images(network, settings.data, share)
-    return selection.budget(settings.architecture, network, settings.data.image_size)
-
-
 def _digests(train: Stream, val: Stream) -> dict[str, str]:
     found = {"data.train": train.shards.fingerprints(), "data.val": val.shards.fingerprints()}
     return {key: hashlib.sha256("\n".join(lines).encode()).hexdigest() for key, lines in found.items()}
 
 
-def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
+def _record_start(run: Run, changed: dict[str, list]) -> None:
     context, run_log, train, image_size = run.context, run.log, run.train, run.recipe.data.image_size
-    parts, batch = context.parts(run.recipe.data), run.recipe.data.global_batch
+    accumulation, batch = context.accumulation_steps(run.recipe.data), run.recipe.data.global_batch
     full = cost.both_rules(run.supernet, image_size)
     versions = {"python": platform.python_version()}
     for name in ("dnal-dist", "torch", "torchvision", "accelerate", "simplejpeg"):
         with contextlib.suppress(PackageNotFoundError):  # a checkout on PYTHONPATH is not an installed package
             versions[name] = version(name)
-    run_log.global_step = run.global_step
     run_log.record(
         "start",
         name=run.recipe.name,
         init_from=run.recipe.model.init_from,
-        resumed=resumed,
+        resumed=run.resumed,
         changed=changed or None,
         tracker_run=run_log.tracker_run,
         world_size=context.world_size,
         backend=context.backend,
         precision=context.precision,
-        accumulation=parts,
+        accumulation=accumulation,
         device=_device_name(context.device),
         train_samples=train.samples,
         val_samples=run.val.samples,
@@ -157,7 +161,7 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
         f"{context.world_size} process{'es' if context.world_size > 1 else ''} on {_device_name(context.device)}"
         + (f", {context.backend}" if context.world_size > 1 else "")
         + (f", {context.precision}" if context.precision != "float32" else "")
-        + (f", {batch // context.world_size} images each in {parts} parts" if parts > 1 else "")
+        + (f", {run.local_batch} images each in {accumulation} micro-batches" if accumulation > 1 else "")
     )
     for shards in (train.shards, run.val.shards):
         if shards.cache is not None:
@@ -166,8 +170,8 @@ def _tell(run: Run, resumed: bool, changed: dict[str, list]) -> None:
             )
     for key, (before, after) in changed.items():
         run_log.say(f"changed: {key}: {before} -> {after}")
-    if resumed:
-        run_log.say(f"resumed in {run.phase} after {run.step} steps ({run.global_step} in all)")
+    if run.resumed:
+        run_log.say(f"resumed in {run.state.phase} after {run.state.step} steps ({run.state.global_step} in all)")
 
 
 def _device_name(device: torch.device) -> str:

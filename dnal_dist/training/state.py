@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and back."""
+"""Between a run and its checkpoints: what is saved, and how a run is restored."""
 
 import time
 
@@ -6,90 +6,70 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist.checkpoint.format import Checkpoint, Gathered, State, name
+from dnal_dist.checkpoint.format import Checkpoint, RunState, name
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.nets import compact
-from dnal_dist.training.metrics import Meter
+from dnal_dist.training.metrics import Metrics
 from dnal_dist.training.run import Run
-
-# State that the run and its checkpoint call the same.
-SAME = ("phase", "step", "global_step", "evaluated", "accuracy", "penalty_rests", "penalty_weight", "penalty_lag", "mask")
 
 
 @spanned("checkpoint")
-def save(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None, begun: float | None = None) -> None:
-    """Have a checkpoint written of where `run` stands. All processes must come here, with the network and `momentum` as
-    backends.Trained.gathered gives them; nothing of what they train with is changed. begun: when training
-    began to wait for it, by time.monotonic. Raises InputError: see writer.Writer."""
+def save(run: Run, momentum: dict[str, Tensor], metrics: Metrics | None = None, begun: float | None = None) -> None:
+    """Have a checkpoint of the run's present state written. All processes must call this, inside Trained.gathered; training goes on
+    as if nothing had been saved. begun: when training began to wait, by time.monotonic. Raises InputError as writer.Writer does."""
     begun = time.monotonic() if begun is None else begun
-    taken = take(run, momentum, meter)
-    if not run.context.main:
+    taken = take(run, momentum, metrics)
+    if taken is None:
         return
     run.writer.settle()
     run.writer.pauses.append(time.monotonic() - begun)
-    run.log.global_step = run.global_step
     facts = {"name": name(taken.state), "pause_seconds": round(run.writer.pauses[-1], 4), **run.writer.last}
-    run.log.record("checkpoint", phase=run.phase, step=run.step, **facts)
+    run.log.record("checkpoint", phase=run.state.phase, step=run.state.step, **facts)
     taken.state.records = run.log.records
     run.writer.save(taken)
 
 
-def take(run: Run, momentum: dict[str, Tensor], meter: Meter | None = None) -> Checkpoint | None:
-    """Copies of all that a run needs to go on, on the CPU of the main process; None on the others."""
-    settle(run)
-    context, own = run.context, _own(run, meter)
-    ranks = {kind: context.gather_tensor(tensor) for kind, tensor in own.items()}
-    gathered = None if meter is None else meter.gathered()
+def take(run: Run, momentum: dict[str, Tensor], metrics: Metrics | None = None) -> Checkpoint | None:
+    """Copies of everything a resume needs, on the CPU of the main process; None on the others."""
+    merge_receipts(run)
+    context, state = run.context, run.state
+    ranks = {kind: context.gather_tensor(tensor) for kind, tensor in _per_process(run, metrics).items()}
+    state.metrics = None if metrics is None else metrics.pending()
+    state.receipt, state.scaler = run.receipt.packed(), context.scaler.state_dict()
+    state.compact = None if run.compact is None else compact.describe(run.compact)
     if not context.main:
         return None
     tensors = {f"network.{key}": _copy(tensor) for key, tensor in run.network.state_dict().items()}
     tensors |= {f"momentum.{key}": _copy(tensor) for key, tensor in momentum.items()}
     tensors["alpha"] = _copy(run.architecture.alpha)
-    state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
-    if state.get("momentum_buffer") is not None:
-        tensors["alpha_momentum"] = _copy(state["momentum_buffer"])
+    optimizer_state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
+    if optimizer_state.get("momentum_buffer") is not None:
+        tensors["alpha_momentum"] = _copy(optimizer_state["momentum_buffer"])
     statistics = ranks["statistics"].cpu()
     if all(torch.equal(one, statistics[0]) for one in statistics):
         del ranks["statistics"]
     else:
         _combine(statistics, [(f"network.{name}", norm) for name, norm in _norms(run)], tensors)
     tensors |= {f"ranks.{kind}": _copy(tensor) for kind, tensor in ranks.items()}
-    return Checkpoint(tensors, _state(run, gathered))
+    # Written by a thread, while the run moves on.
+    return Checkpoint(tensors, state.model_copy(deep=True))
 
 
-def settle(run: Run) -> None:
-    """Hand what all processes have taken of the epoch over to the main one."""
-    run.receipt.settle(run.context.gather, run.context.main, run.global_step, run.train.steps_per_epoch)
+def merge_receipts(run: Run) -> None:
+    """Move the samples consumed by all processes into the main process's receipt."""
+    run.receipt.settle(run.context.gather, run.context.main, run.state.global_step, run.train.steps_per_epoch)
 
 
-def _state(run: Run, meter: Gathered | None) -> State:
-    return State(
-        **{key: getattr(run, key) for key in SAME},
-        seconds=dict(run.seconds),
-        spent=dict(run.spent),
-        compact=None if run.small is None else compact.describe(run.small),
-        receipt=run.receipt.packed(),
-        skipped=sorted(run.skipped),
-        meter=meter,
-        scaler=run.context.scaler.state_dict(),
-        world_size=run.context.world_size,
-        backend=run.context.backend,
-        shards=run.shards,
-        tracker_run=run.log.tracker_run,
-        recipe=run.recipe.model_dump(mode="json"),
-    )
-
-
-def _own(run: Run, meter: Meter | None) -> dict[str, Tensor]:
-    """What each process has of its own, one flat tensor a kind."""
+def _per_process(run: Run, metrics: Metrics | None) -> dict[str, Tensor]:
+    """State that differs between processes, one flat tensor a kind."""
     device = run.context.device
     own = {"random": torch.get_rng_state().to(device), "statistics": torch.cat([torch.zeros(0, device=device), *_statistics(run)])}
     if device.type == "cuda":
         own["random_cuda"] = torch.cuda.get_rng_state(device).to(device)
-    if meter is not None:
-        own["sums"] = meter.sums.clone()
+    if metrics is not None:
+        own["sums"] = metrics.sums.clone()
     return own
 
 
@@ -105,7 +85,7 @@ def _statistics(run: Run) -> list[Tensor]:
 
 
 def _combine(statistics: Tensor, norms: list[tuple[str, _BatchNorm]], tensors: dict[str, Tensor]) -> None:
-    """Write into `tensors` the running statistics of all processes together (see context.average_statistics), from (world size,
+    """Write the combined running statistics of all processes (see Context.average_statistics) into `tensors`, from (world size,
     2 * features) numbers."""
     mean, variance = statistics.double().chunk(2, dim=1)
     variance = (variance + mean**2).mean(0) - mean.mean(0) ** 2
@@ -116,34 +96,33 @@ def _combine(statistics: Tensor, norms: list[tuple[str, _BatchNorm]], tensors: d
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, and never the tensor itself: training goes on with that."""
+    """On the CPU, and never the tensor itself, which training goes on to change."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Put `run` where `saved` was taken: bit for bit on as many processes of the same backend, else with running statistics that
-    are those of all processes together. Raises InputError if the checkpoint does not fit the recipe or the shards."""
-    tensors, state = saved
+    """Put the tensors of `saved` into `run`, whose state is that of the checkpoint already: bit for bit on as many processes of the
+    same backend, else with the combined running statistics of all processes. Raises InputError if they do not fit."""
     try:
-        _restore(run, tensors, state)
+        _restore(run, *saved)
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         why = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{run.folder}: the checkpoint of step {state.global_step} does not fit the recipe or itself ({why}); undo what "
-            "changed, or remove the folder to begin anew (outside of SLURM: --overwrite)"
+            f"{run.folder}: the checkpoint of step {saved.state.global_step} does not fit the recipe or itself ({why}); undo what "
+            "changed, or remove the folder to start again (outside of SLURM: --overwrite)"
         ) from None
 
 
-def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
+def _restore(run: Run, tensors: dict[str, Tensor], saved: RunState) -> None:
     if wrong := [k for k, t in tensors.items() if not k.startswith("ranks.") and not t.is_floating_point() and t.numel() > 1]:
         raise ValueError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
-    if (state.compact is None) != (state.phase in ("pretrain", "search", "prune")):
-        raise ValueError(f"phase {state.phase} {'without' if state.compact is None else 'with'} a compact network")
+    if (saved.compact is None) != (saved.phase in ("pretrain", "search", "prune")):
+        raise ValueError(f"phase {saved.phase} {'without' if saved.compact is None else 'with'} a compact network")
     part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
-    if state.compact is not None:
-        run.small = compact.restored(state.compact, part["network."]).to(run.context.device)
+    if saved.compact is not None:
+        run.compact = compact.restored(saved.compact, part["network."]).to(run.context.device)
         run.supernet.cpu()
     else:
         run.network.load_state_dict(part["network."])
@@ -158,20 +137,17 @@ def _restore(run: Run, tensors: dict[str, Tensor], state: State) -> None:
     if "alpha_momentum" in tensors:
         buffer = tensors["alpha_momentum"].to(run.context.device).reshape_as(run.architecture.alpha)
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
-    for key in SAME:
-        setattr(run, key, getattr(state, key))
-    run.seconds, run.spent, run.skipped = dict(state.seconds), dict(state.spent), set(state.skipped)
-    if run.context.main and state.receipt:
-        # The other processes begin with nothing taken, however many there are now.
-        run.receipt = Receipt.unpacked(state.receipt)
-    if state.scaler and run.context.scaler.is_enabled():
-        run.context.scaler.load_state_dict(state.scaler)
-    _give_back(run, tensors, state)
+    if run.context.main and saved.receipt:
+        # The other processes begin with an empty receipt, however many there are now.
+        run.receipt = Receipt.unpacked(saved.receipt)
+    if saved.scaler and run.context.scaler.is_enabled():
+        run.context.scaler.load_state_dict(saved.scaler)
+    _restore_per_process(run, tensors, saved)
 
 
-def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
-    """What each process had of its own; where there are others now, what they had together, to the main one."""
-    rank, same = run.context.rank, run.context.world_size == state.world_size
+def _restore_per_process(run: Run, tensors: dict[str, Tensor], saved: RunState) -> None:
+    """Each process's own state; with another number of processes, the main one takes the sums of all."""
+    rank, same = run.context.rank, run.context.world_size == saved.world_size
     if same and "ranks.statistics" in tensors:
         own = tensors["ranks.statistics"][rank]
         targets = _statistics(run)
@@ -182,9 +158,9 @@ def _give_back(run: Run, tensors: dict[str, Tensor], state: State) -> None:
         torch.set_rng_state(tensors["ranks.random"][rank].clone())
         if run.context.device.type == "cuda" and "ranks.random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.context.device)
-    if state.meter is not None:
+    if saved.metrics is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.context.main else torch.zeros_like(sums[0])
         if own.shape != (6,):
             raise ValueError(f"sums of {tuple(sums.shape)}")
-        run.meter = state.meter, own, same and state.backend == run.context.backend
+        run.pending = saved.metrics, own, same and saved.backend == run.context.backend

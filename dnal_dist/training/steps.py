@@ -14,7 +14,7 @@ from dnal_dist.search.architecture import Architecture
 
 
 class Outcome(NamedTuple):
-    """Of this process's part of the batch, as tensors on the device: summed cross-entropy, correct answers, penalty added."""
+    """Sums over the local batch, as tensors on the device: cross-entropy, correct answers, and the weighted penalty."""
 
     cross_entropy: Tensor
     correct: Tensor
@@ -28,8 +28,8 @@ def _forward(trained: Trained, network: nn.Module, images: Tensor, labels: Tenso
     return Outcome(cross_entropy, (logits.detach().argmax(1) == labels).sum())
 
 
-def _parts(images: Tensor, labels: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+def _micro_batches(images: Tensor, labels: Tensor, accumulation: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True))
 
 
 def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
@@ -38,12 +38,12 @@ def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
 
 @spanned("weight step")
 def weight_step(
-    trained: Trained, images: Tensor, labels: Tensor, batch: int, gates: Tensor | None = None, parts: int = 1
+    trained: Trained, images: Tensor, labels: Tensor, batch: int, gates: Tensor | None = None, accumulation: int = 1
 ) -> Outcome:
     """One step of the weights on images (n, 3, H, W), with the gates (N,) as constants.
 
-    batch: what the summed loss is divided by, this process's share of the global batch; the mean over processes is then the
-    gradient of the mean over the global batch. parts: the images are taken in so many, one after the other, and synchronised once.
+    batch: the local batch, by which the summed loss is divided; the mean over processes is then the gradient of the mean over the
+    global batch. accumulation: number of micro-batches, taken one after the other and synchronised once.
     """
     outcomes: list[Outcome] = []
     gates = None if gates is None else gates.detach()
@@ -55,7 +55,7 @@ def weight_step(
 
         return loss
 
-    trained.step([loss_of(*part) for part in _parts(images, labels, parts)])
+    trained.step([loss_of(*micro_batch) for micro_batch in _micro_batches(images, labels, accumulation)])
     return _sum(outcomes)
 
 
@@ -71,27 +71,27 @@ def architecture_step(
     penalty: str,
     penalty_weight: float,
     average_: Callable[[Tensor], Tensor],
-    share: Callable[[Tensor], Tensor] | None = None,
-    parts: int = 1,
+    cost_fraction: Callable[[Tensor], Tensor] | None = None,
+    accumulation: int = 1,
     clip_norm: float | None = None,
 ) -> Outcome:
     """One step of alpha on images (n, 3, H, W).
 
-    Nothing of the weights is synchronised, nor is any gradient of them computed. BatchNorms normalise with batch statistics; the
-    running ones rest. average_: mean over processes in place, called once. share: what the penalties `expected_macs` and
-    `root_macs` are made of (see Architecture.penalty). clip_norm: largest norm of the gradient of alpha.
+    No weight gradient is computed or synchronised. BatchNorms normalise with batch statistics; the running ones are frozen.
+    average_: mean over processes in place, called once. cost_fraction: for the penalties `expected_macs` and `root_macs` (see
+    Architecture.penalty). clip_norm: largest norm of the gradient of alpha.
     """
     alpha, scaler = architecture.alpha, trained.options.scaler
-    weighted = penalty_weight * architecture.penalty(penalty, delta, share)
+    weighted = penalty_weight * architecture.penalty(penalty, delta, cost_fraction)
     with span("backward"):
         (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
     outcomes = []
-    for part in _parts(images, labels, parts):
+    for micro_batch in _micro_batches(images, labels, accumulation):
         with resting_statistics(trained.module):
-            found = _forward(trained, trained.module, *part, architecture.gates(delta))
+            outcome = _forward(trained, trained.module, *micro_batch, architecture.gates(delta))
         with span("backward"):
-            gradient = gradient + torch.autograd.grad(scaler.scale(found.cross_entropy / batch), alpha)[0]
-        outcomes.append(found)
+            gradient = gradient + torch.autograd.grad(scaler.scale(outcome.cross_entropy / batch), alpha)[0]
+        outcomes.append(outcome)
     with span("sync"):
         alpha.grad = average_(gradient)
     with span("optimizer"):

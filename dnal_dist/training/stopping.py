@@ -1,4 +1,4 @@
-"""Polite stops: signals, a file, a time limit; and the moments at which all processes look at them together."""
+"""Stop requests: signals, a file, a time limit; polled by all processes together between two steps."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from dnal_dist.common import commands
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 
-# Exit code of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, "try again".
+# Exit code after a stop request: EX_TEMPFAIL of sysexits.h, "try again".
 STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Seconds between two looks. Each is a collective, and on a GPU the only moment at which the host waits for the device.
-LOOK_EVERY = 1.0
-# Seconds after a signal in which a process that does not come to an edge any more leaves all the same.
+# Seconds between two polls. Each is a collective, and on a GPU the only moment at which the host waits for the device.
+POLL_EVERY = 1.0
+# Seconds after a signal at which a process exits even if it has not polled again.
 PATIENCE = 120.0
-# A second Ctrl-C after so many seconds means "at once". The launcher passes the first one on, too.
+# A second Ctrl-C after this many seconds means "at once": the launcher passes the first one on, too.
 IMPATIENT = 1.0
 
 
@@ -31,33 +31,32 @@ class Stopped(Exception):
 
 
 class Signals:
-    """What to do about SIGTERM, SIGINT and SIGUSR1: before training, leave at once (`interrupt` is called); in it, at an edge."""
+    """Handlers of SIGTERM, SIGINT and SIGUSR1: `interrupt` is called at once before training; in training a poll sees them."""
 
     def __init__(self, interrupt):
         self.interrupt, self.training, self.impatient = interrupt, False, False
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._since = 0.0
         for number in SIGNALS:
             signal.signal(number, self._take)
 
     def _take(self, number, _frame) -> None:
-        again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self._since > IMPATIENT
+        again = number == signal.SIGINT and self.received is not None and time.monotonic() - self._since > IMPATIENT
         if not self.training or again:
-            self.asked, self.impatient = signal.Signals(number), again
+            self.received, self.impatient = signal.Signals(number), again
             self.interrupt()
-        elif self.asked is None:
-            self.asked, self._since = signal.Signals(number), time.monotonic()
+        elif self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
             patience = threading.Timer(PATIENCE, os._exit, [STOPPED])
             patience.daemon = True
             patience.start()
 
 
-class Edges:
-    """Where a run looks, between two steps or two batches of an evaluation, whether it is to stop or to save.
+class StopPoll:
+    """Polls, between two steps or two batches of an evaluation, whether to stop or to save, and agrees on it with all processes.
 
-    until: when the run has to be over, in seconds since 1970; leaving: seconds that its end may take beside a checkpoint. The
-    time, the stop file and the time for a checkpoint are the main
-    process's affair; signals and the loss of the launcher are everybody's.
+    until: when the run has to be over, in seconds since 1970; leaving: seconds that its end may take beside a checkpoint. The main
+    process checks the time, the stop file and the time for a checkpoint; every process checks its signals and its launcher.
     """
 
     def __init__(
@@ -69,52 +68,52 @@ class Edges:
         leaving: float = 0.0,
     ):
         self.context, self.signals, self.stop_file, self.until, self.leaving = context, signals, stop_file, until, leaving
-        # A shell that is left behind is no reason to stop; a launcher that is gone cannot end the others any more.
+        # A lost launcher can no longer end the other processes; a lost shell is no reason to stop.
         launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
         self.parent = os.getppid() if launched else None
         self.every = self.left = 1
-        """Edges between two looks, and those up to the next."""
+        """Calls of poll() between two real polls, and those left until the next."""
         self.since, self.longest = time.monotonic(), 0.0
 
-    def look(self, save: bool = False, needs: float = 0.0) -> bool:
-        """Whether to save here. All processes come here equally often, and get the same answer; Stopped is raised on all of them if
-        one was asked to stop. On the main process: save, whether it is time for a checkpoint; needs, seconds that one takes."""
+    def poll(self, save: bool = False, needs: float = 0.0) -> bool:
+        """Whether to save here, the same on all processes, which must call this equally often. Raises Stopped on all of them if one
+        has a stop request. On the main process: save, whether a checkpoint is due; needs, seconds that one takes."""
         self.left -= 1
         if self.left > 0:
             return False
         passed = time.monotonic() - self.since
         self.longest = max(passed, 0.95 * self.longest)
-        found = torch.zeros(6, dtype=torch.float64)
+        flags = torch.zeros(6, dtype=torch.float64)
         reasons = self._reasons(2 * needs + 2 * self.longest + 5.0 + self.leaving)
-        found[: len(reasons)] = torch.tensor([bool(reason) for reason in reasons])
+        flags[: len(reasons)] = torch.tensor([bool(reason) for reason in reasons])
         if self.context.main:
-            found[4:] = torch.tensor([save, self._next(passed)])
+            flags[4:] = torch.tensor([save, self._next(passed)])
         if self.context.world_size > 1:
-            found = self.context.sum_(found.to(self.context.device))
-        *asked, save, every = found.tolist()
+            flags = self.context.sum_(flags.to(self.context.device))
+        *requests, save, every = flags.tolist()
         self.every = self.left = int(every)
         self.since = time.monotonic()
-        if any(asked):
+        if any(requests):
             known = [reason for reason in reasons if reason]
             others = ("a signal", "the launcher is gone", "the stop file", "the time limit")
-            raise Stopped(known[0] if known else next(name for name, on in zip(others, asked, strict=True) if on))
+            raise Stopped(known[0] if known else next(name for name, on in zip(others, requests, strict=True) if on))
         return bool(save)
 
     def _reasons(self, margin: float) -> list[str]:
-        """What this process knows of reasons to stop, of each kind; empty if nothing."""
-        asked = self.signals and self.signals.asked
-        found = [asked.name if asked else "", "", "", ""]
+        """This process's reason to stop of each kind; empty if there is none."""
+        number = self.signals and self.signals.received
+        reasons = [number.name if number else "", "", "", ""]
         if self.parent is not None and os.getppid() != self.parent:
-            found[1] = "the launcher is gone"
+            reasons[1] = "the launcher is gone"
         if self.context.main and self.stop_file is not None and os.path.exists(self.stop_file):
-            found[2] = f"{self.stop_file} is there"
+            reasons[2] = f"{self.stop_file} is there"
         if self.context.main and self.until is not None and time.time() > self.until - margin:
-            found[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit"
-        return found
+            reasons[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit"
+        return reasons
 
     def _next(self, passed: float) -> int:
-        """After how many edges to look again. Where no other process is waited for, all a look costs is to ask for a file."""
-        seconds = LOOK_EVERY if self.context.world_size > 1 else LOOK_EVERY / 20
+        """Calls until the next real poll. A single process waits for no other, so its poll costs no more than a file check."""
+        seconds = POLL_EVERY if self.context.world_size > 1 else POLL_EVERY / 20
         return max(1, min(2 * self.every, int(self.every * seconds / max(passed, 1e-6))))
 
 
@@ -134,8 +133,8 @@ def duration(text: str) -> float:
 
 def end_of_job() -> float | None:
     """When SLURM will end the job that this process belongs to, in seconds since 1970; None if there is no job or no end."""
-    if told := os.environ.get("SLURM_JOB_END_TIME", ""):
-        return float(told) if told.isdecimal() else None
+    if end := os.environ.get("SLURM_JOB_END_TIME", ""):
+        return float(end) if end.isdecimal() else None
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
@@ -147,7 +146,7 @@ def end_of_job() -> float | None:
 
 def limit(max_time: str | None) -> float | None:
     """When the run has to be over, in seconds since 1970: the sooner of `max_time` after this process began and the end of its
-    SLURM job. Raises InputError for a time that is none."""
+    SLURM job. Raises InputError for a malformed time."""
     try:
         own = None if max_time is None else psutil.Process().create_time() + duration(max_time)
     except ValueError as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Checkpoint, Kept, State
+from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
 from dnal_dist.common import atomic
 
 
@@ -22,7 +22,7 @@ def made(step: int, phase: str = "search", accuracy: float | None = None) -> Che
         "network.a": torch.randn(3, 4),
         "ranks.random": torch.zeros(2, 5, dtype=torch.uint8),
     }
-    return Checkpoint(tensors, State(phase=phase, step=step, global_step=step, accuracy=accuracy, recipe={"seed": 1}, records=7))
+    return Checkpoint(tensors, RunState(phase=phase, step=step, global_step=step, accuracy=accuracy, recipe={"seed": 1}, records=7))
 
 
 def write(folder: Path, *checkpoints: Checkpoint, last: int = 2, best: int = 1) -> None:

@@ -34,7 +34,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(train_here, sho
     ended = train_here(*arguments(digits, short, *SHORT))
     assert ended.code == 0, ended.err
     assert f"warning: {newest}: checkpoint is damaged (" in ended.out
-    assert "; it was passed over and is called damaged-step-00000012-done now" in ended.out
+    assert "; it was skipped and renamed to damaged-step-00000012-done" in ended.out
     assert "resumed in finetune after 0 steps (8 in all)" in ended.out
     assert told(short) == whole and tensors(short) == weights
     assert checkpoint.latest(short / "checkpoints")[2] == {}
@@ -157,7 +157,7 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
     ended = train_here(*arguments(digits, short, *SHORT))
     assert ended.code == 2
     assert ended.err.startswith(
-        f"error: key 'output': {short} holds a run without a checkpoint to go on from; name another output="
+        f"error: key 'output': {short} holds a run without a checkpoint to resume from; name another output="
     )
     assert tensors(short)
 
@@ -177,7 +177,7 @@ def test_checkpoints_none_of_which_could_be_written_are_not_said_to_be_gone(trai
     lines = before.decode().replace('"resumed": false', '"resumed": true', 1)
     assert lines != before.decode()
     (run / "metrics.jsonl").write_text(lines)
-    assert "are gone, though" in train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3")).err
+    assert "are gone, but" in train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3")).err
 
 
 def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here, digits, tmp_path):
@@ -188,7 +188,7 @@ def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here,
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 2 and ended.err.startswith(
-        f"error: key 'output': the checkpoints of {run} are gone, though its metrics.jsonl"
+        f"error: key 'output': the checkpoints of {run} are gone, but its metrics.jsonl"
     )
     assert (run / "metrics.jsonl").read_bytes() == before
     (tmp_path / "elsewhere").rename(run / "checkpoints")
@@ -222,7 +222,7 @@ def test_records_of_a_lost_part_go(tmp_path):
 
 def test_records_that_are_missing_are_told(train_here, digits, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(loop, "_is_time_to_save", lambda run: die() if run.step == 3 else True)
+    monkeypatch.setattr(loop, "_checkpoint_is_due", lambda run: die() if run.state.step == 3 else True)
     with pytest.raises(Killed):
         train_here(*arguments(digits, run, *SHORT))
     monkeypatch.undo()

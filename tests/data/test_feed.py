@@ -240,7 +240,7 @@ def test_without_a_gpu_decoding_there_is_refused_before_training(digits, tmp_pat
     paths = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path / 'run'}"]
     asked = recipe.load("recipes/digits.yaml", [*paths, "data.decode=cuda"])
     with pytest.raises(InputError, match=r"key 'data\.decode': cuda needs an NVIDIA GPU, and this run computes on the cpu"):
-        setup.assemble(asked, Context())
+        setup.prepare(asked, Context())
 
 
 def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):

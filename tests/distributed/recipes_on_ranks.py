@@ -17,9 +17,9 @@ def main(runs: str) -> None:
     context = Context()
     for path, *overrides in json.loads(Path(runs).read_text()):
         print(f"rank {context.rank}: {path}", flush=True)
-        run = setup.assemble(recipe.load(path, overrides), context)
-        phases.go(run)
-        assert run.phase == "done", run.phase
+        run = setup.prepare(recipe.load(path, overrides), context)
+        phases.train(run)
+        assert run.state.phase == "done", run.state.phase
         assert run.writer.finish()
         run.log.close()
         run.close()

@@ -10,39 +10,39 @@ import sys
 from dnal_dist import recipe
 from dnal_dist.distributed.context import Context
 from dnal_dist.training import phases, setup, state
-from dnal_dist.training.stopping import Edges, Stopped
+from dnal_dist.training.stopping import Stopped, StopPoll
 
 # In the middle of each phase, and where the search begins (its step 0 is a weight step, its step 1 one of the architecture).
 STOPS = (2, 6, 9, 15)
 
 
-class EdgesOfTest(Edges):
+class EdgesOfTest(StopPoll):
     """Stops after the given iterations of the run, and no evaluation."""
 
     def __init__(self, context, stops):
         super().__init__(context)
         self.stops, self.run = stops, None
 
-    def look(self, *of_a_step):
-        if of_a_step and self.run.global_step in self.stops:
+    def poll(self, *of_a_step):
+        if of_a_step and self.run.state.global_step in self.stops:
             raise Stopped("by the test")
-        return super().look(*of_a_step)
+        return super().poll(*of_a_step)
 
 
 def go(context: Context, folder, changes, stops=()) -> bool:
     """Begin the run in `folder`, or go on with it. Returns whether it came to its end."""
     settings = recipe.load("recipes/digits.yaml", [*changes, f"output={folder}"])
     edges = EdgesOfTest(context, stops)
-    edges.run = run = setup.assemble(settings, context, edges)
+    edges.run = run = setup.prepare(settings, context, edges)
     try:
-        phases.go(run)
+        phases.train(run)
         ended = True
     except Stopped:
         ended = False
     assert run.writer.finish()
     if ended:
-        run.log.global_step = run.global_step
-        run.log.record("end", images=run.global_step * settings.data.global_batch)
+        run.log.global_step = run.state.global_step
+        run.log.record("end", images=run.state.global_step * settings.data.global_batch)
     run.log.close()
     run.close()
     context.wait()

@@ -19,8 +19,8 @@ def agreeing(function, of):
 
 
 if __name__ == "__main__":
-    known, go = [], phases.go
-    phases.go = lambda run: known.append(run) or go(run)
+    known, go = [], phases.train
+    phases.train = lambda run: known.append(run) or go(run)
     loop.evaluate = agreeing(loop.evaluate, lambda *_: known[0])
     state.save = agreeing(state.save, lambda run, *_: run)
     train.main()

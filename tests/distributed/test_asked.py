@@ -156,7 +156,7 @@ def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
     context = Context()
     context.asked = context.asked._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=batch, per_device_batch_limit=limit)
-    assert context.parts(data) == parts
+    assert context.accumulation_steps(data) == parts
 
 
 @pytest.mark.parametrize(("limit", "accumulation"), [(None, 3), (8, 2)])
@@ -165,4 +165,4 @@ def test_parts_that_do_not_fit_are_refused(limit, accumulation):
     context.asked = context.asked._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)
     with pytest.raises(InputError, match=r"gradient_accumulation_steps \d.*'data\.per_device_batch_limit'"):
-        context.parts(data)
+        context.accumulation_steps(data)

@@ -165,7 +165,7 @@ def test_a_run_folder_is_read_and_left_unchanged(case_of, digits, short):
     found(disk.saving, case_of(*own), "pass", "")
     assert before == {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     (short / "metrics.jsonl").unlink()
-    found(disk.run_folder, case_of(*own), "fail", "it may be no run's", "name another folder")
+    found(disk.run_folder, case_of(*own), "fail", "it may not be a run's", "name another folder")
 
 
 def test_a_full_disk_fails(case_of, tmp_path):

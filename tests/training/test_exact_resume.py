@@ -9,12 +9,12 @@ from runs import Killed, arguments, records, tensors, told
 
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Spent
+from dnal_dist.checkpoint.format import RunState, Usage
 from dnal_dist.distributed.context import Context
 from dnal_dist.training import evaluate, loop, phases, pruning, setup, state, stopping
 from dnal_dist.training import state as training_state
-from dnal_dist.training.metrics import Meter
-from dnal_dist.training.state import settle
+from dnal_dist.training.metrics import Metrics
+from dnal_dist.training.state import merge_receipts
 from dnal_dist.training.stopping import STOPPED, Stopped
 
 # Four iterations an epoch, so that phases begin and end within epochs.
@@ -55,7 +55,9 @@ def whole(train_here, digits, tmp_path_factory):
             done[kind] = tmp_path_factory.mktemp("whole") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 save = training_state.save
-                patch.setattr(state, "save", lambda run, *more: save(run, *more) if run.phase == "done" else settle(run))
+                patch.setattr(
+                    state, "save", lambda run, *more: save(run, *more) if run.state.phase == "done" else merge_receipts(run)
+                )
                 assert train_here(*arguments(digits, done[kind], *TINY, *KINDS[kind])).code == 0
             # Only that of its end, to compare.
             assert [path.name.split("-")[-1] for path in checkpoint.found(done[kind] / "checkpoints")] == ["done"]
@@ -71,7 +73,7 @@ def compare(run, reference) -> None:
     (ours, theirs) = (checkpoint.latest(one / "checkpoints")[1] for one in (run, reference))
     assert ours.tensors.keys() == theirs.tensors.keys() >= {"alpha", "alpha_momentum"}
     assert all(ours.tensors[key].equal(theirs.tensors[key]) for key in ours.tensors)
-    counted = {"seconds", "spent", "records", "tracker_run", "recipe"}
+    counted = {"seconds", "usage", "records", "tracker_run", "recipe"}
     assert ours.state.model_dump(exclude=counted) == theirs.state.model_dump(exclude=counted)
     trained = [r["global_step"] for r in records(run, "train")]
     assert trained == sorted(set(trained))
@@ -91,14 +93,14 @@ def test_saving_after_every_step_changes_nothing(train_here, whole, digits, tmp_
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypatch, kind):
     """Politely: with a checkpoint of that very step. The same command goes on."""
-    run, look, reference = tmp_path / "run", stopping.Edges.look, whole(kind)
+    run, look, reference = tmp_path / "run", stopping.StopPoll.poll, whole(kind)
 
     def stop_at_edges_of_steps(edges, *of_a_step):
         if of_a_step:
             raise Stopped("by the test")
         return look(edges)
 
-    monkeypatch.setattr(stopping.Edges, "look", stop_at_edges_of_steps)
+    monkeypatch.setattr(stopping.StopPoll, "poll", stop_at_edges_of_steps)
     codes = [STOPPED]
     while codes[-1] == STOPPED and len(codes) < 100:
         codes.append(train_here(*arguments(digits, run, *TINY, *KINDS[kind])).code)
@@ -117,7 +119,7 @@ def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkey
             raise Killed
         return False
 
-    monkeypatch.setattr(stopping.Edges, "look", kill)
+    monkeypatch.setattr(stopping.StopPoll, "poll", kill)
     ended, kills = None, 0
     while ended is None and kills < 100:
         try:
@@ -146,7 +148,7 @@ def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monke
         return original(*others, stop)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
-    monkeypatch.setattr(stopping, "LOOK_EVERY", 0)
+    monkeypatch.setattr(stopping, "POLL_EVERY", 0)
     first = train_here(*arguments(digits, run, *TINY))
     assert first.code == STOPPED and f"stopped ({run}/stop is there) in " in first.err, first.err
     assert not (run / "stop").exists()
@@ -155,7 +157,7 @@ def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monke
     compare(run, reference)
 
 
-@pytest.mark.parametrize("place", ["choose_by_gates", "recalibrate", "look"])
+@pytest.mark.parametrize("place", ["select_by_gates", "recalibrate", "evaluate_and_record"])
 def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch, place):
     run, original = tmp_path / "run", getattr(pruning, place)
 
@@ -174,37 +176,37 @@ def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch,
 def test_all_that_is_saved_comes_back(digits, tmp_path):
     """Also what the runs above do not come to: a guard that has acted, samples that were skipped."""
     settings = recipe.load("recipes/digits.yaml", [*arguments(digits, tmp_path / "run", *TINY)[1:]])
-    run = setup.assemble(settings, Context())
+    run = setup.prepare(settings, Context())
     told = {
-        "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_rests": True,
+        "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_frozen": True,
         "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
-        "spent": {"pretrain": Spent(images=80, device_seconds=5.0, energy_kwh=0.25, bytes_sent=7)},
+        "usage": {"pretrain": Usage(images=80, device_seconds=5.0, energy_kwh=0.25, bytes_sent=7)},
         "skipped": {"an image", "another"},
     }  # fmt: skip
     for key, value in told.items():
-        assert getattr(run, key) != value
-        setattr(run, key, value)
+        assert getattr(run.state, key) != value
+        setattr(run.state, key, value)
     torch.nn.init.normal_(run.architecture.alpha)
     momentum = {name: torch.randn_like(p) for name, p in run.supernet.named_parameters()}
-    meter = Meter(run)
-    meter.sums += torch.arange(6)
-    meter.skipped, meter.summary, meter.bytes = {"an image"}, "loss 1", {"comm/bytes_weight_step": 7}
-    meter.steps, meter.sent = {"comm/bytes_weight_step": 3}, 100
+    metrics = Metrics(run)
+    metrics.sums += torch.arange(6)
+    metrics.skipped, metrics.summary, metrics.bytes = {"an image"}, "loss 1", {"comm/bytes_weight_step": 7}
+    metrics.steps, metrics.sent = {"comm/bytes_weight_step": 3}, 100
     run.receipt.take((5, 6), 90, [])
-    training_state.save(run, momentum, meter)
+    training_state.save(run, momentum, metrics)
     random = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
     assert run.writer.finish()
     run.log.close()
     run.close()
 
-    again = setup.assemble(settings, Context())
-    assert {key: getattr(again, key) for key in told} == told
+    again = setup.prepare(settings, Context())
+    assert {key: getattr(again.state, key) for key in told} == told
     assert again.architecture.alpha.equal(run.architecture.alpha)
     assert again.momentum.keys() == momentum.keys() and all(again.momentum[key].equal(momentum[key]) for key in momentum)
     assert again.receipt == run.receipt and again.receipt.samples == 90
     assert torch.rand(3).equal(random)
-    came = Meter(again)
-    assert came.sums.equal(meter.sums) and came.gathered().model_dump(exclude={"seconds"}) == meter.gathered().model_dump(
+    resumed = Metrics(again)
+    assert resumed.sums.equal(metrics.sums) and resumed.pending().model_dump(exclude={"seconds"}) == metrics.pending().model_dump(
         exclude={"seconds"}
     )
     again.log.close()
@@ -236,7 +238,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused_in_a_line(train_here, 
     _, (tensors, state), _ = checkpoint.latest(run / "checkpoints")
     changed = state.model_dump()
     INCONSISTENT[kind](tensors, changed)
-    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, checkpoint.State(**changed)), checkpoint.Kept(9, 0))
+    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**changed)), checkpoint.Kept(9, 0))
     if changed["phase"] != state.phase:
         assert checkpoint.latest(run / "checkpoints")[1].state.phase == changed["phase"]
     ended = train_here(*arguments(digits, run, *TINY))

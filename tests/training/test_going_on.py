@@ -15,7 +15,7 @@ from dnal_dist.training import state as training_state
 @pytest.mark.parametrize("which", range(5))
 def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, monkeypatch, which, when):
     """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
-    are those at its start and at the ends of its phases; killed before the first, it begins anew."""
+    are those at its start and at the ends of its phases; killed before the first, it starts again."""
     count, save = iter(range(100)), training_state.save
 
     def save_or_die(*state):
@@ -33,7 +33,7 @@ def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short,
     assert ended.code == 0, ended.err
     assert told(run) == told(short)
     assert tensors(run) == tensors(short)
-    anew = f"{run}: the run ended before its first checkpoint; it begins anew"
+    anew = f"{run}: the run ended before its first checkpoint; it starts again"
     assert (anew in ended.out) == (which == 0 and when == "before")
 
 
@@ -97,7 +97,7 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
     longer = (*arguments(digits, short, *SHORT, "phases.finetune.steps=6"), "--allow-changed", "phases.finetune")
     ended = train_here(*longer)
     assert ended.code == 2 and (short / "recipe.yaml").read_bytes() == before
-    assert f"error: {short}: this run is finished, and nothing of phases.finetune.steps can change any more; undo" in ended.err
+    assert f"error: {short}: this run is finished, and phases.finetune.steps can no longer change; undo" in ended.err
     shutil.rmtree(checkpoint.found(short / "checkpoints")[0])
     ended = train_here(*longer)
     assert ended.code == 0 and "changed: phases.finetune.steps: 4 -> 6" in ended.out, ended
@@ -124,7 +124,7 @@ def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told
 def test_a_phase_cannot_become_shorter_than_it_is(train_here, digits, tmp_path, monkeypatch):
     run, longer = tmp_path / "run", (*SHORT, "phases.pretrain.steps=9")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_is_time_to_save", lambda run: die() if run.step == 6 else True)
+        patch.setattr(loop, "_checkpoint_is_due", lambda run: die() if run.state.step == 6 else True)
         train_here(*arguments(digits, run, *longer))
     ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--allow-changed", "phases.pretrain")
     assert ended.code == 2

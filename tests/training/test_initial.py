@@ -304,8 +304,8 @@ def source(digits, tmp_path_factory):
     """A run that stands where its search begins, and its network."""
     folder = tmp_path_factory.mktemp("source") / "run"
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={folder}"]
-    run = setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Context())
-    batches = phases.fed(run)
+    run = setup.prepare(recipe.load("recipes/digits.yaml", [*shards, *FEW, "phases.pretrain.steps=20"]), Context())
+    batches = phases.training_batches(run)
     phases.pretrain(run, batches)
     batches.close()
     run.log.close()
@@ -323,7 +323,7 @@ def begins(digits, tmp_path, train_here, monkeypatch):
         def watched(run, batches):
             assert not found
             found.update({name: tensor.clone() for name, tensor in run.supernet.state_dict().items()})
-            assert run.step == 0 and not run.architecture.alpha.any()
+            assert run.state.step == 0 and not run.architecture.alpha.any()
             search(run, batches)
 
         monkeypatch.setattr(phases, "search", watched)
@@ -427,7 +427,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(source, be
     assert ended.code == 0, ended.err
     assert same(found, source[1])
     (warning,) = report_records.summary(tmp_path / "run")["warnings"]
-    assert f"{newest}: checkpoint is damaged (" in warning and "; it was passed over" in warning
+    assert f"{newest}: checkpoint is damaged (" in warning and "; it was skipped" in warning
     refused(begins("--init-from", newest, "--overwrite")[0], rf"{newest}: checkpoint is damaged \(.*\); give another")
 
 

@@ -10,7 +10,7 @@ import torch
 from runs import SHORT, arguments, records
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Kept, State
+from dnal_dist.checkpoint.format import Kept, RunState
 from dnal_dist.common import atomic
 from dnal_dist.tracking import environment
 from dnal_dist.training import usage
@@ -91,27 +91,31 @@ def test_energy_is_of_all_devices_or_not_told(monkeypatch):
 
 def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
     recipe = SimpleNamespace(data=SimpleNamespace(global_batch=10))
-    run = SimpleNamespace(
-        phase="search", step=0, seconds={}, spent={}, recipe=recipe, context=SimpleNamespace(world_size=2, device=None)
-    )
+    state = RunState(phase="search", step=0, global_step=0)
+    run = SimpleNamespace(state=state, recipe=recipe, context=SimpleNamespace(world_size=2, device=None))
     used, now = iter([1e6, 1e6 + 3.6e6, 5.0, 5.0 + 7.2e6, 0.0, None]), iter([0.0, 10.0, 100.0, 105.0, 200.0, 201.0])
     monkeypatch.setattr(usage, "joules", lambda context: next(used))
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(now))
     clock = usage.Clock(run)
-    run.step = 3
-    clock.tell()
-    assert usage.told(run, "search") == {"seconds": 10, "images": 30, "device_seconds": 20, "energy_kwh": pytest.approx(1.0)}
+    run.state.step = 3
+    clock.record()
+    assert usage.summary(run.state, "search") == {
+        "seconds": 10,
+        "images": 30,
+        "device_seconds": 20,
+        "energy_kwh": pytest.approx(1.0),
+    }
     # Another number of processes, on another machine, with another batch.
     run.context.world_size, recipe.data.global_batch = 4, 20
     clock = usage.Clock(run)
-    run.step = 5
-    clock.tell(77)
+    run.state.step = 5
+    clock.record(77)
     spent = {"seconds": 15, "images": 70, "device_seconds": 40, "energy_kwh": pytest.approx(3.0), "bytes_sent": 77}
-    assert usage.told(run, "search") == spent
+    assert usage.summary(run.state, "search") == spent
     # What a part of a phase used is not known, so the whole is not.
     clock = usage.Clock(run)
-    clock.tell()
-    assert "energy_kwh" not in usage.told(run, "search") and run.seconds["search"] == 16
+    clock.record()
+    assert "energy_kwh" not in usage.summary(run.state, "search") and run.state.seconds["search"] == 16
 
 
 def test_bytes_are_those_of_all_steps_or_not_told():
@@ -128,16 +132,16 @@ def test_a_checkpoint_of_an_earlier_release_is_gone_on_with(train_here, digits, 
     path, (tensors, state), _ = checkpoint.latest(run / "checkpoints")
     assert state.step > 0 and state.phase == "pretrain"
     atomic.remove(path)
-    old = json.loads(state.model_dump_json(exclude={"spent": True, "meter": {"steps", "sent"}}))
+    old = json.loads(state.model_dump_json(exclude={"usage": True, "metrics": {"steps", "sent"}}))
     assert "spent" not in old and "steps" not in old["meter"]
-    later = State.model_dump_json
+    later = RunState.model_dump_json
 
     def without(self, **others):
-        return later(self, exclude={"spent": True, "meter": {"steps", "sent"}}, **others)
+        return later(self, exclude={"usage": True, "metrics": {"steps", "sent"}}, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(State, "model_dump_json", without)
-        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, State(**old)), Kept(9, 0))
+        patch.setattr(RunState, "model_dump_json", without)
+        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**old)), Kept(9, 0))
     assert '"spent"' not in (path / "state.json").read_text()
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert [r["images"] for r in records(run, "phase")] == [64, 64, 0, 64]

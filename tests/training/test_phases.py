@@ -28,28 +28,28 @@ def arguments(digits, output, *changes: str) -> list[str]:
 
 
 def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp_path):
-    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
-    run.global_step = 5
-    run.small = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
-    run.small.train()(torch.randn(8, 3, 8, 8))  # statistics that must not last
-    before = {name: tensor.clone() for name, tensor in run.small.state_dict().items()}
+    run = setup.prepare(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
+    run.state.global_step = 5
+    run.compact = compact.compact(run.supernet, torch.rand(run.supernet.num_gates) < 0.5)
+    run.compact.train()(torch.randn(8, 3, 8, 8))  # statistics that must not last
+    before = {name: tensor.clone() for name, tensor in run.compact.state_dict().items()}
     pruning.recalibrate(run, 0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.small.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.compact.state_dict().items())
 
     pruning.recalibrate(run, 3)
     source = run.train.batches(5)
     data = run.recipe.data
     batches = [normalise(b.images, data.mean, data.std, b.flips) for b in (next(source) for _ in range(3))]
-    run.small.train()
-    for i, norm in enumerate(run.small):
+    run.compact.train()
+    for i, norm in enumerate(run.compact):
         if isinstance(norm, torch.nn.BatchNorm2d):
             found = norm.running_mean.clone(), norm.running_var.clone()
             with torch.no_grad():
-                seen = [run.small[:i](images) for images in batches]
+                seen = [run.compact[:i](images) for images in batches]
             torch.testing.assert_close(found[0], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
             torch.testing.assert_close(found[1], torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
-    assert {m.momentum for m in run.small.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.small.named_parameters())
+    assert {m.momentum for m in run.compact.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.compact.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +76,17 @@ def test_recalibration_leaves_the_order_of_samples_alone(finished, digits, tmp_p
 
 def test_a_run_starts_its_finetune_where_the_search_ended(digits, tmp_path):
     """With recalibration, the finetune's first batch is the one that follows the search's last."""
-    run = setup.assemble(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
+    run = setup.prepare(recipe.load("recipes/digits.yaml", arguments(digits, tmp_path / "run")), Context())
     seen = []
     batches = run.train.batches
 
     def watched(start=0):
         for batch in batches(start):
-            seen.append((run.phase, batch.keys))
+            seen.append((run.state.phase, batch.keys))
             yield batch
 
     run.train.batches = watched
-    phases.go(run)
+    phases.train(run)
     taken = [keys for phase, keys in seen if phase in ("pretrain", "search", "finetune")]
     source = batches(0)
     assert taken == [next(source).keys for _ in range(12)]

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
 
-from dnal_dist import train
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
-from dnal_dist.training import exit, state, stopping
+from dnal_dist.training import command, exit, state, stopping
 from dnal_dist.training import state as training_state
 
 
@@ -112,19 +111,19 @@ def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits,
 def test_a_time_limit_counts_what_a_tracker_may_take_to_end(train_here, digits, tmp_path, monkeypatch, tracker, leaving):
     given = []
 
-    def edges(*arguments):
-        given.append(stopping.Edges(*arguments))
+    def poll(*arguments):
+        given.append(stopping.StopPoll(*arguments))
         raise errors.InputError("far enough")
 
-    monkeypatch.setattr(train, "Edges", edges)
+    monkeypatch.setattr(command, "StopPoll", poll)
     assert train_here(*arguments(digits, tmp_path, *SHORT, f"tracking.tracker={tracker}"), "--max-time=1h").code == 2
     (found,) = given
     assert found.leaving == leaving
     found.until, found.leaving = time.time() + 1000, 0.0
-    assert not found.look()
+    assert not found.poll()
     found.left, found.leaving = 1, 1000.0
     with pytest.raises(stopping.Stopped, match="of the time limit"):
-        found.look()
+        found.poll()
 
 
 def test_a_limit_that_has_passed_lets_a_step_be_taken(train_here, digits, tmp_path):

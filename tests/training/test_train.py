@@ -136,13 +136,13 @@ def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
 def run_here(digits, output, *changes: str):
     """A run of the demo's recipe in this process, ready to go."""
     shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", "tracking.tracker=none"]
-    return setup.assemble(recipe.load("recipes/digits.yaml", [*shards, *changes]), Context())
+    return setup.prepare(recipe.load("recipes/digits.yaml", [*shards, *changes]), Context())
 
 
 def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
     """weight_steps: 0 is the authors' own way: nothing of the network moves while the architecture does."""
     run = run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=0")
-    batches = phases.fed(run)
+    batches = phases.training_batches(run)
     phases.pretrain(run, batches)
     before = {name: tensor.clone() for name, tensor in run.supernet.state_dict().items()}
     momentum = {name: tensor.clone() for name, tensor in run.momentum.items()}
@@ -154,7 +154,7 @@ def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
 
 def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
     run = run_here(digits, tmp_path, *FEW)
-    phases.pretrain(run, phases.fed(run))
+    phases.pretrain(run, phases.training_batches(run))
     search = run.context.wrap(run.network, run.recipe.phases.search.optimizer, run.momentum, run.recipe.training)
     with search.gathered() as momentum:
         assert momentum.keys() == run.momentum.keys() == dict(run.supernet.named_parameters()).keys()
@@ -166,11 +166,11 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
         digits, tmp_path, "phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.steps=4",
         "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",
     )  # fmt: skip
-    phases.go(run)
+    phases.train(run)
     found = report_records.summary(tmp_path)
     assert found["collapsed"]
     assert found["macs_ratio"] >= 0.05
-    assert any("the penalty rests" in warning for warning in found["warnings"])
+    assert any("the penalty is frozen" in warning for warning in found["warnings"])
     assert any("the architecture collapsed" in warning for warning in found["warnings"])
 
 
@@ -179,7 +179,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_p
     changes = ["phases.pretrain.epochs=4", often, "phases.pretrain.optimizer.lr=1e30"]
     run = run_here(digits, tmp_path, *changes)
     with pytest.raises(errors.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
-        phases.go(run)
+        phases.train(run)
     run.writer.settle()
     _, saved, _ = checkpoint.latest(tmp_path / "checkpoints")
     # After one step the weights are huge; after the second they are no numbers.
