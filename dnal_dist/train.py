@@ -21,7 +21,7 @@ def main() -> None:
     # Torch and everything else is imported after the arguments have been parsed.
     from dnal_dist.training import command
 
-    command.run_recipe(args.recipe, [*args.overrides, *source], args.overwrite, args.allow_changed, args.max_time)
+    command.run_recipe(args.recipe, [*args.overrides, *source], args.overwrite, args.allow_changed, args.max_time, args.profile)
 
 
 def _arguments() -> argparse.Namespace:
@@ -52,6 +52,15 @@ def _arguments() -> argparse.Namespace:
         "--max-time",
         metavar="TIME",
         help="save and exit with 75 before so much time has passed (3h30m, 90m); the end of a SLURM job is respected anyway",
+    )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=10,
+        metavar="STEPS",
+        help="trace so many steps of each phase (default: 10) with torch.profiler into RUN/profile; on a GPU, training then waits "
+        "for the device at each span, so that the time breakdown of the report is exact",
     )
     # Options may stand between overrides.
     return parser.parse_intermixed_args()

@@ -5,6 +5,7 @@ python -m dnal_dist.chaos recipes/digits.yaml --kills 50 --ranks 1,2 --report ch
 """
 
 import argparse
+import importlib
 import shutil
 import signal
 import sys
@@ -48,6 +49,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
     train, began = Train(args.recipe, overrides, args.config_file), time.monotonic()
     base = _base(args.keep)
+    # Imported once, here: the processes of the runs are forks of this one.
+    importlib.import_module("dnal_dist.training.command")
     become_reaper()
     try:
         chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)

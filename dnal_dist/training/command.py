@@ -11,15 +11,25 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import values
 from dnal_dist.tracking.run_log import CLOSE_SECONDS
-from dnal_dist.training import exit, phases, setup, stopping
+from dnal_dist.training import exit, phases, profiling, setup, stopping
 from dnal_dist.training.stopping import StopPoll
 
 # Exit code of a run that trained to its end, but whose network misses the recipe's target.
 MISSED = 3
 
 
-def run_recipe(path: str, overrides: Sequence[str], overwrite: bool, allowed: Sequence[str], max_time: str | None) -> None:
-    """Train the recipe at `path`. Exits with a code of docs/resuming.md, unless all went well in the only process."""
+def run_recipe(
+    path: str,
+    overrides: Sequence[str],
+    overwrite: bool,
+    allowed: Sequence[str],
+    max_time: str | None,
+    profiled_steps: int | None = None,
+) -> None:
+    """Train the recipe at `path`. Exits with a code of docs/resuming.md, unless all went well in the only process.
+
+    profiled_steps: steps of each phase to trace into RUN/profile; None: no trace.
+    """
     signals = stopping.Signals(_interrupt)
     context = run = None
     try:
@@ -33,7 +43,8 @@ def run_recipe(path: str, overrides: Sequence[str], overwrite: bool, allowed: Se
         stops = StopPoll(context, signals, Path(settings.output) / "stop", until, leaving)
         run = setup.prepare(settings, context, stops, overwrite, allowed)
         signals.training = True
-        phases.train(run)
+        with profiling.traced(run, profiled_steps):
+            phases.train(run)
         missed = exit.finish(run)
         if missed and context.main:
             exit.report_error(f"error: {missed}")

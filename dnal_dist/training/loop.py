@@ -74,7 +74,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
         raise
     trained.close()
     run_log.finish(f"{result}  {position.seconds[position.phase]:.0f} s")
-    run_log.record("phase", phase=position.phase, **usage.summary(position, position.phase))
+    run_log.record("phase", phase=position.phase, **usage.summary(position, position.phase), breakdown=run.breakdown.so_far())
 
 
 def ends_epoch(run: Run, total: int) -> bool:

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.phases import Phase
-from dnal_dist.common.span import span, spanned
+from dnal_dist.common.span import attached, span, spanned
 from dnal_dist.data.device import Fed
 from dnal_dist.nets import compact
 from dnal_dist.search import schedule
@@ -21,7 +21,7 @@ from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 def train(run: Run) -> None:
     """Take all phases that are left. Raises stopping.Stopped, after a checkpoint to resume from, when a stop was requested."""
-    with span("training", run):
+    with attached(run.breakdown), span("training", run):
         _phases(run)
 
 

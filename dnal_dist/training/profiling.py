@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dnal_dist.common.phases import PHASES
+from dnal_dist.common.span import attached
 
 # Spans, and the part of the breakdown that their time counts for.
 PARTS = {name: name for name in ("forward", "backward", "sync", "optimizer", "logging", "evaluation", "checkpoint")}
@@ -102,3 +103,14 @@ class Tracer:
         found.stop()
         self.folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(self.folder / f"{self.phase}-rank{self.rank}.json.gz"))
+
+
+@contextlib.contextmanager
+def traced(run, steps: int | None) -> Iterator[None]:
+    """Trace `steps` steps of each phase of `run` within the context, and measure its breakdown exactly. None: neither."""
+    if steps is None:
+        yield
+        return
+    run.breakdown.synchronise = True
+    with attached(Tracer(run.folder / "profile", run.context.rank, steps)):
+        yield

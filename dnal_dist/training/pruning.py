@@ -43,7 +43,7 @@ def prune(run: Run) -> None:
         run.log.record("stop", phase="prune", step=0, reason=str(stopped))
         raise
     clock.record()
-    run.log.record("phase", phase="prune", **usage.summary(run.state, "prune"))
+    run.log.record("phase", phase="prune", **usage.summary(run.state, "prune"), breakdown=run.breakdown.so_far())
     fraction = small["exact"]["macs"] / full["exact"]["macs"]
     run.log.begin("prune", 1, 1)
     run.log.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {fraction:.1%} of the MACs")

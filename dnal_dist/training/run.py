@@ -17,6 +17,7 @@ from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.search.selection import Budget
 from dnal_dist.tracking.run_log import RunLog
+from dnal_dist.training.profiling import Breakdown
 from dnal_dist.training.stopping import StopPoll
 
 
@@ -51,6 +52,8 @@ class Run:
     pending: tuple[PendingMetrics, Tensor, bool] | None = None
     """After a resume within a phase: its metrics since the last record, this process's sums, and whether processes and backend are
     the same as before."""
+    breakdown: Breakdown = field(default_factory=Breakdown)
+    """Time of the present phase by part."""
 
     def __post_init__(self):
         self.log.global_step = self.state.global_step

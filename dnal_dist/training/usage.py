@@ -22,6 +22,7 @@ class Clock:
         self.run, self.phase, self.step, self.begun = run, state.phase, state.step, time.monotonic()
         self.seconds = state.seconds.get(state.phase, 0.0)
         self.joules = joules(run.context)
+        run.breakdown.start()
         self.before = state.usage.get(state.phase)
         if self.before is None:
             # A checkpoint of an earlier release, in the midst of a phase, has only its seconds.
