@@ -15,6 +15,7 @@ from dnal_dist.common import atomic
 from dnal_dist.tracking import environment
 from dnal_dist.training import usage
 from dnal_dist.training.metrics import total_bytes
+from dnal_dist.training.profiling import Breakdown
 from dnal_dist.training.stopping import STOPPED
 
 
@@ -92,7 +93,7 @@ def test_energy_is_of_all_devices_or_not_told(monkeypatch):
 def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
     recipe = SimpleNamespace(data=SimpleNamespace(global_batch=10))
     state = RunState(phase="search", step=0, global_step=0)
-    run = SimpleNamespace(state=state, recipe=recipe, context=SimpleNamespace(world_size=2, device=None))
+    run = SimpleNamespace(state=state, recipe=recipe, context=SimpleNamespace(world_size=2, device=None), breakdown=Breakdown())
     used, now = iter([1e6, 1e6 + 3.6e6, 5.0, 5.0 + 7.2e6, 0.0, None]), iter([0.0, 10.0, 100.0, 105.0, 200.0, 201.0])
     monkeypatch.setattr(usage, "joules", lambda context: next(used))
     monkeypatch.setattr(usage.time, "monotonic", lambda: next(now))
