@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from dnal_dist import recipe
 from dnal_dist.common import errors
 from dnal_dist.data.order import order
-from dnal_dist.data.pipeline import Batch, Images
+from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
@@ -67,12 +68,10 @@ class Memory:
 
     def __init__(self, key: str, data, classes: int, seed: int, training: bool, most: int | None = None):
         shards = Shards(getattr(data, key), f"data.{key}", classes)
-        numbers = [(0, i) for i in range(min(shards.samples, most or shards.samples))]
         # As for validation, so that no random change is decoded into them.
-        found = Images(shards, data, seed, train=False).__getitems__(numbers)
-        if isinstance(found, errors.InputError):
-            raise found
-        self.images, self.labels, self.data, self.seed, self.training = found.images, found.labels, data, seed, training
+        batches = list(islice(Stream(shards, data, seed, train=False).batches(), -(-(most or shards.samples) // data.global_batch)))
+        self.images, self.labels = (torch.cat([batch[i] for batch in batches])[:most] for i in (0, 1))
+        self.data, self.seed, self.training = data, seed, training
         self.samples, self.per_epoch = len(self.labels), len(self.labels) // data.global_batch
         self.steps_per_epoch = sys.maxsize
         """For phases.py, which evaluates and saves after each epoch: all durations are in steps here, and no phase is that long."""

@@ -15,10 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
-from dnal_dist.data.tar import FORMATS, IMAGES
+from dnal_dist.data.tar import FORMATS
 from dnal_dist.recipe import Data
 
-EXTENSIONS = (*IMAGES, "gif")
+EXTENSIONS = ("png", "jpg", "jpeg", "gif")
 # Found too, so that they are counted among those that are left out.
 OTHERS = ("webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "jfif", "avif", "heic", "jxl")
 MAX_PIXELS = Data.model_fields["max_pixels"].default
@@ -89,7 +89,7 @@ def fault(image: ImageFile, decode: bool) -> str | None:
         return "it is empty" if os.path.exists(image.path) else "it is a link to what is not there"
     head = image.read(0, HEAD)
     if extension_of(head) is None:
-        return f"it is none of {', '.join(FORMATS)} (it begins with {head[:4].hex(' ')})"
+        return f"it is none of JPEG, PNG, GIF (it begins with {head[:4].hex(' ')})"
     # A PNG does not show at its ends that it is damaged within, and some decoders (torchvision 0.29) then end the whole process.
     if decode or extension_of(head) != "jpg" or image.read(max(0, image.size - 2)) != END_OF_JPEG:
         return decoding_fault(image.read())[0]

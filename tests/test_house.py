@@ -109,6 +109,6 @@ def test_nothing_unpickles_or_runs_data():
 
 def test_shards_are_read_without_torch():
     """data_tools start many processes, each of which would load it."""
-    found = reachable("dnal_dist.data.shards")
+    found = reachable("dnal_dist.data.downloads")
     assert found >= {"dnal_dist.data.tar", "dnal_dist.data.remote", "dnal_dist.data.cache", "dnal_dist.data.prefetch"}
     assert not found & importers("torch", "torchvision")

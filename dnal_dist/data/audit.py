@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
-from dnal_dist.data.order import Slices
+from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.receipts import tally
 from dnal_dist.data.shards import Shards
 
@@ -35,14 +35,14 @@ def audit(run: Path) -> int:
         raise InputError(f"{run / 'metrics.jsonl'}: no receipt yet; the first is written at the end of the first epoch")
     console, data = Console(), settings.data
     shards = Shards(data.train, "data.train", None, data.cache, data.cache_gb)
-    slices = Slices(shards, data, settings.seed, True)
+    order = GlobalOrder(shards, data, settings.seed, True)
     bar = {"console": Console(stderr=True), "transient": True, "disable": not console.is_terminal}
     names = [shards.name(index) for index in track(range(shards.samples), "reading keys", **bar)]
     table = Table("epoch", "batches", "samples", "skipped", "", title=escape(f"{run}: receipts against {data.train}"))
     per_epoch, dropped = divmod(shards.samples, data.global_batch)
     faults = 0
     for epoch, receipt in enumerate(track(receipts, "checking epochs", **bar)):
-        fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, slices)
+        fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, order)
         faults += bool(fault)
         numbers = (str(receipt[key]) for key in ("epoch", "batches", "samples"))
         told = f"[red]{escape(fault)}" if fault else "each sample once, in its turn"
@@ -80,15 +80,15 @@ def _read(run: Path) -> tuple[list[dict], int, bool]:
         raise InputError(f"{path}: not a run's record ({error}); name a run folder") from None
 
 
-def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], slices: Slices) -> str:
+def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], order: GlobalOrder) -> str:
     """What is wrong with the receipt of `epoch`; "" if nothing is."""
     batches, skipped = receipt["batches"], {one[0] for one in receipt["skipped"]}
-    per_epoch = len(names) // slices.global_batch
+    per_epoch = len(names) // order.global_batch
     if receipt["epoch"] != epoch:
         return f"expected the receipt of epoch {epoch}"
     if not 0 < batches <= per_epoch or (batches < per_epoch and not is_last):
         return f"{batches} batches, expected {per_epoch}"
-    wanted: np.ndarray = slices.order(epoch)[: batches * slices.global_batch]
+    wanted: np.ndarray = order.epoch(epoch)[: batches * order.global_batch]
     taken = [Taken(names[index], position) for position, index in enumerate(wanted.tolist()) if index not in skipped]
     if len(receipt["skipped"]) != len(skipped) or len(taken) != receipt["samples"] or len(taken) + len(skipped) != len(wanted):
         return f"{receipt['samples']} samples and {len(receipt['skipped'])} skipped, expected {len(wanted)} in all, each once"

@@ -1,9 +1,8 @@
-"""From an encoded image to a place in a batch: header, geometry, decode, crop and resize; uint8 throughout.
+"""From an encoded image to a square of a batch: header, geometry, decode, crop and resize; uint8 throughout.
 
-What is needed of an image is settled from its header alone, before a pixel is decoded: an image of too many pixels is refused
-then, and a JPEG that will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through
-simplejpeg; what it refuses (CMYK, PNG, small faults) goes through Pillow. Mirroring is only decided here: `normalise` does it on
-the device.
+The geometry follows from the header alone, before a pixel is decoded: an image of too many pixels is refused then, and a JPEG that
+will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through simplejpeg; what it refuses
+(CMYK, small faults) and all other kinds go through Pillow. Mirroring is only decided here: `normalise` does it on the device.
 """
 
 import contextlib
@@ -17,9 +16,8 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from dnal_dist.data.tar import FORMATS
 
@@ -34,7 +32,14 @@ class Header(NamedTuple):
     height: int
     width: int
     colours: str
-    """YCbCr, Gray, RGB, CMYK or YCCK of a JPEG; empty for what is none."""
+    """YCbCr, Gray, RGB, CMYK or YCCK of a JPEG; empty for other kinds."""
+    orientation: int = 1
+    """How the stored pixels are turned, 1 to 8 as in EXIF; height and width are those after it."""
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width of the pixels as they are stored."""
+        return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
     @property
     def plain(self) -> bool:
@@ -43,7 +48,7 @@ class Header(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What becomes of one image: resized to `whole`, cut to `part`, that resized to a square of the image size, then shifted."""
+    """The way of one image: resized to `whole`, cut to `part`, that resized to a square of the image size, then shifted."""
 
     own: tuple[int, int]
     """The image's height and width."""
@@ -70,20 +75,20 @@ class Transform:
         self.data, self.seed, self.train, self.size = data, seed, train, data.image_size
         self.kind = data.augmentation.kind if train else "none"
 
-    def __call__(self, encoded: bytes, epoch: int, index: int, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
-        """The image, uint8 (image_size, image_size, 3), written to `out` if given, and whether it is to be mirrored.
+    def __call__(self, encoded: bytes, epoch: int, index: int) -> tuple[np.ndarray, bool]:
+        """The image, uint8 (image_size, image_size, 3), and whether it is to be mirrored.
 
         Raises ImageError for what is no image, is cut short, or has more pixels than data.max_pixels.
         """
-        header = read_header(encoded)
+        header = self.header(encoded)
         geometry = self.plan(header, epoch, index)
-        if out is None:
-            out = np.empty((self.size, self.size, 3), np.uint8)
-        render(encoded, header, geometry, out)
-        return out, geometry.flip
+        return render(encoded, header, geometry, self.size), geometry.flip
+
+    def header(self, encoded: bytes) -> Header:
+        return read_header(encoded, self.data.exif)
 
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
-        """What becomes of an image with this header. Raises ImageError if that takes more than data.max_pixels pixels."""
+        """The geometry of an image with this header. Raises ImageError if it takes more than data.max_pixels pixels."""
         own, size, data, augmentation = (header.height, header.width), self.size, self.data, self.data.augmentation
         _check_pixels(own, data.max_pixels, "")
         whole, shift, rng = own, (0, 0), np.random.default_rng((self.seed, epoch, index)) if self.train else None
@@ -102,10 +107,10 @@ class Transform:
         return Geometry(own, whole, part, shift, flip, exact=self.kind == "none")
 
 
-def render(encoded: bytes, header: Header, geometry: Geometry, out: np.ndarray) -> None:
-    """Decode as much of an image as `geometry` needs and write it to `out`, uint8 (size, size, 3). Raises ImageError."""
-    reduction = reduction_of(header, geometry, len(out))
-    _shift(_cut(decode(encoded, header, reduction), geometry, reduction, len(out)), *geometry.shift, out)
+def render(encoded: bytes, header: Header, geometry: Geometry, size: int) -> np.ndarray:
+    """Decode as much of an image as `geometry` needs; uint8 (size, size, 3). Raises ImageError."""
+    reduction = reduction_of(header, geometry, size)
+    return _shifted(_cut(decode(encoded, header, reduction), geometry, reduction, size), *geometry.shift)
 
 
 def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
@@ -136,31 +141,6 @@ def _cut(pixels: np.ndarray, geometry: Geometry, reduction: int, size: int) -> n
     return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
 
 
-class Stack:
-    """Up to `count` images, each written straight into its place in one tensor: in memory (count, H, W, 3), so channels_last."""
-
-    def __init__(self, count: int, size: int):
-        places = torch.empty(count, size, size, 3, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            # What leaves a loader process goes through shared memory: there at once, it need not be copied.
-            places = places.share_memory_()
-        self._places, self._arrays, self.count = places, places.numpy(), 0
-
-    @property
-    def next(self) -> np.ndarray:
-        """Where the next image goes, uint8 (H, W, 3)."""
-        return self._arrays[self.count]
-
-    def keep(self) -> None:
-        """The next image is written."""
-        self.count += 1
-
-    @property
-    def images(self) -> Tensor:
-        """uint8 (images, 3, H, W), of channels_last memory."""
-        return self._places[: self.count].permute(0, 3, 1, 2)
-
-
 def normalise(images: Tensor, mean, std, flips: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (N, 3, H, W) -> (images / 255 - mean) / std, on the images' own device, those mirrored whose `flips` (N,) is true.
 
@@ -175,16 +155,42 @@ def normalise(images: Tensor, mean, std, flips: Tensor | None = None, dtype: tor
     return images.to(torch.float32).sub_(mean).div_(std).to(dtype)
 
 
-def read_header(encoded: bytes) -> Header:
-    """Size and kind of an image, without decoding it. Raises ImageError for what is none."""
+def read_header(encoded: bytes, exif: bool = False) -> Header:
+    """Size and kind of an image, without decoding it; exif: with the orientation in its EXIF. Raises ImageError."""
     if not encoded:
         raise ImageError("it is empty")
     if encoded[:2] == b"\xff\xd8":
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            return Header(height, width, colours)
+            orientation = 1
+            # In a JPEG, EXIF is a segment that begins so; Pillow is asked only where there is one.
+            if exif and b"Exif\0\0" in encoded:
+                with contextlib.suppress(ImageError), _opened(encoded) as image:
+                    orientation = _orientation(image)
+            return _oriented_header(height, width, colours, orientation)
     with _opened(encoded) as image:
-        return Header(image.height, image.width, "")
+        # Pillow turns a TIFF itself while it decodes it, and its height and width are those after that.
+        return _oriented_header(image.height, image.width, "", _orientation(image) if exif and image.format != "TIFF" else 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    with contextlib.suppress(Exception):  # of many kinds: damaged EXIF is no reason to do without the image
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in range(1, 9) else 1
+    return 1
+
+
+def _oriented_header(height: int, width: int, colours: str, orientation: int) -> Header:
+    return Header(*((width, height) if orientation > 4 else (height, width)), colours, orientation)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (height, width, 3) as they are to be seen; EXIF numbers the ways in which they may be stored from 1 to 8."""
+    if orientation > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> np.ndarray:
@@ -193,8 +199,13 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
     Raises ImageError for what is no image, an animation, or cut short.
     """
     header = header or read_header(encoded)
+    return _turned(_stored_pixels(encoded, header, reduction), header.orientation)
+
+
+def _stored_pixels(encoded: bytes, header: Header, reduction: int) -> np.ndarray:
+    height, width = header.stored
     if header.colours:
-        least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
+        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
         try:
             # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
             pixels = simplejpeg.decode_jpeg(encoded, "RGB" if header.plain else "CMYK", **least if reduction > 1 else {})
@@ -205,8 +216,10 @@ def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> 
                 # With an end behind it, half an image is a whole one to Pillow, and the other half is grey.
                 raise ImageError("it is truncated, though it has an end") from None
     with _opened(encoded) as image:
-        if (image.height, image.width) != header[:2]:
+        if (image.height, image.width) != (height, width):
             raise ImageError("its headers contradict each other")
+        if image.mode == "F":
+            raise ImageError("its pixels are floating-point numbers, of which white and black are not known")
         if image.mode.startswith("I"):
             # Grey of 16 bits: the upper byte is what one of 8 bits would hold.
             upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -224,8 +237,8 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                if image.format in ("PNG", "GIF") and getattr(image, "is_animated", False):
-                    raise ImageError("it is animated")
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    raise ImageError("it is animated, or has several pages")
                 yield image
     except ImageError:
         raise
@@ -279,14 +292,13 @@ def _resize_as_pillow(pixels: np.ndarray, height: int, width: int, box: tuple[fl
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
-def _shift(square: np.ndarray, down: int, right: int, out: np.ndarray) -> None:
-    """Write uint8 (size, size, 3) to `out` from row `down` and column `right` on; what lies outside is black."""
+def _shifted(square: np.ndarray, down: int, right: int) -> np.ndarray:
+    """uint8 (size, size, 3) from row `down` and column `right` of `square` on; what lies outside is black."""
     if not down and not right:
-        out[...] = square
-        return
-    size = len(out)
-    out[...] = 0
+        return square
+    size, out = len(square), np.zeros_like(square)
     if max(abs(down), abs(right)) < size:
         rows, columns = (slice(max(0, by), min(size, size + by)) for by in (down, right))
         to_rows, to_columns = (slice(max(0, -by), min(size, size - by)) for by in (down, right))
         out[to_rows, to_columns] = square[rows, columns]
+    return out

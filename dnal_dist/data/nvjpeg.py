@@ -1,8 +1,8 @@
 """JPEGs decoded, cut and resized on an NVIDIA GPU, by nvJPEG through torchvision (`data.decode: cuda`).
 
-Loader processes only read headers and settle each image's geometry; encoded JPEGs travel to the device's process. What nvJPEG
-cannot take (PNG, CMYK and RGB JPEGs, files without their end) is decoded by the loader processes as ever, and what it refuses is
-decoded on the CPU then. Validation always decodes on the CPU, since its bits count.
+Loader processes only read headers and plan each image's geometry; encoded JPEGs travel to the device's process. Images that nvJPEG
+cannot decode (other kinds, CMYK and RGB JPEGs, files without their end, images that EXIF turns) are decoded by the loader
+processes, and those that it refuses on the CPU of the device's process. Validation always decodes on the CPU, since its bits count.
 """
 
 from typing import NamedTuple
@@ -26,33 +26,21 @@ class Encoded(NamedTuple):
     data: Tensor
     """Their bytes one after the other, uint8."""
     sizes: list[int]
-    places: list[int]
+    rows: list[int]
     """Where in the batch each belongs, ascending."""
     geometries: list[Geometry]
     origins: list[Origin]
-    """Of what may turn out to be no image."""
+    """For messages about those that turn out to be no image."""
 
 
-class Waiting:
-    """JPEGs that a loader process gathers for the device."""
-
-    def __init__(self):
-        self.jpegs, self.places, self.geometries, self.origins = [], [], [], []
-
-    def add(self, jpeg: bytes, place: int, geometry: Geometry, origin: Origin) -> None:
-        self.jpegs.append(jpeg)
-        self.places.append(place)
-        self.geometries.append(geometry)
-        self.origins.append(origin)
-
-    def encoded(self) -> Encoded:
-        data = torch.frombuffer(bytearray(b"".join(self.jpegs)) or bytearray(1), dtype=torch.uint8)
-        return Encoded(data, [len(jpeg) for jpeg in self.jpegs], self.places, self.geometries, self.origins)
+def pack(jpegs: list[bytes], rows: list[int], geometries: list[Geometry], origins: list[Origin]) -> Encoded:
+    data = torch.frombuffer(bytearray(b"".join(jpegs)) or bytearray(1), dtype=torch.uint8)
+    return Encoded(data, [len(jpeg) for jpeg in jpegs], rows, geometries, origins)
 
 
 def takes(header: Header, encoded: bytes) -> bool:
-    """Whether nvJPEG is asked. Without its end a JPEG is half an image, which nvJPEG need not say."""
-    return header.colours in ("YCbCr", "Gray") and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
+    """Whether nvJPEG is to decode it. Without its end a JPEG is half an image, which nvJPEG need not report."""
+    return header.colours in ("YCbCr", "Gray") and header.orientation == 1 and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def require(device: torch.device) -> None:
@@ -67,26 +55,26 @@ def require(device: torch.device) -> None:
 
 
 def finish(batch, size: int, device: torch.device):
-    """`batch` of a stream with its images complete on `device`, uint8 (n, 3, size, size); what is no image is left out and told.
+    """`batch` of a stream with its images complete on `device`, uint8 (n, 3, size, size); what is no image joins `bad`.
 
     Raises InputError if no image is left.
     """
     encoded, count = batch.encoded, len(batch.labels)
     jpegs = list(encoded.data[: sum(encoded.sizes)].split(encoded.sizes)) if encoded.sizes else []
     images = torch.empty(count, size, size, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    waiting, bad, lost = set(encoded.places), [], {}
-    if done := [place for place in range(count) if place not in waiting]:
+    waiting, bad, lost = set(encoded.rows), [], {}
+    if done := [row for row in range(count) if row not in waiting]:
         images[torch.tensor(done, device=device)] = batch.images.to(device, non_blocking=True)
     for i, image in enumerate(_decoded(jpegs, device)):
-        geometry, place = encoded.geometries[i], encoded.places[i]
+        geometry, row = encoded.geometries[i], encoded.rows[i]
         try:
             if image is not None and tuple(image.shape[1:]) == tuple(geometry.own):
-                images[place] = cut(image, geometry, size)
+                images[row] = cut(image, geometry, size)
             else:
-                images[place] = _on_the_cpu(jpegs[i].numpy().tobytes(), geometry, size).to(device)
+                images[row] = _on_the_cpu(jpegs[i].numpy().tobytes(), geometry, size).to(device)
         except ImageError as error:
             bad.append(encoded.origins[i].fault(str(error)))
-            lost[place] = encoded.origins[i]
+            lost[row] = encoded.origins[i]
     if len(lost) == count:
         raise InputError(f"{bad[0]}: no image of a batch of {count} can be used; mend the shards", local=True)
     return _without(batch._replace(images=images, bad=batch.bad + bad, encoded=None), lost)
@@ -112,7 +100,7 @@ def _decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        # One refusal is all that is told of the whole list.
+        # It does not say which JPEG of the list it refuses.
         return [_decoded([jpeg], device)[0] for jpeg in jpegs] if len(jpegs) > 1 else [None]
 
 
@@ -121,17 +109,15 @@ def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _on_the_cpu(jpeg: bytes, geometry: Geometry, size: int) -> Tensor:
-    out = np.empty((size, size, 3), np.uint8)
-    render(jpeg, read_header(jpeg), geometry, out)
-    return torch.from_numpy(out).permute(2, 0, 1)
+    return torch.from_numpy(render(jpeg, read_header(jpeg), geometry, size)).permute(2, 0, 1)
 
 
 def _without(batch, lost: dict[int, Origin]):
     if not lost:
         return batch
-    kept = [place for place in range(len(batch.labels)) if place not in lost]
+    kept = [row for row in range(len(batch.labels)) if row not in lost]
     where = torch.tensor(kept)
     images = batch.images[where.to(batch.images.device)]
-    keys = [batch.keys[place] for place in kept]
+    keys = [batch.keys[row] for row in kept]
     tally = receipts.without(batch.tally, lost.values())
     return batch._replace(images=images, labels=batch.labels[where], flips=batch.flips[where], keys=keys, tally=tally)

@@ -1,22 +1,23 @@
 """The one global order of samples: a function of seed and epoch, which ranks and workers only divide."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from dnal_dist.data.shards import Shards
 
 
 class Place(NamedTuple):
     """A sample's place in a run: `batch` counts from the run's start, `position` is the place in the epoch's order, `index` the
-    sample's number in the shards."""
+    sample's number in the shards. last: it ends its rank's part of the batch."""
 
     batch: int
     epoch: int
     position: int
     index: int
+    last: bool = False
 
 
 def order(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -45,31 +46,44 @@ def _bits(number: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(number)
 
 
-class Slices(Sampler):
-    """Which samples each batch of one rank holds. Training: without end, from batch `start` of the run on. Else: one pass."""
+class GlobalOrder:
+    """The samples of each batch of one rank. Training: without end. Validation: one pass in the order of the shards."""
 
     def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1):
         self.counts, self.samples, self.shard_of = shards.counts, shards.samples, shards.shard_of
         self.seed, self.train = seed, train
         self.global_batch, self.together = data.global_batch, data.shuffle_shards
-        self.local, self.rank, self.start = data.global_batch // world_size, rank, 0
+        self.local, self.rank = data.global_batch // world_size, rank
         self.per_epoch = self.samples // self.global_batch
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def places(self, start: int = 0, worker: int = 0, workers: int = 1) -> Iterator[Place]:
+        """Places of the rank's samples from batch `start` of a training run on, in the batches that are worker number `worker`'s:
+        the first for worker 0, the second for worker 1 and so on, which a loader takes from them in turn."""
         if not self.train:
-            yield from self._pass(0, np.arange(self.samples), range(-(-self.samples // self.global_batch)))
+            whole = np.arange(self.samples)
+            for batch in range(worker, -(-self.samples // self.global_batch), workers):
+                yield from self._places(batch, 0, batch, whole)
             return
-        epoch, batch = divmod(self.start, self.per_epoch)
-        while True:
-            yield from self._pass(epoch, self.order(epoch), range(batch, self.per_epoch))
-            epoch, batch = epoch + 1, 0
+        known = -1
+        for batch in itertools.count(start + worker, workers):
+            epoch, number = divmod(batch, self.per_epoch)
+            if epoch != known:
+                known, indices = epoch, self.epoch(epoch)
+            yield from self._places(batch, epoch, number, indices)
+
+    def _places(self, batch: int, epoch: int, number: int, indices: np.ndarray) -> Iterator[Place]:
+        """This rank's part of batch `number` of an epoch, which is empty where too few samples are left for all ranks."""
+        first = number * self.global_batch + self.rank * self.local
+        end = min(first + self.local, self.samples)
+        for position, index in enumerate(indices[first:end].tolist(), first):
+            yield Place(batch, epoch, position, index, position == end - 1)
 
     def first_uses(self, start: int) -> Iterator[tuple[int, int]]:
         """From batch `start` of the run on, (batch, shard) for every shard of an epoch in the order of their first uses in it; of a
         validation, of one pass."""
         epoch, batch = divmod(start, self.per_epoch) if self.train else (0, 0)
         while True:
-            order = self.order(epoch) if self.train else np.arange(self.samples)
+            order = self.epoch(epoch) if self.train else np.arange(self.samples)
             shards, first = np.unique(self.shard_of(order[batch * self.global_batch :]), return_index=True)
             for place in np.argsort(first):
                 yield epoch * self.per_epoch + batch + int(first[place]) // self.global_batch, int(shards[place])
@@ -77,17 +91,8 @@ class Slices(Sampler):
                 return
             epoch, batch = epoch + 1, 0
 
-    def order(self, epoch: int) -> np.ndarray:
+    def epoch(self, epoch: int) -> np.ndarray:
         """The sample numbers in the order of an epoch of training."""
         if self.together is None or self.together >= len(self.counts):
             return order(self.samples, self.seed, epoch)
         return order_with_locality(self.counts, self.seed, epoch, self.together)
-
-    def _pass(self, epoch: int, indices: np.ndarray, batches: range) -> Iterator[list[Place]]:
-        for batch in batches:
-            first = batch * self.global_batch
-            mine = range(first + self.rank * self.local, min(first + (self.rank + 1) * self.local, self.samples))
-            if mine:
-                chosen = indices[mine.start : mine.stop].tolist()
-                number = epoch * self.per_epoch + batch
-                yield [Place(number, epoch, position, index) for position, index in zip(mine, chosen, strict=True)]

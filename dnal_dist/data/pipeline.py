@@ -1,24 +1,35 @@
-"""The stream of batches that one rank trains on."""
+"""The webdataset pipeline of one rank: samples in the global order, decoded, in batches.
+
+    DataPipeline(SamplesInOrder, map(Decoder), batches)     in each loader process
+    WebLoader(DataPipeline)                                  which takes a batch from each of them in turn
+
+Only the first stage is unlike any other webdataset pipeline: which sample comes next is a function of seed and epoch, and samples
+are read by their number. Nothing goes through webdataset's own openers and decoders, which can run programs.
+"""
 
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import get_worker_info
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg, receipts
-from dnal_dist.data.images import Geometry, ImageError, Stack, Transform, read_header, render
+from dnal_dist.data.downloads import prefetcher
+from dnal_dist.data.images import Geometry, ImageError, Transform, render
 from dnal_dist.data.nvjpeg import Encoded
-from dnal_dist.data.order import Place, Slices
+from dnal_dist.data.order import GlobalOrder, Place
 from dnal_dist.data.prefetch import Prefetcher
 from dnal_dist.data.remote import RemoteError
 from dnal_dist.data.shards import Origin, Shards
 from dnal_dist.data.tar import Fault
+from dnal_dist.recipe import Data
 
 
 class Batch(NamedTuple):
@@ -34,67 +45,131 @@ class Batch(NamedTuple):
     encoded: Encoded | None = None
 
 
-class Images(Dataset):
-    """Decoded images by their place. A list of places gives a Batch, or the InputError that stops the run, as a value: an
-    exception would arrive from a loader process as a page of traceback."""
+class Item(NamedTuple):
+    """A sample on its way into a batch."""
 
-    def __init__(self, shards: Shards, data, seed: int, train: bool, ahead: Prefetcher | None = None):
-        self.shards, self.train, self.size, self.transform = shards, train, data.image_size, Transform(data, seed, train)
-        self.ahead, self.on_device = ahead, train and data.decode == "cuda"
+    place: Place
+    fault: Fault | None = None
+    """Why it cannot be used; the rest is then missing."""
+    origin: Origin | None = None
+    label: int = 0
+    image: bytes | np.ndarray = b""
+    """Encoded, or uint8 (H, W, 3)."""
+    geometry: Geometry | None = None
 
-    def __getitems__(self, wanted: list[Place]) -> Batch | InputError:
-        stack, waiting, labels, flips, origins, bad = Stack(len(wanted), self.size), nvjpeg.Waiting(), [], [], [], []
-        if self.ahead is not None:
-            self.ahead.at(wanted[0].batch)
-        for place in wanted:
+
+class SamplesInOrder:
+    """The first stage: samples in the global order, from batch `start` of the run on, which may be set between two passes."""
+
+    def __init__(self, shards: Shards, order: GlobalOrder, ahead: Prefetcher | None):
+        self.shards, self.order, self.ahead = shards, order, ahead
+        # In memory that loader processes share: they outlive a pass.
+        self.start = multiprocessing.RawValue("q", 0)
+
+    def __call__(self) -> Iterator[Item]:
+        """Raises InputError for a shard that cannot be read."""
+        worker, batch = get_worker_info(), -1
+        for place in self.order.places(self.start.value, *((worker.id, worker.num_workers) if worker else ())):
+            if self.ahead is not None and place.batch != batch:
+                batch = place.batch
+                self.ahead.at(batch)
             try:
                 sample, origin = self.shards.take(place.index, place.position)
-                geometry = self._image(sample.image, place, origin, stack, waiting, len(labels))
             except Fault as fault:
-                bad.append(fault)
-                continue
+                yield Item(place, fault)
+            except RemoteError as error:
+                raise InputError(str(error)) from None
             except OSError as error:
-                return InputError(_unreadable(error, self.shards.where(place.index)[0]))
-            labels.append(sample.label)
-            flips.append(geometry.flip)
-            origins.append(origin)
-        if self.train and not labels:
-            # BatchNorm's statistics of no image at all would be no numbers.
-            return InputError(f"{bad[0]}: no image of a batch of {len(wanted)} can be used; mend the shards")
-        label, flip = torch.tensor(labels, dtype=torch.long), torch.tensor(flips, dtype=torch.bool)
-        keys, tally = [origin.key for origin in origins], receipts.tally(origins)
-        return Batch(stack.images, label, flip, keys, bad, tally, waiting.encoded() if self.on_device else None)
-
-    def _image(self, encoded: bytes, place: Place, origin: Origin, stack: Stack, waiting: nvjpeg.Waiting, row: int) -> Geometry:
-        """Decode an image onto `stack`, or leave it for the device to put it into the batch's `row`."""
-        try:
-            header = read_header(encoded)
-            geometry = self.transform.plan(header, place.epoch, place.index)
-            if self.on_device and nvjpeg.takes(header, encoded):
-                waiting.add(encoded, row, geometry, origin)
+                shard = error.filename or self.shards.where(place.index)[0]
+                raise InputError(f"{shard}: shard cannot be read any more ({error.strerror}); check the file") from None
             else:
-                render(encoded, header, geometry, stack.next)
-                stack.keep()
+                yield Item(place, None, origin, sample.label, sample.image)
+
+
+class Decoder:
+    """The stage from encoded to decoded images; on_device: plain JPEGs are left to the device."""
+
+    def __init__(self, transform: Transform, on_device: bool):
+        self.transform, self.on_device = transform, on_device
+
+    def __call__(self, item: Item) -> Item:
+        if item.fault is not None:
+            return item
+        try:
+            header = self.transform.header(item.image)
+            geometry = self.transform.plan(header, item.place.epoch, item.place.index)
+            if self.on_device and nvjpeg.takes(header, item.image):
+                return item._replace(geometry=geometry)
+            return item._replace(image=render(item.image, header, geometry, self.transform.size), geometry=geometry)
         except ImageError as error:
-            raise origin.fault(str(error)) from None
-        return geometry
+            return Item(item.place, item.origin.fault(str(error)))
 
 
-def _unreadable(error: OSError, shard: str) -> str:
-    if isinstance(error, RemoteError):
-        return str(error)
-    return f"{error.filename or shard}: shard cannot be read any more ({error.strerror}); check the file"
+class Batches:
+    """The stage from images to batches; with train, a batch of which no image is left is an InputError."""
+
+    def __init__(self, size: int, train: bool, on_device: bool):
+        self.size, self.train, self.on_device = size, train, on_device
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[Batch]:
+        gathered: list[Item] = []
+        for item in items:
+            gathered.append(item)
+            # Not with the next item, as in webdataset's own stage: a batch does not wait for what comes behind it.
+            if item.place.last:
+                yield self.batch(gathered)
+                gathered = []
+
+    def batch(self, items: list[Item]) -> Batch:
+        good, bad = [item for item in items if item.fault is None], [item.fault for item in items if item.fault is not None]
+        if self.train and not good:
+            # BatchNorm's statistics of no image at all would be no numbers.
+            raise InputError(f"{bad[0]}: no image of a batch of {len(items)} can be used; mend the shards")
+        return Batch(
+            self._stacked([item.image for item in good if not isinstance(item.image, bytes)]),
+            torch.tensor([item.label for item in good], dtype=torch.long),
+            torch.tensor([item.geometry.flip for item in good], dtype=torch.bool),
+            [item.origin.key for item in good],
+            bad,
+            receipts.tally(item.origin for item in good),
+            self._encoded(good) if self.on_device else None,
+        )
+
+    def _stacked(self, images: list[np.ndarray]) -> Tensor:
+        """uint8 (n, 3, H, W), in channels_last memory."""
+        stack = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
+        if images and get_worker_info() is not None:
+            # What leaves a loader process goes through shared memory: there at once, it need not be copied.
+            stack = stack.share_memory_()
+        for row, image in zip(stack.numpy(), images, strict=True):
+            row[...] = image
+        return stack.permute(0, 3, 1, 2)
+
+    def _encoded(self, good: list[Item]) -> Encoded:
+        rows = [row for row, item in enumerate(good) if isinstance(item.image, bytes)]
+        chosen = [good[row] for row in rows]
+        return nvjpeg.pack([i.image for i in chosen], rows, [i.geometry for i in chosen], [i.origin for i in chosen])
 
 
 class Stream:
     """The batches that one rank of `world_size` gets from `shards`.
 
     `batches(start)` of a training stream goes on without end from iteration `start` of the run; of a validation stream it is one
-    pass in which every sample is seen once by exactly one rank. pin: batches in page-locked memory, for a GPU. Raises InputError
-    where the data is at fault.
+    pass in which every sample is seen once by exactly one rank. pin: batches in page-locked memory, for a GPU. stages: further
+    stages of the pipeline in the loader processes, from a Batch to a Batch. Raises InputError where the data is at fault.
     """
 
-    def __init__(self, shards: Shards, data, seed: int, train: bool, rank: int = 0, world_size: int = 1, pin: bool = False):
+    def __init__(
+        self,
+        shards: Shards,
+        data: Data,
+        seed: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        pin: bool = False,
+        stages: Sequence[Callable[[Iterable[Batch]], Iterable[Batch]]] = (),
+    ):
         if data.global_batch % world_size:
             raise InputError(
                 f"key 'data.global_batch': {data.global_batch} images cannot be divided evenly among {world_size} processes; "
@@ -107,27 +182,72 @@ class Stream:
                 f"key 'data.global_batch': a step takes {data.global_batch} images, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
-        self._slices = Slices(shards, data, seed, train, rank, world_size)
-        together = data.shuffle_shards if train else 1
-        self._ahead = shards.ahead(self._slices.first_uses, together, downloads=max(1, 4 // max(1, data.workers)))
-        self._loader = DataLoader(
-            Images(shards, data, seed, train, self._ahead),
-            batch_sampler=self._slices,
+        order, on_device = GlobalOrder(shards, data, seed, train, rank, world_size), train and data.decode == "cuda"
+        self.ahead = prefetcher(shards, order, data.workers)
+        self.first_stage = SamplesInOrder(shards, order, self.ahead)
+        self.pipeline = webdataset.DataPipeline(
+            self.first_stage,
+            webdataset.map(Decoder(Transform(data, seed, train), on_device)),
+            Batches(data.image_size, train, on_device),
+            *stages,
+        )
+        self.loader = webdataset.WebLoader(
+            self.pipeline.compose(_error_as_value),
+            batch_size=None,
             num_workers=data.workers,
             collate_fn=_as_it_is,
             pin_memory=pin,
             persistent_workers=data.workers > 0,
             worker_init_fn=_begin_loader,
-            # What torch's own generator has to say is for networks: a resumed run reads anew, and must not draw from it for that.
+            # Torch's own generator is for networks: a resumed run starts its loaders again, and must not draw from it for that.
             generator=torch.Generator().manual_seed(seed),
-        )
+        ).compose(_error_raised)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        self._slices.start = start
-        for batch in self._loader:
-            if isinstance(batch, InputError):
-                raise InputError(str(batch), local=True)
-            yield batch
+        self.first_stage.start.value = start
+        yield from self.loader
+
+
+def stream(
+    shards: str,
+    image_size: int,
+    global_batch: int,
+    *,
+    train: bool = True,
+    seed: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_classes: int | None = None,
+    stages: Sequence[Callable[[Iterable[Batch]], Iterable[Batch]]] = (),
+    **data,
+) -> webdataset.WebLoader:
+    """Batches of `shards` (paths or patterns as in a recipe) without a recipe: a webdataset pipeline, to which stages may be
+    appended by `.map`, `.select`, `.slice` and `.compose`. data: any other key of a recipe's section data, such as workers=4 or
+    augmentation={"kind": "resized_crop"}. The rest is as in Stream. Raises InputError."""
+    try:
+        settings = Data(train=shards, val=shards, image_size=image_size, global_batch=global_batch, **data)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    found = Shards(shards, "shards", num_classes, settings.cache, settings.cache_gb, settings.label_key)
+    made = Stream(found, settings, seed, train, rank, world_size, stages=stages)
+    made.first_stage.start.value = start
+    return made.loader
+
+
+def _error_as_value(batches: Iterable[Batch]) -> Iterator[Batch | InputError]:
+    """An exception would come from a loader process as a page of traceback."""
+    try:
+        yield from batches
+    except InputError as error:
+        yield error
+
+
+def _error_raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise InputError(str(batch), local=True)
+        yield batch
 
 
 def _as_it_is(batch):
@@ -136,7 +256,7 @@ def _as_it_is(batch):
 
 def _begin_loader(_worker: int) -> None:
     torch.set_num_threads(1)
-    # They may reach all processes of a terminal or a job; what becomes of a loader is for the process that it loads for to say.
+    # A terminal or a job may send them to all processes; the process that a loader works for decides when it ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Where shards are: the paths and URLs that a recipe's patterns stand for, and what the index beside them tells."""
+"""The shard list: paths and URLs that a recipe's patterns stand for, and the index beside them."""
 
 import functools
 import glob
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dnal_dist.data import remote
 
 
 class Url(str):
-    """Where a remote shard or its folder is, with what of Path's is used here."""
+    """URL of a remote shard or its folder, with the attributes of Path that are used here."""
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
 
 
 def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
-    """The files, sorted. A remote shard that is named in full is taken to be there: its index tells, or reading it."""
+    """The files, sorted. A remote shard that is named in full is taken to be there; its index or reading it shows otherwise."""
     if not is_remote:
         return [Path(path) for path in sorted(glob.glob(pattern))]
     if not glob.has_magic(pattern):
@@ -86,22 +87,21 @@ def _words(patterns: str, key: str) -> list[str]:
 
 
 def refuse_gaps(indices: dict[Path | Url, dict[str, dict]], names: list[str], paths: list[Path | Url]) -> None:
-    """Raise InputError if an index tells of a shard that `names` asks for and that is not there."""
+    """Raise InputError if an index lists a shard that `names` matches and that is not there."""
     there = set(paths)
     for folder, index in indices.items():
         if isinstance(folder, Url):
             continue
         for path in (folder / file for file in index):
             if path not in there and any(fnmatch(str(path), str(Path(name))) for name in names):
-                raise InputError(f"{path}: no such shard, but index.json tells of it; copy it here or make the index anew")
+                raise InputError(f"{path}: no such shard, but index.json lists it; copy it here or make the index again")
 
 
 def read_index(folder: Path | Url) -> dict[str, dict]:
-    """What folder/index.json says of each shard, by its name; {} if there is none. Raises InputError if it is damaged."""
-    is_remote = isinstance(folder, Url)
+    """Entries of folder/index.json by the shard's name; {} if there is none. Raises InputError if it is damaged."""
     where = f"{folder}/index.json"
     try:
-        content = json.loads(_remote_index(where) if is_remote else Path(where).read_text())
+        content = _content(folder)
         return {entry["file"]: _entry(entry) for entry in content["shards"]}
     except FileNotFoundError:
         return {}
@@ -110,12 +110,17 @@ def read_index(folder: Path | Url) -> dict[str, dict]:
             f"{error}; remote shards need their index: make it by `python -m data_tools.index`, and put it beside them"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it anew") from None
+        raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it again") from None
+
+
+def _content(folder: Path | Url):
+    where = f"{folder}/index.json"
+    return json.loads(_remote_index(where) if isinstance(folder, Url) else Path(where).read_text())
 
 
 @functools.lru_cache(8)
 def _remote_index(url: str) -> bytes:
-    """It is asked for by each pattern and each split; of a running process it does not change."""
+    """Each pattern and each split needs it; in the life of a process it does not change."""
     return remote.read(url)
 
 
@@ -123,9 +128,9 @@ def _entry(entry: dict) -> dict:
     """One checked entry of an index. Raises ValueError or TypeError."""
     samples, size, offsets = int(entry["samples"]), int(entry["bytes"]), entry.get("offsets")
     if not isinstance(entry["file"], str) or "/" in entry["file"] or not entry["file"].isprintable():
-        raise ValueError(f"{entry['file']!r}, which is no file's name")
+        raise ValueError(f"{entry['file']!r}, which is not the name of a file")
     if not re.fullmatch("[0-9a-fA-F]{64}", str(entry.get("sha256") or "0" * 64)):
-        raise ValueError(f"a digest of {entry['file']} that is none")
+        raise ValueError(f"a digest of {entry['file']} that is not SHA-256")
     if samples < 0:
         raise ValueError("a negative number of samples")
     if offsets is not None:
@@ -138,10 +143,15 @@ def _entry(entry: dict) -> dict:
 
 def class_names(folder: Path | Url) -> list[str]:
     """The names of the classes that folder/index.json has; [] if it or they are not there."""
-    where = f"{folder}/index.json"
     try:
-        content = json.loads(_remote_index(where) if isinstance(folder, Url) else Path(where).read_text())
-        names = content.get("classes")
+        names = _content(folder).get("classes")
     except (OSError, ValueError, AttributeError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def class_numbers(folder: Path | Url) -> dict[str, int]:
+    """The numbers of the classes by their names in folder/index.json, without names that two classes have."""
+    names = class_names(folder)
+    counts = Counter(names)
+    return {name: number for number, name in enumerate(names) if counts[name] == 1}

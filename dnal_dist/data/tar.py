@@ -1,19 +1,23 @@
-"""What a shard's bytes hold: samples of an ordinary webdataset tar, however damaged or malicious it may be.
+"""The content of a shard: samples of an ordinary webdataset tar, however damaged or malicious it may be.
 
-Neighbouring members with one key, the path up to the first dot of its last component, are a sample. An image (png, jpg, jpeg) and
-a class number (cls) are read of it. Nothing that a shard holds is ever executed, unpickled, or written to disk under a name that it
-chose.
+Neighbouring members with one key, the path up to the first dot of its last component, are a sample. Its image and its label are
+read; members of other kinds are left alone and listed. Nothing that a shard holds is ever executed, unpickled, or written to disk
+under a name that it chose.
 """
 
 import io
+import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
-IMAGES = ("png", "jpg", "jpeg")
-# As Pillow calls them. An image is what its content says, whatever its extension.
-FORMATS = ("JPEG", "PNG", "GIF")
+# In lower case; an image is what its content says, whatever its extension.
+IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
+# As Pillow calls them.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+# The first of them that a sample has holds its label.
+LABELS = ("cls", "cls.txt", "txt")
 # Members that readers of webdataset shards are known to run programs from. A sample that has one is not used.
 REFUSED = ("pyd", "pickle", "pkl", "pt", "pth", "dill")
 BLOCK = tarfile.BLOCKSIZE
@@ -24,6 +28,8 @@ class Fault(Exception):
 
     def __init__(self, reason: str, key: str | None = None, shard: str = "", offset: int = 0, index: int = -1):
         super().__init__(reason)
+        self.unread: set[str] = set()
+        """Extensions of members without a reader that were met before."""
         self.reason, self.key, self.shard, self.offset, self.index = reason, key, shard, offset, index
 
     def __reduce__(self):
@@ -38,11 +44,59 @@ class Sample(NamedTuple):
     image: bytes
     extension: str
     label: int
+    unread: tuple[str, ...] = ()
+    """Extensions of its other members, which have no reader."""
+
+
+class LabelFormat(NamedTuple):
+    """Where the label of a sample stands, and which labels there are."""
+
+    num_classes: int | None = None
+    """Labels are from 0 to num_classes - 1; any whole number if it is not known."""
+    names: Mapping[str, int] = {}
+    """Labels of the classes that may be given by name."""
+    json_key: str | None = None
+    """The label is the value of this key of the sample's .json; without one it is the text of a member in LABELS."""
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return LABELS if self.json_key is None else ("json",)
+
+    def read(self, content: bytes) -> int:
+        """The label that a member holds. Raises Fault for what is none."""
+        text = content.strip() if self.json_key is None else self._value(content)
+        if text.isdigit() and len(text) <= 9 and (self.num_classes is None or int(text) < self.num_classes):
+            return int(text)
+        shown_text = text.decode("utf-8", "surrogateescape")
+        if shown_text in self.names:
+            return self.names[shown_text]
+        bound = f" from 0 to {self.num_classes - 1} (model.num_classes is {self.num_classes})" if self.num_classes else ""
+        named = f", or one of the {len(self.names)} names of classes in index.json" if self.names else ""
+        raise Fault(f"label {text[:80].decode('latin-1')!a} is out of range, expected a whole number{bound}{named}")
+
+    def _value(self, content: bytes) -> bytes:
+        try:
+            found = json.loads(content)
+            value = found[self.json_key]
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            what = f"no key {self.json_key!r}" if isinstance(error, KeyError) else "no object of JSON"
+            raise Fault(f"its .json has {what}, which data.label_key asks for") from None
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise Fault(f"the value of {self.json_key!r} in its .json is neither a whole number nor a text")
+        return str(value).encode("utf-8", "surrogatepass").strip()
+
+
+ANY_LABEL = LabelFormat()
+
+
+def unreadable(extensions: tuple[str, ...]) -> str:
+    """Text of the kinds of members that have no reader, such as ".json, .npy"."""
+    return ", ".join(sorted({f".{shown(extension)}" for extension in extensions}))
 
 
 def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
-    """Where each sample of the tar `file` begins and, as the last number, where the last one ends; and what is wrong, as (byte,
-    reason). Only headers are read. Behind damage the next whole header is looked for; a damaged stretch counts as a sample."""
+    """Offsets at which the samples of the tar `file` begin and, as the last number, the end of the last one; and damage, as (byte,
+    reason). Only headers are read. Behind damage the next whole header is searched for; a damaged stretch counts as a sample."""
     offsets, faults, last, end = [], [], None, 0
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -71,7 +125,7 @@ def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
 
 
 def _is_padding(file: BinaryIO, begin: int, end: int) -> bool:
-    """Whether a stretch without members is one of zeros, or of headers that say something about all of the archive."""
+    """Whether a stretch without members is one of zeros, or of headers about the whole archive."""
     while begin < end:
         file.seek(begin)
         block = file.read(BLOCK)
@@ -95,10 +149,10 @@ def key_of(name: str) -> str | None:
     return folder + slash + stem
 
 
-def parse(chunk: bytes, num_classes: int | None = None) -> Sample:
-    """The sample that `chunk`, its members in tar format, holds. Raises Fault for anything else than one image and one class
-    number in [0, num_classes), and for members that mean harm."""
-    images, labels, key = [], [], None
+def parse(chunk: bytes, labels: LabelFormat = ANY_LABEL) -> Sample:
+    """The sample that `chunk`, its members in tar format, holds. Raises Fault for anything else than one image and one label as
+    `labels` has them, and for members that mean harm."""
+    images, found, unread, key = [], {}, [], None
     try:
         for name, kind, begin, size in _members(chunk):
             if kind == tarfile.DIRTYPE or (this := key_of(name)) is None:
@@ -115,19 +169,21 @@ def parse(chunk: bytes, num_classes: int | None = None) -> Sample:
                 raise Fault("it is cut short")
             if extension in IMAGES:
                 images.append((extension, begin, size))
-            elif extension == "cls":
-                labels.append(chunk[begin : begin + size])
-        if len(images) != 1 or len(labels) != 1:
-            raise Fault(f"expected one image ({', '.join(IMAGES)}) and one class (cls), found {len(images)} and {len(labels)}")
-        text = labels[0].strip()
-        if len(text) > 9 or not text.isdigit() or (num_classes is not None and int(text) >= num_classes):
-            bound = f" from 0 to {num_classes - 1} (model.num_classes is {num_classes})" if num_classes else ""
-            raise Fault(f"label {text.decode('latin-1')!a} is out of range, expected a whole number{bound}")
+            elif extension in labels.extensions:
+                found.setdefault(extension, []).append(chunk[begin : begin + size])
+            else:
+                unread.append(extension)
+        first = next((found[extension] for extension in labels.extensions if extension in found), [])
+        if len(images) != 1 or len(first) != 1:
+            expected = f"expected one image ({', '.join(IMAGES)}) and one label ({', '.join(labels.extensions)})"
+            others = f", and {unreadable(tuple(unread))} without a reader" if unread else ""
+            raise Fault(f"{expected}, found {len(images)} and {len(first)}{others}")
+        label = labels.read(first[0])
     except Fault as fault:
-        fault.key = shown(key)
+        fault.key, fault.unread = shown(key), set(unread)
         raise
     extension, begin, size = images[0]
-    return Sample(shown(key), chunk[begin : begin + size], extension, int(text))
+    return Sample(shown(key), chunk[begin : begin + size], extension, label, tuple(unread))
 
 
 def shown(key: str | None) -> str | None:
@@ -136,7 +192,7 @@ def shown(key: str | None) -> str | None:
 
 
 def first_key(chunk: bytes) -> str | None:
-    """The key of the sample that `chunk` begins with, if its header tells."""
+    """The key of the sample that `chunk` begins with; None if its header does not hold it."""
     try:
         names = (name for name, kind, *_ in _members(chunk) if kind != tarfile.DIRTYPE)
         return shown(next((key for name in names if (key := key_of(name)) is not None), None))
@@ -148,16 +204,16 @@ def _members(chunk: bytes) -> Iterator[tuple[str, bytes, int, int]]:
     """Name, type, first byte and size of each member. Raises Fault where a header is damaged."""
     at = 0
     while at < len(chunk):
-        member, begin, told = _plain(chunk[at : at + BLOCK]), at + BLOCK, {}
+        member, begin, records = _plain(chunk[at : at + BLOCK]), at + BLOCK, {}
         if member is None:
-            told, begin = _extended(chunk, at)
-            member = _plain(chunk[begin - BLOCK : begin]) if told else None
+            records, begin = _extended(chunk, at)
+            member = _plain(chunk[begin - BLOCK : begin]) if records else None
         if member is None:
             if chunk.count(0, at, at + BLOCK) < min(BLOCK, len(chunk) - at):
                 yield from _by_tarfile(chunk, at)
             return
         name, kind, size = member
-        name, size = told.get(b"path", name), int(told.get(b"size", size))
+        name, size = records.get(b"path", name), int(records.get(b"size", size))
         yield name, kind, begin, size
         at = begin + _padded(size)
 
@@ -181,12 +237,12 @@ def _plain(header: bytes, kinds: bytes = b"0\x005") -> tuple[str, bytes, int] | 
 
 
 def _extended(chunk: bytes, at: int) -> tuple[dict, int]:
-    """What a pax header at `at` tells of the member behind it (webdataset's own writer puts one before each), and where that
-    member's content begins; ({}, 0) if it is anything else, or tells what only tarfile understands."""
+    """Records of a pax header at `at` (webdataset's own writer puts one before each member), and where the content of the member
+    behind it begins; ({}, 0) if there is another header, or records that only tarfile understands."""
     found = _plain(chunk[at : at + BLOCK], tarfile.XHDTYPE)
     if found is None:
         return {}, 0
-    told, record, end = {}, at + BLOCK, at + BLOCK + found[2]
+    records, record, end = {}, at + BLOCK, at + BLOCK + found[2]
     while record < end:
         digits, blank, _ = chunk[record : record + 20].partition(b" ")
         if not blank or not digits.isdigit() or not len(digits) < int(digits) <= end - record:
@@ -194,9 +250,9 @@ def _extended(chunk: bytes, at: int) -> tuple[dict, int]:
         key, _, value = chunk[record + len(digits) + 1 : record + int(digits) - 1].partition(b"=")
         if key.startswith(b"GNU.") or key == b"hdrcharset" or (key == b"size" and not value.isdigit()):
             return {}, 0
-        told[key] = value.decode("utf-8", "surrogateescape") if key == b"path" else value
+        records[key] = value.decode("utf-8", "surrogateescape") if key == b"path" else value
         record += int(digits)
-    return told, at + BLOCK + _padded(found[2]) + BLOCK
+    return records, at + BLOCK + _padded(found[2]) + BLOCK
 
 
 def _by_tarfile(chunk: bytes, at: int) -> Iterator[tuple[str, bytes, int, int]]:

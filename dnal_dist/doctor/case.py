@@ -142,7 +142,7 @@ class Case:
     def _open(self, key: str) -> Shards | InputError:
         data = self.settings.data
         try:
-            return Shards(getattr(data, key), f"data.{key}", self.classes, str(self.scratch), data.cache_gb)
+            return Shards(getattr(data, key), f"data.{key}", self.classes, str(self.scratch), data.cache_gb, data.label_key)
         except InputError as error:
             return error
 

@@ -12,7 +12,6 @@ from dnal_dist.common.text import short
 from dnal_dist.data import remote, shardlist
 from dnal_dist.data.images import ImageError, Transform
 from dnal_dist.data.pipeline import Stream
-from dnal_dist.data.shardlist import Url
 from dnal_dist.data.shards import Shards
 from dnal_dist.data.tar import Fault, Sample, parse
 from dnal_dist.doctor.case import Case, Finding, fails, many, nearest, passes, warns
@@ -122,15 +121,13 @@ def _some(shards: Shards, most: int) -> Iterator[tuple[int, Sample | Fault]]:
 
 
 def _sample(shards: Shards, index: int) -> Sample:
-    shard = int(shards.shard_of(np.array([index]))[0])
-    if not isinstance(shards.paths[shard], Url):
+    shard, begin, end = shards.locate(index)
+    if shard not in shards.remote:
         return shards[index]
     # One range of the remote file, where `shards` would fetch all of it.
-    url, begin = shards.where(index)
-    offsets = shards.offsets[shard]
-    end = int(offsets[int(np.searchsorted(offsets, begin)) + 1])
+    url = shards.paths[shard]
     try:
-        return parse(remote.read(url, begin, end), shards.num_classes)
+        return parse(remote.read(url, begin, end), shards.labels[url.parent])
     except Fault as fault:
         fault.shard, fault.offset, fault.index = url, begin, index
         raise

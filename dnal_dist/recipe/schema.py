@@ -39,7 +39,7 @@ class Augmentation(Section):
     padding: int = Field(4, ge=0)
     """Pixels added on each side by pad_crop."""
     scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
-    """Smallest and largest share of the image's area that resized_crop takes."""
+    """Smallest and largest fraction of the image's area that resized_crop takes."""
     resize: int | None = Field(None, ge=1)
     """The shorter side is resized to this before resized_crop takes its part; by default the image stays as it is."""
     flip: bool = False
@@ -48,7 +48,7 @@ class Augmentation(Section):
     @model_validator(mode="after")
     def _scale_is_a_range(self):
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale must be two shares with 0 < smallest <= largest <= 1")
+            raise ValueError("scale must be two fractions with 0 < smallest <= largest <= 1")
         return self
 
 
@@ -74,25 +74,30 @@ class Data(Section):
     global_batch: int = Field(ge=1)
     """Images of one step, over all processes together."""
     per_device_batch_limit: int | None = Field(None, ge=1)
-    """Images that a device has memory for. A process whose share of the global batch is larger takes it in the fewest equal parts
-    that fit, one after the other, and synchronises once."""
+    """Images that a device has memory for. A larger local batch is divided into the fewest equal micro-batches that fit, which are
+    taken one after the other and synchronise once."""
     shuffle_shards: int | None = Field(None, ge=1)
-    """About how many training shards are in use at any time. By default all: a uniform shuffle over the whole set, which reads it
-    all over. A number (such as 32) lets shards come and go, for sets that do not fit into a cache; their samples should have been
-    shuffled when the shards were made."""
+    """Training shards in use at any time, about. By default all: a uniform shuffle over the whole set, which reads all over it.
+    With a number (such as 32) shards come and go, for sets that do not fit into a cache; their samples should have been shuffled
+    when the shards were made."""
     workers: int = Field(2, ge=0, json_schema_extra=FREE)
     """Loader processes for each training process; 0 loads in the training process itself."""
     cache: str = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
     """Folder of this machine for copies of remote shards; its processes share it."""
     cache_gb: float = Field(100.0, gt=0, json_schema_extra=FREE)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
+    label_key: str | None = Field(None, min_length=1)
+    """Key of the samples' .json members whose value is the label; by default the label is the text of .cls, .cls.txt or .txt, the
+    first of them that a sample has. A label is the number of a class, or its name in the index of the shards."""
+    exif: bool = False
+    """Turn images as the orientation in their EXIF says; by default pixels stay as they are stored."""
     decode: Literal["cpu", "cuda"] = "cpu"
     """Where training JPEGs are decoded: by the loader processes, or by nvJPEG on the GPU that trains. Validation and whatever is
     no plain JPEG is decoded by the loader processes in either case."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Height times width beyond which an image is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
-    """Share of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
+    """Fraction of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
 
     @model_validator(mode="after")
     def _crop_fits(self):

@@ -60,7 +60,8 @@ def prepare(
     if source is not None:
         faults += source.warnings
         run_log.say(f"the first weights are those of {source.origin}")
-    for fault in (*faults, *dict.fromkeys(context.gather([*train.shards.warnings, *val.shards.warnings]))):
+    own = [line for one in (train, val) for line in (*one.shards.warnings, *one.shards.without_reader())]
+    for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
     private_temp(folder, context.rank, context.world_size)
     supernet = network.to(context.device)
@@ -111,7 +112,7 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
         nvjpeg.require(context.device)
 
     def stream(key: str, train: bool) -> Stream:
-        shards = Shards(getattr(data, key), f"data.{key}", classes, data.cache, data.cache_gb)
+        shards = Shards(getattr(data, key), f"data.{key}", classes, data.cache, data.cache_gb, data.label_key)
         pin = context.device.type == "cuda"
         return Stream(shards, data, settings.seed, train, context.rank, context.world_size, pin)
 

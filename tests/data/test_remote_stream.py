@@ -88,7 +88,7 @@ def test_few_shards_at_a_time_pass_through_a_small_cache(many, tmp_path, workers
         for batch in itertools.islice(batches, 90):
             seen.append((batch.keys, batch.tally, batch.images.sum().item()))
             assert len(list(tmp_path.glob("*.tar"))) <= 6
-            assert len(stream.shards._files) <= 4
+            assert len(stream.shards.files.descriptors) <= 4
         batches.close()
     assert seen == local
 
@@ -103,7 +103,7 @@ def test_a_set_that_is_there_is_not_fetched_ahead_for_ever(server, tmp_path):
     """All needs of a set that fits are one pass over it, whatever the limit."""
     stream = opened(data(server.url, tmp_path))
     for start in (0, 7, 1000):
-        assert sorted(need.url for need in stream._ahead.plan(start)) == [f"{server.url}/train-00000{i}.tar" for i in range(4)]
+        assert sorted(need.url for need in stream.ahead.plan(start)) == [f"{server.url}/train-00000{i}.tar" for i in range(4)]
 
 
 def test_shards_are_there_before_they_are_wanted(server, tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_what_is_missing_or_wrong_is_named(server, digits, tmp_path):
     for entry in old["shards"]:
         del entry["sha256"]
     server.files["old/index.json"] = json.dumps(old).encode()
-    with pytest.raises(InputError, match=r"old/index\.json: tells no offsets or digest of train-000000\.tar"):
+    with pytest.raises(InputError, match=r"old/index\.json: has no offsets or digest of train-000000\.tar"):
         opened(data(f"{server.url}/old", tmp_path))
     del server.files["train-000002.tar"]
     with pytest.raises(InputError, match=r"train-000002\.tar: cannot be read \(HTTP 404 Not Found\)"):

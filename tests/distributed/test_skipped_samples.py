@@ -6,7 +6,7 @@ import pytest
 from faulty import png, write_tar
 from launching import launch, succeed
 
-from dnal_dist.data.order import Slices
+from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
 
@@ -34,7 +34,7 @@ def test_one_process_loses_samples_of_a_batch_in_parts(tmp_path, backend, lost):
     write_tar(tmp_path / "train-0.tar", members(set()))
     write_tar(tmp_path / "val-0.tar", members(set(range(16, 64))))
     data = Data(train=f"{tmp_path}/train-0.tar", val="-", image_size=8, global_batch=16)
-    order = Slices(Shards(data.train, "data.train", 10), data, 0, True).order(0)
+    order = GlobalOrder(Shards(data.train, "data.train", 10), data, 0, True).epoch(0)
     bad = {int(index) for index in order[16 : 16 + lost]}
     write_tar(tmp_path / "train-0.tar", members(bad))
     given = (f"data.train={tmp_path}/train-0.tar", f"data.val={tmp_path}/val-0.tar", f"output={tmp_path}/run", "seed=0")

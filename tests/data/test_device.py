@@ -197,17 +197,14 @@ def test_a_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
 
 def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch):
     whole = batches(folder, 1, decode="cuda")[0]
-    waiting = nvjpeg.Waiting()
     stream = Stream(Shards(f"{folder}/train-*.tar", "data.train", 10), settings(folder, decode="cuda"), 0, True)
     batch = next(stream.batches())
     jpegs = [part.numpy().tobytes() for part in batch.encoded.data.split(batch.encoded.sizes)]
-    for i, place in enumerate(batch.encoded.places):
-        # The end is in its place, so that only decoding tells.
-        jpeg = jpegs[i] if i != 2 else jpegs[i][: len(jpegs[i]) // 2]
-        waiting.add(jpeg, place, batch.encoded.geometries[i], batch.encoded.origins[i])
-    decoder.refused = {waiting.jpegs[2]}
-    lost = batch.encoded.places[2]
-    found = nvjpeg.finish(batch._replace(encoded=waiting.encoded()), 32, CPU)
+    # The end is in its place, so that only decoding shows the fault.
+    jpegs[2] = jpegs[2][: len(jpegs[2]) // 2]
+    decoder.refused = {jpegs[2]}
+    lost = batch.encoded.rows[2]
+    found = nvjpeg.finish(batch._replace(encoded=nvjpeg.pack(jpegs, *batch.encoded[2:])), 32, CPU)
     kept = [place for place in range(len(batch.labels)) if place != lost]
     assert found.keys == [batch.keys[place] for place in kept] and torch.equal(found.labels, batch.labels[kept])
     assert torch.equal(found.flips, batch.flips[kept]) and torch.equal(found.images, whole.batch.images[kept])
@@ -217,13 +214,11 @@ def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch)
 
 
 def test_a_batch_of_which_nothing_is_left_stops_the_run(decoder):
-    waiting = nvjpeg.Waiting()
-    waiting.add(
-        b"\xff\xd8 no image \xff\xd9", 0, nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8)), Origin("shard/3", 0, "3", "shard", 9, 3)
-    )
-    decoder.refused = set(waiting.jpegs)
+    jpeg, geometry = b"\xff\xd8 no image \xff\xd9", nvjpeg.Geometry((8, 8), (8, 8), (0, 0, 8, 8))
+    encoded = nvjpeg.pack([jpeg], [0], [geometry], [Origin("shard/3", 0, "3", "shard", 9, 3)])
+    decoder.refused = {jpeg}
     empty = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
-    batch = Batch(empty, torch.tensor([1]), torch.tensor([False]), ["3"], [], (0, 0), waiting.encoded())
+    batch = Batch(empty, torch.tensor([1]), torch.tensor([False]), ["3"], [], (0, 0), encoded)
     with pytest.raises(InputError, match=r"shard: sample 3 at byte 9: .*: no image of a batch of 1 can be used"):
         nvjpeg.finish(batch, 8, CPU)
 
