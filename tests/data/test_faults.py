@@ -107,7 +107,7 @@ def test_a_shard_that_may_not_be_read(train, folder):
 )
 def test_a_broken_index(train, folder, text):
     (folder / "index.json").write_text(text)
-    refused(train(), r".*/index\.json: not an index of shards \(.*\); remove it or make it anew")
+    refused(train(), r".*/index\.json: not an index of shards \(.*\); remove it or make it again")
 
 
 @pytest.mark.parametrize("count", [15, 17, 8])

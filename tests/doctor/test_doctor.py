@@ -75,13 +75,13 @@ def test_shards_without_an_index_warn(case_of, folder):
 def test_a_truncated_shard_fails(case_of, copy):
     path = copy / "train-000001.tar"
     os.truncate(path, path.stat().st_size // 2)
-    found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "samples are lost", "copy it anew")
+    found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "samples are lost", "copy it again")
 
 
 def test_a_shard_longer_than_its_index_fails(case_of, copy):
     with (copy / "train-000001.tar").open("ab") as file:
         file.write(b"more")
-    found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "index.json says", "make or copy the shard anew")
+    found(data.train_shards, case_of(f"data.train={copy}/train-*.tar"), "fail", "index.json says", "make or copy the shard again")
 
 
 def test_labels_out_of_range_fail_or_warn_by_the_tolerated_fraction(case_of, folder):
