@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from dnal_dist.chaos.instrument import PLACES, STAGES
-from dnal_dist.report import markdown as marked
+from dnal_dist.common.text import printable
 
 CHECKS = {
     "end": "every start that was not killed came to its end, with the exit code of the uninterrupted run",
@@ -29,8 +29,8 @@ def markdown(args, name: str, tally, references: dict, seconds: float) -> str:
     ranks = " or ".join(map(str, references))
     launched = "started as torchrun starts them" if args.config_file is None else f"`accelerate launch` with {args.config_file}"
     facts = {
-        "command": marked.code(f"python -m dnal_dist.chaos {shlex.join(sys.argv[1:])}"),
-        "recipe, seed of the kills": marked.text(f"{name}, {args.seed}"),
+        "command": _cell(f"`python -m dnal_dist.chaos {shlex.join(sys.argv[1:])}`"),
+        "recipe, seed of the kills": _cell(f"{name}, {args.seed}"),
         "processes": f"{ranks}, {launched}",
         "versions": f"Python {platform.python_version()}, " + ", ".join(f"{one} {version(one)}" for one in ("torch", "accelerate")),
         "machine": f"{platform.system()}, {os.cpu_count()} cores",
@@ -43,10 +43,14 @@ def markdown(args, name: str, tally, references: dict, seconds: float) -> str:
         "total time": f"{seconds / 60:.1f} minutes",
     }
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
-    environment.filters["text"] = marked.text
+    environment.filters["text"] = _cell
     template = environment.from_string(Path(__file__).with_name("summary.md.jinja").read_text())
     checks = _checks(args, tally, exact=len(references) == 1)
     return template.render(name=name, tally=tally, facts=facts, places=PLACES, stages=STAGES, checks=checks).rstrip()
+
+
+def _cell(words: str) -> str:
+    return printable(words).replace("|", "\\|")
 
 
 def _checks(args, tally, exact: bool) -> list[dict]:
