@@ -117,8 +117,6 @@ class RunLog:
         if self.main:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    say = print
-
     def begin(self, phase: str, steps: int, done: int) -> None:
         """Start the progress line of a phase after `done` of its `steps`."""
         if self.main:

@@ -33,7 +33,7 @@ def finish(run: Run) -> str | None:
         ledger = {phase: usage.summary(state, phase) for phase in state.seconds}
         run_log.record("end", seconds=round(sum(state.seconds.values()), 3), phase_seconds=per_phase, images=images, ledger=ledger)
         if run.writer.writes:
-            run_log.say(run.writer.summary())
+            run_log.print(run.writer.summary())
     if run.context.main:
         _remove_stop_file(run)
         reported = _report(run, lambda folder: outputs.write_all(folder, draw=run.recipe.tracking.plots))

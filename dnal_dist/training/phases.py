@@ -49,7 +49,7 @@ def pretrain(run: Run, batches: Generator[Fed]) -> None:
     """Weights only, without gates; skipped if the recipe gives it no iterations."""
     source = run.recipe.model.init_from
     if source and run.state.step == 0:
-        run.log.say(f"accuracy {evaluate_and_record(run, epoch=0.0):.2%} with the weights of {source}")
+        run.log.print(f"accuracy {evaluate_and_record(run, epoch=0.0):.2%} with the weights of {source}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
     enter(run, "search")

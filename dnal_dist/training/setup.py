@@ -59,7 +59,7 @@ def prepare(
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     if source is not None:
         faults += source.warnings
-        run_log.say(f"the first weights are those of {source.origin}")
+        run_log.print(f"the first weights are those of {source.origin}")
     own = [line for one in (train, val) for line in (*one.shards.warnings, *one.shards.without_reader())]
     for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
@@ -90,7 +90,7 @@ def prepare(
         if context.main:
             write_recipe(folder, settings)
     if finished:
-        run_log.say(f"{folder}: this run is finished; nothing is left to train")
+        run_log.print(f"{folder}: this run is finished; nothing is left to train")
     else:
         _record_start(run, changed)
     return run
@@ -154,7 +154,7 @@ def _record_start(run: Run, changed: dict[str, list]) -> None:
         versions=versions,
         **(environment.facts(context.device) if context.main else {}),
     )
-    run_log.say(
+    run_log.print(
         f"{run.recipe.name}: {run.recipe.model.name}, {full['exact']['macs'] / 1e6:,.2f} M MACs, "
         f"{run.supernet.num_gates} gates; "
         f"{train.samples} training and {run.val.samples} validation images, {train.steps_per_epoch} steps of "
@@ -166,13 +166,13 @@ def _record_start(run: Run, changed: dict[str, list]) -> None:
     )
     for shards in (train.shards, run.val.shards):
         if shards.cache is not None:
-            run_log.say(
+            run_log.print(
                 f"{shards.key}: {shards.remote_bytes / 1e9:,.3g} GB elsewhere, read through copies in {shards.cache.folder}"
             )
     for key, (before, after) in changed.items():
-        run_log.say(f"changed: {key}: {before} -> {after}")
+        run_log.print(f"changed: {key}: {before} -> {after}")
     if run.resumed:
-        run_log.say(f"resumed in {run.state.phase} after {run.state.step} steps ({run.state.global_step} in all)")
+        run_log.print(f"resumed in {run.state.phase} after {run.state.step} steps ({run.state.global_step} in all)")
 
 
 def _device_name(device: torch.device) -> str:
