@@ -83,7 +83,7 @@ class Comparison:
     waiting: list[Path]
 
     @cached_property
-    def tables(self) -> dict[str, published.Table]:
+    def tables(self) -> dict[str, published.Published]:
         """The published tables that have a row of these runs, by network."""
         names = dict.fromkeys(row.settings.get("model.name") for row in self.rows if row.mean("paper_macs") is not None)
         return {name: published.tables()[name] for name in names if name in published.tables()}
@@ -147,7 +147,7 @@ def _named(row: Row, keys: list[str], told: bool) -> str:
     return f"{words} (collapsed)".lstrip() if row.collapsed else words
 
 
-def _published_row(row: Row, table: published.Table, label: str) -> published.Row:
+def _published_row(row: Row, table: published.Published, label: str) -> published.Row:
     full, compact = ({key: row.mean(f"{which}_{key}") for key in ("macs", "params")} for which in ("full", "paper"))
     told = {"macs": "paper_macs", "params": "paper_params", "top1": "accuracy", "top5": "top5"}
     stds = {key: std for key, name in told.items() if (std := row.std(name)) is not None}

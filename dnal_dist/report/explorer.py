@@ -1,24 +1,31 @@
-"""The part of the run's page that one drags through the search: an image of the network and a table of its layers.
+"""The architecture on the run's page: an image of the network and a table of its layers, with a slider through the search.
 
-What is written here is the run's last state, which needs no script; the script moves it to another record of the search.
+The page has the run's last state without a script; the script moves it to another record of the search.
 """
 
-from html import escape
+import math
+from dataclasses import dataclass, field
 
 from dnal_dist.common import text
-from dnal_dist.report import diagram, layers, markup
+from dnal_dist.report import diagram
+from dnal_dist.report.diagram import Site
 from dnal_dist.report.records import Run
 
 BINS = 10
+COSTS = [(which, key, words) for key, words in (("macs", "MACs"), ("params", "parameters")) for which in ("full", "compact")]
+# Most states of sites on a page, which keeps that of a large supernet below 1 MB.
+MOST = 24_000
 
 
-def frames(run: Run, limit: int = 240) -> list[dict]:
-    """The states that the slider goes through, at most `limit` of the search, evenly taken, and the pruned network behind them:
+def frames(run: Run) -> list[dict]:
+    """The states of the slider: at most 240 of the search, fewer of many sites, evenly taken, and the pruned network behind them.
+
     {words, open [channels of each site], counts [[gates in each of 10 bins] of each site], undecided [gates of each site that are
-    neither open nor below 0.1]}, the last two absent in runs that were made before the records told them."""
+    neither open nor below 0.1]}, the last two absent in runs whose records lack them."""
     sites = _sites(run)
+    limit = max(min(240, MOST // max(len(sites), 1)), 24)
     records = [r for r in run.of("gates") if isinstance(r.get("open"), dict)]
-    # A search that was stopped looks again where it goes on.
+    # A search that was stopped records its gates again where it resumes.
     records = list({r.get("step"): r for r in records}.values())
     if len(records) > limit:
         records = [records[round(i * (len(records) - 1) / (limit - 1))] for i in range(limit)]
@@ -53,26 +60,80 @@ def _frame(run: Run, record: dict, sites: dict[str, int]) -> dict:
 
 
 def numbers(run: Run) -> dict | None:
-    """What the script needs; None before the run has said which sites there are."""
+    """Channels of the sites and the states, for the script; None before the sites are recorded."""
     sites = _sites(run)
     return {"channels": list(sites.values()), "frames": frames(run)} if sites else None
 
 
-def section(run: Run, told: dict | None) -> str:
-    """The whole part, from what `numbers` gave."""
-    if told is None:
-        return ""
-    prune, found = run.last("prune"), told["frames"]
-    undecided = found[-1].get("undecided") or [0] * len(told["channels"])
-    sites = [diagram.Site(*site) for site in zip(_sites(run), told["channels"], found[-1]["open"], undecided, strict=True)]
-    image = diagram.draw(sites, run.last("start").get("shortcuts") or [])
-    readout = '<p class="note" id="readout" aria-live="polite"></p>'
-    counts = next((frame["counts"] for frame in reversed(found) if "counts" in frame), None)
-    note = _note(sites, prune, bool(prune or run.of("gates")), any("undecided" in frame for frame in found))
-    return markup.section("The architecture", note, _slider(found), image, readout, layers.table(run, sites, counts))
+@dataclass(frozen=True)
+class Layer:
+    """A row of the table; site is None for a layer without gates. cost: {"full", "compact": {"macs", "params"}}, empty where no
+    record has it; strip: its gates' histogram as a path."""
+
+    name: str
+    number: int = -1
+    site: Site | None = None
+    strip: str = ""
+    rescued: bool = False
+    cost: dict = field(default_factory=dict)
+
+    @property
+    def fate(self) -> str:
+        """Neither one channel of many is none, nor all but one of many all."""
+        if self.rescued:
+            return "rescued"
+        site, percent = self.site, round(100 * self.site.share)
+        return "closed" if site.closed else f"{min(max(percent, min(site.left, 1)), 99 if site.left < site.channels else 100)} %"
 
 
-def _note(sites: list[diagram.Site], prune: dict, searched: bool, graded: bool) -> str:
+def section(run: Run, found: dict) -> dict:
+    """What the template draws of `numbers`."""
+    prune, states = run.last("prune"), found["frames"]
+    undecided = states[-1].get("undecided") or [0] * len(found["channels"])
+    sites = [Site(*site) for site in zip(_sites(run), found["channels"], states[-1]["open"], undecided, strict=True)]
+    counts = next((state["counts"] for state in reversed(states) if "counts" in state), None)
+    rows = layers(run, sites, counts)
+    return {
+        "note": _note(sites, prune, bool(prune or run.of("gates")), any("undecided" in state for state in states)),
+        "last": len(states) - 1,
+        "words": states[-1]["words"],
+        "stages": diagram.stages(sites, run.last("start").get("shortcuts") or []),
+        "layers": rows,
+        "strips": counts is not None,
+        "costs": COSTS if any(layer.cost for layer in rows) else [],
+        "totals": [sum(layer.cost.get(which, {}).get(key, 0) for layer in rows) for which, key, _ in COSTS],
+        # The column of names is as wide as the longest needs, within reason.
+        "letters": min(max(len(layer.name) for layer in rows) + 2, 32),
+    }
+
+
+def layers(run: Run, sites: list[Site], counts: list | None) -> list[Layer]:
+    """Every layer in forward order, or every site where the cost of layers is not recorded. counts: histograms of the sites."""
+    rescued = set(run.last("prune").get("rescued") or [])
+    gated = {
+        site.name: {"number": i, "site": site, "strip": strip(counts[i]) if counts else "", "rescued": site.name in rescued}
+        for i, site in enumerate(sites)
+    }
+    costs = run.last("prune").get("layers")
+    if not isinstance(costs, dict):
+        return [Layer(name, **one) for name, one in gated.items()]
+    names = {path: path.removesuffix(".conv") for path in costs}
+    return [Layer(name, **gated.get(name, {}), cost=costs[path]) for path, name in names.items()]
+
+
+def strip(counts: list[float]) -> str:
+    """A histogram as the path of an SVG 100 wide and 20 high: a bar is as high as the root of its part of the gates, so that a few
+    are still seen."""
+    total, width = sum(counts) or 1, 100 / len(counts)
+    bars = ""
+    for i, count in enumerate(counts):
+        if count > 0:
+            height = max(20 * math.sqrt(count / total), 1.5)
+            bars += f"M{width * i + 1:g} 20v{-height:.1f}h{width - 2:g}v{height:.1f}z"
+    return bars
+
+
+def _note(sites: list[Site], prune: dict, searched: bool, graded: bool) -> str:
     total = f"{sum(site.channels for site in sites):,} channels in {len(sites):,} layers"
     if not searched:
         return f"{total} with gates; the search has not begun."
@@ -84,15 +145,3 @@ def _note(sites: list[diagram.Site], prune: dict, searched: bool, graded: bool) 
     stacked = any(block.stacked for block in diagram.blocks([site.name for site in sites]))
     note += ": of a candidate, hidden channels down and output channels across." if stacked else "."
     return note + (" Pale: not decided yet, above 0.1 and not open." if graded else "")
-
-
-def _slider(found: list[dict]) -> str:
-    if len(found) < 2:
-        return ""
-    last, words = len(found) - 1, escape(found[-1]["words"])
-    return (
-        '<div class="slider" hidden><button type="button" id="play" aria-label="Play the search">Play</button>'
-        '<label for="position">Through the search</label>'
-        f'<input type="range" id="position" min="0" max="{last}" step="1" value="{last}" aria-valuetext="{words}">'
-        f'<output id="words" for="position">{markup.text(found[-1]["words"])}</output></div>'
-    )

@@ -1,12 +1,13 @@
-"""The figures of one run, RUN/plots/*.svg and *.png, from its folder alone. No torch."""
+"""The figures of a run, drawn once: for its page, and as RUN/plots/*.svg and *.png."""
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 from dnal_dist.common import text
-from dnal_dist.report import pareto, published, style
-from dnal_dist.report import records as report_records
+from dnal_dist.report import pareto, published, records, style
 from dnal_dist.report.records import Run, thinned, when
+from dnal_dist.report.style import Drawing, Values
 
 TITLES = {
     "curves": "Accuracy and loss over the iterations",
@@ -16,44 +17,43 @@ TITLES = {
 }
 
 
-def write(run: Run, result: dict) -> dict[str, str]:
-    """Draw what the run has records for: {name of the figure: its title}. Raises OSError if RUN/plots cannot be written.
+def draw(run: Run, result: dict, names: Iterable[str] = TITLES) -> dict[str, Drawing]:
+    """Those of the figures that the run has records for. Call it inside `style.drawing`."""
+    drawers = {"curves": curves, "search": search, "channels": channels, "cost": lambda run: cost(run, result)}
+    return {name: drawing for name in names if (drawing := drawers[name](run)) is not None}
 
-    A figure of an earlier report that has no records now is removed.
-    """
+
+def write(run: Run, drawings: dict[str, Drawing]) -> None:
+    """Write RUN/plots, and remove figures of an earlier report that have no records now. Raises OSError."""
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
-    drawn = {}
-    with style.drawing():
-        for name, draw in (("curves", curves), ("search", search), ("channels", channels), ("cost", cost)):
-            figure = draw(run, result)
-            if figure is None:
-                for suffix in (".svg", ".png"):
-                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
-            else:
-                style.save(figure, folder / name)
-                drawn[name] = TITLES[name]
-    return drawn
+    for name in TITLES:
+        if name in drawings:
+            style.save(drawings[name], folder / name)
+        else:
+            for suffix in (".svg", ".png"):
+                (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def curves(run: Run, result: dict):
-    """Accuracy and cross-entropy of training batches and of held-out images; None before the first iteration."""
-    spans = report_records.spans(run)
+def curves(run: Run) -> Drawing | None:
+    """Accuracy and cross-entropy of training batches and of validation images; None before the first iteration."""
+    spans = records.spans(run)
     if not spans:
         return None
-    figure = style.figure(4.4)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, key, scale in ((upper, "accuracy", 100), (lower, "cross_entropy", 1)):
+    drawing = style.figure(4.4)
+    upper, lower = drawing.figure.subplots(2, 1, sharex=True)
+    for axes, key, scale, form in ((upper, "accuracy", 100, "{:.2f} %"), (lower, "cross_entropy", 1, "{:.4f}")):
         _bands(axes, spans, named=axes is upper)
-        _curve(axes, thinned(run.series("train", "global_step", key)), scale, "training batches", style.FAINT, 1)
+        form = {"scale": scale, "form": form}
+        _curve(drawing, axes, thinned(run.series("train", "global_step", key)), "training batches", style.FAINT, 1, **form)
         held_out = [r for r in run.of("eval") if r.get("phase") != "prune"]
         points = Run(run.folder, {}, "", held_out).series("eval", "global_step", key)
         dots = {"marker": "o", "markersize": 2.5} if len(points[0]) < 100 else {}
-        _curve(axes, points, scale, "held-out images", style.ACCENT, 1.4, **dots)
-        mark = {"marker": "D", "markersize": 5, "linestyle": "none", "zorder": 4}
-        _curve(axes, run.series("eval", "global_step", key, "prune"), scale, "after pruning", style.SECOND, 1, **mark)
+        _curve(drawing, axes, points, "held-out images", style.ACCENT, 1.4, **form, **dots)
+        pruned = run.series("eval", "global_step", key, "prune")
+        _curve(drawing, axes, pruned, "after pruning", style.SECOND, 1, **form, **_DIAMOND)
     penalised = thinned(run.series("train", "global_step", "loss", "search"))
-    _curve(lower, penalised, 1, "training loss with the penalty", style.SECOND, 1.1, linestyle=":")
+    _curve(drawing, lower, penalised, "training loss with the penalty", style.SECOND, 1.1, form="{:.4f}", linestyle=":")
     losses = [y for line in lower.get_lines() for y in line.get_ydata() if y > 0]
     if losses and max(losses) / min(losses) > 30:
         lower.set_yscale("log")
@@ -64,13 +64,22 @@ def curves(run: Run, result: dict):
     lower.xaxis.set_major_formatter("{x:,.0f}")
     lower.set_xlim(0, max(last for _, _, last in spans))
     style.legend(lower, above=True)
-    return figure
+    return drawing
 
 
-def _curve(axes, points: tuple[list[float], list[float]], scale: float, label: str, colour: str, width: float, **how) -> None:
+_DIAMOND = {"marker": "D", "markersize": 5, "linestyle": "none", "zorder": 4}
+
+
+def _curve(drawing, axes, points, label: str, colour: str, width: float, **how) -> None:
+    """A line, and its values for the page. points: ([xs], [ys]); how: scale, form (writes a value) and at (writes an x), else
+    matplotlib's."""
+    scale, form, at = (how.pop(key, default) for key, default in (("scale", 1), ("form", "{}"), ("at", "iteration {:,.0f}")))
     xs, ys = points
     if xs:
-        axes.plot(xs, [scale * y for y in ys], color=colour, linewidth=width, label=label, **how)
+        ys = [scale * y for y in ys]
+        axes.plot(xs, ys, color=colour, linewidth=width, label=label, **how)
+        write = form if callable(form) else form.format
+        drawing.values.append(Values(axes, label, xs, ys, [f"{at.format(x)}: {write(y)}" for x, y in zip(xs, ys, strict=True)]))
 
 
 def _bands(axes, spans: list[tuple[str, int, int]], named: bool) -> None:
@@ -83,41 +92,61 @@ def _bands(axes, spans: list[tuple[str, int, int]], named: bool) -> None:
             axes.annotate(style.words(phase), ((first + last) / 2, 1), ha="center", color=style.MUTED, **where)
 
 
-def search(run: Run, result: dict):
-    """Histogram of the gates over the epochs of the search, and expected MACs below; None before the search."""
+def search(run: Run) -> Drawing | None:
+    """Histogram of the gates, fraction of open gates and expected MACs over the epochs of the search; None before it."""
+    found = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
+    # One column for each epoch, and as many bins throughout.
+    found = list({r["epoch"]: r for r in found if len(r["histogram"]) == len(found[-1]["histogram"])}.values())
+    if not found:
+        return None
+    found = found[:: math.ceil(len(found) / 240)]
+    opened, expected = (thinned(run.series("train", "epoch", key, "search")) for key in ("open_share", "expected_macs"))
+    epochs = [r["epoch"] for r in found]
+    end = max([epochs[-1], *expected[0], *opened[0]]) if len(epochs) > 1 else epochs[0] + 1
+    drawing = style.figure(5.2)
+    upper, middle, lower = drawing.figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.3, 1.7))
+    _gates(drawing, (upper, middle, lower), found, end)
+    _threshold(upper, run)
+    _hardness(upper, found)
+    how = {"scale": 100, "form": "{:.1f} %", "at": "epoch {:.4g}"}
+    _curve(drawing, middle, opened, "open gates", style.ACCENT, 1.4, **how)
+    middle.set_ylim(0)
+    middle.set_ylabel("open gates\n(%)")
+    _expected(drawing, lower, run, expected, end)
+    lower.set_xlim(epochs[0], end)
+    lower.set_xlabel("epoch of the search")
+    return drawing
+
+
+def _gates(drawing: Drawing, panels: tuple, found: list[dict], end: float) -> None:
+    """The heat map: a column for each record, which reaches halfway to its neighbours, since it is the gates at one moment."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    records = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
-    records = list({r["epoch"]: r for r in records if len(r["histogram"]) == len(records[-1]["histogram"])}.values())
-    if not records:
-        return None
-    records = records[:: math.ceil(len(records) / 240)]
-    epochs, expected = [r["epoch"] for r in records], thinned(run.series("train", "epoch", "expected_macs", "search"))
-    # Each column reaches halfway to its neighbours: a record is the gates at one moment.
-    end = max(epochs[-1], *expected[0]) if len(epochs) > 1 else epochs[0] + 1
+    upper, epochs, bins = panels[0], [r["epoch"] for r in found], len(found[0]["histogram"])
     edges = [epochs[0], *((a + b) / 2 for a, b in pairwise(epochs)), end]
-    bins = len(records[0]["histogram"])
-    figure = style.figure(4.4)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    counts = [[r["histogram"][i] or math.nan for r in records] for i in range(bins)]
-    shades, most = LinearSegmentedColormap.from_list("gates", style.HEAT), max(10, *(c for r in records for c in r["histogram"]))
+    counts = [[r["histogram"][i] or math.nan for r in found] for i in range(bins)]
+    shades, most = LinearSegmentedColormap.from_list("gates", style.HEAT), max(10, *(c for r in found for c in r["histogram"]))
+    # The colour is a logarithm, so that a single gate still shows beside thousands.
     mesh = upper.pcolormesh(edges, [i / bins for i in range(bins + 1)], counts, cmap=shades, norm=LogNorm(1, most), linewidth=0)
-    bar = figure.colorbar(mesh, ax=[upper, lower], aspect=40, pad=0.015)
+    bar = drawing.figure.colorbar(mesh, ax=panels, aspect=40, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("gates with this value")
     style.amounts(bar.ax.yaxis)
     upper.set_ylabel("gate")
     upper.grid(False)
-    _threshold(upper, run)
-    _hardness(upper, records)
-    _expected(lower, run, expected, end)
-    lower.set_xlim(epochs[0], end)
-    lower.set_xlabel("epoch of the search")
-    return figure
+    cells = [(n, i, count) for n, record in enumerate(found) for i, count in enumerate(record["histogram"]) if count]
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    texts = [f"epoch {epochs[n]:.4g}, {_delta(found[n])}gates near {(i + 0.5) / bins:.3f}: {count:,}" for n, i, count in cells]
+    xs, ys = [middles[n] for n, _, _ in cells], [(i + 0.5) / bins for _, i, _ in cells]
+    drawing.values.append(Values(upper, "gates", xs, ys, texts, (0.75 / len(found), 0.5 / bins)))
+
+
+def _delta(record: dict) -> str:
+    return f"delta {text.number(record['delta'])}, " if isinstance(record.get("delta"), int | float) else ""
 
 
 def _threshold(axes, run: Run) -> None:
-    # After a budget it is not the gates' own height that decides.
+    # With a target, rank and cost decide, not a gate's value.
     driven = run.setting("architecture", "target") is not None
     value = None if driven else run.last("prune").get("threshold", run.setting("architecture", "threshold"))
     if isinstance(value, int | float):
@@ -126,47 +155,47 @@ def _threshold(axes, run: Run) -> None:
         axes.annotate(f"threshold {value:g}", (1, value), ha="right", va="top", color=style.SECOND, **where)
 
 
-def _hardness(axes, records: list[dict]) -> None:
+def _hardness(axes, found: list[dict]) -> None:
     """The hardness delta on an axis above."""
-    told = [r for r in records if isinstance(r.get("delta"), int | float)]
-    told = told[:: math.ceil(len(told) / 6) or 1]
-    if told:
+    ticks = [r for r in found if isinstance(r.get("delta"), int | float)]
+    ticks = ticks[:: math.ceil(len(ticks) / 6) or 1]
+    if ticks:
         above = axes.secondary_xaxis("top")
-        above.set_xticks([r["epoch"] for r in told], [text.number(r["delta"]) for r in told])
+        above.set_xticks([r["epoch"] for r in ticks], [text.number(r["delta"]) for r in ticks])
         above.set_xlabel("hardness delta")
         above.spines["top"].set_visible(False)
 
 
-def _expected(axes, run: Run, expected: tuple[list[float], list[float]], end: float) -> None:
+def _expected(drawing: Drawing, axes, run: Run, expected: tuple[list[float], list[float]], end: float) -> None:
     prune = run.last("prune")
     full = (prune.get("full") or run.last("start").get("full") or {}).get("exact", {}).get("macs")
     compact = prune.get("compact", {}).get("exact", {}).get("macs")
-    _curve(axes, expected, 1, "expected", style.ACCENT, 1.4)
+    how = {"form": text.amount, "at": "epoch {:.4g}"}
+    _curve(drawing, axes, expected, "expected", style.ACCENT, 1.4, **how)
     if full:
         axes.axhline(full, color=style.MUTED, linestyle=":", linewidth=1.2, label=f"full network, {text.amount(full)}")
     if compact is not None:
-        mark = {"marker": "D", "markersize": 5, "linestyle": "none", "clip_on": False, "zorder": 4}
-        _curve(axes, ([end], [compact]), 1, f"compact network, {text.amount(compact, full)}", style.SECOND, 1, **mark)
+        label = f"compact network, {text.amount(compact, full)}"
+        _curve(drawing, axes, ([end], [compact]), label, style.SECOND, 1, **how, **_DIAMOND, clip_on=False)
     axes.set_ylim(0)
     axes.set_ylabel("MACs\nfor one image")
     style.amounts(axes.yaxis)
     style.legend(axes)
 
 
-def channels(run: Run, result: dict):
-    """A bar for each layer that has gates, filled as far as its channels stay; None while none is known to."""
-    sites, prune = run.last("start").get("sites") or {}, run.last("prune")
-    kept = prune.get("kept") or run.last("gates").get("open")
-    if not sites or not kept:
+def channels(run: Run) -> Drawing | None:
+    """A bar for each layer that has gates, filled as far as its channels stay; None before any record of them."""
+    sites, kept = records.channels(run)
+    if not kept:
         return None
     names, places = list(sites), range(len(sites))
     named = len(sites) <= 60
     labels = [style.words(name) if named else "" for name in names]
-    figure = style.figure(2.6 + 0.04 * max(map(len, labels)))
-    axes = figure.subplots()
+    drawing = style.figure(2.6 + 0.04 * max(map(len, labels)))
+    axes = drawing.figure.subplots()
     width = 0.8 if named else 1
     axes.bar(places, list(sites.values()), width, color=style.BAR, label="full network")
-    label = "kept" if prune else "gates above the threshold so far"
+    label = "kept" if run.last("prune") else "gates above the threshold so far"
     axes.bar(places, [kept.get(site, 0) for site in sites], width, color=style.ACCENT, label=label)
     closed = [i for i in places if not kept.get(names[i])]
     if closed:
@@ -181,24 +210,24 @@ def channels(run: Run, result: dict):
     axes.set_ylabel("channels")
     axes.grid(axis="x", visible=False)
     style.legend(axes, above=True)
-    return figure
+    return drawing
 
 
-def cost(run: Run, result: dict):
+def cost(run: Run, result: dict) -> Drawing | None:
     """Accuracy against cost: among the published rows where there are any, else of the full and the compact network."""
     place = published.place(run, result)
-    points = pareto.of_table(place.rows, place.table, not place.differences) if place and place.own else _own_points(result)
-    if not any(point.kind == "own" for point in points):
+    points = pareto.of_table(place.rows, place.table, not place.differences) if place else _own_points(result)
+    if not place and not any(point.kind == "own" for point in points):
         return None
-    size = pareto.unit(place.table) if place and place.own else "MACs for one image"
+    size = pareto.unit(place.table) if place else "MACs for one image"
     return pareto.figure([pareto.Panel(size, points, {"own": style.words(run.name)})])
 
 
 def _own_points(result: dict) -> list[pareto.Point]:
-    found, points = result["accuracy"], []
+    accuracy, points = result["accuracy"], []
     for which, phase, kind in (("full", "pretrain", "baseline"), ("compact", "prune", "own"), ("compact", "finetune", "own")):
         macs = result.get(which, {}).get("exact", {}).get("macs")
-        if macs and phase in found:
+        if macs and phase in accuracy:
             label = "" if kind == "baseline" else when(result, phase)
-            points.append(pareto.Point(kind, label, macs, 100 * found[phase]))
+            points.append(pareto.Point(kind, label, macs, 100 * accuracy[phase]))
     return points

@@ -1,24 +1,29 @@
-"""Everything that is written and printed of a run, or of several."""
+"""The files and tables of a run, or of several."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from dnal_dist.common import text
-from dnal_dist.common.span import spanned
-from dnal_dist.report import comparison, comparison_files, figures, markdown_report, page, published, records
+from dnal_dist.common import atomic, text
+from dnal_dist.report import comparison, comparison_files, figures, page, published, records, style
 from dnal_dist.report.records import Run, load
 
+ON_PAGE = ("curves", "search", "cost")
 
-@spanned("report")
+
 def write_all(run: str | Path | Run, draw: bool = True) -> None:
     """Write RUN/report.html, RUN/report.md and, to `draw`, RUN/plots/*.svg and *.png; each file appears whole or not at all.
 
     Raises ValueError as `load` does, OSError if the folder cannot be written.
     """
     run = run if isinstance(run, Run) else load(run)
-    page.write(run)
     result = records.result_of(run)
-    markdown_report.write(run, result, figures.write(run, result) if draw else {})
+    with style.drawing():
+        drawings = figures.draw(run, result, figures.TITLES if draw else ON_PAGE)
+        embedded = {name: style.embed(drawings[name]) for name in ON_PAGE if name in drawings}
+        atomic.put(run.folder / "report.html", page.html(run, result, embedded).encode(errors="replace"))
+        if draw:
+            figures.write(run, drawings)
+    atomic.put(run.folder / "report.md", page.markdown(run, result, list(drawings) if draw else []).encode(errors="replace"))
 
 
 def print_table(run: str | Path | Run, console=None) -> None:
@@ -27,7 +32,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
     Raises ValueError as `load` does.
     """
     run = run if isinstance(run, Run) else load(run)
-    say = teller(console)
+    say = printer(console)
     result = records.result_of(run)
     rows = records.rows(result)
     width = max(len(label) for label, _ in rows)
@@ -48,7 +53,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
 
 def _print_place(place: published.Place, say: Callable) -> None:
     say(f"\namong the published rows of {place.table.title} (arXiv 2103.02126):")
-    comparison_files.columns(*place.lines(), "this run", say)
+    comparison_files.columns(place.lines(), "this run", say)
     for remark in place.remarks:
         say(remark)
 
@@ -57,17 +62,17 @@ def compare(given: list[str], output: str | None = None, console=None) -> None:
     """Compare runs, print the table and write comparison.html, .md and .csv, pareto.svg and .png into `output`, by default the
     closest folder that all of them lie in.
 
-    given: run folders, or folders of sweeps, whose runs lie within. Raises ValueError naming a folder that holds no run or what
+    given: run folders, or sweeps' folders, which hold runs. Raises ValueError naming a folder that holds no run or a file that
     cannot be read, OSError if the files cannot be written.
     """
     found = comparison.compare(given)
     folder = Path(output) if output else found.parent
     comparison_files.write(found, folder)
-    comparison_files.tell(found, folder, teller(console))
+    comparison_files.show(found, folder, printer(console))
 
 
-def teller(console=None) -> Callable:
-    """What prints words, or (words, style), uncut; plain where stdout is no terminal."""
+def printer(console=None) -> Callable:
+    """A function that prints words, or (words, style), uncut; plain where stdout is no terminal."""
     from rich.console import Console
     from rich.text import Text
 

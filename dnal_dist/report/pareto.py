@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from dnal_dist.common.text import amount
 from dnal_dist.report import style
-from dnal_dist.report.published import OWN, OWNS, Row, Table
+from dnal_dist.report.published import OWN, OWNS, Published, Row
+from dnal_dist.report.style import Drawing, Values
 
 KINDS = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own", OWNS: "own"}
 NAMES = {"others": "other methods", "dnal": "DNAL, by penalty weight", "baseline": "full network", "own": "these runs"}
@@ -30,7 +32,7 @@ class Point:
     """Runs of one series look alike."""
 
 
-def of_row(row: Row, table: Table, comparable: bool = True) -> Point | None:
+def of_row(row: Row, table: Published, comparable: bool = True) -> Point | None:
     """The mark of a row of a published table; None if the row lacks accuracy or cost."""
     size = table.size(row)
     if not row.top1 or not size:
@@ -42,7 +44,7 @@ def of_row(row: Row, table: Table, comparable: bool = True) -> Point | None:
     return Point(kind, label, size, float(row.top1), **stds, comparable=comparable or kind != "own")
 
 
-def of_table(rows: list[Row], table: Table, comparable: bool) -> list[Point]:
+def of_table(rows: list[Row], table: Published, comparable: bool) -> list[Point]:
     """The marks of a published table with the rows of runs among it; `comparable` tells whether these may be held against it."""
     return [point for row in rows if (point := of_row(row, table, comparable))]
 
@@ -74,20 +76,20 @@ class Panel:
     by: str = ""
 
 
-def figure(panels: list[Panel]):
-    """A Figure of the diagrams, one below the other. Call it within `canvas.drawing`."""
-    whole = style.figure(3.8 * len(panels))
-    axes = [part.subplots() for part in whole.subfigures(len(panels), 1, squeeze=False)[:, 0]]
+def figure(panels: list[Panel]) -> Drawing:
+    """The diagrams, one below the other. Call it inside `style.drawing`."""
+    drawing = style.figure(3.8 * len(panels))
+    axes = [part.subplots() for part in drawing.figure.subfigures(len(panels), 1, squeeze=False)[:, 0]]
     for here, panel in zip(axes, panels, strict=True):
-        _draw(here, panel)
-    # What is named has its place now.
-    whole.draw_without_rendering()
+        _draw(drawing, here, panel)
+    # Labels are placed beside marks, whose places the layout decides.
+    style.settle(drawing.figure)
     for here, panel in zip(axes, panels, strict=True):
-        _labels(here, sorted(panel.points, key=lambda point: ("own", "baseline", "dnal", "others").index(point.kind)))
-    return whole
+        _labels(here, sorted(panel.points, key=lambda point: list(_KINDS).index(point.kind)))
+    return drawing
 
 
-def _draw(axes, panel: Panel) -> None:
+def _draw(drawing: Drawing, axes, panel: Panel) -> None:
     undominated, costs = front(panel.points), [point.cost for point in panel.points]
     if max(costs) / max(min(costs), 1e-12) > 3:
         axes.set_xscale("log")
@@ -101,6 +103,9 @@ def _draw(axes, panel: Panel) -> None:
         name = f"{series}{panel.by}" if series else (NAMES | panel.names).get(kind, kind) + (panel.by if kind == "own" else "")
         label = name if comparable else f"{name}, not comparable"
         _marks(axes, mine, looks[kind, series, comparable], label, undominated)
+        texts = [f"{point.label}{', ' * bool(point.label)}{point.accuracy:.2f} % at {_cost(point)}" for point in mine]
+        xs, ys = [point.cost for point in mine], [point.accuracy for point in mine]
+        drawing.values.append(Values(axes, label, xs, ys, texts, reach=(0.03, 0.05)))
     axes.margins(0.08, 0.1)
     axes.set_xlabel(panel.size)
     axes.set_ylabel("top-1 accuracy (%)")
@@ -149,6 +154,10 @@ def _marks(axes, points: list[Point], look: tuple[str, int, str], label: str, un
     )
 
 
+def _cost(point: Point) -> str:
+    return amount(point.cost) if point.cost >= 1e4 else f"{point.cost:g}"
+
+
 def _left(point: Point) -> float:
     return min(point.cost_std, 0.99 * point.cost)
 
@@ -167,8 +176,6 @@ def _labels(axes, points: list[Point]) -> None:
             style.words(point.label, 32), (point.cost, point.accuracy), (0, 0), textcoords="offset points",
             color=looks[_look(point)][2], fontsize=7, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
-        # A label that stays must have no say in the layout, which is final.
-        text.set_in_layout(False)
         for across, up, horizontal, vertical in _PLACES:
             text.set(position=(across, up), ha=horizontal, va=vertical)
             box = text.get_window_extent()
@@ -189,7 +196,7 @@ def _covered(axes, point: Point, reach: float) -> list[list[tuple[float, float]]
     return [mark, [(left, y - 1), (right, y + 1)], [(x - 1, below), (x + 1, above)]]
 
 
-def unit(table: Table) -> str:
+def unit(table: Published) -> str:
     """What the horizontal axis of a published table counts."""
     words = {"flops": "FLOPs, the paper's rule", "params": "parameters, the paper's rule"}[table.axis]
     return f"{words} ({table.columns[table.axis]})"

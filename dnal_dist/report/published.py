@@ -10,6 +10,7 @@ import yaml
 from dnal_dist.common.text import printable
 from dnal_dist.report import records
 from dnal_dist.report.records import Run
+from dnal_dist.report.tables import Table
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
 OWN = "this run"
@@ -48,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Published:
     """One table: its network in dnal_dist.nets, the set-up of its experiment, {column: unit} and its rows as printed."""
 
     network: str
@@ -82,55 +83,45 @@ class Table:
         """A row's FLOPs, or its parameters where the table tells no FLOPs, in the table's unit; 0 if it has none."""
         return float(getattr(row, self.axis) or 0)
 
-    def lines(self, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-        """Rows of it in words, under their head."""
+    def lines(self, rows: list[Row], own: list[int]) -> Table:
+        """Rows of it in words; own: the numbers of those of runs."""
         columns = [column for column in HEADS if column in self.columns or column == "epochs"]
         body = [[row.label, *(row.cell(column) for column in columns)] for row in rows]
-        return ["method, penalty weight", *map(self.head, columns)], body
+        head = ["method, penalty weight", *map(self.head, columns)]
+        return Table("published", f"Among the published rows of {self.title}", head, body, own)
 
 
 @dataclass(frozen=True)
 class Place:
     """A run among the rows of its table, largest first; its own row is there as soon as it has a compact network."""
 
-    table: Table
+    table: Published
     rows: list[Row]
     own: Row | None
     differences: list[str]
     remarks: list[str]
 
-    def lines(self) -> tuple[list[str], list[list[str]], list[int]]:
-        """The table in words: its head, its rows, and which of these is the run's own, if one is."""
-        return *self.table.lines(self.rows), [self.rows.index(self.own)] if self.own else []
+    def lines(self) -> Table:
+        """The table in words, the run's own row to stand out."""
+        return self.table.lines(self.rows, [self.rows.index(self.own)] if self.own else [])
 
-    def figure(self) -> dict:
-        """Accuracy against size: {axis, log, comparable, points: {kind: [xs, ys, labels]}}; rows without top-1 are left out."""
-        points: dict[str, list[list]] = {kind: [[], [], []] for kind in ("others", "dnal", "baseline", "own")}
-        for row in self.rows:
-            size = self.table.size(row)
-            if row.top1 and size:
-                kind = {"DNAL": "dnal", "Baseline": "baseline", OWN: "own"}.get(row.method, "others")
-                label = row.penalty_weight if kind == "dnal" else row.method
-                values = (size, float(row.top1), label)
-                for among, value in zip(points[kind], values, strict=True):
-                    among.append(value)
-        sizes = [x for xs, _, _ in points.values() for x in xs]
-        wide = max(sizes) / min(sizes) > 3
-        return {"axis": self.table.head(self.table.axis), "log": wide, "comparable": not self.differences, "points": points}
+    @property
+    def note(self) -> str:
+        return " ".join([f"{self.table.title}, as published in arXiv 2103.02126.", *self.remarks])
 
 
 @cache
-def tables() -> dict[str, Table]:
+def tables() -> dict[str, Published]:
     """Every table of the paper by the name of its network."""
     text = files("dnal_dist.report").joinpath("published.yaml").read_text("utf-8")
     # Digits are what is published: a loader that makes numbers of them would lose the last of 0.060.
     return {network: _table(network, told) for network, told in yaml.load(text, yaml.BaseLoader)["tables"].items()}
 
 
-def _table(network: str, told: dict) -> Table:
+def _table(network: str, told: dict) -> Published:
     numbers = {key: int(told[key]) for key in ("num_classes", "image_size")}
     images = {key: int(count) for key, count in told["images"].items()}
-    return Table(network, **told | numbers | {"images": images, "rows": [_row(row) for row in told["rows"]]})
+    return Published(network, **told | numbers | {"images": images, "rows": [_row(row) for row in told["rows"]]})
 
 
 def _row(told: dict) -> Row:
@@ -159,7 +150,7 @@ def _priced(result: dict) -> bool:
     return all({"macs", "params"} <= cost.keys() for cost in costs)
 
 
-def _own(run: Run, result: dict, table: Table) -> Row:
+def _own(run: Run, result: dict, table: Published) -> Row:
     found = accuracy(run)
     figures = {which: result[which]["paper"] for which in ("full", "compact")}
     return own_row(run, table, **figures, top1=found.get("accuracy"), top5=found.get("top5"))
@@ -167,7 +158,7 @@ def _own(run: Run, result: dict, table: Table) -> Row:
 
 def own_row(
     run: Run,
-    table: Table,
+    table: Published,
     full: dict,
     compact: dict,
     top1: float | None,
@@ -226,7 +217,7 @@ def _epochs(run: Run) -> str:
     return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
 
 
-def differences(run: Run, table: Table) -> list[str]:
+def differences(run: Run, table: Published) -> list[str]:
     """How the run's set-up differs from the published one, as far as its folder tells."""
     start, found = run.last("start"), []
     for key, expected in table.images.items():
@@ -248,7 +239,7 @@ def differences(run: Run, table: Table) -> list[str]:
     return found
 
 
-def _remarks(run: Run, result: dict, table: Table, differences: list[str]) -> list[str]:
+def _remarks(run: Run, result: dict, table: Published, differences: list[str]) -> list[str]:
     """What to know before comparing, a sentence each."""
     remarks = []
     if differences:

@@ -10,14 +10,8 @@ from statistics import mean
 
 import yaml
 
+from dnal_dist.common.phases import PHASES
 from dnal_dist.common.text import amount, duration, fewer, percent, printable
-
-NETWORKS = {
-    "pretrain": "full, no gates",
-    "search": "full, gated",
-    "prune": "compact, as cut",
-    "finetune": "compact",
-}
 
 
 class NoRecord(ValueError):
@@ -160,6 +154,12 @@ def _elapsed(run: Run) -> dict[str, float]:
     return seconds | told
 
 
+def channels(run: Run) -> tuple[dict[str, int], dict[str, int] | None]:
+    """Channels of each site, and how many are kept or, before pruning, open; None before any record of that."""
+    sites, kept = run.last("start").get("sites") or {}, run.last("prune").get("kept") or run.last("gates").get("open")
+    return sites, kept if sites and isinstance(kept, dict) else None
+
+
 def when(result: dict, phase: str) -> str:
     """When an accuracy was measured: after a phase, in one that still goes on, or before the first iteration."""
     if phase == "pretrain" and result["untrained"]:
@@ -181,6 +181,11 @@ def where(run: Run) -> str:
         return "Not finished: no iteration is on record yet."
     steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
     return f"Not finished: at {steps} of {train.get('phase')}."
+
+
+def commit(code: str) -> str:
+    """A commit in short, with the mark of a checkout that had changes."""
+    return code if len(code) < 40 else code[:12] + code[40:]
 
 
 def date(run: Run) -> str:
@@ -223,7 +228,7 @@ def spans(run: Run) -> list[tuple[str, int, int]]:
     ]
 
 
-def thinned(series: tuple[list[float], list[float]], most: int = 1500) -> tuple[list[float], list[float]]:
+def thinned(series: tuple[list[float], list[float]], most: int = 700) -> tuple[list[float], list[float]]:
     """At most `most` points, means of equal blocks: what shows a long run stays light and no trend is hidden."""
     xs, ys = series
     block = math.ceil(len(xs) / most) or 1
@@ -241,7 +246,7 @@ def collapse(run: Run) -> str:
 
 
 def rows(result: dict) -> list[tuple[str, str]]:
-    order = [*NETWORKS, *(phase for phase in result["accuracy"] if phase not in NETWORKS)]
+    order = [*PHASES, *(phase for phase in result["accuracy"] if phase not in PHASES)]
     accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
     rows = [(f"accuracy {printable(when(result, phase))}", percent(value, 2)) for phase, value in accuracies]
     for key, words in (("macs", "MACs"), ("params", "parameters")):

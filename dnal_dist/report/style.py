@@ -1,11 +1,14 @@
-"""What all figures of runs have in common: size, letters, colours, files. matplotlib, slow to load, comes with the first one."""
+"""Size, fonts, colours and files of all figures. matplotlib is slow to import, so only functions that draw import it."""
 
 import contextlib
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dnal_dist.common import atomic
 from dnal_dist.common.text import amount, printable
@@ -18,6 +21,12 @@ INK, MUTED, RULE, GRID = "#1b212b", "#5a6372", "#b9c0ca", "#e9ecf0"
 ACCENT, SECOND, FAINT, BANDS = "#1f5fbf", "#b8500f", "#9db8de", ("#f4f5f7", "#e9effa")
 BAR = "#cddcf2"
 HEAT = ("#e4edf9", "#a9c6ec", "#5a90d6", "#1f5fbf", "#0a2c66")
+
+# The page's variable for each colour, so that figures follow its light and dark scheme.
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", RULE: "wire", GRID: "grid", ACCENT: "accent", SECOND: "second", FAINT: "faint",
+    BANDS[0]: "band-even", BANDS[1]: "band-odd", "#ffffff": "ground",
+}  # fmt: skip
 
 STYLE = {
     "font.size": 8.5,
@@ -48,9 +57,31 @@ STYLE = {
 }
 
 
+class Values(NamedTuple):
+    """Values that a page shows at the pointer: points in the coordinates of `axes`, and a text for each.
+
+    reach: how far from a point it is shown, as fractions of the panel's width and height; None: the nearest one across.
+    """
+
+    axes: Any
+    name: str
+    xs: list[float]
+    ys: list[float]
+    texts: list[str]
+    reach: tuple[float, float] | None = None
+
+
+@dataclass
+class Drawing:
+    """A matplotlib Figure and its values for the page."""
+
+    figure: Any
+    values: list[Values] = field(default_factory=list)
+
+
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Within it matplotlib draws as this module says, whatever the user's own settings are."""
+    """Inside this context matplotlib has this module's style, whatever the user's own settings are."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -61,22 +92,70 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def figure(height: float):
-    """An empty Figure of the text's width and `height` inches. Call it and draw within `drawing`."""
+def figure(height: float) -> Drawing:
+    """An empty figure of the text's width and `height` inches. Call it and draw inside `drawing`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return Drawing(Figure(figsize=(WIDTH, height), layout="constrained"))
 
 
-def save(figure, stem: Path) -> None:
+def settle(figure) -> None:
+    """Lay the figure out, once for all its forms: that takes the most time."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
+def save(drawing: Drawing, stem: Path) -> None:
     """Write STEM.svg and STEM.png, each whole or not at all; equal figures give equal files. Raises OSError."""
-    # The layout is slow, and the same for both.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    settle(drawing.figure)
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         content = io.BytesIO()
-        figure.savefig(content, format=suffix[1:], metadata=metadata)
+        drawing.figure.savefig(content, format=suffix[1:], metadata=metadata)
         atomic.put(stem.with_name(stem.name + suffix), content.getvalue())
+
+
+def embed(drawing: Drawing) -> dict:
+    """The figure for a page: {svg: the element as text, panels: its values in the SVG's coordinates}."""
+    import matplotlib
+    from matplotlib.collections import QuadMesh
+
+    settle(drawing.figure)
+    content = io.BytesIO()
+    # A heat map has thousands of cells: as an image it stays small.
+    meshes = drawing.figure.findobj(QuadMesh)
+    for mesh in meshes:
+        mesh.set_rasterized(True)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        drawing.figure.savefig(content, format="svg")
+    for mesh in meshes:
+        mesh.set_rasterized(False)
+    # What a document of its own needs, and a part of a page must not have.
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", content.getvalue().decode(), flags=re.S)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    svg = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: _variable(found[0]), svg)
+    width, height = (72 * inches for inches in drawing.figure.get_size_inches())
+    # Zooming changes the part that is seen, not the size.
+    svg = svg.replace("<svg", f'<svg style="aspect-ratio: {width:g} / {height:g}"', 1)
+    return {"svg": svg, "panels": _panels(drawing, height)}
+
+
+def _variable(colour: str) -> str:
+    return f"var(--{_VARIABLES[colour]})" if colour in _VARIABLES else colour
+
+
+def _panels(drawing: Drawing, height: float) -> list[dict]:
+    panels: dict = {}
+    points = 72 / drawing.figure.dpi
+    for axes, name, xs, ys, texts, reach in drawing.values:
+        frame = axes.get_window_extent()
+        box = (frame.x0 * points, height - frame.y1 * points, frame.x1 * points, height - frame.y0 * points)
+        panel = panels.setdefault(axes, {"box": [round(edge, 1) for edge in box], "reach": reach, "series": []})
+        pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
+        across, down = [round(x * points, 1) for x in pixels[:, 0]], [round(height - y * points, 1) for y in pixels[:, 1]]
+        panel["series"].append({"name": name, "x": across, "y": down, "text": texts})
+    return list(panels.values())
 
 
 def words(text: object, most: int = 40) -> str:

@@ -62,7 +62,7 @@ def told(*given) -> tuple[str, list[dict]]:
     """What is printed, and the lines of comparison.csv."""
     found, out = comparison.compare(given), io.StringIO()
     console = Console(file=out, width=80)
-    comparison_files.tell(found, found.parent, outputs.teller(console))
+    comparison_files.show(found, found.parent, outputs.printer(console))
     return out.getvalue(), list(csv.DictReader(io.StringIO(comparison_files.as_csv(found))))
 
 
@@ -201,7 +201,7 @@ def test_rows_are_in_the_order_of_what_varies(tmp_path):
     paths = [run_of(tmp_path / str(w), recipe(w), 0.9, macs) for w, macs in ((1e-4, 10**8), (9e-5, 10**6), (5e-5, 10**7))]
     found = comparison.compare(paths)
     assert [row.settings["architecture.penalty_weight"] for row in found.rows] == [5e-5, 9e-5, 1e-4]
-    assert [line[0] for line in comparison_files.table(found)[1]] == ["5e-5", "9e-5", "1e-4"]
+    assert [line[0] for line in comparison_files.table(found).rows] == ["5e-5", "9e-5", "1e-4"]
 
 
 def test_a_collapsed_row_is_marked_in_the_table(tmp_path):
@@ -210,7 +210,7 @@ def test_a_collapsed_row_is_marked_in_the_table(tmp_path):
     for seed, records in enumerate((collapsed, made_up_run())):
         run_of(tmp_path / f"part{seed}", recipe(3e-4, seed), 0.9, 10**6, records=records)
     found = comparison.compare([tmp_path])
-    assert [line[-1] for line in comparison_files.table(found)[1]] == ["yes", "yes, 1 of 2 collapsed"]
+    assert [line[-1] for line in comparison_files.table(found).rows] == ["yes", "yes, 1 of 2 collapsed"]
     assert [line["collapsed"] for line in told(tmp_path)[1]] == ["0", "1"]
     assert "3e-4 (collapsed)" in {point.label for point, _ in found.diagrams[0].marks}
 
@@ -220,7 +220,7 @@ def test_the_legend_names_what_is_drawn(tmp_path):
     for weight in (1e-4, 2e-4):
         run_of(tmp_path / str(weight), recipe(weight), 0.5, 10**6, val=500)
     with style.drawing():
-        (legend,) = [part.legends for part in comparison_files.figure(comparison.compare([tmp_path])).subfigs]
+        (legend,) = [part.legends for part in comparison_files.figure(comparison.compare([tmp_path])).figure.subfigs]
     names = [text.get_text() for one in legend for text in one.get_texts()]
     assert "not dominated" not in names and any("these runs" in name for name in names)
 

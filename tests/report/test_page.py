@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from test_report import HOSTILE, changed, made_up_run, save
+from test_report import HOSTILE, changed, made_up_run, numbers_in, save
 
-from dnal_dist.report import page as report_page
+from dnal_dist.report import outputs
 
 COSTS = {
     "conv0.conv": {"full": {"macs": 900, "params": 90}, "compact": {"macs": 300, "params": 30}},
@@ -93,7 +93,9 @@ RUNS = {
 def pages(chromium, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("pages")
     recipe = "name: digits\nmodel: {name: resnet56_cifar}\nphases: {search: {epochs: 3}}\narchitecture: {penalty_weight: 0.0001}\n"
-    return {name: report_page.write(save(folder / name, records(), recipe=recipe)) for name, records in RUNS.items()}
+    for name, records in RUNS.items():
+        outputs.write_all(save(folder / name, records(), recipe=recipe), draw=False)
+    return {name: folder / name / "report.html" for name in RUNS}
 
 
 def shown(page) -> dict:
@@ -250,17 +252,77 @@ def test_the_tab_key_reaches_every_control_in_its_order(opened, pages):
     assert reached.count("Play") == 0 and any("recipe" in one for one in reached)
 
 
+def pointed(page, figure: str, panel: int, series: str, number: int) -> str:
+    """What the page shows with the pointer on a value of a figure."""
+    found = numbers_in(page.content())["figures"][figure][panel]["series"]
+    (one,) = [values for values in found if values["name"] == series]
+    page.locator(f"#{figure} svg").scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        """([id, x, y]) => {
+          const at = new DOMPoint(x, y).matrixTransform(document.querySelector(`#${id} svg`).getScreenCTM());
+          return [at.x, at.y];
+        }""",
+        [figure, one["x"][number], one["y"][number]],
+    )
+    page.mouse.move(x, y)
+    return page.locator(f"#{figure} .tip").inner_text()
+
+
+def test_the_pointer_shows_the_values_of_figures(opened, pages):
+    page = opened(pages["finished"])
+    assert pointed(page, "curves", 0, "held-out images", -1).split("\n") == [
+        "training batches, iteration 90: 90.00 %",
+        "held-out images, iteration 90: 99.44 %",
+    ]
+    assert "after pruning, iteration 50: 0.2000" in pointed(page, "curves", 1, "after pruning", 0)
+    assert page.locator("#curves .mark").count() >= 2
+    assert pointed(page, "search", 0, "gates", 0) == "gates, epoch 0, delta 1, gates near 0.475: 40"
+    assert pointed(page, "search", 2, "expected", 1) == "expected, epoch 2: 500 k"
+    assert pointed(page, "cost", 0, "DNAL, by penalty weight", 2).startswith("DNAL, by penalty weight, 1e-4, 93.20 % at 36.94")
+    page.mouse.move(2, 2)
+    assert page.locator(".tip:visible").count() == 0
+
+
+def test_a_figure_zooms_into_a_box_and_shows_all_of_it_again(opened, pages):
+    page = opened(pages["finished"])
+    svg, reset = page.locator("#curves svg"), page.locator("#curves .reset")
+    whole, box = svg.get_attribute("viewBox"), svg.bounding_box()
+
+    def drag(*corners):
+        svg.scroll_into_view_if_needed()
+        here = svg.bounding_box()
+        (x0, y0), (x1, y1) = [(here["x"] + here["width"] * x, here["y"] + here["height"] * y) for x, y in corners]
+        page.mouse.move(x0, y0)
+        page.mouse.down()
+        page.mouse.move(x1, y1, steps=3)
+        page.mouse.up()
+        return [float(number) for number in svg.get_attribute("viewBox").split()]
+
+    width, height = [float(number) for number in whole.split()][2:]
+    view = drag((0.25, 0.25), (0.75, 0.5))
+    assert view == pytest.approx([0.25 * width, 0.25 * height, 0.5 * width, 0.25 * height], abs=1.5)
+    assert reset.is_visible() and svg.bounding_box()["height"] == pytest.approx(box["height"], abs=1)
+    page.keyboard.down("Shift")
+    moved = drag((0.5, 0.5), (0.4, 0.5))
+    page.keyboard.up("Shift")
+    assert moved[0] > view[0] + 1 and moved[2:] == view[2:]
+    assert pointed(page, "curves", 0, "held-out images", 3) != ""
+    reset.click()
+    assert svg.get_attribute("viewBox") == whole and not reset.is_visible()
+    drag((0.3, 0.3), (0.6, 0.6))
+    svg.dblclick(position={"x": 100, "y": 100})
+    assert svg.get_attribute("viewBox") == whole
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_fits_both_widths_and_both_schemes_can_be_read(opened, pages, name):
     page = opened(pages[name])
     for width, scheme in ((1280, "dark"), (1280, "light"), (400, "light"), (400, "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        # Figures are drawn anew once the page has heard of it.
-        page.evaluate("new Promise((heard) => requestAnimationFrame(() => requestAnimationFrame(heard)))")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(FAINT) == []
-    assert page.locator(".plot .main-svg").count() > 0
+    assert page.locator(".plot svg").count() > 0
 
 
 def test_an_older_run_shows_open_gates_without_histograms(opened, pages):
@@ -291,7 +353,7 @@ def test_hostile_names_are_only_text(opened, pages):
     assert page.inner_text("#readout").startswith(f"stages.0.{HOSTILE}"[:30])
     page.fill("#filter", "<img")
     assert len(visible(page)) == 1
-    assert page.locator("img").count() == 0 and page.locator("script").count() == 3
+    assert page.locator("img").count() == 0 and page.locator("script").count() == 2
 
 
 def test_the_page_may_ask_for_nothing(opened, pages):

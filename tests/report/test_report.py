@@ -9,12 +9,10 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from dnal_dist.common.text import amount
 from dnal_dist.report import outputs
-from dnal_dist.report import page as report_page
 from dnal_dist.report import records as report_records
 
 FULL = {"exact": {"macs": 2_421_376, "params": 287_146}, "paper": {"macs": 2_430_000, "params": 287_000}}
@@ -84,11 +82,17 @@ def changed(records: list[dict], kind: str, **values) -> list[dict]:
 
 
 def page_of(folder) -> str:
-    return report_page.write(folder).read_text("utf-8").replace(get_plotlyjs(), "PLOTLY")
+    outputs.write_all(folder, draw=False)
+    return (folder / "report.html").read_text("utf-8")
 
 
 def numbers_in(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="numbers">(.*?)</script>', page, re.S).group(1))
+
+
+def values_in(page: str, figure: str) -> list[dict[str, list[str]]]:
+    """The texts that a figure of the page has for the pointer: {series: texts} of each panel."""
+    return [{one["name"]: one["text"] for one in panel["series"]} for panel in numbers_in(page)["figures"].get(figure, [])]
 
 
 def table_of(folder, width: int = 80) -> str:
@@ -143,7 +147,11 @@ def test_a_run_may_end_after_any_record(tmp_path, count):
     assert ("compact" in result, "macs_ratio" in result, "kept" in result["channels"]) == (pruned,) * 3
     page, table = page_of(tmp_path), table_of(tmp_path)
     assert ("Not finished" in page, "Not finished" in table) == (not result["finished"],) * 2
-    assert len(numbers_in(page)["phases"]) == len({r["phase"] for r in records if r["kind"] == "train"})
+    phases = {r["phase"] for r in records if r["kind"] == "train"}
+    assert all(
+        f"{phase} {first} to " in page for phase, first in (("pretrain", 1), ("search", 21), ("finetune", 51)) if phase in phases
+    )
+    assert ("curves" in numbers_in(page)["figures"]) == bool(phases)
 
 
 def test_a_phase_that_goes_on_is_not_told_as_done(tmp_path):
@@ -224,7 +232,7 @@ def test_command_writes_the_page_and_prints_the_table(tmp_path):
     done = command(save(tmp_path, made_up_run()))
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path / 'report.html'}\n" in done.stdout
-    assert (tmp_path / "report.html").stat().st_size > 1_000_000
+    assert 50_000 < (tmp_path / "report.html").stat().st_size < 500_000
     assert "example runs/digits" in command("--help").stdout
 
 
@@ -232,7 +240,7 @@ def test_table_is_plain_and_uncut_where_there_is_no_terminal(tmp_path):
     folder = tmp_path / ("long" * 30)
     message = "something " * 30 + "at the end"
     save(folder, [*made_up_run(), {"kind": "warning", "message": message}])
-    report_page.write(folder)
+    page_of(folder)
     table = table_of(folder)
     for line in (
         "accuracy after pretrain     97.00 %",
@@ -265,17 +273,17 @@ def test_collapse_and_warnings_are_loud(tmp_path):
 
 
 def test_page_asks_for_nothing_from_outside(tmp_path):
-    save(tmp_path, made_up_run())
-    assert report_page.write(tmp_path).read_text("utf-8").count(get_plotlyjs()) == 1
-    page = page_of(tmp_path)
+    page = page_of(save(tmp_path, made_up_run()))
     found = Tags(page)
     assert not {"link", "img", "iframe", "object", "embed", "base", "form", "a"} & set(found.tags)
     assert not {name for name, _ in found.attributes} & {"src", "href", "srcset", "action", "data", "background"}
+    # Within the figures: parts of the same element, and the heat map's cells.
+    links = [value for name, value in found.attributes if name == "xlink:href"]
+    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
     assert ("http-equiv", "Content-Security-Policy") in found.attributes
     assert [value for name, value in found.attributes if name == "content" and "default-src 'none';" in value]
-    assert not re.search(r"https?:|//[a-z]+\.|url\(|@import", page)
-    # Plotly 7 has a button that uploads the figure.
-    assert "showSendToCloud: false" in page
+    inline = re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert not re.search(r"https?:|//[a-z]+\.|url\((?!#)|@import", inline)
 
 
 def hostile_run() -> list[dict]:
@@ -287,34 +295,58 @@ def hostile_run() -> list[dict]:
     return [*records, {"kind": "warning", "time": 1_790_000_090, "global_step": 90, "message": HOSTILE}]
 
 
+FIGURE = r'<figure class="plot".*?</figure>'
+
+
 def test_hostile_names_are_inert(tmp_path):
     warning = {"kind": "warning", "time": 1_790_000_090, "global_step": 90, "message": "look"}
-    tame = Tags(page_of(save(tmp_path / "tame", [*made_up_run(), warning])))
+    tame_page = page_of(save(tmp_path / "tame", [*made_up_run(), warning]))
     recipe = f"name: {json.dumps(HOSTILE)}\nmodel: {{name: {json.dumps(HOSTILE)}}}\n"
     page = page_of(save(tmp_path / "hostile", hostile_run(), recipe=recipe))
-    found = Tags(page)
+    tame, found = (Tags(re.sub(FIGURE, "", one, flags=re.S)) for one in (tame_page, page))
     # The same elements as those of the same run with tame names; "." in a name is a place to break.
     assert [tag for tag in found.tags if tag != "wbr"] == [tag for tag in tame.tags if tag != "wbr"]
-    assert found.tags.count("script") == 3
+    assert found.tags.count("script") == 2
     assert [name for name, _ in found.attributes] == [name for name, _ in tame.attributes]
-    assert numbers_in(page)["phases"][-1][0] == HOSTILE
     assert found.text.count(HOSTILE) >= 3
+    # In the figures there are other letters and no other element.
+    tame, drawn = (Tags("".join(re.findall(FIGURE, one, re.S))) for one in (tame_page, page))
+    assert set(drawn.tags) <= set(tame.tags) and {name for name, _ in drawn.attributes} <= {name for name, _ in tame.attributes}
     assert "\x1b" not in table_of(tmp_path / "hostile") and "[bold]" in table_of(tmp_path / "hostile")
 
 
 def test_numbers_reach_the_page(tmp_path):
-    numbers = numbers_in(page_of(save(tmp_path, made_up_run())))
-    search = numbers["search"]
-    assert search["counts"] == HISTOGRAMS
-    assert (search["delta"], search["epochs"]) == (["1", "100", "10,000"], [0, 1, 2])
-    assert len(search["edges"]) == 4 and search["edges"] == sorted(search["edges"]) and search["edges"][-1] == 3
-    assert (search["threshold"], search["full"], search["compact"]) == (0.9, 2_421_376, 281_344)
-    assert search["macs"] == [[1, 2, 3], [500_000] * 3]
-    assert numbers["phases"] == [["pretrain", 0, 20], ["search", 20, 50], ["finetune", 50, 90]]
-    accuracy = numbers["curves"]["accuracy"]
-    assert accuracy["train"] == [[10 * i for i in range(1, 10)], [0.9] * 9]
-    assert accuracy["prune"] == [[50], [0.93]]
-    assert accuracy["held_out"][1][-1] == 0.9944
+    page = page_of(save(tmp_path, made_up_run()))
+    gates, opened, macs = values_in(page, "search")
+    counts = [int(text.rpartition(": ")[2]) for text in gates["gates"]]
+    assert counts == [count for histogram in HISTOGRAMS for count in histogram if count]
+    assert gates["gates"][0] == "epoch 0, delta 1, gates near 0.475: 40"
+    assert gates["gates"][-1] == "epoch 2, delta 10,000, gates near 0.975: 5"
+    assert opened == {"open gates": [f"epoch {epoch}: 40.0 %" for epoch in (1, 2, 3)]}
+    assert macs["expected"] == [f"epoch {epoch}: 500 k" for epoch in (1, 2, 3)]
+    assert macs["compact network, 0.281 M"] == ["epoch 3: 281 k"] and "threshold 0.9" in page and "full network, 2.42 M" in page
+    accuracy, loss = values_in(page, "curves")
+    assert accuracy["training batches"] == [f"iteration {10 * i}: 90.00 %" for i in range(1, 10)]
+    assert accuracy["after pruning"] == ["iteration 50: 93.00 %"] and accuracy["held-out images"][-1] == "iteration 90: 99.44 %"
+    assert loss["training loss with the penalty"] == [f"iteration {step}: 0.5000" for step in (30, 40, 50)]
+    assert "pretrain 1 to 20, search 21 to 50, finetune 51 to 90" in page
+
+
+def test_values_stand_where_they_are_drawn(tmp_path):
+    page = page_of(save(tmp_path, made_up_run()))
+    for figure in numbers_in(page)["figures"].values():
+        for panel in figure:
+            left, top, right, bottom = panel["box"]
+            assert 0 <= left < right <= 72 * 6.4 and 0 <= top < bottom
+            for series in panel["series"]:
+                assert len(series["x"]) == len(series["y"]) == len(series["text"]) > 0
+                assert all(left - 1 <= x <= right + 1 for x in series["x"]) and all(top - 1 <= y <= bottom + 1 for y in series["y"])
+    accuracy = numbers_in(page)["figures"]["curves"][0]
+    (held_out,) = [series for series in accuracy["series"] if series["name"] == "held-out images"]
+    left, _, right, _ = accuracy["box"]
+    # Iteration 90 of 90 is at the right edge, iteration 10 a ninth of the width from the left; higher is better.
+    assert (held_out["x"][-1], held_out["x"][0]) == pytest.approx((right, left + (right - left) / 9), abs=0.2)
+    assert held_out["y"][-1] == min(held_out["y"])
 
 
 def test_channels_of_every_layer_are_told(tmp_path):
@@ -332,31 +364,31 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap(tmp_path):
     records = made_up_run()
     last = max(i for i, r in enumerate(records) if r["kind"] == "train")
     records[last] |= {"loss": math.nan, "cross_entropy": math.inf}
-    curves = numbers_in(page_of(save(tmp_path, records)))["curves"]
-    assert curves["cross_entropy"]["train"][0] == [10 * i for i in range(1, 9)]
-    assert curves["accuracy"]["train"][0][-1] == 90
+    accuracy, loss = values_in(page_of(save(tmp_path, records)), "curves")
+    assert loss["training batches"] == [f"iteration {10 * i}: 0.5000" for i in range(1, 9)]
+    assert accuracy["training batches"][-1].startswith("iteration 90")
 
 
 def test_a_long_run_is_thinned_without_losing_its_mean(tmp_path):
     step = next(r for r in made_up_run() if r["kind"] == "train")
-    records = [made_up_run()[0], *(step | {"step": i, "global_step": i, "accuracy": i / 6000} for i in range(1, 6001))]
-    xs, ys = numbers_in(page_of(save(tmp_path, records)))["curves"]["accuracy"]["train"]
-    assert len(xs) == len(ys) <= 1500
-    assert sum(ys) / len(ys) == pytest.approx(6001 / 12000)
-    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    records = [made_up_run()[0], *(step | {"step": i, "global_step": i, "accuracy": i / 6300} for i in range(1, 6301))]
+    texts = values_in(page_of(save(tmp_path, records)), "curves")[0]["training batches"]
+    assert 300 < len(texts) <= 700
+    assert sum(float(text.split()[2]) for text in texts) / len(texts) == pytest.approx(100 * 6301 / 12600, abs=0.01)
+    assert (tmp_path / "report.html").stat().st_size < 500_000
 
 
 def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
-    before = report_page.write(save(tmp_path, made_up_run())).read_bytes()
+    before = page_of(save(tmp_path, made_up_run()))
 
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr("dnal_dist.common.atomic.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        report_page.write(save(tmp_path, made_up_run()[:5]))
-    assert (tmp_path / "report.html").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.html"]
+        page_of(save(tmp_path, made_up_run()[:5]))
+    assert (tmp_path / "report.html").read_text("utf-8") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.html", "report.md"]
 
 
 def test_recipe_is_shown_and_may_be_absent(tmp_path):

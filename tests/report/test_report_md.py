@@ -13,7 +13,7 @@ from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
 from dnal_dist.common.text import printable
 from dnal_dist.recipe import load
-from dnal_dist.report import figures, markdown_report, outputs, page, style
+from dnal_dist.report import figures, outputs, page, style
 from dnal_dist.report import records as report_records
 from dnal_dist.report.records import result_of
 from dnal_dist.training import exit
@@ -24,7 +24,7 @@ MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$
 
 def markdown_of(folder) -> str:
     run = report_records.load(folder)
-    return markdown_report.render(run, result_of(run), figures.TITLES)
+    return page.markdown(run, result_of(run), list(figures.TITLES))
 
 
 def rendered(folder) -> Tags:
@@ -67,8 +67,11 @@ def test_the_ledger_has_the_columns_that_are_told(tmp_path):
     text = words(rendered(save(tmp_path / "without", made_up_run())))
     assert "device time" not in text and "energy" not in text and "search 30.0 s" in text
     text = words(rendered(save(tmp_path / "with", ledgers(made_up_run()))))
-    assert "phase time device time training images sent by each process energy" in text
-    assert "search 30.0 s 2 h 00 min 1,280 4 MB 0.25 kWh" in text and "whole run 1 min 30 s 6 h 00 min 3,840 12 MB 0.75 kWh" in text
+    assert "phase time device time training images sent by each process energy iterations" in text
+    assert (
+        "search 30.0 s 2 h 00 min 1,280 4 MB 0.25 kWh 30 of 30" in text
+        and "whole run 1 min 30 s 6 h 00 min 3,840 12 MB 0.75 kWh" in text
+    )
 
 
 def test_the_last_checkpoint_is_no_phase(tmp_path):
@@ -112,31 +115,28 @@ def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
 
 def test_equal_runs_have_equal_plots(tmp_path):
     for name in "ab":
-        run = report_records.load(save(tmp_path / name, made_up_run()))
-        figures.write(run, result_of(run))
+        outputs.write_all(save(tmp_path / name, made_up_run()))
     for path in (tmp_path / "a" / "plots").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "plots" / path.name).read_bytes(), path.name
 
 
 def test_what_cannot_be_finished_leaves_what_was_there(tmp_path, monkeypatch):
-    run = report_records.load(save(tmp_path, made_up_run()))
-    markdown_report.write(run, result_of(run), {})
-    before = (tmp_path / "report.md").read_bytes()
+    outputs.write_all(save(tmp_path, made_up_run()))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr("dnal_dist.common.atomic.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        markdown_report.write(run, result_of(run), figures.TITLES)
-    assert (tmp_path / "report.md").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.md"]
+        outputs.write_all(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def drawn(run, name):
     """A figure's axes: the values of its lines by label, and its words."""
     with style.drawing():
-        figure = getattr(figures, name)(run, result_of(run))
+        figure = figures.draw(run, result_of(run))[name].figure
         return {line.get_label(): list(line.get_ydata()) for axes in figure.axes for line in axes.get_lines()}, figure
 
 
@@ -178,19 +178,13 @@ def test_a_plot_without_records_goes(tmp_path):
 def test_a_run_on_more_processes_names_its_launcher(tmp_path):
     (start, *rest) = made_up_run()
     recipe = "name: digits\noutput: my runs/digits\n"
-    told = markdown_report.render(
-        report_records.load(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe)), *result(tmp_path)
-    )
+    told = markdown_of(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe))
     command = "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.train "
     assert f"{command}'my runs/digits/recipe.yaml' output='my runs/digits-again'\n" in told
-    assert "git checkout 0123abc   # and the changes" in told
+    assert "git checkout 0123abc   # and the uncommitted changes" in told
     alone = [start | {"world_size": 1, "backend": "single", "code": "$(reboot)"}, *rest]
-    told = markdown_report.render(report_records.load(save(tmp_path, alone, recipe=recipe)), *result(tmp_path))
+    told = markdown_of(save(tmp_path, alone, recipe=recipe))
     assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in told and "reboot" not in told.partition("```sh")[2]
-
-
-def result(folder) -> tuple[dict, dict]:
-    return result_of(report_records.load(folder)), {}
 
 
 def test_a_name_is_no_formula_and_warns_of_nothing(tmp_path):
@@ -199,7 +193,7 @@ def test_a_name_is_no_formula_and_warns_of_nothing(tmp_path):
         run = report_records.load(save(tmp_path, changed(made_up_run(), "start", name="$\\frac{1}{$ \u6f22\U0001f600\ud800")))
         with style.drawing():
             style.save(figures.cost(run, result_of(run)), tmp_path / "cost")
-    page.write(run)
+        outputs.write_all(run)
 
 
 def test_matplotlib_waits_for_the_first_figure():

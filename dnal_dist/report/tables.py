@@ -1,0 +1,180 @@
+"""The tables of a run's page and of its report.md: what each shows, not how it is written."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import median
+
+from dnal_dist.common.phases import PHASES
+from dnal_dist.common.text import amount, duration, percent
+from dnal_dist.report import records
+from dnal_dist.report.records import Run
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in words, the first column naming the rows. name: its class on the page; own: numbers of the rows to stand out."""
+
+    name: str
+    label: str
+    head: list[str]
+    rows: list[list[str]]
+    own: Collection[int] = ()
+    size: str = ""
+
+    @property
+    def columns(self) -> list[int]:
+        """The columns that have any content."""
+        return [i for i in range(len(self.head)) if i == 0 or any(row[i] for row in self.rows)]
+
+
+NETWORKS = dict(zip(PHASES, ("full, no gates", "full, gated", "compact, as cut", "compact"), strict=False))
+AMOUNTS = {
+    "device_seconds": duration,
+    "images": "{:,}".format,
+    "bytes_sent": lambda value: f"{amount(value)}B" if value >= 999.5 else f"{value:,.0f} B",
+    "energy_kwh": "{:,.3g} kWh".format,
+}
+"""The optional values of a phase's usage, and how each is written."""
+
+
+def accuracy(run: Run, result: dict) -> Table:
+    rows = []
+    forms = {"accuracy": lambda v: percent(v, 2), "top5": lambda v: percent(v, 2)}
+    forms |= {"cross_entropy": "{:.4f}".format, "samples": "{:,}".format}
+    for phase in result["accuracy"]:
+        record = run.last("eval", phase)
+        cells = [write(record[key]) if key in record else "" for key, write in forms.items()]
+        rows.append([records.when(result, phase), NETWORKS.get(phase, ""), *cells])
+    head = ["held-out images", "network", "top-1", "top-5", "cross-entropy", "images"]
+    return Table("accuracy", "Accuracy after each phase", head, rows)
+
+
+def cost(result: dict) -> Table:
+    """Exact numbers of the full and of the compact network by both rules."""
+    columns = [(rule, key) for rule in ("exact", "paper") for key in ("macs", "params")]
+    networks = {which: result[which] for which in ("full", "compact") if which in result}
+    costs = {which: [cost.get(rule, {}).get(key) for rule, key in columns] for which, cost in networks.items()}
+    rows = [[which, *("" if value is None else f"{value:,}" for value in values)] for which, values in costs.items()]
+    if len(rows) == 2:
+        pairs = zip(*costs.values(), strict=True)
+        rows.append(["compact / full", *(percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
+    head = ["network", "MACs", "parameters", "MACs (paper)", "parameters (paper)"]
+    return Table("cost", "Cost of the full and of the compact network", head, rows)
+
+
+def usage(run: Run, result: dict) -> Table:
+    """What each phase used. A phase without a value has an empty cell there, and the column no total."""
+    known, rows = usage_of_phases(run, result), []
+    for phase, entry in known.items():
+        seconds, last = entry.get("seconds", 0.0), run.last("train", phase)
+        steps = f"{last.get('step', 0):,} of {last.get('phase_steps', 0):,}" if last else ""
+        speeds, waits = (run.series("train", "step", key, phase)[1] for key in ("images_per_second", "data_wait_seconds"))
+        waiting = f"{duration(sum(waits))}, {percent(sum(waits) / seconds)}" if waits and seconds else ""
+        amounts = [write(entry[key]) if key in entry else "" for key, write in AMOUNTS.items()]
+        rows.append([str(phase), duration(seconds), *amounts, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
+    if rows:
+        totals = [write(value) if (value := _total(known, key)) is not None else "" for key, write in AMOUNTS.items()]
+        rows.append(["whole run", duration(result["seconds"]), *totals, "", "", ""])
+    head = ["phase", "time", "device time", "training images", "sent by each process", "energy", "iterations", "images/s"]
+    return Table("time", "Cost of each phase", [*head, "waiting for data"], rows)
+
+
+def usage_of_phases(run: Run, result: dict) -> dict[str, dict[str, float]]:
+    """{phase: {seconds, images, device_seconds, bytes_sent, energy_kwh}}, a key absent where no record has it."""
+    found = {phase: {"seconds": seconds} for phase, seconds in result["phase_seconds"].items()}
+    recorded = {record.get("phase"): record for record in run.of("phase")}
+    for phase, record in {**recorded, **(run.last("end").get("ledger") or {})}.items():
+        values = {key: value for key in AMOUNTS if isinstance(value := record.get(key), int | float) and math.isfinite(value)}
+        found[phase] = found.get(phase, {}) | values
+    # Time between phases, and a phase that took none, is no row.
+    return {phase: entry for phase, entry in found.items() if len(entry) > 1 or entry.get("seconds", 0) >= 0.05}
+
+
+def _total(known: dict[str, dict[str, float]], key: str) -> float | None:
+    """The sum over the phases that trained, if each of them has it."""
+    values = [entry.get(key) for phase, entry in known.items() if phase != "prune" or key in entry]
+    return sum(values) if values and None not in values else None
+
+
+def channels(run: Run) -> Table:
+    sites, kept = records.channels(run)
+    rescued, rows = set(run.last("prune").get("rescued") or []), []
+    for site, count in sites.items() if kept is not None else ():
+        left = kept.get(site, 0)
+        fate = "rescued" if site in rescued else "" if left else "closed"
+        rows.append([site, f"{count:,}", f"{left:,}", percent(left / max(count, 1)), fate])
+    return Table("channels", "Channels of each layer", ["layer", "channels", "kept", "fraction", " "], rows)
+
+
+def starts(run: Run) -> Table:
+    """When and where the run began and was resumed."""
+    rows = []
+    for record in run.of("start"):
+        many, changed = record.get("world_size", ""), record.get("changed") or {}
+        rows.append(
+            [
+                f"{datetime.fromtimestamp(record['time'], UTC):%Y-%m-%d %H:%M:%S} UTC" if "time" in record else "unknown",
+                "resumed" if record.get("resumed") else "started",
+                f"{record.get('global_step', 0):,}",
+                str(record.get("host") or ""),
+                f"{many} x {record.get('device', 'unnamed device')}" if many else "",
+                ", ".join(str(record[key]) for key in ("backend", "precision") if record.get(key)),
+                str(record.get("slurm_job") or ""),
+                records.commit(str(record.get("code") or "")),
+                "; ".join(f"{key}: {_change(change)}" for key, change in changed.items()),
+            ]
+        )
+    head = ["when", "", "at iteration", "host", "processes", "backend", "SLURM job", "code", "changed"]
+    return Table("starts", "Starts of the run", head, rows, size="tall")
+
+
+def _change(change: object) -> str:
+    return " -> ".join(map(str, change)) if isinstance(change, list) else str(change)
+
+
+FACTS = {
+    "device": "device", "backend": "backend", "world_size": "processes", "precision": "precision", "code": "code (commit)",
+    "host": "host", "slurm_job": "SLURM job", "init_from": "initial weights", "accumulation": "micro-batches of a batch",
+    "steps_per_epoch": "iterations an epoch", "dropped_per_epoch": "images left out of each epoch",
+}  # fmt: skip
+
+
+def environment(run: Run) -> Table:
+    start = run.last("start")
+    rows = [[label, str(start[key])] for key, label in FACTS.items() if start.get(key) is not None]
+    if bad := sum(run.series("train", "step", "bad_samples")[1]):
+        rows.append(["unreadable images skipped", f"{bad:,}"])
+    if resumes := sum(bool(record.get("resumed")) for record in run.of("start")):
+        rows.append(["resumed", "once" if resumes == 1 else f"{resumes:,} times"])
+    for part in ("versions", "environment"):
+        values = start.get(part)
+        rows += [[str(name), str(value)] for name, value in (values.items() if isinstance(values, dict) else ())]
+    return Table("facts", "Environment of the run", ["", ""], rows)
+
+
+def receipts(run: Run) -> tuple[str, Table, Table]:
+    """A summary of all passes over the training set, their receipts, and the samples that were skipped."""
+    # A pass that a resume went on with has two records, and the last one counts.
+    found = list({record.get("epoch"): record for record in run.of("receipt")}.values())
+    rows = [
+        [
+            f"{record.get('epoch', '')}",
+            *(f"{record.get(key, 0):,}" for key in ("batches", "samples")),
+            f"{len(record.get('skipped') or []):,}",
+            *(str(record.get(key) or "") for key in ("digest", "ordered")),
+        ]
+        for record in found
+    ]
+    head = ["epoch", "batches", "samples", "skipped", "digest of samples", "digest of their order"]
+    skipped = [one for record in found for one in record.get("skipped") or [] if isinstance(one, list)]
+    samples, passes = sum(record.get("samples", 0) for record in found), "1 pass" if len(found) == 1 else f"{len(found):,} passes"
+    summary = f"{samples:,} samples in {passes}, skipped: {len(skipped):,}. Verify them: python -m dnal_dist.stream --audit RUN"
+    lost = [[*map(str, one), *[""] * 5][:5] for one in skipped[:500]]
+    lost_head = ["number", "shard", "byte", "key", "reason"]
+    return (
+        summary,
+        Table("receipts", "Receipts of each epoch", head, rows, size="short"),
+        Table("skipped", "Samples that were skipped", lost_head, lost, size="short"),
+    )

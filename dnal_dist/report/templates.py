@@ -1,0 +1,88 @@
+"""The templates of pages and Markdown files. Whatever comes from a run is escaped here: as HTML in *.html, as Markdown in *.md."""
+
+import re
+from functools import cache
+
+from dnal_dist.common.text import printable
+
+
+def render(name: str, **context: object) -> str:
+    """A file of the folder templates, filled in."""
+    return _environment(name.rpartition(".")[2]).get_template(name).render(context)
+
+
+@cache
+def _environment(form: str):
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dnal_dist.report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What is no markup already becomes words, so in Markdown too nothing has to be remembered.
+        finalize=_words if form == "md" else None,
+    )
+    environment.filters |= {"units": _units, "breakable": _breakable, "code": _code, "fence": _fence, "script": _script}
+    environment.globals["source"] = lambda name: _markup(environment.loader.get_source(environment, name)[0])
+    return environment
+
+
+def _markup(content: str):
+    from markupsafe import Markup
+
+    return Markup(content)
+
+
+def _escape(words: object):
+    from markupsafe import escape
+
+    return escape(words)
+
+
+_UNITS = r"(\d) (?=(?:k?Wh|[kMGT]?B|[kMGsh]|min|UTC)\b|%)"
+
+
+def _units(words: str):
+    """HTML in which a number stays on one line with its unit."""
+    return _markup(re.sub(_UNITS, r"\1&nbsp;", str(_escape(words))).replace("x fewer", "&times;&nbsp;fewer"))
+
+
+def _breakable(name: str):
+    """HTML of a module's name: a long one breaks at its dots first."""
+    return _markup(re.sub(r"([._])", r"\1<wbr>", str(_escape(name))))
+
+
+def _script(data: object):
+    """JSON inside of a script element, which no text in it can end."""
+    import json
+
+    return _markup(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def markdown(words: object) -> str:
+    """Words that GitHub renders as words: no markup, no HTML, no end of a table's cell, no mention and no reference."""
+    # An entity is never read as markup. Signs inside a word (penalty_weight, 1-2) are no markup.
+    marked = re.sub(
+        r"[&<>|`*\[\]\\~$]|(?<!\w)_|_(?!\w)|^\s*(?:[#+=-]+|\d+[.)])(?=\s+\S)",
+        lambda found: "".join(f"&#{ord(c)};" for c in found[0]),
+        printable(str(words)),
+    )
+    return re.sub(r"(?<!&)([@#])(?=\w)", r"\1<!-- -->", marked)
+
+
+def _words(value: object):
+    return value if hasattr(value, "__html__") else _markup(markdown(value))
+
+
+def _code(words: object):
+    """Words as code in Markdown, in a table too."""
+    return _markup(f"<code>{markdown(words)}</code>")
+
+
+def _fence(content: str, language: str = ""):
+    """Lines as a block of code in Markdown, whatever they hold."""
+    lines = "\n".join(printable(line.expandtabs(4)) for line in content.splitlines())
+    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", lines)), 3)
+    return _markup(f"{ticks}{language}\n{lines}\n{ticks}")
