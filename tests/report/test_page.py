@@ -245,7 +245,7 @@ def test_the_tab_key_reaches_every_control_in_its_order(opened, pages):
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("(e => e.id || e.textContent.trim() || e.className)(document.activeElement)"))
-    controls = ["play", "position", "filter", "state", "layer", "channels", "share", "parameters, compact"]
+    controls = ["play", "position", "filter", "state", "layer", "channels", "fraction", "parameters, compact"]
     places = [reached.index(control) for control in controls]
     assert places == sorted(places)
     assert any(one.startswith("conv0") for one in reached[places[1] : places[2]])
