@@ -1,4 +1,4 @@
-"""What a job asks of the cluster: the command line over a site's file over the defaults."""
+"""The options of a job: the command line overrides the site's file, which overrides the defaults."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d\d):(\d\d)")
 
 
 class Options(BaseModel):
-    """One job. Every key may stand in the site's file, and on the command line with dashes."""
+    """One job. Every key may be in the site's file, and on the command line with dashes."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -24,7 +24,7 @@ class Options(BaseModel):
     processes_per_node: int | None = Field(None, ge=1)
     """processes a machine, if that is not one a GPU"""
     time: str | None = None
-    """most time that a job may take, [DAYS-]HH:MM:SS; a run that needs more goes on in the next"""
+    """time limit of a job, [DAYS-]HH:MM:SS; a longer run resumes in the next job"""
     account: str | None = None
     """SLURM's --account"""
     partition: str | None = None
@@ -46,21 +46,21 @@ class Options(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """in place of the Accelerate config's"""
     container: str | None = None
-    """image to train in: a .sif file (Apptainer), else what Pyxis' --container-image takes"""
+    """container image to train in: a .sif file (Apptainer), else a value of Pyxis' --container-image"""
     container_mounts: str | None = None
-    """folders that the container sees beside the one you are in, SOURCE:TARGET[,...]"""
+    """folders mounted in the container beside the current one, SOURCE:TARGET[,...]"""
     setup: list[str] = []
     """lines of shell before the training, for example "module load cuda"; may be given again"""
     grace: int = Field(300, ge=20)
-    """seconds before the end of its time in which a job is told to save"""
+    """seconds before its time limit at which a job gets the signal to save"""
     requeue: bool = True
-    """whether a job puts itself back into the queue"""
+    """whether a job requeues itself"""
     chain: int = Field(1, ge=1)
-    """jobs to submit, each after the one before, in place of requeueing: for sites that do not allow it"""
+    """jobs to submit, each after the previous one, in place of requeueing: for sites that do not allow it"""
     allow_changed: list[str] = []
-    """key of the recipe that may have changed since the run began, as for dnal_dist.train; may be given again"""
+    """key of the recipe that may have changed since the run started, as for dnal_dist.train; may be given again"""
     max_parallel: int | None = Field(None, ge=1)
-    """of a sweep: jobs that may run at the same time"""
+    """in a sweep: jobs that may run at the same time"""
 
     @field_validator("time")
     @classmethod
@@ -78,7 +78,7 @@ class Options(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _goes_together(self):
+    def _is_consistent(self):
         if self.gpus_per_node is None:
             raise ValueError("give --gpus-per-node (0 where there are none), or gpus_per_node in the site's file")
         if self.time is None:
@@ -90,7 +90,7 @@ class Options(BaseModel):
 
     @property
     def processes(self) -> int:
-        """Of one machine."""
+        """On one machine."""
         return self.processes_per_node or self.gpus_per_node or 1
 
 
@@ -115,12 +115,12 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> Options:
-    """The job that was asked for. Raises ValueError, naming the file or the option."""
+    """The options of the command line and the site's file. Raises ValueError, naming the file or the option."""
     path = Path(args.site) if args.site else SITE.expanduser()
     found = {}
     if args.site or path.exists():
         try:
-            # As words, since YAML makes 43 200 of 12:00:00.
+            # As text, since YAML reads 12:00:00 as 43 200.
             found = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None

@@ -9,23 +9,25 @@ import yaml
 from options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
+_BIN = str(Path(sys.executable).parent)
 
 
 class _Template(Template):
-    """A shell's own dollars stay."""
+    """With @, since the shell uses $."""
 
     delimiter = "@"
 
 
 def render(options: Options, name: str, folders: list[Path], place: Path, command: list[str], array: bool) -> str:
-    """The script's text. folders: of the runs, one for each job of the array. place: folder of this submission, where the script
-    finds the recipes (0.yaml, ...) and writes its log. Raises ValueError."""
+    """The script's text. folders: run folders, one for each job of the array. place: folder of this submission, with the
+    recipes (0.yaml, ...) and the log. Raises ValueError."""
     template = _Template(Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8"))
     return template.substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(options, name, len(folders), place, array)),
         command=shlex.join(command),
         workdir=shlex.quote(str(Path.cwd())),
-        setup="\n".join([*options.setup, *_path(options)]),
+        # The programs of this environment, unless a container has its own.
+        setup="\n".join([*options.setup, *([] if options.container else [f"export PATH={shlex.quote(_BIN)}:$PATH"])]),
         which=_which(folders, place, array) + f"\nrequeue={'yes' if options.requeue and options.chain == 1 else shlex.quote('')}",
         patience=options.grace - min(30, options.grace // 4),
         srun=shlex.join(_srun(options)),
@@ -36,9 +38,9 @@ def render(options: Options, name: str, folders: list[Path], place: Path, comman
 
 
 def _directives(options: Options, name: str, jobs: int, place: Path, array: bool) -> list[str]:
-    # A percent sign would be the beginning of a pattern of SLURM's.
+    # SLURM reads a percent sign as the start of a pattern.
     log = str(place).replace("%", "%%") + ("/log-%a.txt" if array else "/log.txt")
-    asked = {
+    directives = {
         "job-name": name,
         "nodes": options.nodes,
         "ntasks-per-node": 1,
@@ -55,23 +57,18 @@ def _directives(options: Options, name: str, jobs: int, place: Path, array: bool
         "open-mode": "append",
         "output": log,
     }
-    lines = [f"--{key}={_word(str(value))}" for key, value in asked.items() if value is not None]
+    lines = [f"--{key}={_word(str(value))}" for key, value in directives.items() if value is not None]
     lines.append("--requeue" if options.requeue and options.chain == 1 else "--no-requeue")
     return [*lines, *options.sbatch]
 
 
 def _word(value: str) -> str:
-    """As sbatch reads a word of a directive."""
+    """Quoted as sbatch reads a directive."""
     return value if shlex.quote(value) == value else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _path(options: Options) -> list[str]:
-    """What makes the programs of this environment those of the job."""
-    return [] if options.container else [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
-
-
 def _which(folders: list[Path], place: Path, array: bool) -> str:
-    """Lines that name the run, its recipe, and two files for what its jobs tell each other."""
+    """Lines that set the run, its recipe, and two files by which its jobs communicate."""
     head, task, tail = f"run={shlex.quote(str(folders[0]))}", "0", ""
     if array:
         runs = "\n".join(f"    {shlex.quote(str(folder))}" for folder in folders)
@@ -81,27 +78,31 @@ def _which(folders: list[Path], place: Path, array: bool) -> str:
     return f"{head}\nrecipe={place_}/{task}.yaml\nhalt={place_}/halt{tail}\nidle={place_}/idle{tail}"
 
 
+def _mounts(options: Options) -> str:
+    return ",".join([f"{Path.cwd()}:{Path.cwd()}", *filter(None, [options.container_mounts])])
+
+
 def _srun(options: Options) -> list[str]:
     words = [f"--cpus-per-task={options.cpus_per_node}"] if options.cpus_per_node else []
     if options.container and not options.container.endswith(".sif"):
-        mounts = ",".join([f"{Path.cwd()}:{Path.cwd()}", *filter(None, [options.container_mounts])])
-        words += [f"--container-image={options.container}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
+        words += [f"--container-image={options.container}", f"--container-mounts={_mounts(options)}"]
+        words.append(f"--container-workdir={Path.cwd()}")
     return words
 
 
 def _launcher(options: Options) -> list[str]:
     words = ["accelerate", "launch"]
     if options.container and options.container.endswith(".sif"):
-        mounts = ",".join([f"{Path.cwd()}:{Path.cwd()}", *filter(None, [options.container_mounts])])
         gpus = ["--nv"] if options.gpus_per_node else []
-        words = ["apptainer", "exec", *gpus, "--bind", mounts, "--pwd", str(Path.cwd()), options.container, *words]
+        words = ["apptainer", "exec", *gpus, "--bind", _mounts(options), "--pwd", str(Path.cwd()), options.container, *words]
     return words
 
 
 def config_file(options: Options) -> Path:
-    """Where the Accelerate config is; those that ship with the project are found from any folder."""
+    """Path of the Accelerate config; those that ship with the project are found from any folder."""
     own = Path(options.config_file).absolute()
-    return own if own.exists() else next((path for path in [ROOT / options.config_file] if path.exists()), own)
+    shipped = ROOT / options.config_file
+    return shipped if shipped.exists() and not own.exists() else own
 
 
 def _launch(options: Options) -> list[str]:
@@ -111,16 +112,18 @@ def _launch(options: Options) -> list[str]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"--config-file {options.config_file}: cannot be read ({' '.join(str(error).split())}); the ones that ship with the "
-            "project are in recipes/accelerate/"
+            f"--config-file {options.config_file}: cannot be read ({' '.join(str(error).split())}); those of the project are in "
+            "recipes/accelerate/"
         ) from None
     if not isinstance(config, dict) or "distributed_type" not in config:
-        raise ValueError(f"--config-file {options.config_file}: is no Accelerate config, it has no distributed_type")
+        raise ValueError(
+            f"--config-file {options.config_file}: not an Accelerate config (no distributed_type); see recipes/accelerate/"
+        )
     words = ["--config_file", str(path), "--num_machines", str(options.nodes)]
     words += ["--num_processes", str(options.nodes * options.processes), "--same_network"]
     if options.mixed_precision:
         words += ["--mixed_precision", options.mixed_precision]
     if config["distributed_type"] == "DEEPSPEED" and options.nodes > 1:
-        # Its own way to other machines is a shell on each; here srun has come to them already.
+        # DeepSpeed's own launcher opens a shell on each machine; here srun has started one there already.
         words += ["--deepspeed_multinode_launcher", "standard"]
     return words

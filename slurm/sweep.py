@@ -1,4 +1,4 @@
-"""Sweeps: one recipe, trained once for each combination of some values."""
+"""Sweeps: one recipe, trained once for each combination of values."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ class Member(NamedTuple):
 
     recipe: Recipe
     overrides: list[str]
-    """Of the recipe's file."""
+    """Of the recipe file."""
 
     @property
     def folder(self) -> Path:
@@ -33,21 +33,21 @@ class Sweep(BaseModel):
     recipe: str
     """File of the recipe."""
     output: str = Field(min_length=1)
-    """Folder in which each run has one of its own, named after what is varied."""
+    """Folder of the run folders, each named after its values."""
     vary: dict[str, list[str]] = Field(min_length=1)
     """Keys of the recipe, each with its values; every combination is a run."""
     set: dict[str, str] = {}
-    """Keys of the recipe that are the same in all runs, but not in the recipe's file."""
+    """Keys of the recipe with one value for all runs."""
 
 
 def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
-    """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest; `overrides` go for all.
+    """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest. overrides: of all runs.
     Raises InputError."""
     try:
-        # Words as they stand: each value goes to the recipe as an override does.
+        # As text: each value becomes an override of the recipe.
         sweep = Sweep.model_validate(yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such sweep; the ones that ship with the project are in recipes/sweeps/") from None
+        raise InputError(f"{path}: no such sweep; those of the project are in recipes/sweeps/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     except ValidationError as error:

@@ -297,7 +297,7 @@ def test_a_run_is_in_the_queue_once(cluster, changes, tmp_path):
 
 def test_what_the_doctor_finds_is_not_submitted(cluster, changes, tmp_path):
     found = cluster.submit(RECIPE, f"output={tmp_path}/run", *changes, "model.num_classes=4", check=False)
-    assert found.returncode == 2 and "the doctor has found a fault" in found.stderr
+    assert found.returncode == 2 and "a check of the doctor failed" in found.stderr
     assert "fail  labels" in found.stdout and not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""What slurm/submit.py writes, without a cluster: the script, what it refuses, sweeps, the site's file."""
+"""slurm/submit.py without a cluster: the script, refusals, sweeps, the site's file."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def directives(text: str) -> dict[str, str]:
 
 
 def launch(text: str) -> list[str]:
-    """The words that srun gets."""
+    """The arguments of srun."""
     start = text.index("srun --export=ALL")
     return shlex.split(text[start : text.index(" &\n", start)].replace("\\\n", " "))
 
@@ -54,11 +54,11 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(submit, tmp_path):
     text = script(submit(DIGITS, *JOB, f"output={tmp_path}/run", "data.workers=3", "--account", "vision", "--dry-run"))
     is_bash(text)
     assert not (tmp_path / "run").exists()
-    asked = directives(text)
-    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"], asked["time"]) == ("2", "1", "8", "12:00:00")
-    assert asked["account"] == "vision" and "partition" not in asked
-    assert asked["signal"] == "B:USR1@300" and asked["open-mode"] == "append" and "requeue" in asked
-    assert asked["cpus-per-task"] == "32", "a core for each of 8 processes and their 3 loaders"
+    found = directives(text)
+    assert (found["nodes"], found["ntasks-per-node"], found["gpus-per-node"], found["time"]) == ("2", "1", "8", "12:00:00")
+    assert found["account"] == "vision" and "partition" not in found
+    assert found["signal"] == "B:USR1@300" and found["open-mode"] == "append" and "requeue" in found
+    assert found["cpus-per-task"] == "32", "a core for each of 8 processes and their 3 loaders"
     words = launch(text)
     assert "--cpus-per-task=32" in words, "srun does not take it over from sbatch"
     pairs = dict(pairwise(words))
@@ -68,40 +68,40 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(submit, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_every_accelerate_config(submit, tmp_path, backend):
+def test_every_accelerate_config_is_launched(submit, tmp_path, backend):
     config = f"recipes/accelerate/{backend}.yaml"
     words = launch(script(submit(DIGITS, *JOB, f"output={tmp_path}/run", "--config-file", config, "--dry-run")))
     assert str(ROOT / config) in words
     assert ("--deepspeed_multinode_launcher" in words) == backend.startswith("zero")
 
 
-def test_names_with_blanks_and_quotes_reach_bash_whole(submit, tmp_path):
+def test_names_with_blanks_and_quotes_reach_bash_unchanged(submit, tmp_path):
     folder = tmp_path / "it's 100% $HOME `x`"
     text = script(submit(DIGITS, *JOB, f"output={folder}", "--dry-run"))
     is_bash(text)
     (line,) = [line for line in text.splitlines() if line.startswith("run=")]
-    told = subprocess.run(["/bin/bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True).stdout
-    assert told == str(folder)
+    output = subprocess.run(["/bin/bash", "-c", f'{line}; printf %s "$run"'], capture_output=True, text=True).stdout
+    assert output == str(folder)
     assert "100%% " in directives(text)["output"], "a percent sign is a pattern of SLURM's"
 
 
-def test_the_site_s_file_is_heeded_and_the_command_line_comes_first(submit, tmp_path):
+def test_the_command_line_overrides_the_site_s_file(submit, tmp_path):
     site = tmp_path / "home" / ".config" / "dnal_dist" / "slurm.yaml"
     site.parent.mkdir(parents=True)
     settings = {"partition": "gpu", "account": "vision", "time": "1-00:00:00", "gpus_per_node": 4}
     site.write_text(yaml.safe_dump(settings | {"setup": ["module load cuda"], "sbatch": ["--qos=low"], "requeue": False}))
     text = script(submit(DIGITS, f"output={tmp_path}/run", "--account", "mine", "--setup", "ulimit -n 4096", "--dry-run"))
-    asked = directives(text)
-    assert (asked["partition"], asked["account"], asked["time"], asked["qos"]) == ("gpu", "mine", "1-00:00:00", "low")
-    assert "no-requeue" in asked
+    found = directives(text)
+    assert (found["partition"], found["account"], found["time"], found["qos"]) == ("gpu", "mine", "1-00:00:00", "low")
+    assert "no-requeue" in found
     assert text.index("module load cuda\nulimit -n 4096\n") < text.index("srun ")
     other = tmp_path / "other.yaml"
     other.write_text("time: 12:00:00\ngpus_per_node: 1\n")
-    asked = directives(script(submit(DIGITS, f"output={tmp_path}/run", "--site", other, "--dry-run")))
-    assert asked["time"] == "12:00:00" and "partition" not in asked, "YAML reads 43 200 there"
+    found = directives(script(submit(DIGITS, f"output={tmp_path}/run", "--site", other, "--dry-run")))
+    assert found["time"] == "12:00:00" and "partition" not in found, "YAML reads 43 200 there"
 
 
-def test_containers(submit, tmp_path):
+def test_containers_are_started_by_pyxis_or_apptainer(submit, tmp_path):
     run = (DIGITS, *JOB, f"output={tmp_path}/run", "--dry-run", "--container-mounts", "/data:/data", "--container")
     words = launch(script(submit(*run, "registry/image:1")))
     assert "--container-image=registry/image:1" in words and f"--container-mounts={ROOT}:{ROOT},/data:/data" in words
@@ -111,7 +111,7 @@ def test_containers(submit, tmp_path):
     assert shlex.split(inner)[:5] == ["exec", "apptainer", "exec", "--nv", "--bind"] and "my image.sif" in shlex.split(inner)
 
 
-def test_a_sweep_is_every_combination(submit, tmp_path):
+def test_a_sweep_is_one_job_for_each_combination(submit, tmp_path):
     sweep = tmp_path / "grid.yaml"
     sweep.write_text(
         f"recipe: {DIGITS}\noutput: {tmp_path}/grid\nset: {{data.workers: 0}}\n"
@@ -124,7 +124,7 @@ def test_a_sweep_is_every_combination(submit, tmp_path):
     assert runs[0] == f"{tmp_path}/grid/macs=0.5x,seed=0" and runs[5] == f"{tmp_path}/grid/macs=0.25x,seed=2" and len(runs) == 6
 
 
-def test_the_sweeps_that_ship(submit):
+def test_shipped_sweeps_are_valid(submit):
     for path in sorted((ROOT / "recipes" / "sweeps").glob("*.yaml")):
         is_bash(script(submit("--sweep", path.relative_to(ROOT), *JOB, "--dry-run")))
 
@@ -136,7 +136,7 @@ def test_the_sweep_of_resnet50_is_the_paper_s():
     finally:
         sys.path.pop(0)
     _, members = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
-    published = yaml.safe_load((ROOT / "dnal_dist" / "published.yaml").read_text())["tables"]["resnet50_imagenet"]["rows"]
+    published = yaml.safe_load((ROOT / "dnal_dist" / "report" / "published.yaml").read_text())["tables"]["resnet50_imagenet"]["rows"]
     weights = sorted(float(row["penalty_weight"]) for row in published if "penalty_weight" in row)
     assert sorted(member.recipe.architecture.penalty_weight for member in members) == weights
     assert len({member.folder for member in members}) == 4
@@ -151,7 +151,7 @@ def test_the_sweep_of_resnet50_is_the_paper_s():
         ((DIGITS, *JOB[:4], "--time", "00:08:00"), ["--grace", "lower it"]),
         ((DIGITS, *JOB, "--nodes", "none"), ["--nodes", "integer"]),
         ((DIGITS, *JOB, "--config-file", "nowhere.yaml"), ["--config-file nowhere.yaml", "recipes/accelerate/"]),
-        ((DIGITS, *JOB, "--config-file", DIGITS), ["--config-file", "no Accelerate config"]),
+        ((DIGITS, *JOB, "--config-file", DIGITS), ["--config-file", "not an Accelerate config"]),
         ((DIGITS, *JOB, "data.worker=3"), [DIGITS, "data.worker", "did you mean"]),
         ((DIGITS, *JOB, "--setup", "a\nb"), ["--setup", "one line"]),
         (("nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/"]),
@@ -160,7 +160,7 @@ def test_the_sweep_of_resnet50_is_the_paper_s():
         ((DIGITS, *JOB, "--site", "nowhere.yaml"), ["nowhere.yaml", "cannot be read"]),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(submit, arguments, words):
+def test_errors_are_one_line_with_the_remedy(submit, arguments, words):
     found = submit(*arguments, "--dry-run")
     assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr
     assert all(word in found.stderr for word in words), found.stderr
@@ -178,7 +178,7 @@ def test_what_is_wrong_is_told_in_a_line(submit, arguments, words):
         ("", ["vary"]),
     ],
 )
-def test_a_sweep_that_is_wrong(submit, tmp_path, text, words):
+def test_an_invalid_sweep_is_refused(submit, tmp_path, text, words):
     path = tmp_path / "sweep.yaml"
     path.write_text(f"recipe: {DIGITS}\noutput: {tmp_path}/sweep\n{text}\n")
     found = submit("--sweep", path, *JOB, "--dry-run")
@@ -186,20 +186,20 @@ def test_a_sweep_that_is_wrong(submit, tmp_path, text, words):
     assert all(word in found.stderr for word in words), found.stderr
 
 
-def test_a_site_s_file_with_an_unknown_key(submit, tmp_path):
+def test_an_unknown_key_of_the_site_s_file_is_refused(submit, tmp_path):
     site = tmp_path / "site.yaml"
     site.write_text("partitions: gpu\n")
     found = submit(DIGITS, *JOB, "--site", site, "--dry-run")
     assert found.returncode == 2 and f"{site}: unknown key 'partitions'" in found.stderr
 
 
-def test_without_slurm_it_says_so_and_leaves_nothing(submit, tmp_path):
+def test_without_slurm_it_is_refused_and_nothing_is_written(submit, tmp_path):
     found = submit(DIGITS, *JOB, f"output={tmp_path}/run", "--skip-doctor")
     assert found.returncode == 2 and "squeue is not here" in found.stderr and "--dry-run" in found.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_help_teaches(submit):
-    told = script(submit("--help"))
-    assert "--chain" in told and "docs/slurm.md" in told and "~/.config/dnal_dist/slurm.yaml" in told
-    assert errors.InputError.__name__ not in told
+def test_help_names_the_site_s_file_and_the_page(submit):
+    output = script(submit("--help"))
+    assert "--chain" in output and "docs/slurm.md" in output and "~/.config/dnal_dist/slurm.yaml" in output
+    assert errors.InputError.__name__ not in output
