@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 from dnal_dist.data import images
 from dnal_dist.data.device import feed
 from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Augmentation, Data
-from dnal_dist.stream import Shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CASES = {"500x375": (375, 500), "shorter side 256": (256, 341)}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")), Path("recipes/README.md")]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
-# Words that stand for a name of the reader's own, and one that stands for it.
+# Words that stand for a name of the reader's own, and an example of it.
 PLACEHOLDERS = {"RECIPE": "digits.yaml", "recipes/RECIPE": "recipes/digits.yaml", "OVERRIDE": "seed=1"}
 
 
@@ -40,7 +40,7 @@ def shell_blocks(text: str) -> list[str]:
 
 
 def logical_lines(block: str) -> list[str]:
-    return [line for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [line for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 def commands() -> list[tuple[Path, list[str]]]:
@@ -73,8 +73,9 @@ class Parsed(BaseException):
 
 @pytest.fixture(scope="module")
 def option_names() -> dict[str, set[str]]:
-    """Option strings of each command named on a page, of its own argparse parser."""
-    doors = {door for _, words in commands() if (found := door_and_arguments(words)) for door in found[:1]}
+    """Option strings of each command that a page uses with options, of its own argparse parser."""
+    used = [found for _, words in commands() if (found := door_and_arguments(words))]
+    doors = {door for door, arguments in used if any(word.startswith("--") for word in arguments)}
     return {door: options_of(door) for door in sorted(doors)}
 
 
@@ -133,7 +134,7 @@ def test_options_of_commands_exist(option_names):
 
 def test_overrides_of_recipes_are_valid():
     checked = 0
-    for page, words in commands():
+    for _page, words in commands():
         words = [PLACEHOLDERS.get(word, word) for word in words]
         recipes = [word for word in words if re.fullmatch(r"recipes/\w+\.yaml", word)]
         overrides = [word for word in words if re.fullmatch(r"[a-z_]+(\.\w+)*=[^.].*", word) and "..." not in word]

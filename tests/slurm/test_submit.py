@@ -136,7 +136,9 @@ def test_the_sweep_of_resnet50_is_the_paper_s():
     finally:
         sys.path.pop(0)
     _, members = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
-    published = yaml.safe_load((ROOT / "dnal_dist" / "report" / "published.yaml").read_text())["tables"]["resnet50_imagenet"]["rows"]
+    published = yaml.safe_load((ROOT / "dnal_dist" / "report" / "published.yaml").read_text())["tables"]["resnet50_imagenet"][
+        "rows"
+    ]
     weights = sorted(float(row["penalty_weight"]) for row in published if "penalty_weight" in row)
     assert sorted(member.recipe.architecture.penalty_weight for member in members) == weights
     assert len({member.folder for member in members}) == 4
