@@ -8,62 +8,63 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from dnal_dist import nets, recipe
-from dnal_dist.common import errors
-from dnal_dist.nets import GatedNetwork
-from dnal_dist.nets.cost import Cost, Expected, both_rules, by_layer, count, expected
-from dnal_dist.nets.masks import present, unpack
+from dnal_dist import recipe
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.text import spaced
 from dnal_dist.report import records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dnal_dist.nets import GatedNetwork
+    from dnal_dist.nets.cost import Cost, Expected, both_rules, by_layer, count, expected
 
 __all__ = ["Cost", "Expected", "both_rules", "by_layer", "count", "expected"]
 
 
-def _built(model: recipe.Network) -> GatedNetwork:
-    try:
-        return nets.build(model.name, model.num_classes, model.width)
-    except ValueError as error:
-        raise errors.InputError(str(error)) from None
+def __getattr__(name: str) -> Any:
+    """The functions of nets.cost, imported with torch when they are used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dnal_dist.nets import cost
+
+    return getattr(cost, name)
 
 
-def _of(path: Path, overrides: list[str]) -> tuple[recipe.Recipe, GatedNetwork, Tensor | None]:
-    """Recipe, network without memory for its weights, and keep mask, if there is one yet, of a recipe or a run folder."""
+def _load(path: Path, overrides: list[str]) -> "tuple[recipe.Recipe, GatedNetwork, Tensor | None]":
+    """Recipe, network on the meta device, and keep mask, if there is one yet, of a recipe or a run folder."""
     if path.is_dir() and not (path / "recipe.yaml").exists():
-        raise errors.InputError(f"{path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
+        raise InputError(f"{path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
     settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, overrides)
-    with torch.device("meta"):
-        net = _built(settings.model)
-        size = settings.data.image_size
-        try:
-            net.eval()(torch.empty(1, 3, size, size))
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise errors.InputError(f"key 'data.image_size': the network cannot take images of {size}x{size} ({why})") from None
+    from dnal_dist import nets
+
+    net = nets.on_meta(*settings.model.network, settings.data.image_size)
     return settings, net, _kept(path, net) if path.is_dir() else None
 
 
-def _kept(folder: Path, net: GatedNetwork) -> Tensor | None:
-    """The channels that a run kept; None, and a word of it on stderr, if that is not known."""
+def _kept(folder: Path, net: "GatedNetwork") -> "Tensor | None":
+    """The channels that a run kept; None, with a warning, if they are not known."""
+    from dnal_dist.nets.masks import unpack
+
     pruned = records.load(folder).last("prune")
     if "mask" not in pruned:
-        why = "its records do not tell which channels it kept" if pruned else "it is not pruned yet"
+        why = "its records do not hold the channels that it kept" if pruned else "it is not pruned yet"
         print(f"warning: {folder}: {why}; this is the full network", file=sys.stderr)
         return None
     try:
         return unpack(pruned["mask"], net.num_gates)
     except (ValueError, TypeError) as error:
-        raise errors.InputError(f"{folder}: the mask in metrics.jsonl is not one of this network ({error})") from None
+        raise InputError(f"{folder}: the mask in metrics.jsonl is not one of this network ({error})") from None
 
 
-def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> None:
+def _print(settings: recipe.Recipe, net: "GatedNetwork", keep: "Tensor | None") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def spaced(number: int) -> str:
-        return f"{number:,}".replace(",", " ")
+    from dnal_dist.nets.cost import by_layer, count
+    from dnal_dist.nets.masks import present
 
     size, table = settings.data.image_size, Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer (* gated)", no_wrap=True)
@@ -79,8 +80,8 @@ def _tell(settings: recipe.Recipe, net: GatedNetwork, keep: Tensor | None) -> No
     # Long lines wrap; cut numbers would be wrong numbers.
     console.width = max(console.width, 120)
     console.print(table)
-    of = "" if keep is None else f", {int(present(net, keep).sum())} of {len(keep)} channels kept"
-    console.print(f"\n{settings.model.name}, images of {size}x{size}, {net.num_gates} gates{of}", highlight=False)
+    kept = "" if keep is None else f", {int(present(net, keep).sum())} of {len(keep)} channels kept"
+    console.print(f"\n{settings.model.name}, images of {size}x{size}, {net.num_gates} gates{kept}", highlight=False)
     for rule in ("exact", "paper"):
         full, now = count(net, size, None, rule), count(net, size, keep, rule)
         for what, one, other in zip(("MACs", "parameters"), now, full, strict=True):
@@ -99,13 +100,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_intermixed_args()
     try:
-        settings, net, keep = _of(args.path, args.overrides)
+        settings, net, keep = _load(args.path, args.overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not args.json:
-        _tell(settings, net, keep)
+        _print(settings, net, keep)
         return
+    from dnal_dist.nets.cost import both_rules, by_layer
+
     size = settings.data.image_size
     facts = {"network": settings.model.name, "image_size": size, "gates": net.num_gates, "full": both_rules(net, size)}
     if keep is not None:

@@ -12,22 +12,24 @@ import sys
 from pathlib import Path
 
 from dnal_dist import recipe
-from dnal_dist.common import errors
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import bytes_of, short, spaced
-from dnal_dist.distributed.estimate import BACKENDS, PRECISIONS, USABLE, _built, _counted, plan, traffic
 
 MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
 RANKS_IN_DOCS = (2, 8, 64, 1024)
 
 
 def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, precision: str = "no") -> str:
-    """Collectives and bytes of each step as Markdown, a column for each number of ranks. Raises ValueError as `plan` does."""
-    net = _built(settings)
-    found = {(b, n): traffic(net, b, n, settings.data.image_size, precision) for b in BACKENDS for n in ranks}
+    """Collectives and bytes of each step as Markdown, a column for each number of ranks. Raises InputError as `plan` does."""
+    from dnal_dist import nets
+    from dnal_dist.distributed.estimate import BACKENDS, totals, traffic
+
+    net = nets.on_meta(*settings.model.network, settings.data.image_size)
+    operations = {(b, n): traffic(net, b, n, settings.data.image_size, precision) for b in BACKENDS for n in ranks}
     lines = ["| backend | step | " + " | ".join(f"{n} ranks" for n in ranks) + " |", "|---|---|" + "---:|" * len(ranks)]
     for backend in BACKENDS:
         for number, step in enumerate(("weight", "architecture")):
-            counts = [_counted(found[backend, n][number]) for n in ranks]
+            counts = [totals(operations[backend, n][number]) for n in ranks]
             cells = [f"{c['collectives']}: {spaced(c['bytes'])}" for c in counts]
             lines.append(f"| {backend} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -39,15 +41,13 @@ def write(settings: recipe.Recipe, page: Path) -> None:
         before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
         after = rest.split(MARKS[1])[1]
     except FileNotFoundError:
-        raise errors.InputError(f"--docs {page}: no such page") from None
+        raise InputError(f"--docs {page}: no such page") from None
     except (ValueError, IndexError):
-        raise errors.InputError(
-            f"--docs {page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each and in this order"
-        ) from None
+        raise InputError(f"--docs {page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each and in this order") from None
     page.write_text(f"{before}{MARKS[0]}\n{table(settings)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def _tell(found: dict) -> None:
+def _print(found: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -68,18 +68,20 @@ def _tell(found: dict) -> None:
     device = f" in devices of {short(found['device_memory'])}" if found["device_memory"] else ""
     ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
     console.print(f"{found['network']}, images of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
-    console.print(f"{found['share']} images of each step for a rank, mixed precision: {found['precision']}\n", highlight=False)
+    console.print(f"local batch: {found['share']} images, mixed precision: {found['precision']}\n", highlight=False)
     console.print(kept)
     console.print()
     console.print(sent)
-    tail = f"\naccumulation: parts x images, the fewest parts that take at most {found['usable']:.0%} of the device memory"
-    if not all(one["fits"] for one in found["backends"].values()):
-        tail += "; what does not fit is shown\nwith as few images at a time as can be"
-    console.print(
-        tail if found["device_memory"] else "\naccumulation: parts x images; --device-memory says what fits", highlight=False
-    )
+    tail = "\naccumulation: steps x images of a micro-batch"
+    if not found["device_memory"]:
+        tail += "; --device-memory finds the fewest steps that fit"
+    else:
+        tail += f", the fewest steps that take at most {found['usable']:.0%} of the device memory"
+        if not all(one["fits"] for one in found["backends"].values()):
+            tail += ";\nbackends that do not fit are shown with the smallest micro-batch"
+    console.print(tail, highlight=False)
     if found["ranks"] == 1:
-        console.print("a single process sends nothing to another; ZeRO calls its reductions all the same", highlight=False)
+        console.print("a single process sends nothing; ZeRO calls its reductions all the same", highlight=False)
 
 
 def main() -> None:
@@ -95,10 +97,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example data.global_batch=4096"
     )
     parser.add_argument("--ranks", type=int, default=1, help="processes, one a device (default 1)")
-    parser.add_argument(
-        "--device-memory", metavar="AMOUNT", help=f"of one device: 80GB, 24GiB, 500MB; {USABLE:.0%} of it is counted on"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="mixed precision (default no: float32)")
+    parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device: 80GB, 24GiB, 500MB; a part of it is left free")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default no: float32)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--table", action="store_true", help=f"print what steps send at {RANKS_IN_DOCS} ranks, as Markdown")
     parser.add_argument(
@@ -112,9 +112,11 @@ def main() -> None:
         elif args.table:
             print(table(settings, precision=args.precision))
         else:
+            from dnal_dist.distributed.estimate import plan
+
             device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
             found = plan(settings, args.ranks, device_memory, args.precision)
-            print(json.dumps(found, indent=1)) if args.json else _tell(found)
+            print(json.dumps(found, indent=1)) if args.json else _print(found)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

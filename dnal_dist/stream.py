@@ -16,11 +16,12 @@ from dnal_dist.common.errors import InputError
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dnal_dist.stream", description="What a run's stream of samples was.")
     parser.add_argument("--audit", metavar="RUN", type=Path, required=True, help="check a run folder's receipts against its shards")
-    # What it needs is not needed to train.
+    args = parser.parse_args()
+    # Torch is imported when the arguments have been parsed.
     from dnal_dist.data.audit import audit
 
     try:
-        sys.exit(audit(parser.parse_args().audit))
+        sys.exit(audit(args.audit))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

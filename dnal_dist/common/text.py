@@ -18,6 +18,7 @@ def bytes_of(text: str) -> int:
 
 
 def spaced(number: int) -> str:
+    """Thousands apart: 1 234 567."""
     return f"{number:,}".replace(",", " ")
 
 

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import receipts
@@ -82,6 +80,8 @@ def finish(batch, size: int, device: torch.device):
 
 def cut(image: Tensor, geometry: Geometry, size: int) -> Tensor:
     """uint8 (3, height, width) at full scale -> uint8 (3, size, size), on the image's device."""
+    import torchvision.transforms.v2.functional as TF
+
     if tuple(geometry.whole) != tuple(geometry.own):
         image = TF.resize(image, list(geometry.whole), antialias=True)
     top, left, height, width = geometry.part
@@ -105,6 +105,8 @@ def _decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
 
 
 def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     return decode_jpeg(jpegs, ImageReadMode.RGB, device)
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from accelerate.commands.config.config_args import default_yaml_config_file, load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from dnal_dist.common.errors import InputError
@@ -134,6 +133,8 @@ def _check_launcher() -> None:
         return
     if not _is_on("ACCELERATE_USE_CPU") or not any(word.endswith("launch") for word in words):
         return
+    from accelerate.commands.config.config_args import default_yaml_config_file, load_config_from_file
+
     path = _said(words, "config_file", default_yaml_config_file)
     config = load_config_from_file(path) if Path(path).is_file() else None
     kind = "DDP" if config is None else str(getattr(config.distributed_type, "value", config.distributed_type))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
-import torch._dynamo
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,6 +1,6 @@
 """BatchNorm across processes."""
 
-import torch._dynamo
+import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed import backend
 from dnal_dist.distributed.accelerate_config import asked
-from dnal_dist.distributed.ddp import Replicated
-from dnal_dist.distributed.fsdp2 import FullySharded
 from dnal_dist.distributed.wrapper import Options, Trained
-from dnal_dist.distributed.zero import Zero
 
 # How long a collective waits for a process that does not come.
 TIMEOUT = timedelta(minutes=10)
@@ -73,7 +71,6 @@ class Context:
         """`network` for its weight steps, on the backend that was asked for. sgd and training are parts of the recipe."""
         # Parts of the last wrap that know each other would wait for the collector, with all their memory.
         gc.collect()
-        kind = {"single": Replicated, "ddp": Replicated, "fsdp2": FullySharded}.get(self.backend, Zero)
         options = Options(
             self.backend,
             self.device,
@@ -85,7 +82,7 @@ class Context:
             training.activation_checkpointing or self.asked.activation_checkpointing,
             training.compile,
         )
-        return kind(network, sgd, momentum, options)
+        return backend(self.backend)(network, sgd, momentum, options)
 
     def accumulation_steps(self, data) -> int:
         """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be

@@ -3,11 +3,12 @@
 import contextlib
 import warnings
 
-import torch._dynamo
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dnal_dist.common.span import span
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
 
@@ -15,7 +16,7 @@ class Replicated(Trained):
     """Every process has all of the network: DistributedDataParallel, or a single process."""
 
     def wrap(self, momentum):
-        self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        self.optimizer = SGD(self.module.parameters(), **self.settings)
         for name, buffer in momentum.items():
             self.optimizer.state[self.parameters[name]]["momentum_buffer"] = buffer.to(self.options.device).clone()
         if self.options.world_size == 1:

@@ -223,18 +223,6 @@ def _saved(net: GatedNetwork, image_size: int, number: int, checkpointing: bool)
     return sum(s.nbytes() for s in outside.values()) + max(size.values(), default=0)
 
 
-def _built(settings: recipe.Recipe) -> GatedNetwork:
-    model, size = settings.model, settings.data.image_size
-    with torch.device("meta"):
-        net = nets.build(model.name, model.num_classes, model.width)
-    try:
-        _loss(net, _images(net, size, 2))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise errors.InputError(f"key 'data.image_size': {model.name} does not take images of {size}x{size} ({reason})") from None
-    return net
-
-
 def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, precision: str = "no") -> dict:
     """By backend, what a rank keeps and what steps send if the share of a rank is taken in the fewest equal parts that fit.
 
@@ -249,7 +237,7 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
             f"key 'data.global_batch': {data.global_batch} images cannot be divided evenly among {ranks} ranks; the nearest that "
             f"can is {max(1, round(data.global_batch / ranks)) * ranks}"
         )
-    net = _built(settings)
+    net = nets.on_meta(*settings.model.network, settings.data.image_size)
     share, size = data.global_batch // ranks, data.image_size
     usable, limit = math.inf if device_memory is None else USABLE * device_memory, data.per_device_batch_limit or share
     kept, images = activations(net, size, precision, checkpointing), 12 * size**2 * share
@@ -266,14 +254,15 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
         shown = best or parts[-1]
         steps = zip(("weight", "architecture"), traffic(net, backend, ranks, size, precision, shown), strict=True)
         found = {"fits": best is not None, "parts": shown, "pictures_at_a_time": share // shown, "memory": needed(backend, shown)}
-        return found | {f"{step}_step": _counted(operations) for step, operations in steps}
+        return found | {f"{step}_step": totals(operations) for step, operations in steps}
 
     facts = {"network": settings.model.name, "image_size": size, "parameters": sum(_sizes(net)), "gates": net.num_gates}
     facts |= {"precision": precision, "activation_checkpointing": checkpointing, "ranks": ranks, "share": share}
     return facts | {"device_memory": device_memory, "usable": USABLE, "backends": {backend: of(backend) for backend in BACKENDS}}
 
 
-def _counted(operations: Operations) -> dict:
+def totals(operations: Operations) -> dict:
+    """Number and bytes of collectives, together and by operation."""
     kinds = {kind: [size for name, size in operations if name == kind] for kind in sorted({name for name, _ in operations})}
     by_kind = {kind: {"collectives": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
     return {"collectives": len(operations), "bytes": sum(size for _, size in operations), "by_operation": by_kind}

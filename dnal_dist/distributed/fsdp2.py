@@ -1,6 +1,6 @@
 """The FSDP2 backend."""
 
-import torch._dynamo
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import span
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets.gated import segments
 
@@ -29,7 +30,7 @@ class FullySharded(Trained):
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
         if not all(isinstance(p, DTensor) for p in self.module.parameters()):
             raise InputError("FSDP2 was asked for, but it left parameters whole; use another config of recipes/accelerate")
-        self.optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        self.optimizer = SGD(self.module.parameters(), **self.settings)
         # Each is a collective, and a checkpoint's names come in another order on each process.
         for name, p in self.parameters.items():
             if name in momentum:

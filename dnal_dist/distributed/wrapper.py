@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch._dynamo
+import torch
 from torch import Tensor, nn
 
 from dnal_dist.common.span import span
@@ -114,6 +114,8 @@ def _prepared(network: nn.Module, options: Options) -> nn.Module:
         _checkpoint(network)
     if options.compile:
         parts = segments(network)
+        import torch._dynamo
+
         # Segments share their code, and each is compiled with and without gates, with moving and with resting statistics.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 8 * len(parts))

@@ -2,12 +2,13 @@
 
 import logging
 
-import torch._dynamo
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import span
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
 
@@ -23,7 +24,7 @@ class Zero(Trained):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        optimizer = torch.optim.SGD(self.module.parameters(), **self.settings)
+        optimizer = SGD(self.module.parameters(), **self.settings)
         asked = self.options.settings["deepspeed"]
         # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
         size = sum(p.numel() for p in self.module.parameters())

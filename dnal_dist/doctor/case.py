@@ -17,7 +17,6 @@ from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import spaced
 from dnal_dist.data.shards import Shards
-from dnal_dist.training import preflight
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -128,7 +127,7 @@ class Case:
     @functools.cached_property
     def network(self) -> nets.GatedNetwork:
         """On the CPU. Raises InputError."""
-        return preflight.build_network(self.settings.model)
+        return nets.build(*self.settings.model.network)
 
     @functools.cached_property
     def scratch(self) -> Path:

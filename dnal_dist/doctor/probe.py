@@ -55,7 +55,7 @@ def probe(settings: Recipe, context: Context, largest: int) -> Iterator[dict]:
     facts = {"world_size": context.world_size, "device": device, "precision": context.precision, "steps": {}}
     yield facts
     torch.manual_seed(settings.seed)
-    network, training = preflight.build_network(settings.model), settings.training
+    network, training = nets.build(*settings.model.network), settings.training
     size = _size(network, settings.data, largest)
     facts["reduced"] = [f"{IMAGES} random images of {size}x{size} in each process", *["without torch.compile"] * training.compile]
     network = network.to(context.device)

@@ -1,12 +1,26 @@
 """Gated networks by name."""
 
-from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, computing_again, resting_statistics
+import torch
+
+from dnal_dist.common.errors import InputError
+from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, computing_again, frozen_statistics
 from dnal_dist.nets.mobilenet import mobilenetv2_cifar, mobilenetv2_imagenet
 from dnal_dist.nets.resnet import resnet50_imagenet, resnet56_cifar, resnet_digits
 from dnal_dist.nets.supernet import proxyless_supernet, supernet_digits
 from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
 
-__all__ = ["NETWORKS", "Feed", "GatedBatchNorm", "GatedNetwork", "Layer", "build", "computing_again", "resting_statistics"]
+__all__ = [
+    "NETWORKS",
+    "Feed",
+    "GatedBatchNorm",
+    "GatedNetwork",
+    "Layer",
+    "build",
+    "computing_again",
+    "frozen_statistics",
+    "on_meta",
+    "require_image_size",
+]
 
 NETWORKS = {
     network.__name__: network
@@ -21,8 +35,33 @@ NETWORKS = {
 def build(name: str, num_classes: int | None = None, width: float = 1.0) -> GatedNetwork:
     """The network called `name`, its channel counts times `width`, freshly initialised from torch's global generator.
 
-    Raises ValueError for an unknown name.
+    Raises InputError for an unknown name, and for a width or number of classes that takes more memory than there is.
     """
     if name not in NETWORKS:
-        raise ValueError(f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}")
-    return NETWORKS[name](width=width) if num_classes is None else NETWORKS[name](num_classes, width)
+        raise InputError(f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}")
+    try:
+        return NETWORKS[name](width=width) if num_classes is None else NETWORKS[name](num_classes, width)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
+
+
+def on_meta(name: str, num_classes: int | None, width: float, image_size: int) -> GatedNetwork:
+    """The same network on the meta device, where it has shapes and no memory. Raises InputError also if it cannot take images of
+    image_size x image_size pixels."""
+    with torch.device("meta"):
+        network = build(name, num_classes, width)
+    require_image_size(network, image_size)
+    return network
+
+
+def require_image_size(network: GatedNetwork, size: int) -> None:
+    """Raise InputError if `network`, which is left in training mode, cannot take images of size x size pixels."""
+    with torch.no_grad(), frozen_statistics(network.train()):
+        try:
+            network(torch.zeros(2, 3, size, size, device=next(network.parameters()).device))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"key 'data.image_size': the network cannot take images of {size}x{size} pixels "
+                f"({str(error).splitlines()[0]}); change it or key 'model.name'"
+            ) from None

@@ -18,7 +18,7 @@ class GatedBatchNorm(_BatchNorm):
     """
 
     updates_statistics = True
-    """False while the weights rest (see `resting_statistics`): batch statistics still normalise, the running ones stay."""
+    """False while the weights rest (see `frozen_statistics`): batch statistics still normalise, the running ones stay."""
     again = False
     """True while activations are computed a second time (see `computing_again`): what the statistics become then is thrown away."""
     across: Callable[..., Tensor] | None = None
@@ -46,7 +46,7 @@ class GatedBatchNorm(_BatchNorm):
         return normalise(x, running_mean, running_var, weight, bias, self.training, self.momentum, self.eps)
 
 
-class resting_statistics:
+class frozen_statistics:
     """Context in which no running statistic of `networks` moves, while their BatchNorms normalise as before. May be nested."""
 
     def __init__(self, *networks: nn.Module):

@@ -29,7 +29,12 @@ class Network(Section):
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
     init_from: str | None = Field(None, min_length=1)
     """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
-    run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not looked at on a resume."""
+    run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not read on a resume."""
+
+    @property
+    def network(self) -> tuple[str, int | None, float]:
+        """What nets.build takes."""
+        return self.name, self.num_classes, self.width
 
 
 class Augmentation(Section):

@@ -12,17 +12,6 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.training.run import Run
 
 
-def build_network(model: recipe.Network) -> nets.GatedNetwork:
-    """The network that a recipe names, on the CPU. Raises InputError if it cannot be built."""
-    try:
-        return nets.build(model.name, model.num_classes, model.width)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
-
-
 def check_same_shards(run: Run, before: dict[str, str], allowed: Sequence[str]) -> None:
     """The order of samples continues only over the shards that the run began with."""
     for key, digest in run.state.shards.items():
@@ -68,18 +57,10 @@ def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:
 
 def check_images(network: nets.GatedNetwork, data: recipe.Data, micro_batch: int) -> None:
     """Images of the recipe's size, and so few of them in a micro-batch, must pass through `network`."""
-    size = data.image_size
-    with torch.no_grad(), nets.resting_statistics(network.train()):
-        try:
-            network(torch.zeros(2, 3, size, size))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"key 'data.image_size': the network cannot take images of {size}x{size} pixels "
-                f"({str(error).splitlines()[0]}); change it or key 'model.name'"
-            ) from None
+    nets.require_image_size(network, data.image_size)
     if micro_batch > 1:
         return
-    with torch.no_grad(), nets.resting_statistics(network.train()):
+    with torch.no_grad(), nets.frozen_statistics(network.train()):
         try:
             network(torch.zeros(1, 3, data.image_size, data.image_size))
         except ValueError as error:

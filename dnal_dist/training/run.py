@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.context import Context
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
@@ -58,7 +58,7 @@ class Run:
     def __post_init__(self):
         self.log.global_step = self.state.global_step
         settings = self.recipe.architecture.optimizer
-        self.architecture_optimizer = torch.optim.SGD(
+        self.architecture_optimizer = SGD(
             self.architecture.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnal_dist.common.span import span, spanned
 from dnal_dist.distributed.wrapper import Trained
-from dnal_dist.nets import resting_statistics
+from dnal_dist.nets import frozen_statistics
 from dnal_dist.search.architecture import Architecture
 
 
@@ -87,7 +87,7 @@ def architecture_step(
         (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
     outcomes = []
     for micro_batch in _micro_batches(images, labels, accumulation):
-        with resting_statistics(trained.module):
+        with frozen_statistics(trained.module):
             outcome = _forward(trained, trained.module, *micro_batch, architecture.gates(delta))
         with span("backward"):
             gradient = gradient + torch.autograd.grad(scaler.scale(outcome.cross_entropy / batch), alpha)[0]

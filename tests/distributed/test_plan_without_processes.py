@@ -53,7 +53,7 @@ def test_json_adds_up(monkeypatch, capsys):
         (["recipes/none.yaml"], "error: recipes/none.yaml: no such recipe"),
         (
             ["recipes/vgg16_cifar.yaml", "data.image_size=8"],
-            "error: key 'data.image_size': vgg16_cifar does not take images of 8x8",
+            "error: key 'data.image_size': the network cannot take images of 8x8 pixels",
         ),
         ([RECIPE, "--docs", "none.md"], "error: --docs none.md: no such page"),
         ([RECIPE, "--docs", "README.md"], "error: --docs README.md: expected the lines <!-- traffic -->"),

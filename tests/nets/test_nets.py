@@ -75,13 +75,13 @@ def test_gate_keeps_no_copy_of_the_activations():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_resting_statistics_do_not_move_but_still_normalise_by_the_batch(name):
+def test_frozen_statistics_do_not_move_but_still_normalise_by_the_batch(name):
     torch.manual_seed(0)
     net = nets.build(name)
     images = torch.randn(8, 3, 8, 8)
     expected = net(images)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with nets.resting_statistics(net):
+    with nets.frozen_statistics(net):
         rested = net(images)
     assert torch.equal(rested, expected)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
