@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.shipped import shipped
 from dnal_dist.recipe.schema import Recipe
 
 _EITHER = {
@@ -31,16 +32,27 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
+def find(name: str | Path) -> Path:
+    """File of a recipe: `name` or name.yaml in the working directory, else the packaged recipe of that name (digits, or
+    recipes/digits.yaml). Raises InputError."""
+    folder = shipped("recipes")
+    for path in (Path(name), Path(f"{name}.yaml"), folder / f"{name}.yaml", folder.parent / name):
+        if path.exists() and not path.is_dir():
+            return path
+    if Path(name).exists():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise InputError(f"{name}: no such recipe; give a file, or the name of a packaged one: {names}")
+
+
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read the recipe at `path`, apply `key=value` overrides (dotted keys, YAML values) and check it.
+    """Read the recipe at `path` (see `find`), apply `key=value` overrides (dotted keys, YAML values) and check it.
 
     Raises InputError, a ValueError, naming the file, the key, what was expected and the remedy.
     """
-    path = Path(path)
+    path = find(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; the ones that ship with the project are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except (yaml.YAMLError, RecursionError) as error:

@@ -1,0 +1,10 @@
+"""Folders that ship with the package: recipes and slurm."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def shipped(folder: str) -> Path:
+    """A wheel holds the folder inside the package, a checkout beside it."""
+    return PACKAGE / folder if (PACKAGE / folder).is_dir() else PACKAGE.parent / folder
