@@ -210,6 +210,9 @@ def measure(args, network: str, seed: int) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 # The full network has no budget, but a recipe must name one.
                 run, keep = bench.learned(share) if method == "learned" else bench.baseline(method, min(share, 0.5), learned)
+                run.log.close()
+                # The next run takes its folder.
+                run.close()
                 accuracy = records.summary(run.folder)["accuracy"]
             learned = keep if method == "learned" else learned
             found = cost.count(run.supernet, bench.form.side, keep)

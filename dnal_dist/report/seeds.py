@@ -6,17 +6,6 @@ from itertools import pairwise
 from dnal_dist.report import published
 from dnal_dist.report.records import Run
 
-# What of a recipe may differ between the seeds of one setting: it has no say in the result, or is told beside it.
-WITHOUT_SAY = (
-    "name",
-    "output",
-    "seed",
-    "tracking.",
-    "checkpoint.",
-    "data.workers",
-    "data.cache",
-    "training.activation_checkpointing",
-)
 # What has a say and is in no recipe: the launcher's, and how much the shards hold that a recipe names.
 FACTS = ("precision", "train_samples", "val_samples")
 # The key under which settings tell that they did not stay what they were.
@@ -28,7 +17,7 @@ def settings(run: Run) -> dict[str, object]:
     lacked, the FACTS of its last start, and under CHANGED its `changes`, if any. Empty without a recipe."""
     from pydantic import ValidationError
 
-    from dnal_dist.recipe import Recipe
+    from dnal_dist.recipe import Recipe, free_keys, is_free
 
     if not run.recipe:
         return {}
@@ -36,7 +25,8 @@ def settings(run: Run) -> dict[str, object]:
         tree = Recipe.model_validate(run.recipe).model_dump(mode="json")
     except ValidationError:
         tree = run.recipe
-    found = {key: value for key, value in _flat(tree) if not key.startswith(WITHOUT_SAY)}
+    free = free_keys("setting")
+    found = {key: value for key, value in _flat(tree) if not is_free(key, free)}
     start = run.last("start")
     found |= {key: start[key] for key in FACTS if key in start}
     return found | ({CHANGED: "; ".join(told)} if (told := changes(run)) else {})
@@ -44,13 +34,15 @@ def settings(run: Run) -> dict[str, object]:
 
 def changes(run: Run) -> list[str]:
     """What of that became another when the run went on, in words: its result is that of no setting."""
-    starts, found = run.of("start"), []
+    from dnal_dist.recipe import free_keys, is_free
+
+    starts, found, free = run.of("start"), [], free_keys("setting")
     for before, start in pairwise(starts):
         found += [(key, before[key], start[key]) for key in FACTS if key in before and key in start]
     for start in starts:
         asked = start.get("changed")
         for key, change in asked.items() if isinstance(asked, dict) else ():
-            if not key.startswith(WITHOUT_SAY) and isinstance(change, list) and len(change) == 2:
+            if not is_free(key, free) and isinstance(change, list) and len(change) == 2:
                 found.append((key, *change))
     return [f"{key}: {value_text(old)} -> {value_text(new)}" for key, old, new in found if old != new]
 

@@ -1,4 +1,4 @@
-"""The weights that a run begins with, where its recipe names some: those of torchvision, of another run, or of a file."""
+"""Initial weights from torchvision, from another run, or from a file."""
 
 import hashlib
 import math
@@ -21,30 +21,30 @@ from dnal_dist.nets.vgg import VGG, _names_of_vgg
 from dnal_dist.recipe import Recipe
 
 PREFIX = "torchvision:"
-# torchvision's name of a network, and ours of the same.
+# Networks by torchvision's name, with ours.
 TORCHVISION = {"vgg16_bn": "vgg16_imagenet", "resnet50": "resnet50_imagenet", "mobilenet_v2": "mobilenetv2_imagenet"}
 KEY = "key 'model.init_from'"
 
 
-class Given(NamedTuple):
+class Source(NamedTuple):
     tensors: dict[str, Tensor]
     """Weights and BatchNorm statistics, by our names or by torchvision's."""
     origin: str
-    """What they were read from, in words."""
+    """Description of the source, for messages."""
     warnings: list[str]
-    """What deserves a look about it."""
+    """Warnings about the source."""
 
 
-def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Given:
+def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Source:
     """Give `network`, on the CPU, the weights and BatchNorm statistics that the recipe's model.init_from names.
 
     All processes call this, and raise InputError if any of them cannot, or if they do not end with the same weights.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    # What one process of a machine may have to download, the others then find.
-    given = _together(context, lambda: _read(settings) if first else None)
-    given = _together(context, lambda: given or _read(settings))
-    warnings = _together(context, lambda: fill(network, given, settings.model.name))
+    # The first process of a machine may have to download; the others then find the file.
+    source = _together(context, lambda: _read(settings) if first else None)
+    source = _together(context, lambda: source or _read(settings))
+    warnings = _together(context, lambda: fill(network, source, settings.model.name))
     if context.world_size > 1:
         digests = context.gather([_digest(network)])
         if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
@@ -52,11 +52,11 @@ def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Giv
                 f"{KEY}: process {other} reads other weights from {settings.model.init_from} than process 0; "
                 "copy the same to every machine"
             )
-    return given._replace(warnings=[*given.warnings, *warnings])
+    return source._replace(warnings=[*source.warnings, *warnings])
 
 
 def _together(context: Context, do: Callable):
-    """What `do` gives in this process. Raises InputError on all processes if it does on one."""
+    """The result of `do` in this process. Raises InputError on all processes if it does on one."""
     found = fault = None
     try:
         found = do()
@@ -76,7 +76,7 @@ def _digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(settings: Recipe) -> Given:
+def _read(settings: Recipe) -> Source:
     source = settings.model.init_from
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)
@@ -90,12 +90,12 @@ def _read(settings: Recipe) -> Given:
     if path.suffix != ".safetensors":
         raise InputError(f"{KEY}: {path} is no .safetensors file, the only kind that is read; write its state dict as one")
     try:
-        return Given(load_file(path), str(path), [])
+        return Source(load_file(path), str(path), [])
     except Exception as error:  # what a damaged file makes of its reader is not known beforehand
         raise InputError(f"{KEY}: {path} cannot be read ({_line(error)}); give a whole .safetensors file") from None
 
 
-def _published(name: str, model: str) -> Given:
+def _published(name: str, model: str) -> Source:
     """torchvision's weights of its network `name`, downloaded into its cache unless they are there."""
     # Takes a second to import, so only where it is wanted.
     from torchvision.models import get_model_weights
@@ -118,10 +118,10 @@ def _published(name: str, model: str) -> Given:
         else:
             why = f"{weights.url} cannot be downloaded ({_line(error)}); put it as {file.name} into {file.parent}"
         raise InputError(f"{KEY}: {why}") from None
-    return Given(tensors, f"torchvision's {weights}", [])
+    return Source(tensors, f"torchvision's {weights}", [])
 
 
-def _saved(path: Path, output: Path) -> Given:
+def _saved(path: Path, output: Path) -> Source:
     """The network in a checkpoint's folder, or in the newest whole one of a run folder."""
     run, faults, where, replaced = path / "checkpoints", [], path.resolve(), output.resolve()
     if where == replaced or replaced / "checkpoints" in (where, *where.parents):
@@ -147,11 +147,11 @@ def _saved(path: Path, output: Path) -> Given:
             "of this run or another"
         )
     tensors = {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
-    return Given(tensors, f"{path}, after {state.global_step} iterations", faults)
+    return Source(tensors, f"{path}, after {state.global_step} iterations", faults)
 
 
-def fill(network: GatedNetwork, given: Given, model: str) -> list[str]:
-    """Put the tensors of `given` into `network`, which recipes call `model`, and return what deserves a warning.
+def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:
+    """Put the tensors of `source` into `network`, which recipes call `model`, and return warnings.
 
     A last Linear for another number of classes stays as it is. torchvision's VGG has no BatchNorm behind its hidden Linear layers;
     those of ours then pass values through in evaluation (in training they normalise by the batch). Raises InputError if a name is
@@ -159,20 +159,20 @@ def fill(network: GatedNetwork, given: Given, model: str) -> list[str]:
     """
     own = network.state_dict()
     theirs = torchvision_names(network, model)
-    by_theirs = len(theirs.keys() & given.tensors.keys()) > len(own.keys() & given.tensors.keys())
+    by_theirs = len(theirs.keys() & source.tensors.keys()) > len(own.keys() & source.tensors.keys())
     names = theirs if by_theirs else {name: name for name in own}
     # Weights published before PyTorch counted batches lack the counts, which nothing here depends on.
-    missing = [name for name in names if name not in given.tensors and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in given.tensors if name not in names]
+    missing = [name for name in names if name not in source.tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in source.tensors if name not in names]
     if missing or unknown:
         found = [f"{words} {_few(those)}" for words, those in (("lacks", missing), ("has an unknown", unknown)) if those]
-        raise InputError(f"{KEY}: {given.origin} {' and '.join(found)}; give weights of the same network as model.name, {model}")
-    found = {names[name]: tensor for name, tensor in given.tensors.items()}
+        raise InputError(f"{KEY}: {source.origin} {' and '.join(found)}; give weights of the same network as model.name, {model}")
+    found = {names[name]: tensor for name, tensor in source.tensors.items()}
     if by_theirs:
         found = _passing(network, own.keys() - theirs.values()) | found
-    warnings = _without_other_classes(network, own, found, given.origin)
+    warnings = _without_other_classes(network, own, found, source.origin)
     for name, tensor in found.items():
-        found[name] = _checked(name, tensor, own[name], given.origin)
+        found[name] = _checked(name, tensor, own[name], source.origin)
     network.load_state_dict(own | found)
     return warnings
 
@@ -182,7 +182,7 @@ def _few(names: list[str]) -> str:
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -200,7 +200,7 @@ def _passing(network: GatedNetwork, names: set[str]) -> dict[str, Tensor]:
 
 
 def _without_other_classes(network: nn.Module, own: dict, found: dict, origin: str) -> list[str]:
-    """Take the last Linear out of `found` if it differs from the network's own in the number of classes alone, and say so."""
+    """Remove the last Linear from `found` if it differs from the network's own in the number of classes alone; return a warning."""
     head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     weight, bias = (found[f"{head}.{part}"] for part in ("weight", "bias"))
     classes, features = own[f"{head}.weight"].shape

@@ -41,8 +41,8 @@ def theirs(name: str, classes: int = 1000) -> torch.nn.Module:
     return net.eval()
 
 
-def given(tensors: dict, origin: str = "a test") -> pretrained.Given:
-    return pretrained.Given(dict(tensors), origin, [])
+def given(tensors: dict, origin: str = "a test") -> pretrained.Source:
+    return pretrained.Source(dict(tensors), origin, [])
 
 
 def filled(net, tensors: dict, model: str) -> list[str]:
@@ -210,7 +210,7 @@ def cache(folder: Path, name: str, content) -> Path:
     return path
 
 
-def published(name: str, model: str) -> pretrained.Given:
+def published(name: str, model: str) -> pretrained.Source:
     return pretrained._read(settings(f"torchvision:{name}", model))
 
 
