@@ -109,7 +109,7 @@ def remarks(found: Comparison) -> list[str]:
             told.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
     for run in (run for row in rows for run in row.unfinished):
         stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
-        told.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It has no say in any number.")
+        told.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It counts in no number.")
     told += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
     return list(map(text.printable, told))
 
