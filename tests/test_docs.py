@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dnal_dist import recipe
+from dnal_dist.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")), Path("recipes/README.md")]
@@ -57,8 +58,10 @@ def commands() -> list[tuple[Path, list[str]]]:
 
 def door_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     """Module or script of this project, and its arguments."""
-    if words[:1] == ["dnal"] and len(words) > 1:
-        return f"dnal_dist.{words[1]}", words[2:]
+    if words[:1] == ["dnal"] and len(words) > 1 and words[1] != "COMMAND":
+        assert words[1] in COMMANDS, f"dnal has no command {words[1]}"
+        door = COMMANDS[words[1]][0]
+        return "slurm/submit.py" if door == "submit" else door.removesuffix(".__main__"), words[2:]
     for at, word in enumerate(words[:-1]):
         if word == "-m" and words[at + 1].partition(".")[0] in ("dnal_dist", "data_tools"):
             return words[at + 1], words[at + 2 :]
