@@ -1,4 +1,4 @@
-"""How long a step waits for its shard over a link of 50 ms, with and without reading ahead.
+"""Time that a step waits for its shard over a link of 50 ms, with and without prefetching.
 
     python benchmarks/remote.py                          about a minute
     python benchmarks/remote.py --latency 0.2 --megabytes 100
@@ -48,22 +48,22 @@ def serve(body: bytes, latency: float, rate: float, port) -> None:
     server.serve_forever()
 
 
-def waits(url: str, size: int, sha256: str, steps: int, step: float, ahead_bytes: int) -> list[float]:
-    """Seconds that each step waits for its shard; ahead_bytes: how much is read ahead, 0 for nothing."""
+def waits(url: str, size: int, sha256: str, steps: int, step: float, prefetch_bytes: int) -> list[float]:
+    """Seconds that each step waits for its shard; prefetch_bytes: limit of the prefetcher, 0 for none."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), 1 << 40)
         needs = [Need(n, f"{url}/{n}.tar", size, sha256) for n in range(steps)]
-        ahead = Prefetcher(cache, lambda begin: iter(needs[begin:]), ahead_bytes) if ahead_bytes else None
+        prefetcher = Prefetcher(cache, lambda begin: iter(needs[begin:]), prefetch_bytes) if prefetch_bytes else None
         for need in needs:
-            if ahead:
-                ahead.at(need.position)
+            if prefetcher:
+                prefetcher.at(need.position)
             started = time.perf_counter()
             os.close(cache.open(*need[1:]))
             found.append(time.perf_counter() - started)
             time.sleep(step)
-        if ahead:
-            ahead.close()
+        if prefetcher:
+            prefetcher.close()
     return found
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = "127.0.0.1"
     print(f"{args.steps} steps of {args.step} s, {1000 * args.latency:.0f} ms a request, {args.rate:.0f} MB/s a connection")
-    print("| shard | reading ahead | first step waits | later steps wait, mean | most |")
+    print("| shard | prefetching | first step waits | later steps wait, mean | most |")
     print("|---|---|---|---|---|")
     for megabytes in args.megabytes:
         body = os.urandom(int(megabytes * 1e6))
@@ -86,8 +86,8 @@ def main() -> None:
         server = multiprocessing.Process(target=serve, args=(body, args.latency, args.rate * 1e6, port), daemon=True)
         server.start()
         one = f"http://127.0.0.1:{port.get()}", len(body), hashlib.sha256(body).hexdigest()
-        for name, ahead_bytes in (("no", 0), ("yes", 6 * len(body))):
-            first, *later = waits(*one, args.steps, args.step, ahead_bytes)
+        for name, prefetch_bytes in (("no", 0), ("yes", 6 * len(body))):
+            first, *later = waits(*one, args.steps, args.step, prefetch_bytes)
             figures = (first, statistics.mean(later), max(later))
             print(f"| {megabytes:g} MB | {name} | " + " | ".join(f"{1000 * value:.1f} ms" for value in figures) + " |", flush=True)
         server.terminate()

@@ -1,4 +1,4 @@
-"""An image of images, by which eyes can check labels."""
+"""A contact sheet: an image of samples with their labels, to check labels by eye."""
 
 import io
 import os
@@ -9,25 +9,25 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.images import UNREADABLE, rgb, too_large
-from data_tools.survey import Good, Survey, chunk
-from dnal_dist.data.tar import FORMATS, parse
+from data_tools.survey import Good, Survey
+from dnal_dist.data.tar import FORMATS
 
 COLUMNS, ROWS = 8, 8
 TILE, CAPTION = 160, 20
 
 
-def refuse_no_place(path: Path) -> None:
-    """Raise ValueError if no sheet could be written to `path`."""
+def refuse_unwritable(path: Path) -> None:
+    """Raise ValueError if `path` cannot be written."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--contact-sheet: {path} cannot be written; name a file in a folder that is there")
+        raise ValueError(f"--contact-sheet: {path} cannot be written; name a file in a folder that exists")
 
 
 def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path, seed: int = 0) -> None:
     """Write a PNG of 8 x 8 samples, drawn by `seed`, with their labels below. Raises ValueError if there is no sample."""
-    places = [(one, good) for one in surveys for good in one.good]
-    if not places:
+    samples = [(one, good) for one in surveys for good in one.good]
+    if not samples:
         raise ValueError("no sample to put on a contact sheet")
-    chosen = random.Random(seed).sample(places, min(COLUMNS * ROWS, len(places)))
+    chosen = random.Random(seed).sample(samples, min(COLUMNS * ROWS, len(samples)))
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + CAPTION)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -41,25 +41,24 @@ def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path,
 
 
 def _tile(one: Survey, good: Good) -> Image.Image:
-    sample = parse(chunk(one.path, *one.entry["offsets"][good.row : good.row + 2]))
-    inner = TILE - 8
+    encoded, inner = one.image(good), TILE - 8
     try:
-        with Image.open(io.BytesIO(sample.image), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if reason := too_large(image.size):
                 raise ValueError(reason)
             image.load()
             image = rgb(image)
     except UNREADABLE:
-        # The label stays, so that what cannot be decoded can be seen too.
+        # With its label, so that an image that cannot be decoded is seen too.
         return Image.new("RGB", (inner, inner), "red")
     scale = inner / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    # Digits of 8 pixels are enlarged, and are clearer as squares.
+    # An image of 8 pixels is clearer as squares.
     return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS)
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
-    # Class names are any text; the built-in font has Latin letters only.
+    # The built-in font has Latin letters only.
     text = text.encode("latin-1", "replace").decode("latin-1")
     while len(text) > 1 and font.getlength(text) > TILE - 8:
         text = text[:-1]

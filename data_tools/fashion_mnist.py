@@ -57,12 +57,12 @@ def _idx(source: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             found, values = file.read(len(header)), file.read(math.prod(shape) + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}); copy it anew") from None
+        raise ValueError(f"{path}: not a whole gzip file ({error}); copy it again") from None
     expected = " x ".join(map(str, shape))
     if found != header:
         raise ValueError(f"{path}: begins with {found.hex(' ')}, expected the idx header of {expected} bytes, {header.hex(' ')}")
     if len(values) != math.prod(shape):
         raise ValueError(
-            f"{path}: holds {'less' if len(values) < math.prod(shape) else 'more'} than {expected} bytes; copy it anew"
+            f"{path}: holds {'less' if len(values) < math.prod(shape) else 'more'} than {expected} bytes; copy it again"
         )
     return np.frombuffer(values, np.uint8).reshape(shape)

@@ -1,7 +1,7 @@
-"""What is wrong with a set of shards, and what there is to know of it, from surveys of all of them."""
+"""Findings about a set of shards, and the summary of its splits, from surveys of all of them."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Finding(NamedTuple):
     what: str
 
 
-# Words that say which split a name is of.
+# Words in a name that mark its split.
 TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 ANY_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?|dev|eval)(?![a-z])", re.IGNORECASE)
 
@@ -30,8 +30,8 @@ def _stem(path: Path | Url) -> str:
 
 
 def by_split(surveys: Sequence[Survey]) -> dict[str, list[Survey]]:
-    """The shards of each split, by its name: of the shards, and of their folder where that alone tells splits apart, as in
-    train/shard-000.tar and val/shard-000.tar."""
+    """The shards of each split, by the name of the shards; with their folder's where only that differs, as in train/shard-000.tar
+    and val/shard-000.tar."""
     folders = defaultdict(set)
     for one in surveys:
         folders[_stem(one.path)].add(one.path.parent)
@@ -48,14 +48,14 @@ def _is_training(path: Path | Url) -> bool:
     return bool(TRAINING.search(stem if ANY_SPLIT.search(stem) else path.parent.name))
 
 
-def of_shards(surveys: Sequence[Survey], index: dict[Path | Url, dict | None], missing: Sequence[str]) -> Iterator[Finding]:
-    """Shards that are missing, not as `index` says (None: there is no index), or damaged; samples that training would skip."""
+def shard_findings(surveys: Sequence[Survey], index: dict[Path | Url, dict | None], missing: Sequence[str]) -> Iterator[Finding]:
+    """Shards that are missing, damaged or differ from their entry in `index` (None without one); samples that training skips."""
     for path in missing:
-        yield Finding("index", path, "no such shard, but index.json tells of it; copy it here or make the index anew")
+        yield Finding("index", path, "no such shard, but index.json lists it; copy it here or make the index again")
     for one in surveys:
         known = index[one.path]
         if known is None:
-            yield Finding("index", str(one.path), "no index tells of it; python -m data_tools.index makes one")
+            yield Finding("index", str(one.path), "not in any index; python -m data_tools.index makes one")
         else:
             for name in ("bytes", "sha256", "samples", "offsets"):
                 if known[name] is not None and known[name] != one.entry[name]:
@@ -69,13 +69,13 @@ def of_shards(surveys: Sequence[Survey], index: dict[Path | Url, dict | None], m
 
 def _difference(name: str, known: dict, entry: dict) -> str:
     if name == "offsets":
-        return "its samples begin elsewhere than index.json says; make the index anew"
+        return "its samples begin at other bytes than index.json says; make the index again"
     unit = {"bytes": "bytes", "samples": "samples", "sha256": "as SHA-256"}[name]
-    return f"has {entry[name]} {unit}, index.json says {known[name]}; copy or make it anew"
+    return f"has {entry[name]} {unit}, index.json says {known[name]}; copy or make it again"
 
 
-def of_names(names: dict[str, list[str]]) -> Iterator[Finding]:
-    """Indices that call the classes otherwise than the first one does that calls them anything but numbers."""
+def class_name_findings(names: dict[str, list[str]]) -> Iterator[Finding]:
+    """Indices whose names of the classes differ from those of the first index that has names, not only numbers."""
     first, *others = [item for item in names.items() if not are_numbers(item[1])] or [("", [])]
     for where, found in others:
         number = next((i for i, (a, b) in enumerate(zip(first[1], found, strict=False)) if a != b), None)
@@ -85,8 +85,8 @@ def of_names(names: dict[str, list[str]]) -> Iterator[Finding]:
             yield Finding("class", where, f"names {len(found)} classes, {first[0]} names {len(first[1])}")
 
 
-def of_labels(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> Iterator[Finding]:
-    """Labels that are none of the classes, and classes without a training sample."""
+def label_findings(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> Iterator[Finding]:
+    """Labels outside the classes, and classes without a training sample."""
     if classes is None:
         return
     for surveys in splits.values():
@@ -104,9 +104,9 @@ def _per_class(surveys: Sequence[Survey], classes: int) -> np.ndarray:
     return np.bincount(labels, minlength=classes)
 
 
-def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
+def duplicate_findings(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
     """Keys that a split has twice; the same image, byte for byte, in two splits or with two labels. The same image twice in a
-    split with one label is counted by `summary` only: many a good set has some."""
+    split with one label is only counted, by `summary`, since many good sets have some."""
     for surveys in splits.values():
         first: dict[str, Path | Url] = {}
         for one in surveys:
@@ -126,25 +126,25 @@ def of_duplicates(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
 
 def same_images(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
     """Groups of (split, survey, sample) that hold the same image, byte for byte, in the order of the shards."""
-    places = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
-    if not places:
+    samples = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
+    if not samples:
         return []
-    digests = np.frombuffer(b"".join(good.digest for *_, good in places), dtype=[("a", "<u8"), ("b", "<u8")])
+    digests = np.frombuffer(b"".join(good.digest for *_, good in samples), dtype=[("a", "<u8"), ("b", "<u8")])
     order = np.argsort(digests, order=("a", "b"), kind="stable")
     ordered = digests[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     ends = np.r_[starts[1:], len(ordered)]
     groups = [order[a:b].tolist() for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
-    return [[places[i] for i in group] for group in sorted(groups)]
+    return [[samples[i] for i in group] for group in sorted(groups)]
 
 
 def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Of each split: shards, samples, bytes, how many of its samples are faulty or are the same image as another of it, samples
-    of a class as (least, median, most), and, of what was decoded, width and height likewise."""
+    """For each split: shards, samples, bytes, faulty samples, samples whose image it has twice, members without a reader by kind,
+    samples of a class as (least, median, most), and width and height of the decoded images likewise."""
     repeated = defaultdict(int)
     for group in same_images(splits):
-        for split in {place[0] for place in group}:
-            repeated[split] += sum(place[0] == split for place in group) - 1
+        for split in {member[0] for member in group}:
+            repeated[split] += sum(member[0] == split for member in group) - 1
     found = {}
     for split, surveys in splits.items():
         count = len(classes) if classes is not None else 1 + max((g.label for one in surveys for g in one.good), default=-1)
@@ -155,6 +155,7 @@ def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> d
             "bytes": sum(one.entry["bytes"] for one in surveys),
             "faulty": sum(len(one.faults) for one in surveys),
             "same_picture": repeated[split],
+            "unread": dict(sum((one.unread for one in surveys), Counter())),
             "classes": count,
             "per_class": _spread(_per_class(surveys, count)),
             "width": _spread(sizes[:, 0]) if len(sizes) else None,

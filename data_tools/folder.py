@@ -11,10 +11,9 @@ from data_tools.writing import Split, shards_for, write
 
 
 def image_folder(source: Path, folder: Path, **options: Any) -> dict[str, int]:
-    """Images in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/* (png, jpg, jpeg, gif), byte for byte as they are; a GIF
-    becomes PNG. Classes are
-    numbered by name. Training images are shuffled by --seed, so that a shard holds all classes. Returns the number of samples of
-    each split; `options` are those of `write_images`."""
+    """Images in folders, SOURCE/train/CLASS/* and SOURCE/val/CLASS/*, byte for byte as they are; GIF, BMP and TIFF become PNG.
+    Classes are numbered by name. Training images are shuffled by --seed, so that a shard holds all classes. Returns the number of
+    samples of each split; `options` are those of `write_images`."""
     classes = class_names(source / "train")
     if unknown := [name for name in class_names(source / "val") if name not in set(classes)]:
         raise ValueError(f"{source / 'val' / unknown[0]}: no such class among the {len(classes)} of {source / 'train'}; rename it")
@@ -49,14 +48,14 @@ def write_images(
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Check images, leave out and list those that training cannot use, shuffle those of training and write the shards.
+    """Check images, leave out and list those that training cannot use, shuffle the training images and write the shards.
 
-    resize: the shorter side, in pixels, that larger images are reduced to, as JPEG of `quality`; check: decode every image,
-    as `resize` does anyway; max_bad: the share of a split that may be left out.
+    resize: the shorter side, in pixels, to which larger images are reduced, as JPEG of `quality`; check: decode every image, as
+    `resize` does too; max_bad: the fraction of a split that may be left out.
     """
     options = {"kind": kind, "shard_samples": shard_samples, "seed": seed, "resize": resize, "quality": quality, "check": check}
     record = Record(folder, {**options, "source": digest(listing(found, source))}, overwrite)
-    # Decoded before the shards are laid out, since their counts could not be equal if an image were found bad while it is written.
+    # Checked before the shards are laid out: an image found bad while it is written would make their counts unequal.
     good, skipped = without_faults(found, record, workers, check or resize is not None, max_bad)
     if empty := {image.label for image in found["train"]} - {image.label for image in good["train"]}:
         raise ValueError(f"none of the training images of {classes[min(empty)]!r} can be used; mend or remove them")
@@ -67,10 +66,10 @@ def write_images(
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, in order, which are its classes."""
+    """The names of the folders in `folder`, sorted, which are the classes."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; images are expected in SOURCE/train/CLASS and SOURCE/val/CLASS")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        raise ValueError(f"{folder}: holds no folders, expected one for each class; images belong into them")
+        raise ValueError(f"{folder}: holds no folders; put the images of each class into a folder of its own")
     return names

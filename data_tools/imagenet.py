@@ -1,4 +1,4 @@
-"""ImageNet-1K (ILSVRC2012) from the files as they are handed out, or unpacked."""
+"""ImageNet-1K (ILSVRC2012) from its original tars, or unpacked."""
 
 import tarfile
 from collections import Counter
@@ -12,22 +12,22 @@ from data_tools.workers import Tick, in_order
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 KAGGLES = Path("ILSVRC/Data/CLS-LOC")
-"""Where Kaggle's archive has train/ and val/."""
+"""The folder of train/ and val/ in Kaggle's archive."""
 EXPECTED = f"expected {TRAIN} and {VAL} with ILSVRC2012_devkit_t12.tar.gz, or train/nXXXXXXXX/*.JPEG and val/"
 
 
 def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> dict[str, int]:
-    """ImageNet-1K: SOURCE holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (in place of a
-    tar what it unpacks to, train/nXXXXXXXX/ and val/, will do; in place of the devkit a ground truth by other names, see
-    docs/data.md). Nothing is unpacked to disk. A class's number is its place among the sorted WordNet ids, as everywhere. Training
-    images are shuffled by --seed. Returns the number of samples of each split; `options` are those of `folder.write_images`."""
+    """ImageNet-1K: SOURCE holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or instead of
+    the tars the unpacked train/nXXXXXXXX/ and val/, or instead of the devkit another ground truth (docs/data.md). Nothing is
+    unpacked to disk. Classes are numbered in the order of their WordNet ids, as everywhere. Training images are shuffled by --seed.
+    Returns the number of samples of each split; `options` are those of `folder.write_images`."""
     truth, inner = find_truth(source), source / KAGGLES
     where = inner if inner.is_dir() else source
     train = _train(where, workers)
     wnids = sorted(train)
     if (known := {*truth.words, *truth.val.values()}) and (other := min(known ^ train.keys(), default=None)):
-        told = "in the ground truth, but not in training" if other in known else "in training, but not in the ground truth"
-        raise ValueError(f"{where}: the class {other} is {told}; take training images and ground truth of one set")
+        only = "in the ground truth, but not in training" if other in known else "in training, but not in the ground truth"
+        raise ValueError(f"{where}: the class {other} is {only}; take training images and ground truth of one set")
     label = {wnid: number for number, wnid in enumerate(wnids)}
     found = {
         "train": [image._replace(label=label[wnid]) for wnid in wnids for image in train[wnid]],
@@ -40,13 +40,13 @@ def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> di
 
 
 def _class_names(wnids: list[str], truth: Truth) -> list[str]:
-    """What the devkit calls each class, or else its WordNet id. Two cranes, for one, are told apart by their ids."""
+    """The devkit's name of each class, or its WordNet id. Names that two classes share, such as crane, get the id too."""
     names = [truth.words.get(wnid, wnid) for wnid in wnids]
     return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True)]
 
 
 def _train(source: Path, workers: int) -> dict[str, list[ImageFile]]:
-    """The images of each WordNet id, without their labels yet."""
+    """The images of each WordNet id, not labelled yet."""
     if (source / TRAIN).is_file():
         return _train_tar(source / TRAIN, workers)
     if not (source / "train").is_dir():
@@ -61,7 +61,7 @@ def _train(source: Path, workers: int) -> dict[str, list[ImageFile]]:
 
 
 class Inner(NamedTuple):
-    """One class's tar inside the outer one."""
+    """The tar of one class inside the outer tar."""
 
     path: Path
     offset: int
@@ -81,7 +81,7 @@ def _train_tar(path: Path, workers: int) -> dict[str, list[ImageFile]]:
 
 
 def list_inner(inner: Inner, tick: Tick) -> list[ImageFile]:
-    """The images of one class, by their places in the outer tar."""
+    """The images of one class, as parts of the outer tar."""
     try:
         members = _members(inner.path, inner.offset, inner.size)
     except ValueError as error:
@@ -93,14 +93,14 @@ def list_inner(inner: Inner, tick: Tick) -> list[ImageFile]:
 
 
 def _images(path: Path, offset: int, members: list[tarfile.TarInfo]) -> list[ImageFile]:
-    """By name, without their labels yet. members: of the tar that begins at byte `offset` of the file at `path`."""
+    """Images by name, not labelled yet. members: of the tar that begins at byte `offset` of the file at `path`."""
     changed = path.stat().st_mtime_ns
     images = [ImageFile(str(path), offset + m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
     return sorted(images, key=lambda image: image.name)
 
 
 class _Part:
-    """A part of a file, as a file for tarfile, which reads only headers here."""
+    """A part of a file as a file of its own. Only headers are read of it."""
 
     def __init__(self, file, offset: int, size: int):
         self.file, self.offset, self.size, self.position = file, offset, size, 0
@@ -120,23 +120,23 @@ class _Part:
 
 
 def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
-    """The files in the uncompressed tar that is this part of the file at `path`; raises ValueError if it is no whole one."""
+    """The files of an uncompressed tar, which is this part of the file at `path`. Raises ValueError if the tar is not whole."""
     try:
-        # Unbuffered: between two headers lies an image, of which nothing should be read.
+        # Unbuffered, so that the images between the headers are not read.
         with path.open("rb", buffering=0) as file:
             part = _Part(file, offset, size)
             with tarfile.open(fileobj=part, mode="r:") as tar:
                 members = tar.getmembers()
-                # tarfile takes a damaged header, or the file's end, for the end of the archive. The true one is a block of zeros.
+                # The true end is a block of zeros; tarfile also stops at a damaged header and at the file's end.
                 part.seek(tar.offset)
                 if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.TarError("cut short or damaged behind its last whole member")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # of many kinds, where a header means harm
-        raise ValueError(f"{path}: not a whole tar archive ({error}); download it anew") from None
+        raise ValueError(f"{path}: not a whole tar archive ({error}); download it again") from None
     if any(member.size < 0 for member in members):
-        raise ValueError(f"{path}: not a whole tar archive (a member of negative size); download it anew")
+        raise ValueError(f"{path}: not a whole tar archive (a member of negative size); download it again")
     files = [member for member in members if member.isreg() and not Path(member.name).name.startswith(".")]
     names = Counter(Path(member.name).name for member in files)
     if repeated := [name for name, count in names.items() if count > 1]:
@@ -160,18 +160,18 @@ def _val(source: Path, label: dict[str, int], truth: Truth) -> list[ImageFile]:
         raise ValueError(f"{loose[0]}: beside folders of WordNet ids; put every image into its class's folder, or none")
     images = [image for path in folders for image in files_in(path, label[path.name])]
     if truth.val:
-        told = {image: label.get(wnid) for image, wnid in truth.val.items()}
+        expected = {image: label.get(wnid) for image, wnid in truth.val.items()}
         _refuse_incomplete(source, images, truth)
-        if wrong := [image for image in images if told[Path(image.name).stem] != image.label]:
-            raise ValueError(f"{wrong[0]}: the ground truth tells another class; move it, or remove the ground truth")
+        if wrong := [image for image in images if expected[Path(image.name).stem] != image.label]:
+            raise ValueError(f"{wrong[0]}: the ground truth has another class; move it, or remove the ground truth")
     return images
 
 
 def _labelled(source: Path, images: list[ImageFile], label: dict[str, int], truth: Truth) -> list[ImageFile]:
     if not truth.val:
         raise ValueError(
-            f"{source}: validation images without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or what "
-            f"docs/data.md names in its place)"
+            f"{source}: validation images without their classes; put ILSVRC2012_devkit_t12.tar.gz beside them (or "
+            f"another ground truth, see docs/data.md)"
         )
     _refuse_incomplete(source, images, truth)
     found = sorted(images, key=lambda image: image.name)
@@ -179,14 +179,14 @@ def _labelled(source: Path, images: list[ImageFile], label: dict[str, int], trut
 
 
 def _refuse_incomplete(source: Path, images: list[ImageFile], truth: Truth) -> None:
-    """Raise ValueError if these are not the very validation images that the ground truth tells of."""
+    """Raise ValueError if these are not exactly the validation images of the ground truth."""
     if extra := [image for image in images if Path(image.name).stem not in truth.val]:
-        raise ValueError(f"{extra[0]}: the ground truth does not tell its class; take images and ground truth of one set")
+        raise ValueError(f"{extra[0]}: it has no class in the ground truth; take images and ground truth of one set")
     names = Counter(Path(image.name).stem for image in images)
     if missing := min(truth.val.keys() - names.keys(), default=None):
         raise ValueError(
             f"{source}: {len(images)} of {len(truth.val)} validation images, the first that is missing is {missing}; "
-            f"unpack or copy them anew"
+            f"unpack or copy them again"
         )
     if repeated := next((name for name, count in names.items() if count > 1), None):
         raise ValueError(f"{source}: holds {repeated} twice among the validation images; remove one")

@@ -1,4 +1,4 @@
-"""What class each validation image of ImageNet has, and what the classes are called."""
+"""Ground truth of ImageNet's validation images, and the names of its classes."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ from typing import NamedTuple
 WNID = re.compile(r"n\d{8}")
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-"""In the devkit: line k is the ILSVRC2012 id, 1 to 1000, of image k. A list of WordNet ids in its place is understood too."""
+"""In the devkit: line k is the ILSVRC2012 id, 1 to 1000, of image k. WordNet ids are read too."""
 SYNSETS = ("meta.mat", "map_clsloc.txt")
-"""Tell which WordNet id an ILSVRC2012 id stands for; the second has lines of WordNet id, ILSVRC2012 id and name."""
+"""The WordNet id of each ILSVRC2012 id; the second has lines of WordNet id, ILSVRC2012 id and name."""
 KAGGLE = "LOC_val_solution.csv"
-"""Kaggle's: lines of image and "WordNet id and box" after a header."""
+"""From Kaggle: a header, then lines of image and "WordNet id and box"."""
 KAGGLE_WORDS = "LOC_synset_mapping.txt"
-"""Kaggle's: lines of WordNet id and name."""
+"""From Kaggle: lines of WordNet id and name."""
 MOST_BYTES = 64 << 20
 
 Read = Callable[[str], bytes | None]
@@ -26,13 +26,13 @@ Read = Callable[[str], bytes | None]
 
 class Truth(NamedTuple):
     val: dict[str, str]
-    """The WordNet id of each validation image, by its file's name without extension."""
+    """The WordNet id of each validation image, by its file name without extension."""
     words: dict[str, str]
-    """What a WordNet id means; empty if no file told."""
+    """Names of the classes by WordNet id; empty if no file has them."""
 
 
 def find_truth(source: Path) -> Truth:
-    """From the devkit (archive or folder) in `source`, or from files of the names above. Raises ValueError for damaged ones."""
+    """The ground truth in `source`: of the devkit (archive or folder), or of the files above. Raises ValueError for damage."""
     read, where = _reader(source)
     content, words, wnids = read(GROUND_TRUTH), {}, {}
     for name in SYNSETS:
@@ -54,12 +54,12 @@ def _reader(source: Path) -> tuple[Read, Path]:
             with tarfile.open(archive) as tar:
                 wanted = {GROUND_TRUTH, *SYNSETS}
                 members = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
-                # Its checksum, which tells damage within a file, lies behind all of it.
+                # The checksum, which shows damage within a file, lies at the end of the archive.
                 while tar.fileobj.read(1 << 20):
                     pass
                 content = {name: tar.extractfile(members[name]).read(MOST_BYTES) for name in wanted if name in members}
         except Exception as error:  # of many kinds, where a header means harm
-            raise ValueError(f"{archive}: not a whole tar archive ({error}); download it anew") from None
+            raise ValueError(f"{archive}: not a whole tar archive ({error}); download it again") from None
         return content.get, archive
     folders = [source, source / DEVKIT / "data", source / "data", source / DEVKIT]
 
@@ -71,21 +71,21 @@ def _reader(source: Path) -> tuple[Read, Path]:
 
 
 def _meta(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str]]:
-    """WordNet id by ILSVRC2012 id, and what each means, from the devkit's MATLAB file. Reading one runs nothing."""
+    """WordNet id by ILSVRC2012 id, and name by WordNet id, from the devkit's MATLAB file. Reading one executes nothing."""
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise ValueError(f"{where}: a MATLAB file wants SciPy, which comes with pip install 'dnal-dist[demo]'") from None
+        raise ValueError(f"{where}: a MATLAB file, which needs SciPy: pip install 'dnal-dist[demo]'") from None
     try:
         rows = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
         found = [
             (int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
             for row in rows.reshape(-1)
-            # Groups of classes are rows too, with numbers above those of the classes.
+            # Rows with children are groups of classes.
             if int(row["num_children"]) == 0
         ]
     except Exception as error:  # of many kinds, where the file is damaged
-        raise ValueError(f"{where}: not the devkit's table of classes ({error}); download it anew") from None
+        raise ValueError(f"{where}: not the devkit's table of classes ({error}); download it again") from None
     return _unique(found, where)
 
 
@@ -101,9 +101,9 @@ def _map(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str]]:
 
 def _unique(found: list[tuple[int, str, str]], where: str) -> tuple[dict[int, str], dict[str, str]]:
     if not found or len({identity for identity, *_ in found}) != len(found) or len({wnid for _, wnid, _ in found}) != len(found):
-        raise ValueError(f"{where}: names no class, or one twice; download it anew")
+        raise ValueError(f"{where}: names no class, or one twice; download it again")
     if wrong := [wnid for _, wnid, _ in found if not WNID.fullmatch(wnid)]:
-        raise ValueError(f"{where}: {wrong[0]!r} is no WordNet id; download it anew")
+        raise ValueError(f"{where}: {wrong[0]!r} is no WordNet id; download it again")
     return {identity: wnid for identity, wnid, _ in found}, {wnid: name for _, wnid, name in found}
 
 
@@ -113,9 +113,9 @@ def _ground_truth(content: bytes, wnids: dict[int, str], where: str) -> dict[str
         if WNID.fullmatch(line):
             wnid = line
         elif not wnids:
-            raise ValueError(f"{where}: ids of classes, but neither meta.mat nor map_clsloc.txt tells which they are; add one")
+            raise ValueError(f"{where}: ids of classes, but neither meta.mat nor map_clsloc.txt to look them up; add one")
         elif not line.isdecimal() or int(line) not in wnids:
-            raise ValueError(f"{where}: line {number}: {line[:60]!r} is none of the {len(wnids)} classes; download it anew")
+            raise ValueError(f"{where}: line {number}: {line[:60]!r} is none of the {len(wnids)} classes; download it again")
         else:
             wnid = wnids[int(line)]
         found[f"ILSVRC2012_val_{number:08d}"] = wnid
@@ -127,7 +127,7 @@ def _kaggle(content: bytes, where: str) -> dict[str, str]:
     try:
         rows = list(csv.reader(io.StringIO(content.decode(errors="replace"))))
     except csv.Error as error:
-        raise ValueError(f"{where}: not a table ({error}); download it anew") from None
+        raise ValueError(f"{where}: not a table ({error}); download it again") from None
     for number, row in enumerate(rows, 1):
         if number == 1 or not row:
             continue

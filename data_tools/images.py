@@ -1,4 +1,4 @@
-"""Images in files and tars: found by their place, checked, and made smaller."""
+"""Images in files and tars: found, checked, and made smaller."""
 
 import io
 import os
@@ -18,18 +18,27 @@ from data_tools.writing import Sample
 from dnal_dist.data.tar import FORMATS
 from dnal_dist.recipe import Data
 
-EXTENSIONS = ("png", "jpg", "jpeg", "gif")
-# Found too, so that they are counted among those that are left out.
-OTHERS = ("webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "jfif", "avif", "heic", "jxl")
+EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
+# Found too, so that they are counted among the images that are left out.
+OTHERS = ("ppm", "pgm", "pbm", "jp2", "jfif", "avif", "heic", "jxl")
+# Stored as PNG, which holds the same pixels: GIF has no reader in training, the others take several times the bytes.
+AS_PNG = ("gif", "bmp", "tif")
 MAX_PIXELS = Data.model_fields["max_pixels"].default
 MAX_BAD = 0.01
 HEAD = 16 << 10
 END_OF_JPEG = b"\xff\xd9"
+MAGIC = {
+    "jpg": (b"\xff\xd8\xff",),
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "gif": (b"GIF87a", b"GIF89a"),
+    "bmp": (b"BM",),
+    "tif": (b"II*\0", b"MM\0*"),
+}
 CHUNK = 2000
-# libjpeg and libpng tell what went wrong by these; a struct.error or SyntaxError is Pillow's parser in a damaged header.
+# Raised for damaged images; struct.error and SyntaxError come from Pillow's parsers of headers.
 UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
 
-# data.max_pixels takes the place of Pillow's own bound, here as in training.
+# data.max_pixels replaces Pillow's own bound, here as in training.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -40,10 +49,10 @@ class ImageFile(NamedTuple):
     offset: int
     size: int
     name: str
-    """Its file's name, for messages and keys."""
+    """File name, for messages and keys."""
     label: int
     changed: int = 0
-    """When the file at `path` last was, in ns."""
+    """Time of the last change of the file at `path`, in ns."""
 
     def read(self, start: int = 0, most: int | None = None) -> bytes:
         """Up to `most` bytes from byte `start` of the image on. Raises ValueError if they cannot be read."""
@@ -74,30 +83,28 @@ def pixel_sample(number: int, reference: tuple[np.ndarray, int]) -> Sample:
 
 
 def extension_of(head: bytes) -> str | None:
-    """What an image is by its first bytes, whatever its name says."""
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
+    """The extension of an image by its first bytes, whatever its name is; None if it is of none of FORMATS."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    return next((extension for extension, begins in MAGIC.items() if head.startswith(begins)), None)
 
 
 def fault(image: ImageFile, decode: bool) -> str | None:
-    """Why training could not use this image, or None. Without `decode` a JPEG's head is read and its end looked at; it is decoded
-    only if it does not end as a whole file does, which some whole ones do not either. Other kinds are always decoded."""
+    """Why training could not use this image, or None. Without `decode` only head and end of a JPEG are read; it is decoded if its
+    end is not that of a whole file, which some whole files lack too. Other kinds are always decoded."""
     if not image.size:
-        return "it is empty" if os.path.exists(image.path) else "it is a link to what is not there"
+        return "it is empty" if os.path.exists(image.path) else "it is a link to a missing file"
     head = image.read(0, HEAD)
     if extension_of(head) is None:
-        return f"it is none of JPEG, PNG, GIF (it begins with {head[:4].hex(' ')})"
-    # A PNG does not show at its ends that it is damaged within, and some decoders (torchvision 0.29) then end the whole process.
+        return f"it is none of {', '.join(FORMATS)} (it begins with {head[:4].hex(' ')})"
+    # Damage within a PNG shows at neither end, and some decoders (torchvision 0.29) then end the whole process.
     if decode or extension_of(head) != "jpg" or image.read(max(0, image.size - 2)) != END_OF_JPEG:
         return decoding_fault(image.read())[0]
     try:
         with Image.open(io.BytesIO(head), formats=("JPEG",)) as decoded:
             return too_large(decoded.size)
     except UNREADABLE:
-        # Long comments and colour profiles come before what says the image's size.
+        # Long comments and colour profiles come before the image's size.
         return decoding_fault(image.read())[0]
 
 
@@ -109,7 +116,7 @@ def too_large(size: tuple[int, int]) -> str | None:
 
 
 def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """Why an image cannot be decoded, or None, and its width and height if it tells them."""
+    """Why an image cannot be decoded, or None; and its width and height, if they can be read."""
     size = None
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
@@ -118,13 +125,16 @@ def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
                 return reason, size
             if ends_early(encoded):
                 return "it is truncated, though it has an end", None
-            if getattr(decoded, "is_animated", False):
-                return "it is animated", size
-            # An eighth of a JPEG's size takes a third of the time, and all of the file is read for it.
+            # An MPO is a JPEG with previews behind it.
+            if getattr(decoded, "is_animated", False) and decoded.format != "MPO":
+                return "it is animated, or has several pages", size
+            if decoded.mode == "F":
+                return "its pixels are floating-point numbers, whose range is not known", size
+            # An eighth of a JPEG's size takes a third of the time, and still reads the whole file.
             decoded.draft(None, (1, 1))
             decoded.load()
             if decoded.format == "PNG":
-                with Image.open(io.BytesIO(encoded)) as again:  # its checksums, which loading does not look at
+                with Image.open(io.BytesIO(encoded)) as again:  # loading does not check the checksums
                     again.verify()
     except UnidentifiedImageError:
         return "its header cannot be read", None
@@ -134,12 +144,12 @@ def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
 
 
 def ends_early(encoded: bytes) -> bool:
-    """Whether a JPEG's data ends before its image does: with an end behind it, it is whole to Pillow, the missing part grey."""
+    """Whether a JPEG's data ends before its image does. If an end marker follows, Pillow accepts it and leaves the rest grey."""
     if extension_of(encoded) != "jpg":
         return False
     try:
         colours = simplejpeg.decode_jpeg_header(encoded)[2]
-        # An eighth of the size: all of the data is read for it too.
+        # An eighth of the size still reads all of the data.
         simplejpeg.decode_jpeg(encoded, "CMYK" if colours in ("CMYK", "YCCK") else "RGB", min_height=1, min_width=1)
     except ValueError as error:
         return "premature end of data" in str(error)
@@ -147,7 +157,7 @@ def ends_early(encoded: bytes) -> bool:
 
 
 class Check(NamedTuple):
-    """Finds the faults of some images, in a worker."""
+    """Finds the faults of images, in a worker process."""
 
     decode: bool
 
@@ -163,9 +173,9 @@ class Check(NamedTuple):
 def without_faults(
     splits: dict[str, list[ImageFile]], record: Record, workers: int, decode: bool, max_bad: float = MAX_BAD
 ) -> tuple[dict[str, list[ImageFile]], list[dict]]:
-    """The images that training can use, and of the others which they are and why, as {"picture", "reason"}.
+    """The images that training can use, and a list of the others, as {"split", "picture", "reason"}.
 
-    Raises ValueError if more than `max_bad` of a split are of no use: then the source itself is suspect.
+    Raises ValueError if more than the fraction `max_bad` of a split cannot be used: then the source itself is suspect.
     """
     total = sum(map(len, splits.values()))
 
@@ -187,7 +197,7 @@ def without_faults(
             )
     if empty := next((name for name, bad in faults.items() if len(bad) == len(splits[name])), None):
         raise ValueError(f"all of {empty}'s images cannot be used ({faults[empty][0]['reason']}); mend the source")
-    # Images of a tar may share a name.
+    # Not by name, which two images of a tar may share.
     bad = {tuple(one["place"]) for found in faults.values() for one in found}
     good = {name: [p for p in images if not bad or (p.path, p.offset) not in bad] for name, images in splits.items()}
     left_out = [(name, one["picture"], one["reason"]) for name, found in faults.items() for one in found]
@@ -195,18 +205,19 @@ def without_faults(
 
 
 class Draw(NamedTuple):
-    """Makes a sample of an image: its bytes as they are, or, if its shorter side exceeds `shorter` pixels, a smaller JPEG."""
+    """Makes the sample of an image: its own bytes; a smaller JPEG if its shorter side exceeds `shorter` pixels; PNG for kinds in
+    AS_PNG."""
 
     shorter: int | None = None
     quality: int = 90
 
     def __call__(self, number: int, image: ImageFile) -> Sample:
         encoded, (stem, extension) = image.read(), os.path.splitext(image.name)
-        # A key ends at its first dot; two files may share a name; and a name may be of any bytes.
+        # Numbered, since two files may share a name. A key ends at its first dot, and a file name may hold any bytes.
         key = f"{number:08d}-{re.sub('[^A-Za-z0-9_-]', '_', stem)[:80]}"
         true = extension_of(encoded)
         extension = extension[1:].lower()
-        if true != {"jpeg": "jpg"}.get(extension, extension):
+        if true != {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension):
             extension = true
         if self.shorter:
             try:
@@ -215,9 +226,8 @@ class Draw(NamedTuple):
                 raise ValueError(f"{image}: cannot be decoded ({error}); mend or remove it") from None
             if smaller is not None:
                 return key, smaller, "jpg", image.label
-        if true == "gif":
-            # Readers of shards know no GIF by its extension; PNG holds the same pixels.
-            with Image.open(io.BytesIO(encoded), formats=("GIF",)) as decoded:
+        if true in AS_PNG:
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
                 return key, png(np.asarray(rgb(decoded))), "png", image.label
         return key, encoded, extension, image.label
 
@@ -225,8 +235,8 @@ class Draw(NamedTuple):
 def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
     """A JPEG (RGB, 4:2:0) of the image whose shorter side is `shorter` pixels, or None if it is no larger than that already.
 
-    As in ImageNet's own use an orientation in EXIF is not followed, and EXIF and colour profile, which training does not look at,
-    are left out. Raises one of UNREADABLE for what is no image.
+    An EXIF orientation is not followed, as in common use of ImageNet; EXIF and colour profile are dropped. Raises one of UNREADABLE
+    for bytes that are no image.
     """
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
         width, height = decoded.size
@@ -234,7 +244,7 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
             return None
         scale = shorter / min(width, height)
         size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
-        # A JPEG of many times the size is decoded at a half, a quarter or an eighth, but at no less than twice what is wanted.
+        # A much larger JPEG is decoded at a half, a quarter or an eighth of its size, but at no less than twice the wanted size.
         decoded.draft(None, (2 * size[0], 2 * size[1]))
         decoded.load()
         smaller = rgb(decoded).resize(size, Image.Resampling.LANCZOS)
@@ -244,24 +254,24 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
 
 
 def rgb(decoded: Image.Image) -> Image.Image:
-    """The image in the colours that training sees."""
+    """The image in RGB, as training sees it."""
     if decoded.mode.startswith("I"):
-        # A grey PNG of 16 bits: the upper byte is what one of 8 bits would hold, as in training.
+        # Grey of 16 bits: its upper byte is the value in 8 bits, as in training.
         decoded = Image.fromarray((np.asarray(decoded, np.uint32) >> 8).astype(np.uint8))
     return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
 
 
 def is_image(path: Path) -> bool:
-    """By its name, and of whatever kind."""
+    """By its name, whether its kind can be read or not."""
     return path.suffix[1:].lower() in (*EXTENSIONS, *OTHERS)
 
 
 def files_in(folder: Path, label: int) -> list[ImageFile]:
-    """The images in `folder` and its own folders, by name; links are followed. What is hidden is left out: ._NAME.jpg, of a Mac,
-    is no image. Raises ValueError for folders that cannot be read, or lead back to themselves."""
+    """The images in `folder` and below it, sorted by name; links are followed. Hidden files are left out, such as ._NAME.jpg of a
+    Mac. Raises ValueError for folders that cannot be read, or contain themselves."""
     found = []
     for path in _files(folder, ()):
-        # A pipe or a device by an image's name would be read for ever.
+        # A pipe or a device with an image's name would be read for ever.
         if is_image(path) and (path.is_file() or not path.exists()):
             size, changed = (state.st_size, state.st_mtime_ns) if (state := _state(path)) else (0, 0)
             found.append((path, size, changed))
@@ -276,7 +286,7 @@ def _state(path: Path) -> os.stat_result | None:
 
 
 def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """What is not hidden in `folder` and below it. above: device and number of each folder that it is in."""
+    """Files in `folder` and below it that are not hidden. above: device and inode of each folder around it."""
     try:
         state = folder.stat()
         with os.scandir(folder) as found:
@@ -284,7 +294,7 @@ def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read ({error.strerror}); make it readable, or remove it") from None
     if (here := (state.st_dev, state.st_ino)) in above:
-        raise ValueError(f"{folder}: a link to a folder that it is in itself; remove it")
+        raise ValueError(f"{folder}: a link to a folder around it; remove it")
     for path, is_folder in entries:
         if is_folder:
             yield from _files(path, (*above, here))
@@ -293,7 +303,7 @@ def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 
 def listing(splits: dict[str, list[ImageFile]], source: Path) -> list[str]:
-    """A line for each image, from which a digest of the source can be made, wherever it lies."""
+    """A line for each image, the same wherever the source lies, for a digest of the source."""
     root = f"{source}/"
     return [
         f"{name} {p.path.removeprefix(root)} {p.offset} {p.size} {p.changed} {p.name} {p.label}"

@@ -3,11 +3,14 @@
   python -m data_tools.index /data/own                                       all shards (*.tar) of a folder
   python -m data_tools.index '/data/own/train-{000000..000146}.tar'          some of them
   python -m data_tools.index /data/own --classes names.txt --workers 16      with the names of the classes, one a line
-  python -m data_tools.index 's3://BUCKET/own/{000..146}.tar' --output index.json     named in full; to be copied beside them
+  python -m data_tools.index /data/own --label-key label                     labels in .json members, under this key
+  python -m data_tools.index 's3://BUCKET/own/{000..146}.tar' --output index.json     copy it beside the shards
 
-The index tells how many samples each shard holds, where each of them begins, and the shard's SHA-256; without one a training has to
-read all headers at its start, and cannot tell a damaged copy from a whole one. Every sample is read as training reads it. Those it
-would skip are counted and named here, and stay in the index: they are skipped and counted in training as well.
+The index holds, for each shard, the number of samples, the byte at which each begins, and the SHA-256. Without one a training reads
+all headers at its start, and cannot tell a damaged copy from a whole one. Every sample is read as training reads it: an image (.png
+.jpg .jpeg .webp .bmp .tif .tiff, in any case) and a label (.cls, .cls.txt or .txt; a class's number, or its name with --classes).
+Samples that training would skip are counted and named here, and stay in the index: training skips and counts them too. Members of
+other kinds are listed once, by kind.
 """
 
 import argparse
@@ -15,39 +18,52 @@ import glob
 import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 from data_tools.make_shards import count
-from data_tools.survey import Survey, Surveyor
+from data_tools.survey import Survey, Surveyor, unread_line
 from data_tools.workers import cores, in_order
 from data_tools.writing import write_index
 from dnal_dist.data.shardlist import Url, expand, read_index
+from dnal_dist.data.tar import LabelFormat
 
 LISTED = 10
 
 
 def folder_of(one: str) -> Path | Url | None:
-    """The folder that is meant by `one`, if it is not a shard or a pattern of shards."""
+    """The folder that `one` names; None if it is a shard or a pattern of shards."""
     if "://" in one:
         return None if one.endswith(".tar") or glob.has_magic(one) else Url(one.rstrip("/"))
     return Path(one) if Path(one).is_dir() else None
 
 
 def find(patterns: list[str]) -> list[Path | Url]:
-    """The shards that folders and patterns stand for, in order and once each. Raises ValueError if one matches nothing."""
+    """The shards of folders and patterns, in order and once each. Raises ValueError if one matches nothing."""
     wanted = [f"{folder_of(one)}/*.tar" if folder_of(one) else one for one in patterns]
     return list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
 
 
-def survey(paths: list[Path | Url], workers: int, decode: bool = False) -> list[Survey]:
-    """Every shard, read as training reads it. Raises OSError or ValueError."""
+def survey(
+    paths: list[Path | Url], workers: int, names: dict[Path | Url, list[str]], label_key: str | None = None, decode: bool = False
+) -> list[Survey]:
+    """Surveys of all shards. names: of the classes, by folder; label_key: as data.label_key. Raises OSError or ValueError."""
     total = None if any(isinstance(path, Url) for path in paths) else sum(path.stat().st_size for path in paths)
-    return in_order(Surveyor(decode), paths, workers, "bytes read", total)
+    labels = {folder: LabelFormat(None, _numbers(found), label_key) for folder, found in names.items()}
+    return in_order(Surveyor(labels, decode), paths, workers, "bytes read", total)
 
 
-def make(paths: list[Path | Url], classes: Path | None, output: Path | None, workers: int) -> list[Survey]:
-    """Write the index of these shards to `output`, or beside them; what an index there says of other shards then stays, and so do
-    its names of classes. Those in the file `classes` take their place.
+def _numbers(names: list[str]) -> dict[str, int]:
+    """The numbers of the classes by name, without names that two classes share."""
+    counts = Counter(names)
+    return {name: number for number, name in enumerate(names) if counts[name] == 1}
+
+
+def make(
+    paths: list[Path | Url], classes: Path | None, output: Path | None, workers: int, label_key: str | None = None
+) -> list[Survey]:
+    """Write the index of these shards to `output`, or beside them. An existing index keeps its entries of other shards, and its
+    names of the classes unless the file `classes` has others. label_key: as data.label_key in a recipe.
 
     Raises ValueError or OSError.
     """
@@ -58,7 +74,7 @@ def make(paths: list[Path | Url], classes: Path | None, output: Path | None, wor
     if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):
         raise ValueError(f"{away}: no index can be written there; write it with --output index.json and copy it beside the shards")
     known = {folder: ([], []) if output else _known(folder, set(paths)) for folder in folders}
-    found = survey(paths, workers)
+    found = survey(paths, workers, {folder: new_names or names for folder, (_, names) in known.items()}, label_key)
     if empty := next((one for one in found if not one.entry["samples"]), None):
         reason = empty.damage[0][1] if empty.damage else "it holds no sample"
         raise ValueError(f"{empty.path}: not a shard ({reason}); leave it out")
@@ -73,7 +89,7 @@ def make(paths: list[Path | Url], classes: Path | None, output: Path | None, wor
         new = {entry["file"] for entry in entries}
         others = [entry for entry in others if entry["file"] not in new]
         if are_numbers(names):
-            # They say how many classes there are in shards that are not read now.
+            # They count the classes of shards that are not read now.
             names = list(map(str, range(max(1 + highest, len(names) if others else 0))))
         write_index(
             output or folder / "index.json", sorted([*entries, *others], key=lambda entry: entry["file"]), new_names or names
@@ -82,7 +98,7 @@ def make(paths: list[Path | Url], classes: Path | None, output: Path | None, wor
 
 
 def are_numbers(names: list[str]) -> bool:
-    """Whether nobody has named these classes."""
+    """Whether these names of classes are only their numbers."""
     return names == list(map(str, range(len(names))))
 
 
@@ -94,32 +110,31 @@ def _refuse_unnamed(one: Survey, names: list[str], where: Path) -> None:
         )
 
 
-def _is_of_others(path: Path) -> bool:
-    """Whether the file is whole, and yet nothing like an index."""
+def _known(folder: Path, paths: set[Path | Url]) -> tuple[list[dict], list[str]]:
+    """Entries of an existing index for shards that exist, and its names of the classes."""
+    where = folder / "index.json"
+    try:
+        if not read_index(folder):
+            return [], []
+    except ValueError as error:
+        if _is_foreign(where):
+            raise ValueError(f"{where}: of another program; rename it, since an index of shards has this name") from None
+        if not set(folder.glob("*.tar")) <= paths:
+            raise ValueError(f"{error}, from all shards of the folder") from None
+        print(f"{where}: damaged, and made again", file=sys.stderr)
+        return [], []
+    content = json.loads(where.read_text())
+    there, names = [entry for entry in content["shards"] if (folder / entry["file"]).is_file()], content.get("classes")
+    return there, [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file is whole JSON, but not an index."""
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError):
         return False
     return not isinstance(content, dict) or "shards" not in content
-
-
-def _known(folder: Path, paths: set[Path | Url]) -> tuple[list[dict], list[str]]:
-    """What an index in `folder` says already of shards that are there, and its names of classes."""
-    try:
-        if not read_index(folder):
-            return [], []
-    except ValueError as error:
-        if _is_of_others(folder / "index.json"):
-            raise ValueError(
-                f"{folder / 'index.json'}: of another program; rename it, since an index of shards has this name"
-            ) from None
-        if not set(folder.glob("*.tar")) <= paths:
-            raise ValueError(f"{error}, from all shards of the folder") from None
-        print(f"{folder / 'index.json'}: damaged, and made anew", file=sys.stderr)
-        return [], []
-    content = json.loads((folder / "index.json").read_text())
-    there, names = [entry for entry in content["shards"] if (folder / entry["file"]).is_file()], content.get("classes")
-    return there, [str(name) for name in names] if isinstance(names, list) else []
 
 
 def read_names(path: Path) -> list[str]:
@@ -131,16 +146,14 @@ def read_names(path: Path) -> list[str]:
     if not names[-1]:
         raise ValueError(f"{path}: holds no name, expected one class a line")
     if "" in names:
-        raise ValueError(
-            f"{path}: line {1 + names.index('')} is empty, and the classes behind it would get other numbers; remove it"
-        )
+        raise ValueError(f"{path}: line {1 + names.index('')} is empty, which would shift the numbers of later classes; remove it")
     return names
 
 
 def main() -> None:
     options = _arguments()
     try:
-        found = make(find(options.patterns), options.classes, options.output, options.workers)
+        found = make(find(options.patterns), options.classes, options.output, options.workers, options.label_key)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -149,22 +162,27 @@ def main() -> None:
         sys.exit(130)
     wrong = [f"{one.path}: at byte {byte}: {reason}" for one in found for byte, reason in one.damage]
     wrong += [f"{one.path}: sample {key}: {reason}" for one in found for key, reason in one.faults]
-    for line in wrong[:LISTED]:
+    more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
+    for line in [*wrong[:LISTED], *more, *filter(None, [unread_line(found)])]:
         print(line, file=sys.stderr)
-    if len(wrong) > LISTED:
-        print(f"and {len(wrong) - LISTED} more", file=sys.stderr)
     faulty = f"; {sum(len(one.faults) for one in found)} of them will be skipped" if any(one.faults for one in found) else ""
     print(f"{len(found)} shards, {sum(one.entry['samples'] for one in found)} samples{faulty}")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of both readers of shards, index and verify."""
+    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
+    parser.add_argument("--label-key", metavar="KEY", help="key of the label in .json members, as data.label_key of a recipe")
+    parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
+    add_common_arguments(parser)
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else their numbers)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the index goes, if not beside the shards as index.json")
-    parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="path of the index, if not index.json beside the shards")
     return parser.parse_args()
 
 

@@ -3,14 +3,14 @@
   python -m data_tools.make_shards digits data/digits                              1 797 scanned digits, nothing to fetch
   python -m data_tools.make_shards fashion_mnist data/fashion_mnist                from Debian's package dataset-fashion-mnist
   python -m data_tools.make_shards cifar10 cifar-10-binary.tar.gz data/cifar10     the archive as it is
-  python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the tars as they are handed out
-  python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   the large ones reduced
+  python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the original tars
+  python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   larger images reduced
   python -m data_tools.make_shards folder images data/own                        images/train/CLASS/*, images/val/CLASS/*
   python -m data_tools.make_shards synthetic data/synthetic --classes 100          drawn images of ImageNet's sizes
 
-The same source and options give the same bytes, with any number of workers. A command that was stopped goes on when it is given
-again: shards that are complete are kept. Images that training could not use are left out and listed in FOLDER/skipped.json.
-Afterwards `python -m data_tools.verify FOLDER` checks what was made.
+The same source and options give the same bytes, with any number of workers. A command that was stopped continues when it is
+repeated: complete shards are kept. Images that training could not use are left out and listed in FOLDER/skipped.json. Check the
+result with `python -m data_tools.verify FOLDER`.
 """
 
 import argparse
@@ -35,17 +35,18 @@ from data_tools.synthetic import synthetic
 from data_tools.workers import cores
 
 MORE = {
-    "digits": "They come with scikit-learn. Of each class every fifth is for validation.",
+    "digits": "They come with scikit-learn. Every fifth image of a class is for validation.",
     "fashion_mnist": "The four idx files, gzipped or not: Debian's package dataset-fashion-mnist has them, and so has "
     "https://github.com/zalandoresearch/fashion-mnist.",
     "cifar10": "SOURCE is from https://www.cs.toronto.edu/~kriz/cifar.html; nothing is unpacked to disk. The Python version of the "
     "archive is refused, since its batches are pickled; the binary version holds the same images.",
-    "imagenet": "Nothing is unpacked to disk, and every image goes through byte for byte unless --resize is given. A class's "
-    "number is its place among the sorted WordNet ids. docs/data.md tells what SOURCE may hold.",
-    "folder": "Every image goes through byte for byte unless --resize is given; a GIF becomes PNG. Classes are numbered by name.",
-    "synthetic": "A class sets colours, shape and textures; an image depends on --seed, split and number alone.",
+    "imagenet": "Nothing is unpacked to disk, and images are stored byte for byte unless --resize is given. Classes are "
+    "numbered in the order of their WordNet ids. docs/data.md lists what SOURCE may hold.",
+    "folder": "Images (png, jpg, jpeg, webp) are stored byte for byte unless --resize is given; gif, bmp, tif and tiff become PNG. "
+    "Classes are numbered by name.",
+    "synthetic": "A class sets colours, shape and textures; an image depends only on --seed, split and number.",
 }
-"""What --help says of each kind, behind its line in the list of kinds."""
+"""The text of --help for each kind."""
 
 
 def main() -> None:
@@ -56,12 +57,12 @@ def main() -> None:
             counts = make(**options)
     except (OSError, ValueError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"error: {error}" + (f"; make room, {_same_command(options)} then goes on" if full else ""), file=sys.stderr)
+        print(f"error: {error}" + (f"; free some space, {_same_command(options)} then continues" if full else ""), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nstopped before all shards were made; {_same_command(options)} goes on in {folder}", file=sys.stderr)
+        print(f"\nstopped before all shards were made; {_same_command(options)} continues in {folder}", file=sys.stderr)
         sys.exit(130)
-    print(f"{folder}: " + ", ".join(f"{count} samples for {split}" for split, count in counts.items()) + _left_out(folder))
+    print(f"{folder}: " + ", ".join(f"{count} samples for {split}" for split, count in counts.items()) + _skipped(folder))
 
 
 def _same_command(options: dict[str, Any]) -> str:
@@ -70,8 +71,8 @@ def _same_command(options: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """`folder` is there, and no other command makes shards in it meanwhile; if one does, ValueError. If nothing came to be in it,
-    as with a mistyped source, it is gone again afterwards."""
+    """Create `folder` and lock it. It is removed again if it stays empty, as with a mistyped source. Raises ValueError if another
+    command makes shards there."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file, expected the folder where the shards go; name another")
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -81,18 +82,18 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another command is making shards there; wait for it, or end it") from None
+            raise ValueError(f"{folder}: another command is making shards there; wait for it, or stop it") from None
         except OSError:
-            pass  # some network file systems have no locks for folders
+            pass  # some network file systems cannot lock a folder
         yield
     finally:
         os.close(lock)
         for path in new:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
 
 
-def _left_out(folder: Path) -> str:
+def _skipped(folder: Path) -> str:
     path = folder / "skipped.json"
     return f"; {len(json.loads(path.read_text())['skipped'])} images left out, see {path}" if path.exists() else ""
 
@@ -109,8 +110,8 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         one.set_defaults(make=make)
         if source:
             one.add_argument("source", type=Path, metavar="SOURCE", help=source)
-        one.add_argument("folder", type=Path, metavar="FOLDER", help=f"where the shards go, for example data/{name}")
-        one.add_argument("--overwrite", action="store_true", help="remove the shards that FOLDER holds and make them anew")
+        one.add_argument("folder", type=Path, metavar="FOLDER", help=f"folder for the shards, for example data/{name}")
+        one.add_argument("--overwrite", action="store_true", help="remove the shards in FOLDER and make them again")
         return one
 
     kind("digits", digits, "scikit-learn's 1 797 scanned digits, 8x8 grey")
@@ -120,37 +121,37 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     tars = "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with train/ and val/"
     large = kind("imagenet", imagenet, "ImageNet-1K, from its tars or unpacked", tars)
     own = kind("folder", image_folder, "your own images, in a folder for each class", "holds train/CLASS/* and val/CLASS/*")
-    drawn = kind("synthetic", synthetic, "drawn JPEGs of ImageNet's sizes, as many as you like")
+    drawn = kind("synthetic", synthetic, "drawn JPEGs of ImageNet's sizes, in any number")
     for one in (large, own):
         _image_options(one)
     for name, default, text in (
-        ("classes", 100, "how many classes"),
+        ("classes", 100, "number of classes"),
         ("train", 50_000, "training images"),
         ("val", 5_000, "validation images"),
         ("size", 500, "longer side of a typical image, in pixels"),
     ):
         drawn.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (%(default)s)")
-    drawn.add_argument("--seed", type=_seed, default=0, help="of all that is drawn (%(default)s)")
+    drawn.add_argument("--seed", type=_seed, default=0, help="seed of all images (%(default)s)")
     for one in (fashion, cifar, large, own, drawn):
-        one.add_argument("--shard-samples", type=count, default=5000, metavar="N", help="most samples of a shard (%(default)s)")
+        one.add_argument("--shard-samples", type=count, default=5000, metavar="N", help="samples of a shard, at most (%(default)s)")
         one.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
     options = vars(parser.parse_args())
     return options.pop("make"), options
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, help="of the training images' order (%(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the training images' order (%(default)s)")
     parser.add_argument(
-        "--resize", type=count, metavar="N", help="reduce larger images to N pixels on their shorter side (Lanczos, JPEG 4:2:0)"
+        "--resize", type=count, metavar="N", help="reduce larger images to a shorter side of N pixels (Lanczos, JPEG 4:2:0)"
     )
-    parser.add_argument("--quality", type=_quality, default=90, metavar="Q", help="of a JPEG that was resized (%(default)s)")
+    parser.add_argument("--quality", type=_quality, default=90, metavar="Q", help="quality of resized JPEGs (%(default)s)")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="decode every image; else only heads and ends are looked at (--resize decodes)",
+        help="decode every image, as --resize does too; by default only heads and ends of JPEGs are read",
     )
     parser.add_argument(
-        "--max-bad", type=_share, default=MAX_BAD, metavar="SHARE", help="images of a split that may be left out (%(default)s)"
+        "--max-bad", type=_fraction, default=MAX_BAD, metavar="FRACTION", help="of a split's images, may be left out (%(default)s)"
     )
 
 
@@ -172,13 +173,13 @@ def _quality(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, found {text!r}")
     return value
 
 

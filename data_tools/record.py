@@ -1,4 +1,4 @@
-"""The record of a making that is under way: what it was asked for, and the shards that are complete."""
+"""The record of an unfinished set of shards: its options, and the shards that are complete."""
 
 import contextlib
 import hashlib
@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Raised when the same options come to mean other bytes: shards of an earlier version are then not gone on with.
-FORMAT = 1
+# Raised when the same options give other bytes, so that shards of an earlier version are not continued.
+FORMAT = 2
 OURS = re.compile(r"(train|val)-\d{6}\.tar")
 LEFT = re.compile(r"(train|val)-\d{6}\.tar\.unfinished|index\.json(\.unfinished)?|skipped\.json|making\.jsonl")
 
 
 class Record:
-    """FOLDER/making.jsonl: the options in its first line, then whatever was finished, a line each. It is there as long as the
-    making is not complete, so that the same command goes on where it was stopped.
+    """FOLDER/making.jsonl: the options in its first line, then a line for each finished piece of work. It exists while the set is
+    incomplete, so that the same command continues where it was stopped.
 
-    Raises ValueError if `folder` holds a finished set, shards of unknown origin or a making by other options, unless `overwrite`:
-    they are then removed by `begin`, once the source is known to be good. Nothing is written before `begin` or `once`.
+    Raises ValueError if `folder` holds a finished set, shards of unknown origin or an unfinished set of other options. With
+    `overwrite` these are removed by `begin`, once the source is known to be good. Nothing is written before `begin` or `once`.
     """
 
     def __init__(self, folder: Path, options: dict[str, Any], overwrite: bool = False):
@@ -36,7 +36,7 @@ class Record:
         self._refuse_others()
 
     def _read(self) -> None:
-        # A line that was cut short is one whose result was not yet known.
+        # The result of a line that was cut short is not known.
         lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
             found = [json.loads(line) for line in lines]
@@ -47,28 +47,30 @@ class Record:
                 else:
                     self._known |= entry
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.path}: not the record of a making ({error!r}); --overwrite makes the shards anew") from None
+            raise ValueError(
+                f"{self.path}: not a record of unfinished shards ({error!r}); --overwrite makes the shards again"
+            ) from None
         if options != self.options and not self.shards:
-            # Nothing is lost: as when too many images were bad, and some were mended.
+            # No shard is lost, as when too many images were bad and some were mended.
             self._replaces, self._known = True, {}
             return
         for name in sorted({*options, *self.options}):
             if options.get(name) != self.options.get(name):
-                said = f"{name} was {options.get(name)} and is now {self.options.get(name)}"
+                change = f"{name} was {options.get(name)} and is now {self.options.get(name)}"
                 if name == "source":
-                    said = "its source has changed"
+                    change = "its source has changed"
                 raise ValueError(
-                    f"{self.folder}: holds an unfinished set that was made otherwise ({said}); repeat the command that "
-                    f"began it, take a new folder, or --overwrite makes all shards anew"
+                    f"{self.folder}: holds an unfinished set of other options ({change}); repeat the command that began it, "
+                    f"take a new folder, or --overwrite makes all shards again"
                 )
         self.path.write_bytes(b"".join(lines))
 
     def _refuse_others(self) -> None:
         if (self.folder / "index.json").exists():
             raise ValueError(
-                f"{self.folder / 'index.json'}: the folder holds a finished set; take a new one, or --overwrite makes it anew"
+                f"{self.folder / 'index.json'}: the folder holds a finished set; take a new one, or --overwrite makes it again"
             )
-        # The pattern that finds the new shards would find these too.
+        # The pattern for the new shards would match these too.
         if old := sorted(path.name for path in self.folder.glob("*.tar") if re.match("(train|val)-", path.name)):
             raise ValueError(
                 f"{self.folder / old[0]}: a shard of unknown origin ({len(old)} in all); remove it or take a new folder"
@@ -80,7 +82,7 @@ class Record:
                 path.unlink()
 
     def begin(self) -> None:
-        """From now on whatever `folder` holds is known to be of this making."""
+        """From now on all shards in `folder` are of this set."""
         if self._replaces:
             self._remove_all()
             self._replaces = False
@@ -93,7 +95,7 @@ class Record:
             file.write(json.dumps(entry) + "\n")
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work()` returns, of JSON's kinds; not done again if an earlier run of the same command has done it."""
+        """The result of `work()`, which JSON can hold; not done again if an earlier run of the same command did it."""
         if name not in self._known:
             if not self._replaces:
                 self.begin()
@@ -103,7 +105,7 @@ class Record:
         return self._known[name]
 
     def add(self, entry: dict) -> None:
-        """A shard that is complete, as the index will tell of it."""
+        """Add the index entry of a complete shard."""
         if self.shards.get(entry["file"]) != entry:
             self.shards[entry["file"]] = entry
             self._append(entry)
@@ -114,7 +116,7 @@ class Record:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, names this one."""
+    """Name this file in an OSError that names none, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -124,10 +126,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def digest(lines: Iterable[str | bytes]) -> str:
-    """SHA-256 of a listing, or of content, by which a source that has changed is recognised."""
+    """SHA-256 of a listing, or of content, to recognise a source that has changed."""
     found = hashlib.sha256()
     for line in lines:
-        # A file's name may be of any bytes.
+        # A file name may hold any bytes.
         found.update(line if isinstance(line, bytes) else line.encode(errors="surrogateescape"))
         found.update(b"\n")
     return found.hexdigest()

@@ -1,9 +1,10 @@
-"""Reads whole shards, as training would: what samples there are, and what is wrong with them."""
+"""Whole shards read as training reads them: their samples, and what is wrong with them."""
 
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -12,9 +13,9 @@ from data_tools.images import decoding_fault
 from data_tools.workers import Tick
 from dnal_dist.data import remote
 from dnal_dist.data.shardlist import Url
-from dnal_dist.data.tar import Fault, boundaries, parse
+from dnal_dist.data.tar import Fault, LabelFormat, boundaries, parse
 
-# More than any image takes: such a sample is a shard whose headers are damaged, or means harm.
+# A sample of more bytes is no image: the shard's headers are damaged, or harmful.
 MOST_BYTES = 1 << 28
 MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
@@ -22,7 +23,7 @@ PIECE = 1 << 22
 
 @contextlib.contextmanager
 def opened(path: Path | Url) -> Iterator[BinaryIO]:
-    """A shard to read; a remote one is in memory as a whole, since its headers lie all over it. Raises OSError."""
+    """A shard to read; a remote one is held in memory, since its headers lie all over it. Raises OSError."""
     if isinstance(path, Url):
         yield io.BytesIO(remote.read(str(path)))
         return
@@ -30,17 +31,8 @@ def opened(path: Path | Url) -> Iterator[BinaryIO]:
         yield file
 
 
-def chunk(path: Path | Url, begin: int, end: int) -> bytes:
-    """Some bytes of a shard. Raises OSError."""
-    if isinstance(path, Url):
-        return remote.read(str(path), begin, end)
-    with path.open("rb") as file:
-        file.seek(begin)
-        return file.read(end - begin)
-
-
 class Good(NamedTuple):
-    """A sample that parses."""
+    """A sample that training can use."""
 
     key: str
     label: int
@@ -52,66 +44,83 @@ class Good(NamedTuple):
 
 class Survey(NamedTuple):
     path: Path | Url
+    labels: LabelFormat
     entry: dict
-    """What the index should say of the shard."""
+    """The shard's entry for the index."""
     damage: list[tuple[int, str]]
-    """(byte, reason) of what is wrong between samples."""
+    """(byte, reason) of damage between samples."""
     faults: list[tuple[str, str]]
-    """(key or place, reason) of samples that training would skip."""
+    """(key or byte, reason) of samples that training would skip."""
     good: list[Good]
     sizes: list[tuple[int, int]]
-    """Width and height of what was decoded."""
+    """Width and height of decoded images."""
+    unread: Counter[str]
+    """Samples with a member that has no reader, by its extension."""
+
+    def image(self, good: Good) -> bytes:
+        """The encoded image of a sample, read again. Raises OSError or Fault."""
+        begin, end = self.entry["offsets"][good.row : good.row + 2]
+        if isinstance(self.path, Url):
+            return parse(remote.read(str(self.path), begin, end), self.labels).image
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return parse(file.read(end - begin), self.labels).image
 
 
 class Surveyor(NamedTuple):
-    """Surveys shards, in a worker. decode: every image is decoded too."""
+    """Surveys shards, in a worker process. labels: by folder; decode: every image is decoded too."""
 
+    labels: Mapping[Path | Url, LabelFormat]
     decode: bool = False
 
     def __call__(self, path: Path | Url, tick: Tick) -> Survey:
         """Raises OSError if the shard cannot be read."""
+        found = Survey(path, self.labels[path.parent], {}, [], [], [], [], Counter())
         with opened(path) as file:
             offsets, damage = boundaries(file)
             if damage and _begins_as_gzip(file):
                 damage = [(0, "it is compressed; gunzip it")]
             size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
             file.seek(0)
-            _pass(file, offsets[0], digest)
-            faults, good, sizes = [], [], []
+            _skip(file, offsets[0], digest)
             for row, (begin, end) in enumerate(pairwise(offsets)):
-                self._sample(file, row, begin, end, digest, (faults, good, sizes))
+                self._sample(file, row, begin, end, digest, found)
                 tick(end - begin)
-            _pass(file, size - offsets[-1], digest)
-        entry = {
-            "file": path.name,
-            "samples": len(offsets) - 1,
-            "bytes": size,
-            "sha256": digest.hexdigest(),
-            # A shard that was cut short: what is left of its last member may end anywhere.
-            "offsets": [min(offset, size) for offset in offsets],
-        }
-        return Survey(path, entry, damage, faults, good, sizes)
+            _skip(file, size - offsets[-1], digest)
+        found.damage.extend(damage)
+        found.entry.update(file=path.name, samples=len(offsets) - 1, bytes=size, sha256=digest.hexdigest())
+        # In a shard that was cut short the last member would end behind the file.
+        found.entry["offsets"] = [min(offset, size) for offset in offsets]
+        return found
 
-    def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: tuple[list, list, list]) -> None:
-        faults, good, sizes = found
+    def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: Survey) -> None:
         if end - begin > MOST_BYTES:
-            faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any image"))
-            return _pass(file, end - begin, digest)
+            found.faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any image"))
+            return _skip(file, end - begin, digest)
         content = file.read(end - begin)
         digest.update(content)
         try:
-            sample = parse(content)
+            sample = parse(content, found.labels)
         except Fault as fault:
-            return faults.append((fault.key or f"at byte {begin}", fault.reason))
+            found.unread.update(fault.unread)
+            return found.faults.append((fault.key or f"at byte {begin}", fault.reason))
+        found.unread.update(set(sample.unread))
         if sample.label >= MOST_CLASSES:
-            return faults.append((sample.key, f"label {sample.label} is larger than any network's"))
-        good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.image, digest_size=16).digest(), row))
+            return found.faults.append((sample.key, f"label {sample.label} is larger than any network's"))
+        found.good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.image, digest_size=16).digest(), row))
         if self.decode:
             reason, size = decoding_fault(sample.image) if sample.image else ("it is empty", None)
             if reason:
-                faults.append((sample.key, reason))
+                found.faults.append((sample.key, reason))
             elif size:
-                sizes.append(size)
+                found.sizes.append(size)
+
+
+def unread_line(surveys: list[Survey]) -> str:
+    """One line about all members without a reader, by kind and number of samples; "" if there are none."""
+    kinds = sum((one.unread for one in surveys), Counter())
+    listed = ", ".join(f".{kind} ({number:,})" for kind, number in sorted(kinds.items()))
+    return f"members without a reader, and the samples that have them: {listed}" if kinds else ""
 
 
 def _begins_as_gzip(file: BinaryIO) -> bool:
@@ -119,7 +128,7 @@ def _begins_as_gzip(file: BinaryIO) -> bool:
     return file.read(2) == b"\x1f\x8b"
 
 
-def _pass(file: BinaryIO, count: int, digest) -> None:
+def _skip(file: BinaryIO, count: int, digest) -> None:
     """Read `count` bytes for the digest alone."""
     while count > 0 and (piece := file.read(min(count, PIECE))):
         digest.update(piece)

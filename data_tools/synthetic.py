@@ -1,4 +1,4 @@
-"""Images that are drawn, as large and as many as asked for, to try everything at the scale of ImageNet without it."""
+"""Drawn images of any size and number, to try everything at the scale of ImageNet without ImageNet."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from data_tools.record import Record
 from data_tools.writing import Sample, Split, shards_for, write
 
 SPLITS = ("train", "val")
-# (share, width, height) of images whose typical longer side is 1, about as ImageNet has them; the rest are of any small size.
+# (fraction, width, height) of images, where a typical longer side is 1, about as in ImageNet. The rest have any smaller size.
 SIZES = ((0.50, 1.0, 0.75), (0.20, 1.0, 0.667), (0.15, 0.75, 1.0), (0.05, 0.667, 1.0), (0.03, 2.0, 1.5))
 QUALITY = 90
 
@@ -29,7 +29,7 @@ def synthetic(
     overwrite: bool = False,
 ) -> dict[str, int]:
     """Drawn JPEGs with the sizes of ImageNet's images. A class sets colours, the shape of a blob and two textures; a sample sets
-    place, size, angle, light and noise. An image depends on --seed, split and number alone, and classes are of equal counts (+-1).
+    position, size, angle, light and noise. An image depends only on --seed, split and number; classes have equal counts (+-1).
     Returns the number of samples of each split."""
     for name, value, least in (("classes", classes, 1), ("train", train, classes), ("val", val, 1), ("size", size, 32)):
         if value < least:
@@ -60,16 +60,16 @@ class Draw(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What the images of a class have in common."""
+    """Properties that the images of a class share."""
 
     ground: np.ndarray
-    """Colour (3,), 0 to 255; the blob's too."""
+    """Colour (3,), 0 to 255, as is the blob's."""
     blob: np.ndarray
     lobes: int
     depth: float
-    """How far the blob's outline goes in between its lobes, as a share of its radius."""
+    """Depth of the notches between the lobes, as a fraction of the radius."""
     stripes: float
-    """Waves across a blob; and, across the image, of its ground."""
+    """Waves across the blob; `ground_stripes`: across the image."""
     ground_stripes: float
     ground_angle: float
 
@@ -90,9 +90,9 @@ def family(seed: int, label: int) -> Family:
 
 
 def image(family: Family, rng: np.random.Generator, size: int) -> np.ndarray:
-    """uint8 (height, width, 3), one image of the family; its typical longer side has `size` pixels."""
+    """One image of the family, uint8 (height, width, 3), with a typical longer side of `size` pixels."""
     width, height = _size(rng, size)
-    # Shapes are drawn at half the size, four times as fast, and noise, which is what JPEG spends its bytes on, at all of it.
+    # Shapes are drawn at half the size, four times as fast. Noise, on which JPEG spends its bytes, has the full size.
     h, w = (height + 1) // 2, (width + 1) // 2
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None] * np.float32(height / max(width, height))
     x = np.linspace(-1, 1, w, dtype=np.float32)[None, :] * np.float32(width / max(width, height))
@@ -113,8 +113,8 @@ def image(family: Family, rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _size(rng: np.random.Generator, size: int) -> tuple[int, int]:
     drawn = rng.random()
-    for share, width, height in SIZES:
-        drawn -= share
+    for fraction, width, height in SIZES:
+        drawn -= fraction
         if drawn < 0:
             return round(size * width), round(size * height)
     width, height = rng.uniform(0.2, 0.9, 2)
@@ -122,7 +122,7 @@ def _size(rng: np.random.Generator, size: int) -> tuple[int, int]:
 
 
 def _blob(family: Family, rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel belongs to the blob, 0 to 1, and its stripes, -1 to 1, at the places x (1, w) and y (h, 1)."""
+    """The blob's mask, 0 to 1, and its stripes, -1 to 1, at x (1, w) and y (h, 1); both (h, w)."""
     angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.6)
     x, y = x - np.float32(rng.uniform(-0.35, 0.35)), y - np.float32(rng.uniform(-0.25, 0.25))
     u = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32)
@@ -134,7 +134,7 @@ def _blob(family: Family, rng: np.random.Generator, x: np.ndarray, y: np.ndarray
 
 @functools.cache
 def _grain() -> np.ndarray:
-    """Noise (1024, 1024, 3) to cut pieces from, since drawing it anew takes longer than all the rest."""
+    """Noise (1024, 1024, 3) to cut pieces from: drawing it for each image would take longer than all the rest."""
     return np.clip(np.random.default_rng(7).normal(0, 9, (1024, 1024, 3)), -60, 60).astype(np.int16)
 
 

@@ -1,21 +1,22 @@
-"""Check webdataset shards against their index, and say what is in them.
+"""Check webdataset shards against their index, and report their content.
 
   python -m data_tools.verify data/imagenet                              digests, samples, labels, duplicates
   python -m data_tools.verify data/imagenet --decode                     every image is decoded too
   python -m data_tools.verify data/imagenet --contact-sheet sheet.png    64 images with their labels, to look at
+  python -m data_tools.verify /data/own --label-key label                labels in .json members, under this key
   python -m data_tools.verify '/data/own/train-*.tar' --json
 
-Every sample is read as training reads it. Reported are shards that are missing or not what index.json says, samples that training
-would skip, labels outside the classes, folders that name the classes otherwise, keys that a split has twice, and images that are,
-byte for byte, in two splits or under two labels. The exit status is 0 if nothing was found, 1 if something was, 2 if the check or
-the contact sheet failed.
+Every sample is read as training reads it. Findings are: shards that are missing or differ from index.json, samples that training
+would skip, labels outside the classes, folders with other names for the classes, keys that a split has twice, and images that are,
+byte for byte, in two splits or under two labels. Members without a reader are listed once, by kind. The exit status is 0 without
+findings, 1 with findings, 2 if the check or the contact sheet failed.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,68 +25,59 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools import findings
-from data_tools.contact_sheet import contact_sheet, refuse_no_place
+from data_tools.contact_sheet import contact_sheet, refuse_unwritable
 from data_tools.findings import Finding
-from data_tools.index import are_numbers, find, folder_of, survey
+from data_tools.index import add_common_arguments, are_numbers, find, folder_of, survey
 from data_tools.make_shards import count
-from data_tools.workers import cores
-from dnal_dist.data import remote
-from dnal_dist.data.shardlist import Url, read_index
+from data_tools.survey import Survey, unread_line
+from dnal_dist.data.shardlist import class_names, read_index
 
 LISTED = 10
 
 
-def check(patterns: list[str], workers: int = 1, decode: bool = False) -> tuple[dict[str, Any], list[Finding], list, list[str]]:
+def check(
+    patterns: list[str], workers: int = 1, decode: bool = False, label_key: str | None = None
+) -> tuple[dict[str, Any], list[Finding], list[Survey], list[str]]:
     """Summary of each split, findings, surveys, and the names of the classes. Raises ValueError or OSError."""
     paths = find(patterns)
     folders = dict.fromkeys(path.parent for path in paths)
     indices = {folder: read_index(folder) for folder in folders}
-    # A folder as a whole must hold all that its index tells of; of a pattern nobody can say.
+    # A whole folder must hold all shards of its index; a pattern need not match all.
     whole = {folder_of(one) for one in patterns}
     there = {str(path) for path in paths}
     listed = [f"{folder}/{name}" for folder in folders if folder in whole for name in indices[folder]]
     missing = [path for path in listed if path not in there]
-    surveys = survey(paths, workers, decode)
-    names = _names(folder for folder in folders if indices[folder])
+    by_folder = {folder: class_names(folder) for folder in folders}
+    surveys = survey(paths, workers, by_folder, label_key, decode)
+    names = {f"{folder}/index.json": found for folder, found in by_folder.items() if found}
     classes, splits = _classes(names), findings.by_split(surveys)
     known = {path: indices[path.parent].get(path.name) for path in paths}
     found = [
-        *findings.of_shards(surveys, known, missing),
-        *findings.of_names(names),
-        *findings.of_labels(splits, classes),
-        *findings.of_duplicates(splits),
+        *findings.shard_findings(surveys, known, missing),
+        *findings.class_name_findings(names),
+        *findings.label_findings(splits, classes),
+        *findings.duplicate_findings(splits),
     ]
     return findings.summary(splits, classes), found, surveys, classes or []
 
 
-def _names(folders: Iterable[Path | Url]) -> dict[str, list[str]]:
-    """The names of the classes that each of the folders' indices has."""
-    found = {}
-    for folder in folders:
-        content = remote.read(f"{folder}/index.json") if isinstance(folder, Url) else (folder / "index.json").read_bytes()
-        names = json.loads(content).get("classes")
-        if isinstance(names, list) and names:
-            found[f"{folder}/index.json"] = [str(name) for name in names]
-    return found
-
-
 def _classes(names: dict[str, list[str]]) -> list[str] | None:
-    """From the first index that has names; numbers, of which a folder without the last classes has fewer, are the second choice."""
-    true = [found for found in names.values() if not are_numbers(found)]
-    return true[0] if true else max(names.values(), key=len, default=None)
+    """Names of the classes from the first index that has any; else the most numbers, since a folder may lack the last classes."""
+    given = [found for found in names.values() if not are_numbers(found)]
+    return given[0] if given else max(names.values(), key=len, default=None)
 
 
 def main() -> None:
     options = _arguments()
     try:
         if options.contact_sheet:
-            # Before hours of reading, not after them.
-            refuse_no_place(options.contact_sheet)
-        summary, found, surveys, classes = check(options.patterns, options.workers, options.decode)
+            # Before hours of reading.
+            refuse_unwritable(options.contact_sheet)
+        summary, found, surveys, classes = check(options.patterns, options.workers, options.decode, options.label_key)
         if options.json:
             print(json.dumps({"splits": summary, "findings": [one._asdict() for one in found]}, indent=1))
         else:
-            _print(summary, found, options.list)
+            _print(summary, found, unread_line(surveys), options.list)
         if options.contact_sheet:
             contact_sheet(surveys, classes, options.contact_sheet, options.seed)
     except (OSError, ValueError) as error:
@@ -97,11 +89,11 @@ def main() -> None:
     sys.exit(1 if found else 0)
 
 
-def _spread(spread: tuple[int, float, int] | None) -> str:
+def _as_spread(spread: tuple[int, float, int] | None) -> str:
     return f"{spread[0]:,} / {spread[1]:,.0f} / {spread[2]:,}" if spread else "-"
 
 
-def _size(count: int) -> str:
+def _as_bytes(count: int) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -109,34 +101,35 @@ def _size(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def _number(value: int) -> str:
+def _as_number(value: int) -> str:
     return f"{value:,}"
 
 
-SHOWN: dict[str, Callable[[Any], str]] = {
-    "shards": _number,
-    "samples": _number,
-    "bytes": _size,
-    "classes": _number,
-    "per_class": _spread,
-    "width": _spread,
-    "height": _spread,
-    "faulty": _number,
-    "same_picture": _number,
+ROWS: dict[str, Callable[[Any], str]] = {
+    "shards": _as_number,
+    "samples": _as_number,
+    "bytes": _as_bytes,
+    "classes": _as_number,
+    "per_class": _as_spread,
+    "width": _as_spread,
+    "height": _as_spread,
+    "faulty": _as_number,
+    "same_picture": _as_number,
 }
 
 
-def _print(summary: dict[str, Any], found: list[Finding], listed: int) -> None:
+def _print(summary: dict[str, Any], found: list[Finding], unread: str, listed: int) -> None:
     console, table = Console(soft_wrap=True), Table("")
     for split in summary:
         table.add_column(escape(split), justify="right")
-    for name, shown in SHOWN.items():
+    for name, shown in ROWS.items():
         if any(row[name] is not None for row in summary.values()):
             table.add_row(name.replace("_", " "), *(shown(row[name]) for row in summary.values()))
     console.print(table)
+    if unread:
+        console.print(unread, markup=False, highlight=False)
     for kind, number in Counter(one.kind for one in found).items():
-        of_kind = [one for one in found if one.kind == kind]
-        for one in of_kind[:listed]:
+        for one in [one for one in found if one.kind == kind][:listed]:
             console.print(f"{one.kind}: {one.where}: {one.what}", markup=False, highlight=False)
         if number > listed:
             console.print(f"{kind}: and {number - listed:,} more", markup=False, highlight=False)
@@ -147,13 +140,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
-    parser.add_argument("--decode", action="store_true", help="decode every image, and tell their sizes")
+    add_common_arguments(parser)
+    parser.add_argument("--decode", action="store_true", help="decode every image, and report their sizes")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write an image of 64 samples drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the contact sheet's samples (%(default)s)")
-    parser.add_argument("--list", type=count, default=LISTED, metavar="N", help="most findings of a kind to print (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the contact sheet's samples (%(default)s)")
+    parser.add_argument("--list", type=count, default=LISTED, metavar="N", help="findings of a kind to print (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser.parse_args()
 
 

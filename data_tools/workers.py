@@ -1,4 +1,4 @@
-"""Many tasks on several processes, and how far they are."""
+"""Tasks on several processes, with a progress bar."""
 
 import contextlib
 import multiprocessing
@@ -20,20 +20,20 @@ from rich.text import Text
 SECONDS_BETWEEN_LINES = 30
 
 Tick = Callable[[int], None]
-"""Takes how many things, mostly images, were finished since the last call."""
+"""Called with the number of things, mostly images, finished since the last call."""
 
 
 class Stopped(Exception):
-    """In a worker: the main process wants it to leave its task as it is."""
+    """In a worker process: the main process has ended, and the task is to be left as it is."""
 
 
 def cores() -> int:
-    """How many cores this process may use, which under a batch system is fewer than the machine has."""
+    """Cores that this process may use; under a batch system fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int | None) -> list[Any]:
-    """What `function` returns for each task, in the order of `tasks`; see `as_finished`."""
+    """The results of `function` for all tasks, in their order; see `as_finished`."""
     return [result for _, result in sorted(as_finished(function, tasks, workers, title, total), key=lambda found: found[0])]
 
 
@@ -42,9 +42,9 @@ def as_finished(
 ) -> Iterator[tuple[int, Any]]:
     """Yields a task's number and `function(task, tick)` as soon as it is finished, while up to `workers` processes work.
 
-    `function` and what a task holds are copied to the processes, so a function must be of a module. With one worker, or one task,
-    all happens in this process. What a task raises is raised here; then, and after Ctrl-C, the other tasks end early by Stopped,
-    which their next tick raises. `title` and `total`, what all ticks come to if that is known, are for the progress bar.
+    `function` and tasks are pickled. With one worker, or one task, everything runs in this process. An exception of a task is
+    raised here; then, and after Ctrl-C, the next tick of every other task raises Stopped. title and total, the sum of all ticks if
+    it is known: for the progress bar.
     """
     workers = min(workers, len(tasks))
     with _Bar(title, total) as bar:
@@ -63,14 +63,14 @@ def as_finished(
 
 
 def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") -> Iterator[tuple[int, Any]]:
-    # Forking a process that has threads may hang, and that of a program that uses these functions may have them.
+    # Forking a process with threads may hang, and the caller may have threads.
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, context, _begin, (counter, stop))
     coming, running = enumerate(tasks), {}
     try:
         while True:
-            # Few at a time: what a task holds is copied when it is handed over, and may be large.
+            # Few at a time: a task is copied when it is submitted, and may be large.
             while len(running) < 2 * workers and (found := next(coming, None)) is not None:
                 with _interrupts_held():
                     running[pool.submit(_call, function, found[1])] = found[0]
@@ -81,7 +81,7 @@ def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") ->
             for future in finished:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
-        raise ValueError(f"{bar.title}: a worker process was killed, most likely for want of memory; lower --workers") from None
+        raise ValueError(f"{bar.title}: a worker process was killed, most likely because memory ran out; lower --workers") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -89,8 +89,8 @@ def _on_processes(function: Callable, tasks: list, workers: int, bar: "_Bar") ->
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches this process afterwards, and a process that is started meanwhile never: while it imports it could only print
-    where it was. The main process tells its workers by `stop`."""
+    """Ctrl-C reaches this process afterwards, and a process that is started meanwhile never: it would only print a traceback of its
+    imports. The main process stops its workers by the event `stop`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -105,7 +105,7 @@ def _begin(counter, stop) -> None:
 
 
 def _end_with_parent() -> None:
-    """A main process that was killed tells nobody; its workers would wait for it for ever."""
+    """Without this the workers of a main process that was killed would wait for it for ever."""
     wait_for_any([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -128,7 +128,7 @@ class _Rate(ProgressColumn):
 
 
 class _Bar:
-    """A bar on a terminal; elsewhere, as in the log of a batch job, a line every half a minute."""
+    """A bar on a terminal; elsewhere, as in the log of a batch job, a line every half minute."""
 
     def __init__(self, title: str, total: int | None):
         console = Console(stderr=True)
@@ -136,7 +136,7 @@ class _Bar:
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task(title, total=total)
         self.title, self.total, self.lines = title, total, not console.is_terminal
-        self.begun = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> "_Bar":
         self.progress.start()
@@ -148,7 +148,7 @@ class _Bar:
     def show(self, done: int) -> None:
         self.progress.update(self.task, completed=done)
         now = time.monotonic()
-        if self.lines and done and now - self.said > SECONDS_BETWEEN_LINES:
-            self.said, rate = now, done / (now - self.begun)
+        if self.lines and done and now - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed, rate = now, done / (now - self.started)
             left = f" of {self.total:,}, {(self.total - done) / rate / 60:,.1f} minutes left" if self.total else ""
             print(f"{self.title}: {done:,}{left}, {rate:,.0f}/s", file=sys.stderr)

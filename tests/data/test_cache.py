@@ -1,4 +1,4 @@
-"""The folder of copies: several processes at once, killed ones, its bound, digests; and reading ahead into it."""
+"""The cache of shards: parallel processes, killed ones, its limit, digests; and the prefetcher that fills it."""
 
 import errno
 import hashlib
@@ -103,7 +103,7 @@ def test_a_copy_is_made_once_and_found_again(server, tmp_path):
     assert len(server.requests) == 1 and files(cache.folder) == [".tar"]
 
 
-def test_names_in_the_folder_are_of_its_own_making(server, tmp_path):
+def test_file_names_depend_on_url_and_digest_alone(server, tmp_path):
     cache = Cache(tmp_path / "copies", 10**6)
     _, size, sha256 = shard(server, 0)
     server.files |= {"../../0.tar": SHARDS["0.tar"], "x/0.tar": SHARDS["0.tar"]}
@@ -127,14 +127,14 @@ def test_a_wrong_digest_is_fetched_once_more(server, tmp_path):
     assert cache.get(url, size, sha256).read_bytes() == SHARDS["0.tar"]
 
 
-def test_a_copy_of_another_length_is_not_taken(server, tmp_path):
+def test_a_copy_of_another_length_is_not_used(server, tmp_path):
     cache = Cache(tmp_path, 10**6)
     os.truncate(cache.get(*shard(server, 0)), SIZE - 1)
     assert cache.has(*shard(server, 0)) is None
     assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
 
 
-def test_damage_on_the_way_is_mended(server, tmp_path):
+def test_damage_in_transfer_is_mended(server, tmp_path):
     cache = Cache(tmp_path, 10**6)
     bodies = [SHARDS["1.tar"], SHARDS["0.tar"]]
 
@@ -146,7 +146,7 @@ def test_damage_on_the_way_is_mended(server, tmp_path):
     assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
 
 
-def test_a_shard_that_is_not_there_leaves_nothing(server, tmp_path):
+def test_a_missing_shard_leaves_nothing(server, tmp_path):
     cache = Cache(tmp_path, 10**6)
     with pytest.raises(RemoteError, match="404"):
         cache.get(f"{server.url}/none.tar", SIZE, "0" * 64)
@@ -155,7 +155,7 @@ def test_a_shard_that_is_not_there_leaves_nothing(server, tmp_path):
     assert files(tmp_path) == []
 
 
-def test_faults_on_the_way_cost_no_whole_shard(server, tmp_path, monkeypatch):
+def test_a_fault_in_transfer_does_not_repeat_the_whole_shard(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PIECE", 16_384)
     server.cut_after, server.cuts, server.statuses = 10_000, 4, [503, 503]
     assert Cache(tmp_path, 10**6).get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
@@ -177,7 +177,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 # Room
 
 
-def test_the_least_recently_used_go_first(server, tmp_path):
+def test_the_least_recently_used_are_removed_first(server, tmp_path):
     cache = Cache(tmp_path, 3 * SIZE)
     (tmp_path / "notes.tar").write_bytes(bytes(5 * SIZE))
     for number in range(3):
@@ -189,7 +189,7 @@ def test_the_least_recently_used_go_first(server, tmp_path):
     assert (tmp_path / "notes.tar").exists()
 
 
-def test_who_has_a_removed_copy_open_goes_on_reading(server, tmp_path):
+def test_an_open_copy_stays_readable_when_it_is_removed(server, tmp_path):
     cache = Cache(tmp_path, SIZE)
     descriptor = cache.open(*shard(server, 0))
     cache.get(*shard(server, 1))
@@ -198,7 +198,7 @@ def test_who_has_a_removed_copy_open_goes_on_reading(server, tmp_path):
     os.close(descriptor)
 
 
-def test_open_fetches_anew_what_was_removed_in_between(server, tmp_path, monkeypatch):
+def test_open_fetches_again_a_copy_removed_in_between(server, tmp_path, monkeypatch):
     cache = Cache(tmp_path, 10**6)
     get, times = cache.get, []
 
@@ -215,7 +215,7 @@ def test_open_fetches_anew_what_was_removed_in_between(server, tmp_path, monkeyp
     os.close(descriptor)
 
 
-def test_what_is_being_downloaded_is_not_removed_for_another(server, tmp_path):
+def test_an_unfinished_download_is_not_removed_for_another(server, tmp_path):
     cache = Cache(tmp_path, SIZE)
     server.stalls = 1
     slow = threading.Thread(target=cache.get, args=shard(server, 0))
@@ -239,7 +239,7 @@ def full_disk(monkeypatch, folder: Path, bytes_: int) -> None:
     monkeypatch.setattr(os, "posix_fallocate", allocate, raising=False)
 
 
-def test_on_a_full_disk_older_copies_go(server, tmp_path, monkeypatch):
+def test_on_a_full_disk_older_copies_are_removed(server, tmp_path, monkeypatch):
     cache = Cache(tmp_path, 10**9)
     full_disk(monkeypatch, tmp_path, 2 * SIZE)
     for number in range(4):
@@ -257,7 +257,7 @@ def test_a_full_disk_without_older_copies_is_named(server, tmp_path, monkeypatch
 # Several processes
 
 
-def test_processes_that_ask_at_once_download_each_shard_once(server, tmp_path):
+def test_parallel_processes_download_each_shard_once(server, tmp_path):
     server.latency, server.trickle = 0.05, 0.005
     program = """
 print([digest(cache.open(*shards[n])) for n in random.Random(seed).sample(range(6), 6)] != [] and
@@ -296,7 +296,7 @@ for n in random.Random(seed).choices(range(6), k=12):
     assert set(files(tmp_path)) == {".tar"}
 
 
-def test_a_killed_download_blocks_no_one_and_is_not_taken_for_whole(server, tmp_path):
+def test_a_killed_download_blocks_nobody_and_is_not_used(server, tmp_path):
     server.trickle = 0.2
     killed = start(server, tmp_path, "cache.get(*shards[0])")
     until(lambda: server.sent["0.tar"] > SIZE // 4)
@@ -310,7 +310,7 @@ def test_a_killed_download_blocks_no_one_and_is_not_taken_for_whole(server, tmp_
     assert files(tmp_path) == [".tar"]
 
 
-def test_what_a_killed_process_left_makes_room(server, tmp_path):
+def test_the_rest_of_a_killed_download_makes_room(server, tmp_path):
     server.trickle = 0.2
     killed = start(server, tmp_path, "cache.get(*shards[0])")
     until(lambda: server.sent["0.tar"] > 0)
@@ -322,80 +322,80 @@ def test_what_a_killed_process_left_makes_room(server, tmp_path):
     assert files(tmp_path) == [".tar"]
 
 
-# Reading ahead
+# Prefetching
 
 
 def plan_of(server: FileServer, positions: list[int]) -> Callable:
     return lambda begin: (Need(at, *shard(server, n)) for n, at in enumerate(positions) if at >= begin)
 
 
-def test_it_fetches_what_comes_next_within_its_limit(server, tmp_path):
+def test_the_next_shards_are_fetched_within_the_limit(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Prefetcher(cache, plan_of(server, [0, 1, 1, 2, 5, 7]), 3 * SIZE)
+    prefetcher = Prefetcher(cache, plan_of(server, [0, 1, 1, 2, 5, 7]), 3 * SIZE)
     held = lambda *numbers: all(cache.has(*shard(server, n)) for n in numbers)  # noqa: E731
-    ahead.at(0)
+    prefetcher.at(0)
     until(lambda: held(0, 1, 2))
-    ahead.at(1)
+    prefetcher.at(1)
     until(lambda: held(3))
     assert {path for path, _ in server.requests} == {"0.tar", "1.tar", "2.tar", "3.tar"}
-    ahead.at(3)
+    prefetcher.at(3)
     until(lambda: held(4, 5))
-    ahead.close()
+    prefetcher.close()
     assert server.sent == dict.fromkeys(SHARDS, SIZE)
 
 
-def test_one_shard_beyond_the_limit_is_still_fetched_and_passed_ones_are_not(server, tmp_path):
+def test_one_shard_above_the_limit_is_fetched_and_passed_ones_are_not(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Prefetcher(cache, lambda begin: (Need(n, *shard(server, n)) for n in range(6)), 1)
-    ahead.at(4)
+    prefetcher = Prefetcher(cache, lambda begin: (Need(n, *shard(server, n)) for n in range(6)), 1)
+    prefetcher.at(4)
     until(lambda: bool(cache.has(*shard(server, 4))))
-    ahead.at(5)
+    prefetcher.at(5)
     until(lambda: bool(cache.has(*shard(server, 5))))
-    ahead.close()
+    prefetcher.close()
     assert server.sent == {"4.tar": SIZE, "5.tar": SIZE}
 
 
-def test_going_back_begins_anew(server, tmp_path):
+def test_going_back_restarts_the_plan(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
-    ahead = Prefetcher(cache, plan_of(server, [0, 1, 2, 3, 4, 5]), SIZE)
-    ahead.at(5)
+    prefetcher = Prefetcher(cache, plan_of(server, [0, 1, 2, 3, 4, 5]), SIZE)
+    prefetcher.at(5)
     until(lambda: bool(cache.has(*shard(server, 5))))
-    ahead.at(2)
+    prefetcher.at(2)
     until(lambda: bool(cache.has(*shard(server, 2))))
-    ahead.close()
+    prefetcher.close()
 
 
-def test_a_fault_stops_neither_the_thread_nor_who_asks(server, tmp_path):
+def test_a_fault_stops_neither_the_thread_nor_its_caller(server, tmp_path):
     cache = Cache(tmp_path, 10**9)
     missing = Need(0, f"{server.url}/none.tar", SIZE, "0" * 64)
-    ahead = Prefetcher(cache, lambda begin: iter([missing, missing, Need(1, *shard(server, 1))]), 10**9, downloads=1)
-    ahead.at(0)
+    prefetcher = Prefetcher(cache, lambda begin: iter([missing, missing, Need(1, *shard(server, 1))]), 10**9, downloads=1)
+    prefetcher.at(0)
     until(lambda: bool(cache.has(*shard(server, 1))))
-    ahead.close()
+    prefetcher.close()
     with pytest.raises(RemoteError, match="404"):
         cache.get(*missing[1:])
 
 
-def test_what_another_process_downloads_is_left_to_it(server, tmp_path):
+def test_a_shard_that_another_process_downloads_is_skipped(server, tmp_path):
     server.stalls = 1
     other = start(server, tmp_path, "cache.get(*shards[0])")
     until(lambda: len(server.requests) == 1)
     cache = Cache(tmp_path, 10**9)
-    ahead = Prefetcher(cache, plan_of(server, [0, 1]), 10**9, downloads=1)
-    ahead.at(0)
+    prefetcher = Prefetcher(cache, plan_of(server, [0, 1]), 10**9, downloads=1)
+    prefetcher.at(0)
     until(lambda: bool(cache.has(*shard(server, 1))))
     assert cache.has(*shard(server, 0)) is None
     server.released.set()
     ended_well(other)
-    ahead.close()
+    prefetcher.close()
     assert server.sent == {"0.tar": SIZE, "1.tar": SIZE}
 
 
-def test_a_process_ends_although_its_downloads_hang(server, tmp_path):
+def test_a_process_ends_while_its_downloads_hang(server, tmp_path):
     server.stalls = 100
     program = """
-ahead = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards)), 10**9)
-ahead.at(0)
+prefetcher = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards)), 10**9)
+prefetcher.at(0)
 while len(list(Path(folder).glob("*.part"))) < 2:
     time.sleep(0.01)
 """
@@ -405,15 +405,15 @@ while len(list(Path(folder).glob("*.part"))) < 2:
     assert cache.get(*shard(server, 0)).read_bytes() == SHARDS["0.tar"]
 
 
-def test_a_forked_process_looks_ahead_with_threads_of_its_own(server, tmp_path):
+def test_a_forked_process_prefetches_with_threads_of_its_own(server, tmp_path):
     program = """
-ahead = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
-ahead.at(0)
+prefetcher = Prefetcher(cache, lambda begin: (Need(n, *one) for n, one in enumerate(shards) if n >= begin), 1)
+prefetcher.at(0)
 while not cache.has(*shards[0]):
     time.sleep(0.01)
 child = os.fork()
 if not child:
-    ahead.at(3)
+    prefetcher.at(3)
     while not cache.has(*shards[3]):
         time.sleep(0.01)
     os._exit(0)
@@ -426,23 +426,25 @@ print(cache.has(*shards[1]))
 
 
 class Reading:
-    """A data set whose item is the digest of a shard, read through the cache while it looks ahead."""
+    """A data set whose item is the digest of a shard, read through the cache while it prefetches."""
 
     def __init__(self, server: FileServer, folder: Path):
         self.shards = [shard(server, number) for number in range(len(SHARDS))]
         self.cache = Cache(folder, 10**9)
-        self.ahead = Prefetcher(self.cache, lambda begin: (Need(n, *one) for n, one in enumerate(self.shards) if n >= begin), 10**9)
+        self.prefetcher = Prefetcher(
+            self.cache, lambda begin: (Need(n, *one) for n, one in enumerate(self.shards) if n >= begin), 10**9
+        )
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, number: int) -> tuple[int, str]:
-        self.ahead.at(number)
+        self.prefetcher.at(number)
         with open(self.cache.open(*self.shards[number]), "rb") as file:
             return os.getpid(), hashlib.sha256(file.read()).hexdigest()
 
 
-def test_forked_loader_processes_read_and_look_ahead(server, tmp_path):
+def test_forked_loader_processes_read_and_prefetch(server, tmp_path):
     from torch.utils.data import DataLoader
 
     data = Reading(server, tmp_path)
@@ -454,5 +456,5 @@ def test_forked_loader_processes_read_and_look_ahead(server, tmp_path):
         assert [digest for _, digest in found] == [sha256 for *_, sha256 in data.shards]
         assert len({pid for pid, _ in found} | {os.getpid()}) == 3
     del loader
-    data.ahead.close()
+    data.prefetcher.close()
     assert server.sent == dict.fromkeys(SHARDS, SIZE)

@@ -54,10 +54,10 @@ def copied(tmp_path, url: str, size: int) -> bytes:
     return path.read_bytes()
 
 
-# What is read, and what is refused
+# Accepted and refused URLs
 
 
-def test_remote_is_told_from_local():
+def test_remote_and_local_are_distinguished():
     assert remote.check("https://example.org/shards/train-{000..007}.tar", "data.train")
     assert remote.check("http://[::1]:8000/a.tar", "data.train")
     assert not remote.check("data/train-*.tar", "data.train")
@@ -97,7 +97,7 @@ def test_other_addresses_are_refused_without_repeating_them(url):
         assert SECRET[5:] not in str(refused.value)
 
 
-def test_credentials_have_a_place_that_the_refusal_names():
+def test_a_refusal_names_the_place_for_credentials():
     with pytest.raises(InputError, match=r"environment, ~/\.aws, a netrc file or GOOGLE_APPLICATION_CREDENTIALS.*AWS_ENDPOINT_URL"):
         remote.check(f"s3://key:{SECRET}@bucket/a.tar", "data.train")
 
@@ -114,7 +114,7 @@ def test_http_cannot_be_listed(server):
         remote.glob(f"{server.url}/*.tar")
 
 
-# HTTP, whole, in parts, and with faults
+# HTTP: whole files, parts, faults
 
 
 def test_whole_and_part(server):
@@ -131,7 +131,7 @@ def test_a_file_comes_in_parallel_pieces(server, tmp_path, monkeypatch):
     assert len(server.requests) == 5 and server.sent["a.tar"] == len(BODY)
 
 
-def test_a_server_without_ranges_sends_the_whole_once(server, tmp_path, monkeypatch):
+def test_a_server_without_ranges_sends_the_whole_file_once(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PIECE", 1 << 16)
     server.ranges = False
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
@@ -139,7 +139,7 @@ def test_a_server_without_ranges_sends_the_whole_once(server, tmp_path, monkeypa
     assert remote.read(f"{server.url}/a.tar", 5, 10) == BODY[5:10]
 
 
-def test_a_server_that_forgets_its_ranges_is_still_read_right(server, tmp_path, monkeypatch):
+def test_a_server_that_stops_serving_ranges_is_read_right(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PIECE", 1 << 16)
     server.files["b.tar"] = BODY[::-1]
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
@@ -148,13 +148,13 @@ def test_a_server_that_forgets_its_ranges_is_still_read_right(server, tmp_path, 
 
 
 @pytest.mark.parametrize("status", [503, 500, 502, 429, 408])
-def test_a_busy_server_is_asked_again(server, status):
+def test_transient_errors_are_retried(server, status):
     server.statuses = [status] * (remote.TRIES - 1)
     assert remote.read(f"{server.url}/a.tar") == BODY
     assert remote.retries == {f"{server.url}/a.tar": remote.TRIES - 1}
 
 
-def test_patience_ends(server):
+def test_retries_are_limited(server):
     server.statuses = [503] * 100
     with pytest.raises(RemoteError, match=r"a\.tar: .*HTTP 503 Service Unavailable.*given up after 8 tries"):
         remote.read(f"{server.url}/a.tar", 0, 10)
@@ -164,14 +164,14 @@ def test_patience_ends(server):
 @pytest.mark.parametrize(
     "status, text", [(404, "404 Not Found"), (403, "403 Forbidden.*netrc"), (401, "401 .*netrc"), (410, "410 Gone")]
 )
-def test_what_asking_again_cannot_mend_is_told_at_once(server, status, text):
+def test_permanent_errors_are_not_retried(server, status, text):
     server.statuses = [status]
     with pytest.raises(RemoteError, match=text):
         remote.read(f"{server.url}/a.tar")
     assert len(server.requests) == 1 and not remote.retries
 
 
-def test_dropped_connections_cost_only_what_was_under_way(server, tmp_path, monkeypatch):
+def test_a_dropped_connection_repeats_only_its_own_bytes(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PIECE", 1 << 16)
     server.cut_after, server.cuts = 50_000, 3
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
@@ -179,19 +179,19 @@ def test_dropped_connections_cost_only_what_was_under_way(server, tmp_path, monk
     assert server.sent["a.tar"] <= len(BODY) + 3 * 50_000
 
 
-def test_a_server_that_drops_every_long_answer_is_read_in_pieces_short_enough(server, tmp_path, monkeypatch):
+def test_a_server_that_drops_every_long_answer_is_read_in_smaller_pieces(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SMALLEST_PIECE", 1 << 10)
     server.cut_after, server.cuts = 20_000, 10**9
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
 
 
-def test_a_body_cut_short_without_a_word_is_noticed(server, tmp_path):
+def test_a_short_body_without_an_error_is_retried(server, tmp_path):
     server.short = 2
     assert copied(tmp_path, f"{server.url}/a.tar", len(BODY)) == BODY
     assert sum(remote.retries.values()) == 2
 
 
-def test_a_stalled_answer_is_given_up_and_asked_for_anew(server, monkeypatch):
+def test_a_stalled_answer_is_retried(server, monkeypatch):
     monkeypatch.setattr(remote, "READ_TIMEOUT", 0.3)
     server.stalls = 2
     assert remote.read(f"{server.url}/a.tar", 0, 1000) == BODY[:1000]
@@ -205,7 +205,7 @@ def test_a_slow_answer_is_waited_for(server, monkeypatch):
     assert len(server.requests) == 1
 
 
-def test_a_server_that_is_not_there(server, monkeypatch):
+def test_a_missing_server_is_named(server, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 2)
     server.__exit__()
     with pytest.raises(RemoteError, match=r"Connection refused.*given up after 2 tries"):
@@ -214,7 +214,7 @@ def test_a_server_that_is_not_there(server, monkeypatch):
         remote.read("http://nowhere.invalid/a.tar")
 
 
-def test_a_part_beyond_the_end_is_an_error_at_once(server):
+def test_a_part_beyond_the_end_is_not_retried(server):
     with pytest.raises(RemoteError, match="HTTP 416"):
         remote.read(f"{server.url}/a.tar", len(BODY), len(BODY) + 10)
     assert len(server.requests) == 1
@@ -238,7 +238,7 @@ def test_s3_lists_reads_and_copies(s3, tmp_path, monkeypatch):
     assert len(remote.glob("s3://shards/set/train-*.tar")) == 4
 
 
-def test_s3_tells_at_once_what_is_not_there(s3):
+def test_missing_objects_of_s3_are_not_retried(s3):
     with pytest.raises(RemoteError, match=r"s3://shards/no\.tar: .*404 Not Found"):
         remote.read("s3://shards/no.tar")
     with pytest.raises(RemoteError, match=r"s3://nobody/a\.tar: .*404 Not Found NoSuchBucket"):
@@ -246,7 +246,7 @@ def test_s3_tells_at_once_what_is_not_there(s3):
     assert not remote.retries
 
 
-def test_s3_without_credentials_says_where_they_belong(s3, monkeypatch, tmp_path):
+def test_missing_credentials_of_s3_name_their_place(s3, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -260,7 +260,7 @@ S3_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Er
 
 
 def s3_at(server: FileServer, monkeypatch) -> None:
-    """The HTTP server with its faults, taken for an S3 endpoint: reading an object is the same there."""
+    """The HTTP server with its faults as an S3 endpoint: reading an object is the same there."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[dev]'")
     for name, value in (("ACCESS_KEY_ID", "AKIAEXAMPLE"), ("SECRET_ACCESS_KEY", SECRET), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
@@ -274,14 +274,14 @@ def s3_at(server: FileServer, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("status, code", [(503, "SlowDown"), (500, "InternalError"), (400, "RequestTimeout")])
-def test_s3_that_is_busy_is_asked_again(server, status, code, monkeypatch):
+def test_transient_errors_of_s3_are_retried(server, status, code, monkeypatch):
     s3_at(server, monkeypatch)
     server.statuses, server.error_body = [status] * 3, S3_ERROR.format(code, "later").encode()
     assert remote.read("s3://shards/a.tar", 3, 2000) == BODY[3:2000]
     assert sum(remote.retries.values()) == 3 and len(server.requests) == 4
 
 
-def test_s3_connections_that_drop(server, tmp_path, monkeypatch):
+def test_dropped_connections_of_s3_are_retried(server, tmp_path, monkeypatch):
     s3_at(server, monkeypatch)
     monkeypatch.setattr(remote, "PIECE", 1 << 16)
     server.cut_after, server.cuts, server.short = 30_000, 3, 0
@@ -312,7 +312,7 @@ def test_gs_lists_and_reads_from_a_stand_in(server, monkeypatch):
 
 
 def words_of(error: BaseException) -> str:
-    """All that an exception could show, and those it drags along."""
+    """Everything that an exception and those chained to it can show."""
     texts, seen = [], []
     while error is not None and error not in seen:
         seen.append(error)
@@ -322,7 +322,7 @@ def words_of(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("statuses", [[302, 403], [302, 503] * 8])
-def test_a_signed_address_that_the_server_leads_to_is_not_shown(server, statuses, capfd, caplog):
+def test_a_signed_url_of_a_redirect_is_not_shown(server, statuses, capfd, caplog):
     caplog.set_level(logging.INFO)
     server.statuses, server.location = statuses, f"{server.url}/signed?X-Amz-Signature={SECRET}"
     server.error_body = f"bad signature {SECRET}".encode()

@@ -25,7 +25,7 @@ def ilsvrc(tmp_path):
 LABELS = {"n01440764": 0, "n02012849": 1, "n03126707": 2, "n15075141": 3}
 
 
-def test_imagenets_tars_come_through_byte_for_byte(ilsvrc, tmp_path, monkeypatch, capsys):
+def test_images_of_the_original_tars_are_stored_byte_for_byte(ilsvrc, tmp_path, monkeypatch, capsys):
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "imagenet", ilsvrc.folder, out, "--shard-samples", 70)
     assert code == 0 and said.startswith(f"{out}: 238 samples for train, 12 samples for val; 2 images left out")
@@ -62,7 +62,7 @@ def test_imagenet_unpacked_gives_the_same_shards(ilsvrc, tmp_path):
         make_shards.imagenet(source, new(tmp_path / name), max_bad=0.02)
     first, second = digests(tmp_path / "tars"), digests(tmp_path / "unpacked_shards")
     assert first.pop("skipped.json") and second.pop("skipped.json") and first == second
-    # As others unpack it: a folder for each class in val too, and no devkit; then nothing tells what classes are called.
+    # As others unpack it: a folder for each class in val too, and no devkit, so that the names of the classes are not known.
     for name, _, wnid in ilsvrc.val:
         (unpacked / "val" / wnid).mkdir(exist_ok=True)
         (unpacked / "val" / name).rename(unpacked / "val" / wnid / name)
@@ -155,8 +155,8 @@ def _truth(change_lines):
         (_changed("ILSVRC2012_img_train.tar", renamed), "holds 'cranes000.tar', expected one tar for each"),
         (_changed("ILSVRC2012_img_val.tar", lambda b: b[:5000]), "img_val.tar: not a whole tar archive"),
         (_changed("ILSVRC2012_devkit_t12.tar.gz", lambda b: b[:-300]), "devkit_t12.tar.gz: not a whole tar archive"),
-        (_truth(lambda _: ["1"] * 12), "neither meta.mat nor map_clsloc.txt tells which they are"),
-        (_truth(lambda wnids: wnids[:-1]), "val_00000012.JPEG: the ground truth does not tell its class"),
+        (_truth(lambda _: ["1"] * 12), "neither meta.mat nor map_clsloc.txt to look them up"),
+        (_truth(lambda wnids: wnids[:-1]), "val_00000012.JPEG: it has no class in the ground truth"),
         (
             _truth(lambda wnids: [*wnids, wnids[0]]),
             "12 of 13 validation images, the first that is missing",
@@ -168,14 +168,14 @@ def _truth(change_lines):
         (_changed("ILSVRC2012_img_train.tar", lambda b: renamed(b, b"n03126707.tar", b"n02012849.tar")), "n02012849.tar twice"),
     ],
 )
-def test_an_imagenet_that_is_not_whole_is_refused(ilsvrc, tmp_path, monkeypatch, capsys, change, said):
+def test_an_incomplete_imagenet_is_refused(ilsvrc, tmp_path, monkeypatch, capsys, change, said):
     change(ilsvrc.folder)
     line = refused(monkeypatch, capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
     assert said in line
     assert not list((tmp_path / "shards").glob("*.tar"))
 
 
-def test_a_meta_file_of_other_content_is_refused(ilsvrc, tmp_path, monkeypatch, capsys):
+def test_a_meta_file_with_other_content_is_refused(ilsvrc, tmp_path, monkeypatch, capsys):
     (ilsvrc.folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     (ilsvrc.folder / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 12)
     for content in (b"", b"MATLAB 5.0" + bytes(200)):
@@ -199,7 +199,7 @@ def unpacked(ilsvrc, tmp_path):
     return folder
 
 
-def test_validation_images_that_are_not_those_of_the_ground_truth_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
+def test_validation_images_other_than_the_ground_truths_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
     def line():
         return refused(monkeypatch, capsys, "imagenet", unpacked, tmp_path / "shards", "--workers", 1)
 
@@ -217,7 +217,7 @@ def test_validation_images_that_are_not_those_of_the_ground_truth_are_refused(il
     make_shards.imagenet(unpacked, new(tmp_path / "whole"))
     wrong = next(one for one in LABELS if one != wnid)
     (unpacked / "val" / wnid / name).rename(unpacked / "val" / wrong / name)
-    assert f"{name}: the ground truth tells another class" in line()
+    assert f"{name}: the ground truth has another class" in line()
     (unpacked / "val" / wrong / name).unlink()
     assert "the first that is missing is ILSVRC2012_val_00000005" in line()
     (unpacked / "train" / "n02000000").mkdir()
@@ -225,7 +225,7 @@ def test_validation_images_that_are_not_those_of_the_ground_truth_are_refused(il
     assert "the class n02000000 is in training, but not in the ground truth" in line()
 
 
-def test_a_bad_image_costs_no_good_one_of_its_name(ilsvrc, tmp_path):
+def test_a_good_image_with_the_name_of_a_bad_one_is_kept(ilsvrc, tmp_path):
     """In the tars of two classes."""
     path = ilsvrc.folder / "ILSVRC2012_img_train.tar"
     path.write_bytes(renamed(path.read_bytes(), b"n03126707_9.JPEG", b"n01440764_9.JPEG"))
@@ -234,7 +234,7 @@ def test_a_bad_image_costs_no_good_one_of_its_name(ilsvrc, tmp_path):
     assert len(images) == 238 and ilsvrc.train["n03126707_9.JPEG"] in images
 
 
-def test_kaggles_folders_are_taken_as_they_are(ilsvrc, unpacked, tmp_path):
+def test_folders_from_kaggle_are_read_as_they_are(ilsvrc, unpacked, tmp_path):
     top = tmp_path / "kaggle"
     (top / "ILSVRC" / "Data").mkdir(parents=True)
     (unpacked / "ILSVRC2012_devkit_t12.tar.gz").unlink()

@@ -17,8 +17,8 @@ from dnal_dist.data.shards import Shards
 
 
 def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments, by one worker if they do not
-    tell: processes start more slowly than these shards are read."""
+    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments, by one worker
+    unless they say otherwise: processes start more slowly than these shards are read."""
     arguments = (*arguments, *(() if "--workers" in arguments else ("--workers", 1)))
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     code = 0
@@ -64,7 +64,7 @@ def own(tmp_path, digits):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_index_of_our_shards_is_the_one_they_came_with(own, monkeypatch, capsys, workers):
+def test_the_index_of_our_shards_equals_their_own(own, monkeypatch, capsys, workers):
     before = (own / "index.json").read_bytes()
     (own / "index.json").unlink()
     (own.parent / "names.txt").write_text("\n".join("0123456789") + "\n\n")
@@ -84,7 +84,7 @@ def test_patterns_and_output(own, monkeypatch, capsys):
     assert code == 2 and "--output: one index for the shards of 2 folders" in said
 
 
-def test_an_index_keeps_what_it_says_of_other_shards(own, monkeypatch, capsys):
+def test_an_index_keeps_its_entries_of_other_shards(own, monkeypatch, capsys):
     before = json.loads((own / "index.json").read_text())
     (own / "val-000001.tar").unlink()
     assert ended(index, monkeypatch, capsys, f"{own}/train-*.tar")[0] == 0
@@ -103,6 +103,58 @@ def test_faulty_samples_are_named_and_stay_in_the_index(tmp_path, monkeypatch, c
     assert Shards(str(path), "data.train", 3).samples == 5
 
 
+def encoded(number: int, kind: str) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 9, 3), np.uint8)).save(out, kind)
+    return out.getvalue()
+
+
+KINDS = (("JPG", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("BMP", "BMP"), ("tiff", "TIFF"))
+
+
+@pytest.mark.parametrize("label", ["cls", "cls.txt", "txt", "json"])
+def test_the_image_kinds_and_label_forms_of_the_stream_are_read(tmp_path, monkeypatch, capsys, label):
+    """Labels are names of classes, which the index maps to numbers, or numbers; verify agrees with the index."""
+    members = []
+    for number, (extension, kind) in enumerate(KINDS):
+        text = ("cat", "dog", "2")[number % 3]
+        content = json.dumps({"label": int(text) if text.isdigit() else text, "width": 9}) if label == "json" else f"{text}\n"
+        members += [(f"{number}.{label}", content.encode()), (f"{number}.{extension}", encoded(number, kind))]
+    path, names = tar(tmp_path / "own" / "train-0.tar", *members), tmp_path / "names.txt"
+    names.write_text("cat\ndog\nowl\n")
+    key = ("--label-key", "label") if label == "json" else ()
+    assert ended(index, monkeypatch, capsys, path, "--classes", names, *key) == (0, "1 shards, 6 samples\n", "")
+    assert findings(monkeypatch, capsys, path, "--decode", *key) == []
+    # A second time the names are those of the index.
+    assert ended(index, monkeypatch, capsys, path, *key) == (0, "1 shards, 6 samples\n", "")
+    row = json.loads(ended(verify, monkeypatch, capsys, path, "--json", *key)[1])["splits"]["train"]
+    assert (row["per_class"], row["faulty"], row["unread"]) == ([2, 2, 2], 0, {})
+    assert ended(verify, monkeypatch, capsys, path, "--contact-sheet", tmp_path / "sheet.png", *key)[0] == 0
+
+
+def test_unknown_names_and_missing_json_keys_are_faults(tmp_path, monkeypatch, capsys):
+    path = tar(tmp_path / "a" / "a.tar", ("a.txt", b"cat"), ("a.jpg", image(1, "jpg")), *sample("b", 2, 0))
+    code, said, wrong = ended(index, monkeypatch, capsys, path)
+    assert (code, said) == (0, "1 shards, 2 samples; 1 of them will be skipped\n")
+    assert "sample a: label 'cat' is out of range" in wrong
+    members = [("a.json", b'{"name": 1}'), ("a.jpg", image(1, "jpg")), ("b.json", b"{"), ("b.png", image(2))]
+    path = tar(tmp_path / "b" / "b.tar", *members)
+    code, said, wrong = ended(index, monkeypatch, capsys, path, "--label-key", "label")
+    assert (code, said) == (0, "1 shards, 2 samples; 2 of them will be skipped\n")
+    assert "no key 'label'" in wrong and "no object of JSON" in wrong
+
+
+def test_members_without_a_reader_are_listed_once_by_kind(tmp_path, monkeypatch, capsys):
+    more = [[(f"{key}.json", b"{}")] + ([(f"{key}.npy", b"1")] if key == "a" else []) for key in "abc"]
+    members = [one for number, key in enumerate("abc") for one in (*sample(key, number, 0), *more[number])]
+    path = tar(tmp_path / "own" / "a.tar", *members)
+    line = "members without a reader, and the samples that have them: .json (3), .npy (1)\n"
+    assert ended(index, monkeypatch, capsys, path) == (0, "1 shards, 3 samples\n", line)
+    code, said, _ = ended(verify, monkeypatch, capsys, path)
+    assert code == 0 and said.count("without a reader") == 1 and line in said
+    assert json.loads(ended(verify, monkeypatch, capsys, path, "--json")[1])["splits"]["a"]["unread"] == {"json": 3, "npy": 1}
+
+
 def test_a_label_of_twenty_digits_takes_no_memory(tmp_path, monkeypatch, capsys):
     path = tar(tmp_path / "own" / "a.tar", *sample("a", 1, 10**19), *sample("b", 2, 1))
     code, said, wrong = ended(index, monkeypatch, capsys, path)
@@ -112,7 +164,7 @@ def test_a_label_of_twenty_digits_takes_no_memory(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, bytes(10240)])
-def test_what_is_no_shard_gets_no_index(tmp_path, monkeypatch, capsys, content):
+def test_no_index_is_made_of_other_files(tmp_path, monkeypatch, capsys, content):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     code, _, said = ended(index, monkeypatch, capsys, path)
@@ -120,21 +172,21 @@ def test_what_is_no_shard_gets_no_index(tmp_path, monkeypatch, capsys, content):
     assert not (tmp_path / "index.json").exists()
 
 
-def test_index_says_what_it_cannot_find(tmp_path, monkeypatch, capsys):
+def test_index_names_what_it_cannot_find(tmp_path, monkeypatch, capsys):
     for arguments in ([tmp_path], [tmp_path / "none-*.tar"], [tmp_path, "--classes", tmp_path / "names.txt"]):
         code, _, said = ended(index, monkeypatch, capsys, *arguments)
         assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(tmp_path) in said
 
 
 def findings(monkeypatch, capsys, *arguments) -> list[tuple[str, str, str]]:
-    """Kind, shard (and what in it) and words of each finding; the exit code must tell of them."""
+    """Kind, shard (and sample) and text of each finding; the exit code must agree."""
     code, out, err = ended(verify, monkeypatch, capsys, *arguments, "--json")
     found = json.loads(out)["findings"]
     assert code == bool(found) and not err
     return [(one["kind"], one["where"].rpartition("/")[2], one["what"]) for one in found]
 
 
-def test_nothing_is_found_in_whole_shards(own, monkeypatch, capsys):
+def test_whole_shards_give_no_finding(own, monkeypatch, capsys):
     assert findings(monkeypatch, capsys, own, "--decode") == []
     assert findings(monkeypatch, capsys, f"{own}/val-*.tar", "--workers", 2) == []
     code, out, _ = ended(verify, monkeypatch, capsys, own, "--decode")
@@ -160,7 +212,7 @@ def _labels(path: Path) -> list[int]:
         return [int(shard.extractfile(member).read()) for member in shard if member.name.endswith(".cls")]
 
 
-def test_a_shard_that_is_not_as_the_index_says_is_found(own, monkeypatch, capsys):
+def test_a_shard_that_differs_from_the_index_is_found(own, monkeypatch, capsys):
     path = own / "train-000001.tar"
     content = bytearray(path.read_bytes())
     # In the padding behind an image, where no sample is harmed by it.
@@ -174,7 +226,7 @@ def test_a_shard_that_is_not_as_the_index_says_is_found(own, monkeypatch, capsys
     assert ("index", "val-000000.tar") in [(kind, where) for kind, where, _ in found]
     assert any(kind == "digest" and "bytes, index.json says" in what for kind, _, what in found)
     tar(own / "train-000009.tar", *sample("new", 1, 3))
-    assert ("index", "train-000009.tar", "no index tells of it; python -m data_tools.index makes one") in findings(
+    assert ("index", "train-000009.tar", "not in any index; python -m data_tools.index makes one") in findings(
         monkeypatch, capsys, own
     )
 
@@ -215,7 +267,7 @@ def kinds(monkeypatch, capsys, *arguments) -> list[tuple[str, str]]:
     return [(kind, where) for kind, where, _ in findings(monkeypatch, capsys, *arguments)]
 
 
-def test_splits_in_folders_of_their_own_are_told_apart(tmp_path, monkeypatch, capsys):
+def test_splits_in_folders_of_their_own_are_distinguished(tmp_path, monkeypatch, capsys):
     tar(tmp_path / "train" / "shard-000.tar", *sample("a", 1, 0), *sample("b", 2, 2))
     tar(tmp_path / "val" / "shard-000.tar", *sample("a", 1, 0), *sample("c", 3, 1))
     assert ended(index, monkeypatch, capsys, tmp_path / "train", tmp_path / "val")[0] == 0
@@ -234,7 +286,7 @@ def test_shards_of_one_split_in_two_folders_are_one_split(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("first, second", [("train-0-of-2", "train-1-of-2"), ("train_00000_of_00002", "train_00001_of_00002")])
-def test_numbers_of_numbers_name_no_split(tmp_path, monkeypatch, capsys, first, second):
+def test_a_number_of_shards_in_a_name_is_no_split(tmp_path, monkeypatch, capsys, first, second):
     tar(tmp_path / "own" / f"{first}.tar", *sample("a", 1, 0))
     tar(tmp_path / "own" / f"{second}.tar", *sample("b", 1, 0))
     assert ended(index, monkeypatch, capsys, tmp_path / "own")[0] == 0
@@ -249,7 +301,7 @@ def test_training_shards_are_known_by_a_word_of_their_name(tmp_path, monkeypatch
     assert kinds(monkeypatch, capsys, tmp_path / "own") == [("class", "class 1 (1)")]
 
 
-def test_two_indices_that_name_the_classes_otherwise_are_found(tmp_path, monkeypatch, capsys):
+def test_two_indices_with_different_class_names_are_found(tmp_path, monkeypatch, capsys):
     train = made(tmp_path / "a", 2, train=[*sample("a", 1, 0), *sample("b", 2, 1)])
     val = made(tmp_path / "b", 2, val=sample("c", 3, 1))
     assert kinds(monkeypatch, capsys, train, val) == []
@@ -262,7 +314,7 @@ def test_two_indices_that_name_the_classes_otherwise_are_found(tmp_path, monkeyp
     assert kinds(monkeypatch, capsys, val, train) == []
 
 
-def test_an_index_does_not_keep_numbers_that_are_outdated(tmp_path, monkeypatch, capsys):
+def test_an_index_does_not_keep_outdated_numbers_of_classes(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "own"
     tar(folder / "train-0.tar", *sample("a", 1, 3))
     tar(folder / "val-0.tar", *sample("b", 2, 1))
@@ -274,7 +326,7 @@ def test_an_index_does_not_keep_numbers_that_are_outdated(tmp_path, monkeypatch,
     assert json.loads((folder / "index.json").read_text())["classes"] == ["0", "1"]
 
 
-def test_names_that_cannot_be_those_of_the_classes_are_refused(tmp_path, monkeypatch, capsys):
+def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, monkeypatch, capsys):
     path, names = tar(tmp_path / "own" / "a.tar", *sample("a", 1, 0), *sample("b", 2, 2)), tmp_path / "names.txt"
     for content, said in (
         (b"cat\ndog\n", f"{names}: names 2 classes, but {path}: b has label 2"),
@@ -295,13 +347,13 @@ def test_names_that_cannot_be_those_of_the_classes_are_refused(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("content", ["{", '{"version": 1, "shards": [{"file": 1}]}'])
-def test_a_damaged_index_is_made_anew(own, monkeypatch, capsys, content):
+def test_a_damaged_index_is_made_again(own, monkeypatch, capsys, content):
     before = json.loads((own / "index.json").read_text())
     (own / "index.json").write_text(content)
     code, _, err = ended(index, monkeypatch, capsys, f"{own}/val-*.tar")
     assert code == 2 and "index.json: not an index of shards" in err and "from all shards of the folder" in err
     code, _, err = ended(index, monkeypatch, capsys, own)
-    assert code == 0 and "index.json: damaged, and made anew" in err
+    assert code == 0 and "index.json: damaged, and made again" in err
     assert json.loads((own / "index.json").read_text()) == before
 
 
@@ -312,7 +364,7 @@ def test_the_index_of_another_program_is_left_alone(own, monkeypatch, capsys):
     assert code == 2 and "index.json: of another program; rename it" in err and (own / "index.json").read_text() == content
 
 
-def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
+def test_kinds_of_duplicates_are_distinguished(tmp_path, monkeypatch, capsys):
     train = [*sample("a", 1, 0), *sample("b", 1, 0), *sample("c", 1, 1), *sample("d", 2, 2), *sample("a", 3, 1)]
     folder = made(tmp_path / "own", train=train, val=[*sample("d", 4, 0), *sample("w", 2, 2)])
     found = findings(monkeypatch, capsys, folder)
@@ -327,7 +379,7 @@ def test_duplicates_are_told_apart(tmp_path, monkeypatch, capsys):
     assert {name: row["same_picture"] for name, row in json.loads(out)["splits"].items()} == {"train": 2, "val": 0}
 
 
-def test_only_decode_finds_what_does_not_decode(tmp_path, monkeypatch, capsys):
+def test_only_decode_finds_images_that_do_not_decode(tmp_path, monkeypatch, capsys):
     cut, damaged = image(1, "jpg")[:-60], bytearray(image(2))
     damaged[60] ^= 0xFF
     members = [("a.cls", b"0"), ("a.jpg", cut), ("b.cls", b"0"), ("b.png", bytes(damaged)), ("c.cls", b"0"), ("c.jpg", b"")]
@@ -338,14 +390,14 @@ def test_only_decode_finds_what_does_not_decode(tmp_path, monkeypatch, capsys):
     assert "truncated" in found[0][2] and found[2][2] == "it is empty"
 
 
-def test_of_many_findings_some_are_printed_and_all_are_counted(tmp_path, monkeypatch, capsys):
+def test_many_findings_are_counted_and_some_printed(tmp_path, monkeypatch, capsys):
     folder = made(tmp_path / "own", 1, train=[part for i in range(30) for part in sample(f"{i:02d}", i, 0 if i < 10 else 1)])
     code, out, _ = ended(verify, monkeypatch, capsys, folder, "--list", "3")
     assert code == 1 and out.count("is outside the 1 classes") == 3
     assert "label: and 17 more" in out and out.endswith("20 findings\n")
 
 
-def test_verify_that_cannot_run_says_why(tmp_path, own, monkeypatch, capsys):
+def test_verify_names_the_reason_why_it_cannot_run(tmp_path, own, monkeypatch, capsys):
     (own / "index.json").write_text("{")
     for pattern, said in ((tmp_path / "none", "none"), (own, "index.json: not an index of shards")):
         code, _, wrong = ended(verify, monkeypatch, capsys, pattern)
@@ -353,7 +405,7 @@ def test_verify_that_cannot_run_says_why(tmp_path, own, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", ["an empty tar", "only what would be unpickled", "a repeated member", "gzip"])
-def test_verify_reports_on_shards_of_which_no_sample_can_be_used(tmp_path, monkeypatch, capsys, what):
+def test_verify_reports_shards_without_a_usable_sample(tmp_path, monkeypatch, capsys, what):
     members = {
         "an empty tar": [],
         "only what would be unpickled": [("a.cls", b"0"), ("a.pickle", b"N.")],
@@ -384,7 +436,7 @@ def test_a_contact_sheet_that_cannot_be_written_is_refused_before_anything_is_re
         assert code == 2 and not out and f"--contact-sheet: {path} cannot be written" in err
 
 
-def test_findings_are_told_though_the_contact_sheet_fails(own, monkeypatch, capsys):
+def test_findings_are_printed_if_the_contact_sheet_fails(own, monkeypatch, capsys):
     (own / "index.json").unlink()
     monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     code, out, err = ended(verify, monkeypatch, capsys, own, "--contact-sheet", own.parent / "sheet.png")
@@ -447,7 +499,7 @@ def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, monkeypatch, cap
         assert sheet.getpixel((80, 80)) == (100, 100, 100)
 
 
-def test_a_contact_sheet_shows_what_cannot_be_decoded(tmp_path, monkeypatch, capsys):
+def test_a_contact_sheet_marks_images_that_cannot_be_decoded(tmp_path, monkeypatch, capsys):
     folder = made(tmp_path / "own", 1, train=[("a.cls", b"0"), ("a.jpg", b"no image")])
     code, _, _ = ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")
     assert code == 0

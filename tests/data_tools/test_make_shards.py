@@ -1,4 +1,4 @@
-"""Shards hold what their source holds, the same way every time, however often the making was stopped."""
+"""Shards hold the samples of their source, the same bytes every time, however often the command was stopped."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from data_tools import make_shards, writing
 from data_tools.record import Record
 from data_tools.workers import in_order
 from data_tools.writing import Split
-from dnal_dist.data.tar import boundaries, parse
+from dnal_dist.data.tar import LabelFormat, boundaries, parse
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -28,7 +28,7 @@ def test_the_same_bytes_every_time(digits, tmp_path):
     assert digests(tmp_path / "again") == digests(digits)
 
 
-def test_the_index_tells_what_the_shards_hold(digits):
+def test_the_index_holds_samples_and_bytes_of_each_shard(digits):
     index = json.loads((digits / "index.json").read_text())
     assert [entry["file"] for entry in index["shards"]] == sorted(path.name for path in digits.glob("*.tar"))
     for entry in index["shards"]:
@@ -65,7 +65,7 @@ def test_shards_differ_by_one_sample_at_most(tmp_path):
     ]
 
 
-def test_the_index_tells_where_each_sample_begins(tmp_path):
+def test_the_index_holds_the_offset_of_each_sample(tmp_path):
     made(tmp_path)
     text = (tmp_path / "index.json").read_text()
     index = json.loads(text)
@@ -78,7 +78,7 @@ def test_the_index_tells_where_each_sample_begins(tmp_path):
         assert entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert len(entry["offsets"]) == entry["samples"] + 1 and entry["offsets"][0] == 0
         for begin, end in itertools.pairwise(entry["offsets"]):
-            sample = parse(content[begin:end], 3)
+            sample = parse(content[begin:end], LabelFormat(3))
             assert (sample.key, sample.label) == (f"{number[split]:03d}", number[split] % 3)
             assert sample.image == f"image of {split[0]}{number[split]}".encode()
             number[split] += 1
@@ -109,13 +109,13 @@ def test_workers_change_no_byte(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_worker_meets_is_said_by_the_main_process(tmp_path, workers):
+def test_an_error_of_a_worker_is_raised_in_the_main_process(tmp_path, workers):
     with pytest.raises(ValueError, match="t7: cannot be drawn"):
         made(tmp_path, draw=fail, workers=workers)
     assert not list(tmp_path.glob("*.unfinished")) and not (tmp_path / "index.json").exists()
 
 
-def test_a_worker_that_is_killed_is_no_riddle(tmp_path):
+def test_a_killed_worker_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"a worker process was killed, .* lower --workers"):
         made(tmp_path, draw=die, workers=2)
 
@@ -136,7 +136,7 @@ class Interrupted:
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A folder whose making was stopped at the second of the third shard's samples, and how it should have become."""
+    """A folder of a command stopped at the second sample of the third shard, and the folder of a whole one."""
     made(new(tmp_path / "whole"))
     drawing = Interrupted("t8")
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def stopped(tmp_path):
     return SimpleNamespace(folder=tmp_path / "shards", whole=tmp_path / "whole", drawing=drawing)
 
 
-def test_a_making_that_was_stopped_goes_on(stopped):
+def test_a_stopped_command_continues(stopped):
     assert sorted(path.name for path in stopped.folder.iterdir()) == ["making.jsonl", "train-000000.tar", "train-000001.tar"]
     stopped.drawing.drawn.clear()
     made(stopped.folder, draw=stopped.drawing)
@@ -153,7 +153,7 @@ def test_a_making_that_was_stopped_goes_on(stopped):
 
 
 @pytest.mark.parametrize("change", ["another byte", "cut short", "missing", "unknown"])
-def test_a_shard_that_is_not_as_it_was_left_is_made_anew(stopped, change):
+def test_a_shard_that_has_changed_is_made_again(stopped, change):
     path = stopped.folder / "train-000001.tar"
     content = path.read_bytes()
     if change == "another byte":
@@ -171,12 +171,12 @@ def test_a_shard_that_is_not_as_it_was_left_is_made_anew(stopped, change):
     assert digests(stopped.folder) == digests(stopped.whole)
 
 
-def test_other_options_do_not_go_on_with_it(stopped):
+def test_an_unfinished_set_is_not_continued_with_other_options(stopped):
     before = digests(stopped.folder)
-    with pytest.raises(ValueError, match=r"made otherwise \(seed was None and is now 1\); repeat the command that began it"):
+    with pytest.raises(ValueError, match=r"of other options \(seed was None and is now 1\); repeat the command that began it"):
         made(stopped.folder, options={"seed": 1})
     (stopped.folder / "making.jsonl").write_text("no record\n")
-    with pytest.raises(ValueError, match=r"making.jsonl: not the record of a making .* --overwrite"):
+    with pytest.raises(ValueError, match=r"making.jsonl: not a record of unfinished shards .* --overwrite"):
         made(stopped.folder)
     (stopped.folder / "making.jsonl").unlink()
     with pytest.raises(ValueError, match=r"train-000000\.tar: a shard of unknown origin"):
@@ -184,7 +184,7 @@ def test_other_options_do_not_go_on_with_it(stopped):
     assert {name: digest for name, digest in before.items() if name != "making.jsonl"} == digests(stopped.folder)
 
 
-def test_a_finished_set_is_replaced_only_if_asked_to(stopped, tmp_path):
+def test_a_finished_set_is_replaced_only_with_overwrite(stopped, tmp_path):
     before = digests(stopped.whole)
     with pytest.raises(ValueError, match=r"index.json: the folder holds a finished set; .* --overwrite"):
         made(stopped.whole, count=5)
@@ -208,7 +208,7 @@ def assert_gone(session: int) -> None:
     raise AssertionError("processes went on for 10 seconds after the main one had ended")
 
 
-def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tmp_path):
     folder, apart = tmp_path / "shards", tmp_path / "apart"
     drawn = ["synthetic", "--classes", "5", "--train", "3000", "--val", "50", "--size", "100", "--shard-samples", "200"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn]
@@ -222,7 +222,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 130 and "stopped before all shards were made; the same command goes on" in said
+    assert process.returncode == 130 and "stopped before all shards were made; the same command continues" in said
     assert "Traceback" not in said
     assert_gone(process.pid)
     left = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(tmp_path):
     assert digests(folder) == digests(apart)
 
 
-def test_workers_take_no_notice_of_ctrl_c_from_their_start_on():
+def test_workers_ignore_ctrl_c_from_their_start_on():
     assert in_order(holds_interrupts, [0, 1], 2, "workers", None) == [True, True]
     assert not holds_interrupts(0, None)
 
@@ -249,11 +249,11 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(make_shards, "digits", while_another_comes)
     assert command(monkeypatch, capsys, "digits", tmp_path / "shards")[0] == 0
-    assert said == [f"error: {tmp_path / 'shards'}: another command is making shards there; wait for it, or end it\n"]
+    assert said == [f"error: {tmp_path / 'shards'}: another command is making shards there; wait for it, or stop it\n"]
     assert (tmp_path / "shards" / "index.json").exists()
 
 
-def test_a_full_disk_is_named_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_named_with_the_remedy(tmp_path, monkeypatch, capsys):
     record = Record(new(tmp_path / "record"), {"kind": "test"})
     record.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: .*making\.jsonl"):
@@ -269,7 +269,7 @@ def test_a_full_disk_is_named_and_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(make_shards, "digits", full)
     line = refused(monkeypatch, capsys, "digits", tmp_path / "shards", "--overwrite")
-    assert line.endswith("making.jsonl'; make room, the same command without --overwrite then goes on\n")
+    assert line.endswith("making.jsonl'; free some space, the same command without --overwrite then continues\n")
 
 
 def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
@@ -280,13 +280,13 @@ def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("kind", make_shards.MORE)
-def test_help_of_a_kind_is_for_those_who_call_it(kind, monkeypatch, capsys):
+def test_the_help_of_a_kind_is_for_its_users(kind, monkeypatch, capsys):
     code, said = command(monkeypatch, capsys, kind, "--help")
     assert code == 0 and " ".join(make_shards.MORE[kind].split())[:40] in " ".join(said.split())
     assert "Returns" not in said and "write_images" not in said
 
 
-def test_workers_end_with_a_main_process_that_was_killed(tmp_path):
+def test_workers_end_with_a_killed_main_process(tmp_path):
     drawn = ["synthetic", "--classes", "5", "--train", "9000", "--size", "200", "--shard-samples", "200", "--workers", "2"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn, tmp_path]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -298,14 +298,14 @@ def test_workers_end_with_a_main_process_that_was_killed(tmp_path):
     assert_gone(process.pid)
 
 
-def test_shards_of_an_earlier_making_are_not_left_among_new_ones(tmp_path):
+def test_older_shards_are_not_left_among_new_ones(tmp_path):
     (tmp_path / "val-000002.tar").write_bytes(b"old")
     with pytest.raises(ValueError, match=r"val-000002.tar: .* remove it"):
         make_shards.digits(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["val-000002.tar"]
 
 
-def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["make_shards", "digits", str(tmp_path / "file" / "digits")])
     with pytest.raises(SystemExit) as stopped:
@@ -322,7 +322,7 @@ def test_command_line_says_where_it_cannot_write(tmp_path, monkeypatch, capsys):
         ("--resize", "large", "expected a whole number above 0, found 'large'"),
         ("--quality", "96", "expected a whole number from 1 to 95, found '96'"),
         ("--seed", "-1", "expected a whole number, 0 or above, found '-1'"),
-        ("--max-bad", "5%", "expected a share from 0 to 1, found '5%'"),
+        ("--max-bad", "5%", "expected a fraction from 0 to 1, found '5%'"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path, monkeypatch, capsys, option, value, said):
@@ -330,13 +330,13 @@ def test_options_out_of_range_are_refused(tmp_path, monkeypatch, capsys, option,
     assert code == 2 and said in line
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_names_the_way_to_continue(tmp_path, monkeypatch, capsys):
     def interrupted(folder, overwrite):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(make_shards, "digits", interrupted)
     code, said = command(monkeypatch, capsys, "digits", tmp_path)
-    assert code == 130 and said == f"\nstopped before all shards were made; the same command goes on in {tmp_path}\n"
+    assert code == 130 and said == f"\nstopped before all shards were made; the same command continues in {tmp_path}\n"
 
 
 def test_help_names_every_kind(monkeypatch, capsys):

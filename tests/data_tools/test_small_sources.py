@@ -1,4 +1,4 @@
-"""Fashion-MNIST and CIFAR-10 come through to the pixel; a source that is not what it should be is refused by name."""
+"""Fashion-MNIST and CIFAR-10 keep every pixel; incomplete and other sources are refused by name."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def fashion(tmp_path, monkeypatch):
     return SimpleNamespace(folder=folder, truth=sources.fashion_mnist(folder))
 
 
-def test_fashion_mnist_comes_through_to_the_pixel(fashion, tmp_path, monkeypatch, capsys):
+def test_pixels_of_fashion_mnist_are_kept(fashion, tmp_path, monkeypatch, capsys):
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "fashion_mnist", out, "--source", fashion.folder, "--shard-samples", 5)
     assert (code, said) == (0, f"{out}: 12 samples for train, 5 samples for val\n")
@@ -53,7 +53,7 @@ def test_fashion_mnist_is_checked_for_its_true_size():
         ("t10k-images-idx3-ubyte", lambda b: b"", "begins with , expected"),
     ],
 )
-def test_a_fashion_mnist_that_is_not_whole_is_refused(fashion, tmp_path, monkeypatch, capsys, name, change, said):
+def test_an_incomplete_fashion_mnist_is_refused(fashion, tmp_path, monkeypatch, capsys, name, change, said):
     path = fashion.folder / name
     path.write_bytes(change(path.read_bytes())) if change else path.unlink()
     line = refused(monkeypatch, capsys, "fashion_mnist", tmp_path / "shards", "--source", fashion.folder)
@@ -71,7 +71,7 @@ def cifar(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["archive", "folder", "folder above"])
-def test_cifar10_comes_through_to_the_pixel(cifar, tmp_path, monkeypatch, capsys, source):
+def test_pixels_of_cifar10_are_kept(cifar, tmp_path, monkeypatch, capsys, source):
     path = {"archive": cifar.archive, "folder": cifar.folder, "folder above": cifar.folder.parent}[source]
     out = tmp_path / "shards"
     code, said = command(monkeypatch, capsys, "cifar10", path, out, "--shard-samples", 10)
@@ -85,7 +85,7 @@ def test_cifar10_is_checked_for_its_true_size():
     assert (cifar10.RECORDS, cifar10.PIXELS) == (10_000, 3072)
 
 
-def test_names_in_an_archive_reach_no_place_on_disk(cifar, tmp_path):
+def test_names_in_an_archive_write_nothing_to_disk(cifar, tmp_path):
     archive = archived(cifar.folder, "../../outside/")
     before = {path for path in tmp_path.parent.rglob("*")}
     make_shards.cifar10(archive, new(tmp_path / "shards"))
@@ -106,7 +106,7 @@ def test_names_in_an_archive_reach_no_place_on_disk(cifar, tmp_path):
         ("data_batch_1.bin", lambda b: b"\x63" + b[1:], "data_batch_1.bin holds a label of 99"),
     ],
 )
-def test_a_cifar10_that_is_not_whole_is_refused(cifar, tmp_path, monkeypatch, capsys, name, change, said):
+def test_an_incomplete_cifar10_is_refused(cifar, tmp_path, monkeypatch, capsys, name, change, said):
     path = cifar.folder / name
     path.write_bytes(change(path.read_bytes())) if change else path.unlink()
     for source in (cifar.folder, archived(cifar.folder)):

@@ -16,7 +16,7 @@ def opened(encoded: bytes) -> Image.Image:
     return Image.open(io.BytesIO(encoded))
 
 
-def test_a_image_depends_on_seed_split_and_number_alone(tmp_path):
+def test_an_image_depends_only_on_seed_split_and_number(tmp_path):
     make_shards.synthetic(new(tmp_path / "few"), classes=4, train=8, val=4, size=48)
     make_shards.synthetic(new(tmp_path / "many"), classes=4, train=20, val=12, size=48, shard_samples=7)
     make_shards.synthetic(new(tmp_path / "other"), classes=4, train=8, val=4, size=48, seed=1)
@@ -77,5 +77,5 @@ def test_the_same_bytes_every_time(tmp_path):
         (["--classes", "50", "--train", "49"], "--train: expected 50 or more, found 49"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch, capsys, options, said):
+def test_sizes_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch, capsys, options, said):
     assert said in refused(monkeypatch, capsys, "synthetic", tmp_path / "shards", *options)
