@@ -167,7 +167,7 @@ def test_a_changed_source_is_not_continued(damaged, tmp_path, monkeypatch):
         patch.setattr("data_tools.images.Draw.__call__", stop)
         make_shards.image_folder(damaged.folder, new(tmp_path / "shards"), shard_samples=100)
     (damaged.train / "000.jpg").unlink()
-    with pytest.raises(ValueError, match=r"made otherwise \(its source has changed\)"):
+    with pytest.raises(ValueError, match=r"of other options \(its source has changed\)"):
         make_shards.image_folder(damaged.folder, tmp_path / "shards", shard_samples=100)
 
 
