@@ -1,4 +1,4 @@
-"""The runs in a folder: which go on, which stopped or were killed, and what each has come to. No torch.
+"""The runs in a folder: state, progress and results. No torch.
 
 python -m dnal_dist.runs runs             those in runs/, in sweeps too: three folders deep
 python -m dnal_dist.runs runs --watch     again every few seconds
@@ -44,7 +44,7 @@ HEAD = ["run", "state", "phase", "step", "accuracy", "macs", "images/s", "last s
 WARNINGS = 'warnings: in a run\'s report.html, or grep \'"kind": "warning"\' RUN/metrics.jsonl'
 
 
-def _tell(folder: Path, found: list[dict]) -> None:
+def _print(folder: Path, found: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -80,7 +80,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for example runs")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
-    parser.add_argument("--watch", action="store_true", help=f"look again every {EVERY:.0f} s, until Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help=f"repeat every {EVERY:.0f} s, until Ctrl-C")
     args = parser.parse_args()
     # A name that the terminal's encoding lacks is no reason to fail.
     sys.stdout.reconfigure(errors="replace")
@@ -95,7 +95,7 @@ def main() -> None:
             if args.json:
                 print(json.dumps(found, indent=None if args.watch else 1))
             elif found:
-                _tell(args.folder, found)
+                _print(args.folder, found)
             else:
                 print(f"{args.folder}: no run in it, nor {DEPTH} folders deep")
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What runs came to, from their folders alone: no torch, no network, finished or not.
+"""Reports of runs, finished or not, from their folders alone: no torch, no network.
 
 python -m dnal_dist.report RUN            write RUN/report.html, RUN/report.md and RUN/plots/, and print the table
 python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's folder

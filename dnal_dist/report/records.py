@@ -1,4 +1,4 @@
-"""What a run folder tells: its records, what the run came to, and that in words. No torch."""
+"""A run folder's records, their summary, and the summary in words. No torch."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from dnal_dist.common.text import amount, duration, fewer, percent, printable
 
 
 class NoRecord(ValueError):
-    """A run folder in which nothing is told yet."""
+    """A run folder without any record yet."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _records(path: Path, lines: list[bytes]) -> list[dict]:
 
 
 def summary(run: str | Path | Run) -> dict:
-    """What a run came to, finished or not; a key whose value is not known yet is absent.
+    """Results of a run, finished or not; a key whose value is not known yet is absent.
 
     accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
     params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed}, channels {total, kept}, collapsed,
@@ -207,7 +207,7 @@ def about(run: Run) -> str:
 
 
 def headline(run: Run, result: dict) -> str:
-    """What the run came to, in a sentence, or where it stands; `result` is its `result_of`."""
+    """The result in a sentence, or the progress of an unfinished run; `result` is its `result_of`."""
     phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
     if result["finished"] and accuracy is not None and "macs_ratio" in result:
         macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])

@@ -14,7 +14,7 @@ from dnal_dist.common.lock import occupied
 from dnal_dist.report import records
 
 DEPTH = 3
-# Seconds between two looks of --watch, and in which squeue has to answer.
+# Seconds between two polls of --watch, and in which squeue has to answer.
 EVERY, ANSWER = 5.0, 3.0
 # Seconds without a record after which a run on another machine's disk does not seem to go on: twice the time between checkpoints.
 SILENT = 1800.0
@@ -35,7 +35,7 @@ WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
 
 
 def found_in(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """Run folders in `folder` and below, itself too; nothing is looked for inside of a run."""
+    """Run folders in `folder` and below, itself too; not inside of a run."""
     if (folder / "metrics.jsonl").exists():
         yield folder
         return
@@ -77,8 +77,8 @@ def queue() -> dict[str, str] | None:
     return found
 
 
-def told(folder: Path, queued: dict[str, str] | None = None) -> dict:
-    """What a run folder tells of its run, as JSON; a key whose value is not known is absent. Never raises for what is in there.
+def entry(folder: Path, queued: dict[str, str] | None = None) -> dict:
+    """State and progress of a run, as JSON; a key whose value is not known is absent. Never raises for a folder's content.
 
     run, name, state, phase, step, phase_steps, accuracy (of the last evaluation), macs_ratio (of the full network's MACs;
     expected ones while the search goes on), images_per_second, checkpoint_age and record_age (seconds), warnings (how many), job
@@ -170,4 +170,4 @@ def listed(folder: Path) -> list[dict]:
     # Asked at most once, and only for what was submitted.
     queued = queue() if any(jobs_of(place) for place in places) else None
     order = list(STATES)
-    return sorted((told(place, queued) for place in places), key=lambda one: (order.index(one["state"]), one["run"]))
+    return sorted((entry(place, queued) for place in places), key=lambda one: (order.index(one["state"]), one["run"]))

@@ -1,4 +1,4 @@
-"""What `python -m dnal_dist.runs` tells of run folders: real ones in each state, and broken ones."""
+"""The table of `python -m dnal_dist.runs`: real ones in each state, and broken ones."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def submit(run: Path, job: str) -> None:
 
 
 def test_a_finished_run(short):
-    one = run_list.told(short)
+    one = run_list.entry(short)
     last = [record for record in records_of(short) if record["kind"] == "eval"][-1]
     assert (one["state"], one["name"], one["phase"], one["accuracy"]) == ("finished", "digits", "finetune", last["accuracy"])
     assert (one["step"], one["phase_steps"]) == (4, 4) and 0 < one["macs_ratio"] < 1 and one["images_per_second"] > 0
@@ -56,7 +56,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     (run / "stop").touch()
     late = ("phases.pretrain.steps=3", "tracking.log_every=100")
     assert train_here(*arguments(digits, run, *SHORT, *late)).code == 75
-    one = run_list.told(run)
+    one = run_list.entry(run)
     assert one["state"] == "stopped" and one["phase"] == "pretrain" and "checkpoint_age" in one
     (stop,) = [record for record in records_of(run) if record["kind"] == "stop"]
     # It came before the first train record.
@@ -66,14 +66,14 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     records = records_of(run)
     start = next(record for record in records if record["kind"] == "start")
     rewrite(run, [*records, start | {"resumed": True}])
-    assert run_list.told(run)["state"] == "killed"
+    assert run_list.entry(run)["state"] == "killed"
 
 
 def test_a_run_that_was_killed_in_its_search(short):
     records = records_of(short)
     last = max(i for i, record in enumerate(records) if record["kind"] == "train" and record["phase"] == "search")
     rewrite(short, records[: last + 1])
-    one = run_list.told(short)
+    one = run_list.entry(short)
     full = records_of(short)[0]["full"]["exact"]["macs"]
     expected = [record["expected_macs"] for record in records_of(short) if "expected_macs" in record][-1]
     assert (one["state"], one["phase"], one["step"], one["phase_steps"]) == ("killed", "search", 4, 4)
@@ -84,8 +84,8 @@ def test_a_run_that_goes_on_is_known_by_its_lock_which_is_not_taken(short):
     cut(short, "end")
     before = {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     with FileLock(short / ".lock"):
-        assert occupied(short) is True and run_list.told(short)["state"] == "running"
-    assert occupied(short) is False and run_list.told(short)["state"] == "killed"
+        assert occupied(short) is True and run_list.entry(short)["state"] == "running"
+    assert occupied(short) is False and run_list.entry(short)["state"] == "killed"
     (short / ".lock").unlink()
     assert occupied(short) is False and not (short / ".lock").exists()
     assert {path: stamp for path, stamp in before.items() if path.name not in (".lock", "short")}.items() <= {
@@ -100,16 +100,16 @@ def test_on_another_machines_disk_the_last_record_decides(short, monkeypatch):
     assert occupied(short) is None
     records = [record | ({"host": "elsewhere"} if record["kind"] == "start" else {}) for record in records_of(short)]
     rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 60}])
-    assert run_list.told(short)["state"] == "seems to run"
+    assert run_list.entry(short)["state"] == "seems to run"
     rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 2 * run_list.SILENT}])
-    assert run_list.told(short)["state"] == "killed"
+    assert run_list.entry(short)["state"] == "killed"
     # This machine's own locks are seen in any case.
     records[0] |= {"host": socket.gethostname()}
     rewrite(short, [*records[:-1], records[-1] | {"time": time.time() - 60}])
-    assert run_list.told(short)["state"] == "killed"
+    assert run_list.entry(short)["state"] == "killed"
 
 
-def test_file_systems_are_told_apart(tmp_path):
+def test_file_systems_are_distinguished(tmp_path):
     assert occupation.file_system(Path("/proc/self")) == "proc"
     assert occupation.file_system(tmp_path) not in ("", "proc")
 
@@ -118,7 +118,7 @@ def test_file_systems_are_told_apart(tmp_path):
 def test_a_target_that_was_missed(short, most, state):
     budget = {"unit": "macs", "least": 0, "most": most, "full": 10**9}
     rewrite(short, [record | ({"budget": budget} if record["kind"] == "prune" else {}) for record in records_of(short)])
-    assert run_list.told(short)["state"] == state
+    assert run_list.entry(short)["state"] == state
 
 
 BROKEN = {
@@ -130,7 +130,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_run_folder_is_told_and_hides_no_other(tmp_path, short, kind):
+def test_a_broken_run_folder_is_listed_and_hides_no_other(tmp_path, short, kind):
     content, why = BROKEN[kind]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_bytes(content)
@@ -197,7 +197,7 @@ def test_the_list_in_a_pipe_is_plain_and_uncut(tmp_path, short):
     assert [one["state"] for one in json.loads(command(tmp_path, "--json").stdout)] == ["killed", "finished"]
 
 
-def test_where_warnings_are_to_be_read_is_told_once(tmp_path, short):
+def test_the_place_of_warnings_is_printed_once(tmp_path, short):
     records = records_of(short)
     rewrite(short, [*records, {"kind": "warning", "time": records[-1]["time"], "global_step": 12, "message": "a word"}])
     shutil.copytree(short, tmp_path / "other")
