@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 from dnal_dist.data import images
 from dnal_dist.data.device import feed
-from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.pipeline import Batches, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Augmentation, Data
 
@@ -93,7 +93,7 @@ def stock(shard: Path, train: bool, on_tensors: bool = True) -> Iterator:
 
 
 def contenders(folder: Path) -> dict[str, Callable[[], int]]:
-    """Each a function that passes once over the images in `folder` and tells how many there are."""
+    """Each a function that passes once over the images in `folder` and returns their number."""
     shard = folder / "train-000000.tar"
     held, settings = list(encoded(shard)), data(folder)
     tree = ImageFolder(folder / "folder", torchvision_transform(train=True))
@@ -104,12 +104,12 @@ def contenders(folder: Path) -> dict[str, Callable[[], int]]:
         with Image.open(io.BytesIO(encoded_image)) as image:
             image.convert("RGB")
 
+    batches = Batches(settings.image_size, train=True, on_device=False)
+
     def alone() -> int:
         for first in range(0, len(held), BATCH):
-            stack = images.Stack(BATCH, 224)
-            for i, encoded_image in enumerate(held[first : first + BATCH]):
-                transform(encoded_image, 0, first + i, stack.next)
-                stack.keep()
+            images = [transform(encoded_image, 0, first + i)[0] for i, encoded_image in enumerate(held[first : first + BATCH])]
+            batches.stacked(images)
         return len(held)
 
     def epoch() -> Iterator:
@@ -155,7 +155,7 @@ def measure(folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def table(found: dict[str, dict[str, list[float]]]) -> list[list[str]]:
-    """Rows of text. Ratios of a small image's are to the stock loader on small shards, and to it on the originals."""
+    """Rows of text. Ratios of small images are to the stock loader on small shards, and to it on the originals."""
     rows = [["", *(f"{case}, images/s" for case in CASES), *(f"{case}, ratio" for case in CASES), "small to original's stock"]]
     original, small = (found[case] for case in CASES)
     for name in original:
@@ -182,7 +182,7 @@ def show(rows: list[list[str]], markdown: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256, help=f"of each size, a multiple of {BATCH} (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="each contender passes over the images so often (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="passes of each contender over the images (%(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
     if args.rounds < 1 or args.images < BATCH or args.images % BATCH:

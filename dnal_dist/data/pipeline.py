@@ -126,7 +126,7 @@ class Batches:
             # BatchNorm's statistics of no image at all would be no numbers.
             raise InputError(f"{bad[0]}: no image of a batch of {len(items)} can be used; mend the shards")
         return Batch(
-            self._stacked([item.image for item in good if not isinstance(item.image, bytes)]),
+            self.stacked([item.image for item in good if not isinstance(item.image, bytes)]),
             torch.tensor([item.label for item in good], dtype=torch.long),
             torch.tensor([item.geometry.flip for item in good], dtype=torch.bool),
             [item.origin.key for item in good],
@@ -135,7 +135,7 @@ class Batches:
             self._encoded(good) if self.on_device else None,
         )
 
-    def _stacked(self, images: list[np.ndarray]) -> Tensor:
+    def stacked(self, images: list[np.ndarray]) -> Tensor:
         """uint8 (n, 3, H, W), in channels_last memory."""
         stack = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
         if images and get_worker_info() is not None:

@@ -189,7 +189,7 @@ def test_a_random_part_may_be_taken_of_the_resized_image():
 
 
 def test_a_stack_is_one_tensor_of_channels_last_memory_without_gaps():
-    images = Batches(8, True, False)._stacked([scene(8, 8, seed) for seed in (0, 1)])
+    images = Batches(8, True, False).stacked([scene(8, 8, seed) for seed in (0, 1)])
     assert images.shape == (2, 3, 8, 8) and images.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(images[1].permute(1, 2, 0), scene(8, 8, 1))
 
