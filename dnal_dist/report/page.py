@@ -55,6 +55,7 @@ def _shared(run: Run, result: dict) -> dict:
         "accuracy": tables.accuracy(run, result),
         "place": published.place(run, result),
         "usage": tables.usage(run, result),
+        "breakdown": tables.breakdown(run),
         "environment": tables.environment(run),
         "derived": f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {records.date(run)}.",
     }

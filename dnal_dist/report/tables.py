@@ -81,6 +81,21 @@ def usage(run: Run, result: dict) -> Table:
     return Table("time", "Cost of each phase", [*head, "waiting for data"], rows)
 
 
+def breakdown(run: Run) -> Table:
+    """Time of each phase by part, as the main process measured it since the phase began or was last resumed."""
+    found = {
+        str(record.get("phase")): record["breakdown"] for record in run.of("phase") if isinstance(record.get("breakdown"), dict)
+    }
+    parts = list(dict.fromkeys(part for values in found.values() for part in values))
+    rows = []
+    for phase, values in found.items():
+        known = {part: value for part, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+        total = sum(known.values())
+        cells = [f"{duration(known[part])}, {percent(known[part] / total)}" if known.get(part) else "" for part in parts]
+        rows.append([phase, *cells])
+    return Table("breakdown", "Time by part", ["phase", *(str(part).replace("_", " ") for part in parts)], rows)
+
+
 def usage_of_phases(run: Run, result: dict) -> dict[str, dict[str, float]]:
     """{phase: {seconds, images, device_seconds, bytes_sent, energy_kwh}}, a key absent where no record has it."""
     found = {phase: {"seconds": seconds} for phase, seconds in result["phase_seconds"].items()}

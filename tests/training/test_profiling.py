@@ -53,6 +53,8 @@ def test_the_breakdown_covers_a_phase(train_here, digits, tmp_path):
     assert ended.code == 0, ended.err
     phases = records(tmp_path / "run", "phase")
     assert [record["phase"] for record in phases] == ["pretrain", "search", "prune", "finetune"]
+    table = (tmp_path / "run" / "report.md").read_text().partition("| phase | data wait | forward | backward |")[2]
+    assert all(f"\n| {record['phase']} | " in table for record in phases)
     for record in phases:
         parts = record["breakdown"]
         assert parts.keys() == PARTS and min(parts.values()) >= 0
