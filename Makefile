@@ -1,5 +1,5 @@
 # make demo    set up, make the digits shards, learn an architecture on two processes, write the report
-# make test    set up, then all tests, as many at a time as there are cores (8 at most)
+# make test    set up, then all tests, one more at a time than there are cores (9 at most)
 # make lint    the linter and the formatter's check
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ demo: setup $(DIGITS)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml --overwrite
 
 test: setup lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 from faulty import FEW, samples, write_tar
+from filelock import FileLock
+from ranks import Ranks
 from runs import SHORT, arguments, family
 
 from data_tools import make_shards
@@ -27,22 +30,67 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """As many as this process has cores; beyond 8 of them a worker's start takes longer than what is left to it."""
+    """One more than this process has cores, since one worker mostly waits for SLURM; beyond 8 cores a worker's start takes longer
+    than what is left to it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return min(cores, 8) + 1
 
 
-# In this order: a worker takes one file after the other, and a long one taken last is waited for by all.
-LONGEST_FIRST = (
-    "test_backends.py", "test_cluster.py", "test_runs.py", "test_resumes.py", "test_plan.py", "test_recipes.py",
-    "test_exact_resume.py", "test_stopping.py",
-    "test_skipped_samples.py", "test_train.py", "test_receipts.py", "test_page.py", "test_bad_input.py",
-)  # fmt: skip
+# Seconds of each group of tests, as `pytest --record-durations` found them.
+DURATIONS = Path(__file__).parent / "durations.json"
 
 
+def group_of(item: pytest.Item) -> str:
+    """Tests of a group run one after the other in one worker: those of a backend, which share its ranks, and those of a file."""
+    if mark := item.get_closest_marker("xdist_group"):
+        return mark.args[0]
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return backend if backend and item.path.parent.name == "distributed" else item.path.relative_to(DURATIONS.parent).as_posix()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    """A worker takes one group after the other. The longest come first: one taken last would be waited for by all."""
+    known = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (-known.get(groups[item], 0), groups[item]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="write the seconds of each group to tests/durations.json")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.getoption("--record-durations"):
+        return
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                group = report.nodeid.rpartition("@")[2]
+                seconds[group] = seconds.get(group, 0) + report.duration
+    found = {group: round(spent) for group, spent in sorted(seconds.items(), key=lambda pair: -pair[1]) if spent >= 1}
+    DURATIONS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    """once(name, make): a path that make(path) fills, the first time that a test of any worker asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "once"
+    folder.mkdir(exist_ok=True)
+
+    def made(name: str, make) -> Path:
+        path, done = folder / name, folder / f"{name}.done"
+        with FileLock(folder / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +99,14 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     make_shards.digits(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes under `accelerate launch` that take one job after the other; see ranks.py."""
+    found = Ranks()
+    yield found
+    found.close()
 
 
 class TrainCommand:

@@ -4,9 +4,6 @@ import os
 import subprocess
 import sys
 
-import torch
-from safetensors.torch import load_file
-
 
 def execute(*command, timeout: float = 900, **environment) -> subprocess.CompletedProcess:
     command = [str(word) for word in command]
@@ -27,14 +24,4 @@ def launch(
 
 def succeed(found: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-6000:]
-    return found
-
-
-def trajectories(backend: str, processes: int, cases: list[str], out) -> dict[str, dict[str, torch.Tensor]]:
-    """Of each case, by the name of what is compared."""
-    succeed(launch(backend, processes, "tests/distributed/trajectory_on_ranks.py", out, *cases))
-    found: dict[str, dict[str, torch.Tensor]] = {case: {} for case in cases}
-    for name, tensor in load_file(out).items():
-        case, _, name = name.partition("/")
-        found[case][name] = tensor
     return found

@@ -1,11 +1,11 @@
-"""Run by test_resumes on each process.
+"""Jobs of test_resumes: runs that are stopped after given steps.
 
-accelerate launch ... tests/distributed/resumes_on_ranks.py every FOLDER [key=value ...]    a run that never saves, one that saves
-    after every step, and one that is stopped after the steps of STOPS and goes on, into FOLDER/{never,always,stopped}
-accelerate launch ... tests/distributed/resumes_on_ranks.py until STEP FOLDER [key=value ...]    a run that stops after that step
+[accelerate launch ...] tests/distributed/resumes_on_ranks.py STEP FOLDER [key=value ...]   a run that stops after it (0: never)
 """
 
 import sys
+
+import pytest
 
 from dnal_dist import recipe
 from dnal_dist.distributed.context import Context
@@ -16,7 +16,7 @@ from dnal_dist.training.stopping import Stopped, StopPoll
 STOPS = (2, 6, 9, 15)
 
 
-class EdgesOfTest(StopPoll):
+class StoppingPoll(StopPoll):
     """Stops after the given iterations of the run, and no evaluation."""
 
     def __init__(self, context, stops):
@@ -30,10 +30,10 @@ class EdgesOfTest(StopPoll):
 
 
 def go(context: Context, folder, changes, stops=()) -> bool:
-    """Begin the run in `folder`, or go on with it. Returns whether it came to its end."""
+    """Begin the run in `folder`, or resume it. Returns whether it reached its end."""
     settings = recipe.load("recipes/digits.yaml", [*changes, f"output={folder}"])
-    edges = EdgesOfTest(context, stops)
-    edges.run = run = setup.prepare(settings, context, edges)
+    poll = StoppingPoll(context, stops)
+    poll.run = run = setup.prepare(settings, context, poll)
     try:
         phases.train(run)
         ended = True
@@ -50,28 +50,24 @@ def go(context: Context, folder, changes, stops=()) -> bool:
 
 
 def every(context: Context, folder: str, changes: list[str]) -> None:
-    save = state.save
-    state.save = lambda run, *_: state.settle(run)
-    assert go(context, f"{folder}/never", changes)
-    state.save = save
+    """A run that never saves, one that saves after every step, and one that is stopped after the steps of STOPS and resumes, into
+    `folder`/{never,always,stopped}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "save", lambda run, *_: state.merge_receipts(run))
+        assert go(context, f"{folder}/never", changes)
     assert go(context, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
     for number in range(len(STOPS)):
         assert not go(context, f"{folder}/stopped", changes, STOPS[number:])
     assert go(context, f"{folder}/stopped", changes)
 
 
-def main(kind: str, *arguments: str) -> None:
-    context = Context()
-    if kind == "every":
-        folder, *changes = arguments
-        every(context, folder, changes)
-    else:
-        step, folder, *changes = arguments
-        ended = go(context, folder, changes, (int(step),))
-        assert ended == (int(step) == 0)
-    context.close()
-    context.leave(0)
+def until(context: Context, step: int, folder: str, changes: list[str]) -> None:
+    ended = go(context, folder, changes, (step,))
+    assert ended == (step == 0)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    context = Context()
+    until(context, int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    context.close()
+    context.leave(0)

@@ -1,16 +1,16 @@
-"""`dnal_dist.train` as it is, but wherever a network is evaluated or saved, all processes must have the same one, bit for bit:
-weights, running statistics and alpha.
+"""Jobs that train whole runs. Wherever a network is evaluated or saved, all processes must have the same one, bit for bit: weights,
+running statistics and alpha."""
 
-accelerate launch ... tests/distributed/runs_on_ranks.py RECIPE [key=value ...]
-"""
+import pytest
 
-from dnal_dist import train
-from dnal_dist.training import loop, phases, state
+from dnal_dist import recipe
+from dnal_dist.distributed.context import Context
+from dnal_dist.training import exit, loop, phases, setup, state
 
 
-def agreeing(function, of):
+def agreeing(function, run_of):
     def call(*arguments):
-        run = of(*arguments)
+        run = run_of(*arguments)
         run.context.agree("the network", run.network.state_dict())
         run.context.agree("alpha", {"alpha": run.architecture.alpha})
         return function(*arguments)
@@ -18,9 +18,19 @@ def agreeing(function, of):
     return call
 
 
-if __name__ == "__main__":
-    known, go = [], phases.train
-    phases.train = lambda run: known.append(run) or go(run)
-    loop.evaluate = agreeing(loop.evaluate, lambda *_: known[0])
-    state.save = agreeing(state.save, lambda run, *_: run)
-    train.main()
+def train(context: Context, path: str, *overrides: str) -> None:
+    """The recipe at `path` from its beginning to its report."""
+    run = setup.prepare(recipe.load(path, overrides), context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", agreeing(loop.evaluate, lambda *_: run))
+        patch.setattr(state, "save", agreeing(state.save, lambda run, *_: run))
+        phases.train(run)
+    assert run.state.phase == "done", run.state.phase
+    exit.finish(run)
+    run.close()
+
+
+def train_each(context: Context, runs: list[list[str]]) -> None:
+    """One run after the other: of each the recipe's path and the overrides."""
+    for path, *overrides in runs:
+        train(context, path, *overrides)

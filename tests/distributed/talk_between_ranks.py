@@ -1,4 +1,4 @@
-"""Run by test_two_processes on each process: what is sent, and what is equal afterwards."""
+"""A job of test_two_processes: what is sent, and what is equal afterwards."""
 
 import torch
 
@@ -7,16 +7,12 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 
 
-def main() -> None:
-    context = Context()
+def talk(context: Context) -> None:
     assert context.world_size == 2 and context.backend == "ddp"
     statistics_are_combined(context)
     a_difference_is_found(context)
     assert context.from_main(["main", "other"][context.rank]) == "main"
     assert context.gather([context.rank]) == [0, 1]
-    context.close()
-    print(f"rank {context.rank} done", flush=True)
-    context.leave(0)
 
 
 def statistics_are_combined(context: Context) -> None:
@@ -43,7 +39,3 @@ def a_difference_is_found(context: Context) -> None:
         assert "alpha of stages.0 on process 1" in str(error), error
     else:
         raise SystemExit("a difference between processes went unseen")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,12 @@
 import re
 import sys
 
+import psutil
 import pytest
 import torch
 import yaml
-from launching import execute, launch, succeed
+from accelerate.utils import write_basic_config
+from launching import execute, succeed
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.accelerate_config import asked
@@ -94,6 +96,7 @@ def test_deepspeed_does_not_clip_unasked(monkeypatch):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "'training.compile'"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8; choose one of no, bf16, fp16"),
         ({**FSDP, "ACCELERATE_MIXED_PRECISION": "fp16"}, "only goes with DDP"),
+        ({**ZERO, "ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16, which only goes with DDP here; choose bf16"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )
@@ -103,7 +106,7 @@ def test_what_cannot_be_done_is_refused(monkeypatch, tmp_path, change, told):
         asked()
 
 
-SCRIPT = "from dnal_dist.context import Context; found = Context(); print('backend', found.backend, found.world_size)"
+SCRIPT = "from dnal_dist.distributed.context import Context; found = Context(); print('backend', found.backend, found.world_size)"
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -113,18 +116,29 @@ def script(tmp_path):
     return tmp_path / "script.py"
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
-def test_what_accelerate_silently_drops_is_refused(script, backend):
-    """With --cpu it starts a single process, and neither FSDP nor DeepSpeed."""
-    found = execute(*LAUNCHER, f"--config_file=recipes/accelerate/{backend}.yaml", "--cpu", script)
+REFUSED = r"{} asks for \w+ with {} processes, but with --cpu Accelerate starts a single one.*leave --cpu out"
+
+
+def test_a_launch_that_drops_fsdp_is_refused(script):
+    """With --cpu Accelerate starts a single process, and neither FSDP nor DeepSpeed."""
+    found = execute(*LAUNCHER, "--config_file=recipes/accelerate/fsdp2.yaml", "--cpu", script)
     assert found.returncode != 0
-    told = rf"{backend}\.yaml asks for \w+ with 2 processes, but with --cpu Accelerate starts a single one.*leave --cpu out"
-    assert re.search(told, found.stderr), found.stderr[-2000:]
+    assert re.search(REFUSED.format(r"fsdp2\.yaml", 2), found.stderr), found.stderr[-2000:]
 
 
-def test_processes_that_accelerate_does_not_start_are_missed(script, tmp_path):
-    found = execute(*LAUNCHER, "--cpu", "--num_processes", "4", script, HF_HOME=tmp_path)
-    assert found.returncode != 0 and "the command line asks for DDP with 4 processes" in found.stderr, found.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("options", "config", "processes"),
+    [
+        (["--config_file=recipes/accelerate/ddp.yaml"], r"ddp\.yaml", 2),
+        (["--config_file", "recipes/accelerate/zero2.yaml"], r"zero2\.yaml", 2),
+        (["--config-file", "nowhere.yaml", "--num_processes", "4"], "the command line", 4),
+    ],
+)
+def test_what_the_launcher_above_this_process_drops_is_refused(monkeypatch, options, config, processes):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["accelerate", "launch", *options, "--cpu", "script.py"])
+    with pytest.raises(InputError, match=REFUSED.format(config, processes)):
+        asked()
 
 
 def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):
@@ -136,16 +150,14 @@ def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):
 
 def test_a_users_own_default_config_is_taken(script, tmp_path):
     """As `accelerate config default` writes it where there is no GPU."""
-    home = {"HF_HOME": str(tmp_path)}
-    code = "from accelerate.utils import write_basic_config; write_basic_config()"
-    succeed(execute(sys.executable, "-c", code, **home))
-    assert (tmp_path / "accelerate/default_config.yaml").exists()
-    assert "backend single 1" in succeed(execute(*LAUNCHER, script, **home)).stdout
+    (tmp_path / "accelerate").mkdir()
+    write_basic_config(save_location=str(tmp_path / "accelerate/default_config.yaml"))
+    assert "backend single 1" in succeed(execute(*LAUNCHER, script, HF_HOME=tmp_path)).stdout
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
-def test_one_process_too_is_on_the_backend_that_was_asked_for(script, backend):
-    assert f"backend {backend} 1" in succeed(launch(backend, 1, script)).stdout
+def test_one_process_too_is_on_the_backend_of_the_config(ranks, backend):
+    assert ranks.run(backend, 1, "small_on_ranks:backend") == [backend, 1]
 
 
 @pytest.mark.parametrize(

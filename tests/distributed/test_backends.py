@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from launching import trajectories
+from safetensors.torch import load_file
 
-# Each launch takes all cases; a busy machine may need minutes for one.
+# A job takes all cases of a backend; a busy machine may need minutes for one.
 pytestmark = pytest.mark.timeout(1000)
 
+JOB = "trajectory_on_ranks:trajectories"
 BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 NETWORKS = ["vgg_digits", "resnet_digits", "supernet_digits"]
 RATIOS = ["1:1", "2:1", "0:1"]
@@ -32,10 +33,19 @@ def plain(case: str) -> str:
     return ":".join(word for word in case.split(":") if word not in ("parts", "sync", "checkpointing", "shared"))
 
 
+def by_case(path, cases: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Trajectories as the job wrote them: of each case, by the name of what is compared."""
+    found: dict[str, dict[str, torch.Tensor]] = {case: {} for case in cases}
+    for name, tensor in load_file(path).items():
+        case, _, name = name.partition("/")
+        found[case][name] = tensor
+    return found
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Trajectories by (backend, processes), each launched once: all cases in one go."""
-    folder, done = tmp_path_factory.mktemp("trajectories"), {}
+def found(ranks, once):
+    """Trajectories by (backend, processes), each computed once: all cases in one job."""
+    done = {}
 
     def find(backend: str, processes: int) -> dict:
         key = backend, processes
@@ -43,7 +53,8 @@ def found(tmp_path_factory):
             cases = ALONE if processes == 1 else [*FIXED, *BATCH, *EXTRA]
             if backend == "single":
                 cases = list(dict.fromkeys(plain(case) for case in [*FIXED, *BATCH, *EXTRA]))
-            done[key] = trajectories(backend, processes, cases, folder / f"{backend}-{processes}.safetensors")
+            name = f"trajectories-{backend}-{processes}"
+            done[key] = by_case(once(name, lambda out: ranks.run(*key, JOB, out, cases, timeout=900)), cases)
         return done[key]
 
     return find
@@ -84,11 +95,14 @@ def test_two_processes_with_batch_statistics_of_their_own_equal_ddp(found, backe
     compare(found(backend, 2)[case], found("ddp", 2)[case])
 
 
-def test_in_double_precision_only_the_last_digits_differ(tmp_path):
-    """What float32 leaves open: BatchNorm over all processes, in parts and computed anew, on every network."""
+@pytest.mark.xdist_group("ddp")
+def test_in_double_precision_only_the_last_digits_differ(ranks, tmp_path):
+    """What float32 leaves open: BatchNorm over all processes, in micro-batches and recomputed, on every network."""
     cases = [f"{network}:2:1:batch:double" for network in NETWORKS]
-    one = trajectories("single", 1, cases, tmp_path / "one.safetensors")
-    two = trajectories("ddp", 2, [f"{case}:sync:checkpointing" for case in cases], tmp_path / "two.safetensors")
-    for case in cases:
-        for name, tensor in two[f"{case}:sync:checkpointing"].items():
+    divided = [f"{case}:sync:checkpointing" for case in cases]
+    ranks.run("single", 1, JOB, tmp_path / "one", cases)
+    ranks.run("ddp", 2, JOB, tmp_path / "two", divided)
+    one, two = by_case(tmp_path / "one", cases), by_case(tmp_path / "two", divided)
+    for case, other in zip(cases, divided, strict=True):
+        for name, tensor in two[other].items():
             torch.testing.assert_close(tensor, one[case][name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,11 +1,9 @@
 """What steps send, and what is kept, on two real processes is what dnal_dist.plan says."""
 
-import json
 import math
 from collections import Counter
 
 import pytest
-from launching import launch, succeed
 
 from dnal_dist import nets
 from dnal_dist.distributed import estimate
@@ -18,17 +16,15 @@ LAUNCHES = [*((backend, "no") for backend in estimate.BACKENDS), *((backend, "bf
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What was measured, by case, for (backend, precision): each launched once, all cases in one go."""
-    folder, done = tmp_path_factory.mktemp("traffic"), {}
+def found(ranks):
+    """Measurements by case, for (backend, precision): each taken once, all cases in one job."""
+    done = {}
 
     def find(backend: str, precision: str) -> dict:
-        out = folder / f"{backend}-{precision}.json"
-        if out not in done:
-            script = ["--mixed_precision", precision, "tests/distributed/traffic_on_ranks.py", out, *CASES]
-            succeed(launch(backend, RANKS, *script))
-            done[out] = json.loads(out.read_text())
-        return done[out]
+        key = backend, precision
+        if key not in done:
+            done[key] = ranks.run(backend, RANKS, "traffic_on_ranks:traffic", CASES, precision=precision)
+        return done[key]
 
     return find
 

@@ -9,8 +9,6 @@ from launching import launch, succeed
 from runs import records, told
 from safetensors.torch import load_file
 
-from data_tools import make_shards
-
 pytestmark = pytest.mark.timeout(1000)
 
 SCRIPT = "tests/distributed/resumes_on_ranks.py"
@@ -24,10 +22,8 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    make_shards.digits(folder)
-    return [f"data.train={folder}/train-000000.tar", f"data.val={folder}/val-000000.tar"]
+def shards(digits):
+    return [f"data.train={digits}/train-000000.tar", f"data.val={digits}/val-000000.tar"]
 
 
 def tensors(run) -> dict[str, torch.Tensor]:
@@ -39,12 +35,12 @@ def receipts(run) -> list[tuple]:
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_saving_and_resuming_change_nothing(shards, tmp_path, backend):
+def test_saving_and_resuming_change_nothing(ranks, shards, tmp_path, backend):
     changes = [*TINY, "data.per_device_batch_limit=15" if backend in ("ddp", "zero2") else "data.per_device_batch_limit=45"]
     # Two numbers have one sum; with three it depends on the order, and so on how a backend arranges what it sends.
     # And ZeRO-3 divides few parameters evenly among three.
     processes = 3 if backend in ("ddp", "zero3") else 2
-    succeed(launch(backend, processes, SCRIPT, "every", tmp_path, *shards, *changes))
+    ranks.run(backend, processes, "resumes_on_ranks:every", tmp_path, [*shards, *changes])
     never, always, stopped = (tmp_path / name for name in ("never", "always", "stopped"))
     assert not list((never / "checkpoints").glob("step-*"))
     assert len(records(always, "checkpoint")) == 1 + (5 + 8 + 6 - 3) + 4
@@ -61,13 +57,13 @@ def without_traffic(run) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("comm/")} for record in told(run)]
 
 
-def test_from_one_backend_and_number_of_processes_to_another(shards, tmp_path):
+def test_a_run_resumes_on_another_backend_and_number_of_processes(ranks, shards, tmp_path):
     """Stopped in the pretraining, twice in the search and in the finetune; normalised with the statistics of the whole batch."""
     run, reference = tmp_path / "run", tmp_path / "reference"
     changes = [*shards, *TINY, "training.sync_batchnorm=true", "architecture.recalibration_batches=0"]
-    succeed(launch("single", 1, SCRIPT, "until", 0, reference, *changes))
+    ranks.run("single", 1, "resumes_on_ranks:until", 0, reference, changes)
     for backend, processes, step in (("single", 1, 3), ("fsdp2", 2, 8), ("zero2", 2, 10), ("zero3", 2, 15), ("ddp", 1, 0)):
-        succeed(launch(backend, processes, SCRIPT, "until", step, run, *changes))
+        succeed(launch(backend, processes, SCRIPT, step, run, *changes))
     started = [(r["backend"], r["world_size"], r["resumed"]) for r in records(run, "start")]
     assert started == [("single", 1, False), ("fsdp2", 2, True), ("zero2", 2, True), ("zero3", 2, True), ("single", 1, True)]
     assert receipts(run) == receipts(reference)

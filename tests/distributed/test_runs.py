@@ -1,5 +1,6 @@
-"""Whole runs under `accelerate launch`, on the configs that ship."""
+"""Whole runs on the Accelerate configs that ship."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -8,13 +9,11 @@ import time
 
 import psutil
 import pytest
-from launching import launch, succeed
 from runs import records
-
-from data_tools import make_shards
 
 pytestmark = pytest.mark.timeout(1000)
 
+JOB = "runs_on_ranks:train"
 SHORT = (
     "tracking.tracker=none", "tracking.plots=false", "tracking.log_every=4",
     "phases.pretrain.steps=8", "phases.search.steps=16", "phases.finetune.steps=8",
@@ -23,31 +22,25 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    make_shards.digits(folder)
-    return [f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar"]
+def shards(digits):
+    return [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar"]
 
 
 @pytest.fixture(scope="module")
-def on(shards, tmp_path_factory):
-    """The run folder of a backend's short run, each made once."""
-    folder, done = tmp_path_factory.mktemp("runs"), {}
+def trained(ranks, once, shards):
+    """The run folder of the digits recipe with these changes, on two processes of a backend; each trained once."""
 
-    def run(backend: str, *changes: str):
-        if (backend, changes) not in done:
-            out = folder / str(len(done))
-            script = "tests/distributed/runs_on_ranks.py"
-            succeed(launch(backend, 2, script, "recipes/digits.yaml", f"output={out}", *shards, *SHORT, *changes))
-            done[backend, changes] = out
-        return done[backend, changes]
+    def run(backend: str, *changes: str, precision: str = "no"):
+        name = hashlib.sha256(repr((backend, precision, changes)).encode()).hexdigest()[:12]
+        given = ["recipes/digits.yaml", *shards, *changes]
+        return once(name, lambda out: ranks.run(backend, 2, JOB, *given, f"output={out}", precision=precision, timeout=600))
 
     return run
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3"])
-def test_a_run_tells_the_same_on_every_backend(on, backend):
-    ours, reference = records(on(backend)), records(on("ddp"))
+def test_a_run_records_the_same_on_every_backend(trained, backend):
+    ours, reference = records(trained(backend, *SHORT)), records(trained("ddp", *SHORT))
     assert ours[0]["backend"] == backend and reference[0]["backend"] == "ddp"
     assert [r["kind"] for r in ours] == [r["kind"] for r in reference]
     for a, b in zip(ours, reference, strict=True):
@@ -58,23 +51,26 @@ def test_a_run_tells_the_same_on_every_backend(on, backend):
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_a_run_tells_what_a_step_communicates(on, backend):
-    told = [r for r in records(on(backend), "train") if r["phase"] == "search"][-1]
-    gates = 4 * sum(records(on(backend), "start")[0]["sites"].values())
-    weights = told["comm/bytes_weight_step"]
+def test_a_run_records_what_a_step_communicates(trained, backend):
+    run = trained(backend, *SHORT)
+    last = [r for r in records(run, "train") if r["phase"] == "search"][-1]
+    gates = 4 * sum(records(run, "start")[0]["sites"].values())
+    weights = last["comm/bytes_weight_step"]
     assert weights >= 4 * 289_194
     if backend in ("ddp", "zero1", "zero2"):
-        assert told["comm/bytes_architecture_step"] == gates
+        assert last["comm/bytes_architecture_step"] == gates
     else:
-        assert gates < told["comm/bytes_architecture_step"] < weights
+        assert gates < last["comm/bytes_architecture_step"] < weights
 
 
-def test_parts_of_a_batch_are_chosen_by_what_a_device_holds(on):
-    found = on("ddp", "data.per_device_batch_limit=10")
+@pytest.mark.xdist_group("ddp")
+def test_accumulation_steps_follow_from_the_limit_of_a_device(trained):
+    found = trained("ddp", *SHORT, "data.per_device_batch_limit=10")
     assert records(found, "start")[0]["accumulation"] == 4
     assert len(records(found, "end")) == 1
 
 
+@pytest.mark.xdist_group("launches")
 def test_a_process_that_is_killed_takes_the_job_down(shards, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     command += ["-m", "dnal_dist.train", "recipes/digits.yaml", f"output={tmp_path}/run", *shards, "tracking.tracker=none"]
@@ -89,54 +85,33 @@ def test_a_process_that_is_killed_takes_the_job_down(shards, tmp_path):
         ranks = [p for p in everyone if p.environ().get("RANK") == "1" and "dnal_dist.train" in " ".join(p.cmdline())]
         killed = min(ranks, key=lambda p: p.create_time())
         os.kill(killed.pid, signal.SIGKILL)
-        said, _ = job.communicate(timeout=240)
+        output, _ = job.communicate(timeout=240)
     assert job.returncode != 0
-    assert "SIGKILL" in said and "after" in said, said[-3000:]
+    assert "SIGKILL" in output and "after" in output, output[-3000:]
     _, alive = psutil.wait_procs(everyone, timeout=20)
     assert not alive
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_what_goes_into_a_wrap_comes_out_of_it(backend):
-    found = succeed(launch(backend, 2, "tests/distributed/wraps_on_ranks.py", precision="bf16"))
-    assert all(f"rank {rank} done" in found.stdout for rank in (0, 1))
-
-
-@pytest.fixture(scope="module")
-def accuracy(shards, tmp_path_factory):
-    """Of the digits recipe, a little shorter, by backend and precision; each run once."""
-    folder, done = tmp_path_factory.mktemp("precision"), {}
-    epochs = ("phases.pretrain.epochs=6", "phases.search.epochs=8", "phases.finetune.epochs=12", "tracking.tracker=none")
-
-    def find(backend: str, precision: str) -> float:
-        if (backend, precision) not in done:
-            out = folder / f"{backend}-{precision}"
-            command = ["-m", "dnal_dist.train", "recipes/digits.yaml", *shards, *epochs, f"output={out}"]
-            succeed(launch(backend, 2, *command, precision=precision))
-            done[backend, precision] = records(out, "eval")[-1]["accuracy"]
-            assert records(out, "start")[0]["precision"] == {"no": "float32", "bf16": "bfloat16"}[precision]
-        return done[backend, precision]
-
-    return find
+def test_a_wrap_keeps_weights_and_momentum_in_float32(ranks, backend):
+    ranks.run(backend, 2, "wraps_on_ranks:wraps", precision="bf16")
 
 
 @pytest.mark.parametrize("backend", ["ddp", "zero2"])
-def test_bfloat16_learns_the_digits_as_well(accuracy, backend):
+def test_bfloat16_learns_the_digits_as_well(trained, backend):
     """Within 1 % of float32, which is the same on every backend."""
-    assert accuracy(backend, "bf16") == pytest.approx(accuracy("ddp", "no"), abs=0.01)
+    epochs = ("phases.pretrain.epochs=3", "phases.search.epochs=4", "phases.finetune.epochs=6")
+    changes = (*epochs, "tracking.tracker=none", "tracking.plots=false")
+    half, full = trained(backend, *changes, precision="bf16"), trained("ddp", *changes)
+    assert [records(run, "start")[0]["precision"] for run in (half, full)] == ["bfloat16", "float32"]
+    ours, reference = (records(run, "eval")[-1]["accuracy"] for run in (half, full))
+    assert ours == pytest.approx(reference, abs=0.01)
 
 
-def test_float16_with_loss_scaling_follows_float32(on, shards, tmp_path):
-    out = tmp_path / "run"
-    command = ["-m", "dnal_dist.train", "recipes/digits.yaml", f"output={out}", *shards, *SHORT]
-    succeed(launch("ddp", 2, *command, precision="fp16"))
-    pairs = zip(records(out, "train"), records(on("ddp"), "train"), strict=True)
+@pytest.mark.xdist_group("ddp")
+def test_float16_with_loss_scaling_follows_float32(trained):
+    out = trained("ddp", *SHORT, precision="fp16")
+    pairs = zip(records(out, "train"), records(trained("ddp", *SHORT), "train"), strict=True)
     assert records(out, "start")[0]["precision"] == "float16"
     for half, full in list(pairs)[:3]:
         assert half["loss"] == pytest.approx(full["loss"], rel=0.05), (half, full)
-
-
-def test_float16_goes_with_ddp_only(shards, tmp_path):
-    command = ["-m", "dnal_dist.train", "recipes/digits.yaml", f"output={tmp_path}/run", *shards]
-    found = launch("zero2", 1, *command, precision="fp16")
-    assert found.returncode != 0 and "mixed_precision fp16, which only goes with DDP here; choose bf16" in found.stderr

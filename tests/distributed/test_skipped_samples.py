@@ -4,7 +4,6 @@ import json
 
 import pytest
 from faulty import png, write_tar
-from launching import launch, succeed
 
 from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.shards import Shards
@@ -29,7 +28,7 @@ def members(bad: set[int]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("lost", [2, 7])
-def test_one_process_loses_samples_of_a_batch_in_parts(tmp_path, backend, lost):
+def test_ranks_stay_in_step_when_one_loses_samples(ranks, tmp_path, backend, lost):
     """Of the 8 images that process 0 takes of the second batch, in parts of 2, `lost` cannot be used."""
     write_tar(tmp_path / "train-0.tar", members(set()))
     write_tar(tmp_path / "val-0.tar", members(set(range(16, 64))))
@@ -39,7 +38,7 @@ def test_one_process_loses_samples_of_a_batch_in_parts(tmp_path, backend, lost):
     write_tar(tmp_path / "train-0.tar", members(bad))
     given = (f"data.train={tmp_path}/train-0.tar", f"data.val={tmp_path}/val-0.tar", f"output={tmp_path}/run", "seed=0")
     given += ("data.global_batch=16", "data.per_device_batch_limit=2", "data.max_bad_fraction=1", *SHORT)
-    succeed(launch(backend, 2, "-m", "dnal_dist.train", "recipes/digits.yaml", *given))
+    ranks.run(backend, 2, "runs_on_ranks:train", "recipes/digits.yaml", *given)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     receipts = [record for record in records if record["kind"] == "receipt"]
     assert [(one["samples"], len(one["skipped"])) for one in receipts] == [(64 - lost, lost)] * 3

@@ -1,15 +1,10 @@
-"""Run by test_plan on each process: what a weight step and an architecture step of some networks send, and what is kept of them.
+"""A job of test_plan: what a weight step and an architecture step of some networks send, and what is kept of them.
 
-accelerate launch ... tests/distributed/traffic_on_ranks.py OUT CASE...
-
-A case is network:parts, parts being how many the images of a step are taken in, one after the other. Of what is kept, OUT has the
-most that any process keeps.
+A case is network:parts, parts being how many the images of a step are taken in, one after the other. Of what is kept, the
+result has the most that any process keeps.
 """
 
-import json
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -74,14 +69,5 @@ def measure(context: Context, case: str) -> dict:
     return {"weight": weight.operations, "architecture": alpha.operations, "memory": memory}
 
 
-def main(out: str, cases: list[str]) -> None:
-    context = Context()
-    found = {case: measure(context, case) for case in cases}
-    if context.main:
-        Path(out).write_text(json.dumps(found))
-    context.close()
-    context.leave(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+def traffic(context: Context, cases: list[str]) -> dict[str, dict]:
+    return {case: measure(context, case) for case in cases}

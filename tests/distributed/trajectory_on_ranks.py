@@ -1,7 +1,5 @@
-"""Run by test_backends on each process: pretrain, alternating search, prune and finetune, 12 steps on this process's part of fixed
+"""A job of test_backends: pretrain, alternating search, prune and finetune, 12 steps on this process's part of fixed
 batches, for each case in turn.
-
-[accelerate launch ...] tests/distributed/trajectory_on_ranks.py OUT CASE...
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
 evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
@@ -9,7 +7,6 @@ checkpointing, double and shared: the smallest parameter and block are shared ou
 """
 
 import gc
-import sys
 import weakref
 
 import torch
@@ -30,7 +27,7 @@ BATCH, DELTA = 12, 3.0
 STEPS = {"pretrain": 3, "search": 6, "finetune": 3}
 
 
-def fix_statistics(module: nn.Module, fixed: bool) -> None:
+def fix_statistics(fixed: bool) -> None:
     """BatchNorms of all networks to come normalise with their running statistics, in training too."""
     _BatchNorm.train = (lambda norm, mode=True: nn.Module.train(norm, False)) if fixed else nn.Module.train
 
@@ -51,7 +48,7 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
     assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double", "shared"}
-    fix_statistics(nn.Module, statistics == "fixed")
+    fix_statistics(statistics == "fixed")
     if context.backend == "fsdp2":
         context.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
     if context.backend == "zero3":
@@ -124,20 +121,17 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(out: str, cases: list[str]) -> None:
-    context = Context()
+def trajectories(context: Context, out: str, cases: list[str]) -> None:
+    """Write the trajectories of all cases to `out`, a tensor case/name each."""
     found = {}
-    for case in cases:
-        # What the modules hold is by far the most that a collection looks through, and there are six of them in each case.
-        gc.freeze()
-        found |= {f"{case}/{name}": tensor for name, tensor in trajectory(context, case).items()}
+    try:
+        for case in cases:
+            # What the modules hold is by far the most that a collection looks through, and there are six of them in each case.
+            gc.freeze()
+            found |= {f"{case}/{name}": tensor for name, tensor in trajectory(context, case).items()}
+    finally:
+        fix_statistics(False)
+        # Or modules that keep count complain, at the end of the process, of what was left of them.
+        gc.unfreeze()
     if context.main:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": context.backend})
-    # Or modules that keep count complain, at the end of the process, of what was left of them.
-    gc.unfreeze()
-    context.close()
-    context.leave(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

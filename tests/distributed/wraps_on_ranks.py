@@ -1,7 +1,4 @@
-"""Run by test_runs on each process, in bf16: what goes into a wrap comes out of it.
-
-accelerate launch ... --mixed_precision bf16 tests/distributed/wraps_on_ranks.py
-"""
+"""A job of test_runs, in bf16: what goes into a wrap comes out of it."""
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,8 +11,7 @@ from dnal_dist.training.steps import weight_step
 IMAGES, LABELS = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + 3, torch.arange(8)
 
 
-def main() -> None:
-    context = Context()
+def wraps(context: Context) -> None:
     assert context.precision == "bfloat16"
     torch.manual_seed(0)
     net = nets.build("vgg_digits")
@@ -48,10 +44,3 @@ def main() -> None:
         trained.close()
     for one, other in zip(first[False], first[True], strict=True):
         torch.testing.assert_close(one, other, rtol=3e-3, atol=3e-4)
-    context.close()
-    print(f"rank {context.rank} done", flush=True)
-    context.leave(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,5 @@
 """Every recipe that ships goes through its phases, on images in the format of its own data set."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,16 +53,11 @@ def shards(tmp_path_factory, digits):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, shards):
-    """The run folder of every recipe by its name: all of them run, one after the other, by the same two processes over gloo, since
-    starting the processes takes longer than most of the runs."""
+def finished(tmp_path_factory, shards, ranks):
+    """The run folder of every recipe by its name: all of them run, one after the other, on two processes over gloo."""
     root = tmp_path_factory.mktemp("runs")
     runs = {path.stem: [str(path), *_changes(path, shards), f"output={root / path.stem}"] for path in RECIPES}
-    (root / "runs.json").write_text(json.dumps(list(runs.values())))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
-    command = [*launch, "tests/distributed/recipes_on_ranks.py", str(root / "runs.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[:5000]
+    ranks.run("ddp", 2, "runs_on_ranks:train_each", list(runs.values()), timeout=900)
     return {name: root / name for name in runs}
 
 

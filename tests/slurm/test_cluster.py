@@ -13,7 +13,11 @@ from runs import records, tensors, told
 
 from data_tools import index
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing()}")
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=f"SLURM: {missing()}"),
+    # A lane of its own: one cluster, and tests that mostly wait for it.
+    pytest.mark.xdist_group("slurm"),
+]
 RECIPE = "recipes/digits.yaml"
 PHASES = ("phases.pretrain.epochs=2", "phases.search.epochs=3", "phases.finetune.epochs=3")
 

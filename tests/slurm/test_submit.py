@@ -1,7 +1,7 @@
 """slurm/submit.py without a cluster: the script, refusals, sweeps, the site's file."""
 
-import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -19,13 +19,22 @@ JOB = ("--nodes", "2", "--gpus-per-node", "8", "--time", "12:00:00")
 
 
 @pytest.fixture
-def submit(tmp_path):
-    """The command, in a home of its own and without SLURM on the path."""
+def submit(tmp_path, monkeypatch, capsys):
+    """The command in this process, in a home of its own and without SLURM on the path."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", "/usr/bin/nothing")
+    monkeypatch.syspath_prepend(ROOT / "slurm")
+    monkeypatch.chdir(ROOT)
 
     def run(*arguments):
-        environment = {**os.environ, "HOME": str(tmp_path / "home"), "PATH": "/usr/bin/nothing"}
-        command = [sys.executable, "slurm/submit.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        command = ["slurm/submit.py", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
 
     return run
 
@@ -129,12 +138,10 @@ def test_shipped_sweeps_are_valid(submit):
         is_bash(script(submit("--sweep", path.relative_to(ROOT), *JOB, "--dry-run")))
 
 
-def test_the_sweep_of_resnet50_is_the_paper_s():
-    sys.path.insert(0, str(ROOT / "slurm"))
-    try:
-        import sweep
-    finally:
-        sys.path.pop(0)
+def test_the_sweep_of_resnet50_is_the_paper_s(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "slurm")
+    import sweep
+
     _, members = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
     published = yaml.safe_load((ROOT / "dnal_dist" / "report" / "published.yaml").read_text())["tables"]["resnet50_imagenet"][
         "rows"
@@ -201,7 +208,8 @@ def test_without_slurm_it_is_refused_and_nothing_is_written(submit, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_the_site_s_file_and_the_page(submit):
-    output = script(submit("--help"))
-    assert "--chain" in output and "docs/slurm.md" in output and "~/.config/dnal_dist/slurm.yaml" in output
-    assert errors.InputError.__name__ not in output
+def test_help_names_the_options_and_the_site_s_file():
+    """In a process of its own, as users run the command."""
+    found = script(subprocess.run([sys.executable, "slurm/submit.py", "--help"], capture_output=True, text=True, cwd=ROOT))
+    assert "--chain" in found and "docs/slurm.md" in found and "~/.config/dnal_dist/slurm.yaml" in found
+    assert errors.InputError.__name__ not in found

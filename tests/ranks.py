@@ -1,0 +1,205 @@
+"""A pool of ranks: processes that `accelerate launch` starts once and that run one job after the other, all of them together.
+
+A job is a function of a module in tests/distributed, "module:function", with arguments that JSON can hold. It is called on every
+rank with a new Context first; the value that rank 0 returns is the result. An error on any rank ends the pool, and the test fails
+with the traceback; the next job starts another pool.
+
+accelerate launch ... tests/ranks.py SOCKET      (each rank, started by Pool)
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+# Modules of jobs.
+sys.path.append(str(HERE / "distributed"))
+# Ranks of so many launches stay in memory at a time; each takes about 0.5 GB.
+POOLS = 3
+
+
+class RankError(AssertionError):
+    """A rank raised an error, ended or hung; the message holds tracebacks and the end of the ranks' output."""
+
+
+def _line(connection: socket.socket) -> bytes:
+    """What is sent up to the end of a line; nothing if the other side is gone."""
+    found = b""
+    while not found.endswith(b"\n"):
+        more = connection.recv(1 << 16)
+        if not more:
+            return b""
+        found += more
+    return found
+
+
+class Pool:
+    """The ranks of one launch."""
+
+    def __init__(self, backend: str, processes: int, timeout: float = 300):
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks")
+        address = str(Path(self.folder.name) / "socket")
+        self.log = Path(self.folder.name) / "log.txt"
+        self.connections: list[socket.socket] = []
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml"]
+        command += ["--num_processes", str(processes), str(HERE / "ranks.py"), address]
+        with socket.socket(socket.AF_UNIX) as listener, self.log.open("w") as log:
+            listener.bind(address)
+            listener.listen()
+            listener.settimeout(0.5)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            self.launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=HERE.parent)
+            until = time.monotonic() + timeout
+            while len(self.connections) < processes:
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = listener.accept()
+                    connection.setblocking(True)
+                    self.connections.append(connection)
+                if self.launcher.poll() is not None or time.monotonic() > until:
+                    self.close()
+                    raise RankError(f"the ranks of {backend} did not start\n{self.output()}")
+        for connection in self.connections:
+            # Sent once all ranks have met. One process alone has nothing to synchronise.
+            expected = "single" if (backend, processes) == ("ddp", 1) else backend
+            assert json.loads(_line(connection))["backend"] == expected
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")[-8000:]
+
+    def run(self, function: str, *arguments, precision: str = "no", timeout: float = 300):
+        """The result of this job. Raises RankError."""
+        job = {"function": function, "arguments": arguments, "precision": precision}
+        try:
+            for connection in self.connections:
+                connection.sendall(json.dumps(job, default=str).encode() + b"\n")
+            answers = self._answers(timeout)
+        except BaseException:
+            self.close()
+            raise
+        return answers[0]["result"]
+
+    def _answers(self, timeout: float) -> list[dict]:
+        """Of all ranks, in their order."""
+        answers, errors, waiting = [], [], list(self.connections)
+        until = time.monotonic() + timeout
+        while waiting and time.monotonic() < until:
+            ready, _, _ = select.select(waiting, [], [], 1)
+            for connection in ready:
+                waiting.remove(connection)
+                line = _line(connection)
+                answers.append(json.loads(line) if line else {"rank": -1, "error": "a rank has ended"})
+                if "error" in answers[-1]:
+                    errors.append(f"rank {answers[-1]['rank']}: {answers[-1]['error']}")
+                    # The others may have the same error, or wait in a collective for ever.
+                    until = min(until, time.monotonic() + 5)
+        if waiting:
+            # Each prints its stack as it dies of it, and the launcher ends.
+            self._signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.launcher.wait(30)
+            errors.append(f"{len(waiting)} of {len(self.connections)} ranks gave no answer within {timeout:g} s")
+        if errors:
+            raise RankError("\n".join([*errors, self.output()]))
+        return sorted(answers, key=lambda answer: answer["rank"])
+
+    def _signal(self, number: int) -> None:
+        """To the launcher's processes, and last to itself."""
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process(self.launcher.pid)
+            for process in [*launcher.children(recursive=True), *([launcher] if number == signal.SIGKILL else [])]:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+
+    def close(self) -> None:
+        """End the ranks: each leaves when its connection is closed, or else is killed."""
+        for connection in self.connections:
+            connection.close()
+        try:
+            self.launcher.wait(5)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self.launcher.wait()
+
+
+class Ranks:
+    """Pools by backend and number of processes, started when first asked for; those used longest ago are closed."""
+
+    def __init__(self):
+        self.pools: dict[tuple[str, int], Pool] = {}
+
+    def run(self, backend: str, processes: int, function: str, *arguments, **options):
+        """The result of a job; `single` runs it in this process."""
+        if backend == "single":
+            assert processes == 1
+            return _call({"function": function, "arguments": json.loads(json.dumps(arguments, default=str))})
+        key = backend, processes
+        pool = self.pools.pop(key, None)
+        while len(self.pools) >= POOLS:
+            self.pools.pop(next(iter(self.pools))).close()
+        pool = pool or Pool(backend, processes)
+        result = pool.run(function, *arguments, **options)
+        self.pools[key] = pool
+        return result
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+
+
+def _call(job: dict):
+    """The value of a job on this rank."""
+    from dnal_dist.distributed.context import Context
+
+    context = Context()
+    # The ranks stay connected.
+    context.close = lambda: None
+    module, _, name = job["function"].partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)(context, *job["arguments"])
+    finally:
+        gc.collect()
+
+
+def main(address: str) -> None:
+    faulthandler.enable()
+    from dnal_dist.distributed.context import Context
+
+    context = Context()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+
+        def answer(**values) -> None:
+            connection.sendall(json.dumps({"rank": context.rank, **values}, default=str).encode() + b"\n")
+
+        context.wait()
+        answer(backend=context.backend)
+        while line := _line(connection):
+            job = json.loads(line)
+            # As the launcher sets it.
+            os.environ["ACCELERATE_MIXED_PRECISION"] = job["precision"]
+            try:
+                answer(result=_call(job))
+            except BaseException:
+                answer(error=traceback.format_exc())
+            # Each phase collects garbage, and would search through all that the modules hold.
+            gc.freeze()
+    context.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
