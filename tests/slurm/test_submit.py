@@ -163,7 +163,7 @@ def test_the_sweep_of_resnet50_is_the_paper_s(monkeypatch):
         ((DIGITS, *JOB, "--config-file", DIGITS), ["--config-file", "not an Accelerate config"]),
         ((DIGITS, *JOB, "data.worker=3"), [DIGITS, "data.worker", "did you mean"]),
         ((DIGITS, *JOB, "--setup", "a\nb"), ["--setup", "one line"]),
-        (("nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/"]),
+        (("nowhere.yaml", *JOB), ["nowhere.yaml", "no such recipe"]),
         (("--sweep", "nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/sweeps/"]),
         (("--sweep", DIGITS, *JOB), [DIGITS, "recipe, output, vary, set"]),
         ((DIGITS, *JOB, "--site", "nowhere.yaml"), ["nowhere.yaml", "cannot be read"]),
