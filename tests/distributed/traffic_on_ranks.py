@@ -55,7 +55,9 @@ def measure(context: Context, case: str) -> dict:
             weight_step(trained, images, labels, BATCH, architecture.gates(DELTA), int(parts))
         with Traffic() as alpha:
             penalty, average_ = ("sigmoid", 0.01), context.average_
-            architecture_step(trained, architecture, alphas, images, labels, BATCH, DELTA, *penalty, average_, parts=int(parts))
+            architecture_step(
+                trained, architecture, alphas, images, labels, BATCH, DELTA, *penalty, average_, accumulation=int(parts)
+            )
     inner = getattr(trained.optimizer, "optimizer", trained.optimizer)
     parameters = [(p.data, getattr(p, "ds_tensor", None)) for p in trained.module.parameters()]
     memory["parameters"] = kept(parameters)

@@ -81,7 +81,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             weights = local(trained)
             others = [architecture.alpha.detach().clone(), *(s["momentum_buffer"].clone() for s in alphas.state.values())]
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
-                more = {"parts": parts, "clip_norm": clip}
+                more = {"accumulation": parts, "clip_norm": clip}
                 outcome = architecture_step(
                     trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, context.average_, **more
                 )
