@@ -26,7 +26,7 @@ class Asked(NamedTuple):
     """Parts that a process's share of the global batch is taken in; 1 says nothing."""
     activation_checkpointing: bool
     settings: dict
-    """See backends.Options."""
+    """See wrapper.Options."""
 
 
 def asked() -> Asked:

@@ -12,7 +12,7 @@ from dnal_dist.nets import GatedNetwork, computing_again
 from dnal_dist.nets.gated import segments
 
 
-def _checkpoint(network: nn.Module) -> None:
+def checkpoint_activations(network: nn.Module) -> None:
     """Compute the activations within each segment anew in the backward pass. No statistic moves the second time."""
 
     def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:

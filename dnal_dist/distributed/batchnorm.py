@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist.nets import GatedBatchNorm
 
 
-def _replace_norms(module: nn.Module, across: bool) -> None:
+def replace_norms(module: nn.Module, across: bool) -> None:
     """Plain BatchNorms of a compact network become gated ones, which keep their statistics in float32 whatever the weights are in,
     let them rest while activations are computed anew, and normalise with the statistics of all processes if `across`."""
     for name, child in module.named_children():
@@ -19,7 +19,7 @@ def _replace_norms(module: nn.Module, across: bool) -> None:
             norm.load_state_dict(child.state_dict())
             child = norm.train(child.training)
             module.register_module(name, child)
-        _replace_norms(child, across)
+        replace_norms(child, across)
     if across and isinstance(module, GatedBatchNorm):
         module.across = _normalise_across
 

@@ -1,4 +1,4 @@
-"""One process among others: everything that is sent between processes is sent here, or by what backends.py wraps."""
+"""One process among others: everything that is sent between processes is sent here, or by what a backend wraps."""
 
 import gc
 import hashlib

@@ -90,7 +90,7 @@ def _loss(net: GatedNetwork, images: Tensor) -> Tensor:
 
 
 def _buckets(net: GatedNetwork) -> list[int]:
-    """Bytes of DDP's buckets, which are arranged from the last parameter to the first (see backends.Replicated)."""
+    """Bytes of DDP's buckets, which are arranged from the last parameter to the first (see ddp.Replicated)."""
     arrived, buckets = [4 * p.numel() for p in reversed(list(net.parameters()))], [0]
     for number, size in enumerate(arrived, 1):
         buckets[-1] += size
@@ -103,7 +103,7 @@ def traffic(
     net: GatedNetwork, backend: str, ranks: int, image_size: int, precision: str = "no", parts: int = 1
 ) -> tuple[Operations, Operations]:
     """What a weight step and an architecture step of the search communicate on images of image_size x image_size: (operation,
-    bytes) as context.Traffic notes them, in no particular order.
+    bytes) as traffic.Traffic records them, in no particular order.
 
     precision: no or bf16. parts: the share of a rank is taken in so many. Without sync_batchnorm and clip_norm, which add to it. A
     single process sends nothing to another; ZeRO calls its reductions all the same.

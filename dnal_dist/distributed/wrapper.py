@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dnal_dist.common.span import span
-from dnal_dist.distributed.activation_checkpoint import _checkpoint
-from dnal_dist.distributed.batchnorm import _replace_norms
+from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
+from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.nets.gated import segments
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
@@ -109,9 +109,9 @@ class Trained:
 
 def _prepared(network: nn.Module, options: Options) -> nn.Module:
     """The copy, with what the recipe switches on."""
-    _replace_norms(network, options.sync_batchnorm and options.world_size > 1)
+    replace_norms(network, options.sync_batchnorm and options.world_size > 1)
     if options.activation_checkpointing:
-        _checkpoint(network)
+        checkpoint_activations(network)
     if options.compile:
         parts = segments(network)
         import torch._dynamo

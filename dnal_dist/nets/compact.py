@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from dnal_dist.common import atomic
 from dnal_dist.nets.gated import GatedNetwork
 from dnal_dist.nets.masks import rescue
-from dnal_dist.nets.mobilenet import MobileNetV2, _mobilenet
+from dnal_dist.nets.mobilenet import MobileNetV2, compact_mobilenet
 from dnal_dist.nets.modules import Channels, Constant, Sum
-from dnal_dist.nets.resnet import BottleneckResNet, ResNet, _bottleneck_resnet, _resnet
-from dnal_dist.nets.slicing import _Slicer
-from dnal_dist.nets.supernet import Supernet, _supernet
-from dnal_dist.nets.vgg import VGG, _vgg
+from dnal_dist.nets.resnet import BottleneckResNet, ResNet, compact_bottleneck_resnet, compact_resnet
+from dnal_dist.nets.slicing import Slicer
+from dnal_dist.nets.supernet import Supernet, compact_supernet
+from dnal_dist.nets.vgg import VGG, compact_vgg
 
 # What it takes to build each kind of module again, as its constructor's arguments.
 _ARGUMENTS = {
@@ -102,7 +102,7 @@ def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
     if rescued:
         warnings.warn(f"all channels of {', '.join(rescued)} would close; the strongest one of each stays", stacklevel=2)
     with torch.no_grad():
-        network = _FAMILIES[type(net)](net, _Slicer(net, keep))
+        network = _FAMILIES[type(net)](net, Slicer(net, keep))
     network.keep = keep
     return network.to(next(net.parameters()).device).train(net.training)
 
@@ -110,9 +110,9 @@ def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
 # Where a shortcut that changes nothing is all that is left of a block, nothing of the block is left: the ReLU behind it would see
 # what went through one before.
 _FAMILIES = {
-    VGG: _vgg,
-    ResNet: _resnet,
-    BottleneckResNet: _bottleneck_resnet,
-    MobileNetV2: _mobilenet,
-    Supernet: _supernet,
+    VGG: compact_vgg,
+    ResNet: compact_resnet,
+    BottleneckResNet: compact_bottleneck_resnet,
+    MobileNetV2: compact_mobilenet,
+    Supernet: compact_supernet,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import Feed, GatedNetwork, Layer
-from dnal_dist.nets.masks import _alive, _area, _channels, _depthwise, all_open, liveness, useful
+from dnal_dist.nets.masks import alive_inputs, all_open, channels_of, is_depthwise, kernel_area, liveness, useful
 
 
 class Cost(NamedTuple):
@@ -125,7 +125,7 @@ def _make_terms(net: GatedNetwork, layers: list[Layer]) -> _Terms:
     site_number = {site: i for i, site in enumerate(net.gate_sites)}
     sizes = [*net.gate_sites.values(), 1]
     first_gate = dict(zip(net.gate_sites, np.cumsum([0, *sizes[:-2]]).tolist(), strict=True))
-    outputs = {layer.path: _channels(net.get_submodule(layer.path))[1] for layer in layers}
+    outputs = {layer.path: channels_of(net.get_submodule(layer.path))[1] for layer in layers}
     written_by = {layer.path: layer.site for layer in layers}
     stream_number: dict[tuple[Feed, ...], int] = {}
     channel_stream, feed_channel, feed_gate = [], [], []
@@ -150,7 +150,7 @@ def _make_terms(net: GatedNetwork, layers: list[Layer]) -> _Terms:
         feed_gate=torch.tensor(feed_gate, dtype=torch.long),
         layer_stream=torch.tensor([stream_number.get(layer.feeds, 0) for layer in layers]),
         # A depthwise convolution has one input for each output, whatever feeds it.
-        is_fed=torch.tensor([bool(layer.feeds) and not _depthwise(net.get_submodule(layer.path)) for layer in layers]),
+        is_fed=torch.tensor([bool(layer.feeds) and not is_depthwise(net.get_submodule(layer.path)) for layer in layers]),
         layer_site=torch.tensor([site_number.get(layer.site, 0) for layer in layers]),
         is_decided=torch.tensor([layer.site is not None for layer in layers]),
         branch_layer=torch.tensor([i for i, _ in pairs], dtype=torch.long),
@@ -163,10 +163,10 @@ def _numbers(net: GatedNetwork, layers: list[Layer]) -> dict[str, Tensor]:
     """What is fixed of each layer, (L,) each, float64."""
     modules = [net.get_submodule(layer.path) for layer in layers]
     columns = {
-        "inputs": [1 if _depthwise(m) else _channels(m)[0] for m in modules],
-        "outputs": [_channels(m)[1] for m in modules],
+        "inputs": [1 if is_depthwise(m) else channels_of(m)[0] for m in modules],
+        "outputs": [channels_of(m)[1] for m in modules],
         # Weights for each pair of an input and an output channel.
-        "area": [_area(m) * layer.spread for m, layer in zip(modules, layers, strict=True)],
+        "area": [kernel_area(m) * layer.spread for m, layer in zip(modules, layers, strict=True)],
         "positions": [layer.positions for layer in layers],
         # Parameters for each output channel beside the weights.
         "vectors": [(m.bias is not None) + 2 * (layer.norm is not None) for m, layer in zip(modules, layers, strict=True)],
@@ -183,11 +183,11 @@ def _paper_count(net: GatedNetwork, image_size: int, keep: Tensor) -> Cost:
     flops = params = 0
     for layer in layers:
         module = net.get_submodule(layer.path)
-        inputs, _ = _channels(module)
+        inputs, _ = channels_of(module)
         if not layer.plain:
-            inputs = int(_alive(layer, tuple(feed for feed in layer.feeds if not feed.around), inputs, live).sum())
+            inputs = int(alive_inputs(layer, tuple(feed for feed in layer.feeds if not feed.around), inputs, live).sum())
         outputs = int(live[layer.path].outputs.sum())
-        weights = _area(module) * outputs * (1 if _depthwise(module) else inputs)
+        weights = kernel_area(module) * outputs * (1 if is_depthwise(module) else inputs)
         vectors = outputs * (module.bias is not None)
         if isinstance(module, nn.Linear):
             flops, params = flops + weights + outputs, params + weights + outputs
@@ -205,7 +205,7 @@ def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> 
     rows = []
     for layer, macs, params, inputs, outputs in zip(net.layers(image_size), *columns, strict=True):
         module = net.get_submodule(layer.path)
-        full_in, full_out = _channels(module)
+        full_in, full_out = channels_of(module)
         if not macs:
             # Nothing is left of it, or the constant that its branch came to.
             inputs, outputs = 0, params
@@ -213,7 +213,7 @@ def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> 
             {
                 "layer": layer.path,
                 "site": layer.site if layer.gated else None,
-                "inputs": [outputs if _depthwise(module) else inputs * layer.spread, full_in],
+                "inputs": [outputs if is_depthwise(module) else inputs * layer.spread, full_in],
                 "outputs": [outputs, full_out],
                 "macs": macs,
                 "params": params,

@@ -81,14 +81,13 @@ def liveness(net: GatedNetwork, layers: list[Layer], keep: Tensor) -> dict[str, 
     by_site = net.by_site(keep.cpu())
     live: dict[str, Live] = {}
     for layer in layers:
-        inputs, outputs = _channels(net.get_submodule(layer.path))
-        live[layer.path] = Live(
-            _alive(layer, layer.feeds, inputs, live), by_site[layer.site] if layer.site else torch.ones(outputs, dtype=torch.bool)
-        )
+        inputs, outputs = channels_of(net.get_submodule(layer.path))
+        needed = by_site[layer.site] if layer.site else torch.ones(outputs, dtype=torch.bool)
+        live[layer.path] = Live(alive_inputs(layer, layer.feeds, inputs, live), needed)
     return live
 
 
-def _alive(layer: Layer, feeds: tuple[Feed, ...], inputs: int, live: dict[str, Live]) -> Tensor:
+def alive_inputs(layer: Layer, feeds: tuple[Feed, ...], inputs: int, live: dict[str, Live]) -> Tensor:
     if not layer.feeds:
         return torch.ones(inputs, dtype=torch.bool)
     alive = torch.zeros(inputs // layer.spread, dtype=torch.bool)
@@ -98,17 +97,17 @@ def _alive(layer: Layer, feeds: tuple[Feed, ...], inputs: int, live: dict[str, L
     return alive.repeat_interleave(layer.spread)
 
 
-def _depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: nn.Module) -> bool:
     return getattr(module, "groups", 1) > 1
 
 
-def _channels(module: nn.Module) -> tuple[int, int]:
+def channels_of(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.in_channels, module.out_channels
 
 
-def _area(module: nn.Module) -> int:
+def kernel_area(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.Linear) else module.kernel_size[0] * module.kernel_size[1]
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
-from dnal_dist.nets.slicing import _ended, _Slicer
+from dnal_dist.nets.slicing import Slicer, with_classifier
 
 
 class MBConv(nn.Module):
@@ -144,18 +144,18 @@ def mobilenetv2_imagenet(num_classes: int = 1000, width: float = 1.0) -> MobileN
     return MobileNetV2(widths, [1, 2, 2, 2, 1, 2, 1], last, num_classes, 2, conv_shortcuts=False, expand_first=False)
 
 
-def _mbconv(block: MBConv, path: str, cut: _Slicer) -> tuple[nn.Sequential | None, str]:
+def mbconv_branch(block: MBConv, path: str, cut: Slicer) -> tuple[nn.Sequential | None, str]:
     """The branch of an MBConv, and the path of the layer that ends it."""
     paths = [f"{path}.{name}.conv" for name in ("expand", "depthwise", "project") if getattr(block, name) is not None]
     return cut.branch(*paths, activation=nn.ReLU6), paths[-1]
 
 
-def _mobilenet(net: MobileNetV2, cut: _Slicer) -> nn.Sequential:
+def compact_mobilenet(net: MobileNetV2, cut: Slicer) -> nn.Sequential:
     network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True))
     stream = cut.live["stem.conv"].outputs
     for b, block in enumerate(net.blocks):
         path = f"blocks.{b}"
-        branch, end = _mbconv(block, path, cut)
+        branch, end = mbconv_branch(block, path, cut)
         written = cut.live[end].outputs
         if block.identity:
             if branch is not None:
@@ -168,10 +168,10 @@ def _mobilenet(net: MobileNetV2, cut: _Slicer) -> nn.Sequential:
         else:
             network.extend(branch)
             stream = written
-    return _ended(network, cut)
+    return with_classifier(network, cut)
 
 
-def _names_of_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:
+def torchvision_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:
     found = [("features.0.0", "stem.conv"), ("features.0.1", "stem.norm")]
     for b, block in enumerate(network.blocks):
         theirs, ours = f"features.{b + 1}.conv", f"blocks.{b}"

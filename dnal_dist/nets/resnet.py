@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
-from dnal_dist.nets.slicing import _Slicer
+from dnal_dist.nets.slicing import Slicer
 
 
 class BasicBlock(nn.Module):
@@ -162,7 +162,7 @@ def resnet_digits(num_classes: int = 10, width: float = 1.0) -> ResNet:
     return ResNet(scaled([16, 32, 64], width), 2, num_classes)
 
 
-def _resnet(net: ResNet, cut: _Slicer) -> nn.Sequential:
+def compact_resnet(net: ResNet, cut: Slicer) -> nn.Sequential:
     network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU(inplace=True))
     stream = cut.live["stem.conv"].outputs
     for s, stage in enumerate(net.stages):
@@ -176,7 +176,7 @@ def _resnet(net: ResNet, cut: _Slicer) -> nn.Sequential:
     return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])
 
 
-def _bottleneck_resnet(net: BottleneckResNet, cut: _Slicer) -> nn.Sequential:
+def compact_bottleneck_resnet(net: BottleneckResNet, cut: Slicer) -> nn.Sequential:
     network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
     stream = cut.live["stem.conv"].outputs
     for s, stage in enumerate(net.stages):
@@ -194,7 +194,7 @@ def _bottleneck_resnet(net: BottleneckResNet, cut: _Slicer) -> nn.Sequential:
     return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])
 
 
-def _names_of_resnet(network: BottleneckResNet) -> list[tuple[str, str]]:
+def torchvision_resnet(network: BottleneckResNet) -> list[tuple[str, str]]:
     found = [("conv1", "stem.conv"), ("bn1", "stem.norm")]
     for s, stage in enumerate(network.stages):
         for b, block in enumerate(stage):

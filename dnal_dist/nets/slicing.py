@@ -8,7 +8,7 @@ from dnal_dist.nets.gated import GatedNetwork, Layer
 from dnal_dist.nets.modules import Channels, Constant, Sum
 
 
-class _Slicer:
+class Slicer:
     """Cuts the modules of a gated network down to their live channels."""
 
     def __init__(self, net: GatedNetwork, keep: Tensor):
@@ -101,7 +101,7 @@ def _positions(some: Tensor, among: Tensor) -> list[int]:
     return some[among].nonzero().flatten().tolist()
 
 
-def _ended(network: nn.Sequential, cut: _Slicer) -> nn.Sequential:
+def with_classifier(network: nn.Sequential, cut: Slicer) -> nn.Sequential:
     """`network` with the last convolution and the classifier of MobileNetV2 and of the supernet."""
     network.extend([*cut.conv("last.conv"), nn.ReLU6(inplace=True)])
     return network.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), cut.linear("classifier")])

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
-from dnal_dist.nets.mobilenet import MBConv, _mbconv
-from dnal_dist.nets.slicing import _ended, _Slicer
+from dnal_dist.nets.mobilenet import MBConv, mbconv_branch
+from dnal_dist.nets.slicing import Slicer, with_classifier
 
 # Kernel and expansion of a cell's candidates.
 CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (3, 6)]
@@ -102,14 +102,14 @@ def supernet_digits(num_classes: int = 10, width: float = 1.0) -> Supernet:
     return Supernet(widths, [2, 2], [2, 1], last, num_classes, 1)
 
 
-def _supernet(net: Supernet, cut: _Slicer) -> nn.Sequential:
-    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True), *_mbconv(net.first, "first", cut)[0])
+def compact_supernet(net: Supernet, cut: Slicer) -> nn.Sequential:
+    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True), *mbconv_branch(net.first, "first", cut)[0])
     stream = cut.live["first.project.conv"].outputs
     for path, cell in net.cells():
-        branches = [_mbconv(candidate, f"{path}.{name}", cut) for name, candidate in cell.items()]
+        branches = [mbconv_branch(candidate, f"{path}.{name}", cut) for name, candidate in cell.items()]
         carried = stream if cell.identity else None
         stream = cut.stream([cut.live[end].outputs for _, end in branches], carried)
         if carried is not None and all(branch is None for branch, _ in branches):
             continue  # only the shortcut is left
         network.append(cut.sum(branches, carried))
-    return _ended(network, cut)
+    return with_classifier(network, cut)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.gated import ConvBN, Feed, GatedBatchNorm, GatedNetwork, Layer, scaled
-from dnal_dist.nets.slicing import _Slicer
+from dnal_dist.nets.slicing import Slicer
 
 
 class VGG(GatedNetwork):
@@ -77,7 +77,7 @@ def vgg_digits(num_classes: int = 10, width: float = 1.0) -> VGG:
     return VGG([scaled(stage, width) for stage in ([32, 32], [64, 64], [128, 128])], [], num_classes)
 
 
-def _vgg(net: VGG, cut: _Slicer) -> nn.Sequential:
+def compact_vgg(net: VGG, cut: Slicer) -> nn.Sequential:
     network = nn.Sequential()
     for s, stage in enumerate(net.stages):
         for c, _ in enumerate(stage):
@@ -92,7 +92,7 @@ def _vgg(net: VGG, cut: _Slicer) -> nn.Sequential:
     return network
 
 
-def _names_of_vgg(network: VGG) -> list[tuple[str, str]]:
+def torchvision_vgg(network: VGG) -> list[tuple[str, str]]:
     found, place = [], 0
     for s, stage in enumerate(network.stages):
         for c in range(len(stage)):

@@ -15,9 +15,9 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
-from dnal_dist.nets.mobilenet import MobileNetV2, _names_of_mobilenet
-from dnal_dist.nets.resnet import BottleneckResNet, _names_of_resnet
-from dnal_dist.nets.vgg import VGG, _names_of_vgg
+from dnal_dist.nets.mobilenet import MobileNetV2, torchvision_mobilenet
+from dnal_dist.nets.resnet import BottleneckResNet, torchvision_resnet
+from dnal_dist.nets.vgg import VGG, torchvision_vgg
 from dnal_dist.recipe import Recipe
 
 PREFIX = "torchvision:"
@@ -228,7 +228,7 @@ def _checked(name: str, tensor: Tensor, own: Tensor, origin: str) -> Tensor:
 def torchvision_names(network: GatedNetwork, model: str) -> dict[str, str]:
     """Every name of torchvision's state dict of the network that recipes call `model`, and ours of the same tensor. Empty if
     torchvision does not have it."""
-    kinds = {VGG: _names_of_vgg, BottleneckResNet: _names_of_resnet, MobileNetV2: _names_of_mobilenet}
+    kinds = {VGG: torchvision_vgg, BottleneckResNet: torchvision_resnet, MobileNetV2: torchvision_mobilenet}
     pairs = kinds[type(network)](network) if model in TORCHVISION.values() else []
     found = {}
     for theirs, ours in pairs:
