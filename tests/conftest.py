@@ -48,14 +48,16 @@ def group_of(item: pytest.Item) -> str:
     return backend if backend and item.path.parent.name == "distributed" else item.path.relative_to(DURATIONS.parent).as_posix()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]):
     """A worker takes one group after the other. The longest come first: one taken last would be waited for by all."""
+    # As a wrapper, before xdist's own hook, which comes before every other and reads the groups.
     known = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (-known.get(groups[item], 0), groups[item]))
+    return (yield)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
