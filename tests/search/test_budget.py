@@ -13,7 +13,6 @@ from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Target
 from dnal_dist.search import controller, selection
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.training import state
 from dnal_dist.training import state as training_state
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
@@ -243,13 +242,13 @@ def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path,
     whole, run, save = tmp_path / "whole", tmp_path / "run", training_state.save
     assert train_here(*arguments(digits, whole, *longer)).code == 0
 
-    def save_and_die(state, *more):
-        save(state, *more)
-        if state.phase == "search" and state.step == 22:
+    def save_and_die(run, *more):
+        save(run, *more)
+        if run.state.phase == "search" and run.state.step == 22:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(state, "save", save_and_die)
+        patch.setattr(training_state, "save", save_and_die)
         train_here(*arguments(digits, run, *longer))
     assert train_here(*arguments(digits, run, *longer)).code == 0
     assert told(run) == told(whole) and tensors(run) == tensors(whole)
