@@ -14,7 +14,7 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import atomic
 from dnal_dist.distributed.ddp import Replicated
 from dnal_dist.tracking import run_log
-from dnal_dist.training import loop, state, stopping
+from dnal_dist.training import loop, stopping
 from dnal_dist.training import state as training_state
 
 DAMAGE = {
@@ -96,13 +96,13 @@ def test_a_last_checkpoint_is_tried_again(train_here, digits, tmp_path, monkeypa
 def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, digits, tmp_path, monkeypatch):
     run, save = tmp_path / "run", training_state.save
 
-    def vanish(state, *more):
-        if state.phase == "search":
-            state.writer.settle()
+    def vanish(found, *more):
+        if found.state.phase == "search":
+            found.writer.settle()
             shutil.rmtree(run / "checkpoints")
-        save(state, *more)
+        save(found, *more)
 
-    monkeypatch.setattr(state, "save", vanish)
+    monkeypatch.setattr(training_state, "save", vanish)
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert told(run) == told(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
 
@@ -132,7 +132,7 @@ def test_a_pause_is_measured_and_told(train_here, digits, tmp_path, monkeypatch)
         return gathered(self)
 
     monkeypatch.setattr(Replicated, "gathered", slow)
-    monkeypatch.setattr(state, "take", lambda *state: time.sleep(0.1) or take(*state))
+    monkeypatch.setattr(training_state, "take", lambda *given: time.sleep(0.1) or take(*given))
     assert train_here(*arguments(digits, tmp_path / "run", *SHORT, "checkpoint.every_steps=2")).code == 0
     found = records(tmp_path / "run", "checkpoint")
     assert [r["step"] for r in found] == [0, 2, 0, 2, 0, 0, 2, 0]
@@ -229,6 +229,4 @@ def test_records_that_are_missing_are_told(train_here, digits, tmp_path, monkeyp
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     ended = train_here(*arguments(digits, run, *SHORT))
-    assert (
-        ended.code == 0 and f"warning: {run}/metrics.jsonl holds 2 of the 6 records that were told by the checkpoint" in ended.out
-    )
+    assert ended.code == 0 and f"warning: {run}/metrics.jsonl holds 2 of the 6 records at the checkpoint" in ended.out
