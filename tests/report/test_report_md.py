@@ -9,14 +9,13 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
+from runs import SHORT, arguments
 from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
 from dnal_dist.common.text import printable
-from dnal_dist.recipe import load
 from dnal_dist.report import figures, outputs, page, style
 from dnal_dist.report import records as report_records
 from dnal_dist.report.records import result_of
-from dnal_dist.training import exit
 
 PLOTS = ("channels", "cost", "curves", "search")
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
@@ -201,27 +200,12 @@ def test_matplotlib_waits_for_the_first_figure():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
-    class Main:
-        main, world_size = True, 1
-
-        def from_main(self, value):
-            return value
-
-        def close(self):
-            pass
-
+def test_a_report_that_fails_does_not_fail_the_run(train_here, digits, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no such font")
 
-    class Ended:
-        folder, global_step, context = save(tmp_path, made_up_run()), 90, Main()
-        log = type("RunLog", (), {"ended": True, "close": lambda self, *_, **__: None})()
-        writer = type("Writer", (), {"finish": lambda self: None})()
-
-        recipe = load("recipes/digits.yaml")
-
-    monkeypatch.setattr(exit, "_missed", lambda run: None)
     monkeypatch.setattr(figures, "curves", fail)
-    assert exit.finish(Ended()) is None
-    assert f"warning: the report in {tmp_path} cannot be written (no such font); later: " in capsys.readouterr().err
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT))
+    assert ended.code == 0, ended.err
+    assert "no such font" in ended.out + ended.err and "python -m dnal_dist.report" in ended.out + ended.err
+    assert (tmp_path / "run" / "compact" / "weights.safetensors").exists()
