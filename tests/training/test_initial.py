@@ -382,7 +382,7 @@ def test_a_run_without_pretrain_has_a_report(source, begins, tmp_path):
     assert [r["phase"] for r in records(tmp_path, "phase")] == ["search", "prune", "finetune"]
     assert {r["phase"] for r in records(tmp_path, "train")} == {"search", "finetune"}
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "at the start" in page and "weights to begin with" in page and str(source[0]) in page
+    assert "at the start" in page and "initial weights" in page and str(source[0]) in page
 
 
 @pytest.mark.parametrize("none", [SKIP, "phases.pretrain.epochs=0"])
