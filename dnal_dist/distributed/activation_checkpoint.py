@@ -13,13 +13,13 @@ from dnal_dist.nets.gated import segments
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Compute the activations within each segment anew in the backward pass. No statistic moves the second time."""
+    """Compute the activations within each segment again in the backward pass. No statistic moves the second time."""
 
     def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:
         contexts = functools.partial(_first_and_again, modules)
 
         def run(*args):
-            # Without a gradient to come there is nothing to compute anew.
+            # Without a gradient to come there is nothing to compute again.
             return (
                 checkpoint(forward, *args, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else forward(*args)
             )

@@ -12,7 +12,7 @@ from dnal_dist.nets import GatedBatchNorm
 
 def replace_norms(module: nn.Module, across: bool) -> None:
     """Plain BatchNorms of a compact network become gated ones, which keep their statistics in float32 whatever the weights are in,
-    let them rest while activations are computed anew, and normalise with the statistics of all processes if `across`."""
+    let them rest while activations are computed again, and normalise with the statistics of all processes if `across`."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GatedBatchNorm):
             norm = GatedBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight)

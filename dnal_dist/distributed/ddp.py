@@ -35,7 +35,7 @@ class Replicated(Trained):
         return network
 
     def _fix_buckets(self, network: DistributedDataParallel) -> None:
-        """Let DDP arrange its buckets anew now, as it does once after the first backward pass. Three processes or more sum in an
+        """Let DDP arrange its buckets again now, as it does once after the first backward pass. Three processes or more sum in an
         order that depends on the buckets, and a resumed run would sum its first step otherwise than the one that went on."""
         own = self.module.__dict__.get("forward")
         self.module.forward = lambda: sum((p * 0).sum() for p in self.module.parameters())

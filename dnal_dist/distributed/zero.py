@@ -80,7 +80,7 @@ class Zero(Trained):
         if self.stage == 3:
             from deepspeed.runtime.zero import parameter_offload
 
-            # Computing activations anew ends as soon as all are there, before the hook that takes a module off this list.
+            # Computing activations again ends as soon as all are there, before the hook that takes a module off this list.
             del parameter_offload.FWD_MODULE_STACK[1:]
         return super().forward(network, images.to(self.options.dtype), gates)
 

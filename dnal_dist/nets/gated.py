@@ -220,7 +220,7 @@ def scaled(channels: list[int], width: float, multiple: int = 2) -> list[int]:
 
 
 def segments(network: nn.Module) -> list[list[nn.Module]]:
-    """The parts of a network whose parameters are gathered, and whose activations are computed anew, together: the units of a
+    """The parts of a network whose parameters are gathered, and whose activations are computed again, together: the units of a
     gated network; in a compact one each Sum, or a convolution or Linear with what follows it. In forward order."""
     if isinstance(network, GatedNetwork):
         return [[unit] for unit in network.units()]
