@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist.common import atomic, text
+from dnal_dist.common.span import spanned
 from dnal_dist.report import comparison, comparison_files, figures, page, published, records, style
 from dnal_dist.report.records import Run, load
 
 ON_PAGE = ("curves", "search", "cost")
 
 
+@spanned("report")
 def write_all(run: str | Path | Run, draw: bool = True) -> None:
     """Write RUN/report.html, RUN/report.md and, to `draw`, RUN/plots/*.svg and *.png; each file appears whole or not at all.
 

@@ -137,12 +137,12 @@ def test_cost_of_what_is_not_there_is_one_line(tmp_path, capsys):
         assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
 
 
-def test_cost_of_a_run_that_does_not_tell_what_it_kept_says_so(finished, tmp_path, capsys):
+def test_cost_warns_where_the_records_do_not_hold_the_kept_channels(finished, tmp_path, capsys):
     lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "recipe.yaml").write_text((finished[0] / "recipe.yaml").read_text())
     for change, words in (
         (lambda record: None if record["kind"] == "prune" else record, "not pruned yet; this is the full network"),
-        (lambda record: {k: v for k, v in record.items() if k != "mask"}, "do not tell which channels"),
+        (lambda record: {k: v for k, v in record.items() if k != "mask"}, "do not hold the channels that it kept"),
         (lambda record: record | {"mask": 7} if record["kind"] == "prune" else record, None),
     ):
         records = [changed for line in lines if (changed := change(json.loads(line)))]

@@ -117,11 +117,11 @@ def test_outcome_counts():
     assert outcome.penalty is None and not outcome.cross_entropy.requires_grad
 
 
-def test_parts_make_the_step_of_the_whole():
+def test_micro_batches_make_the_step_of_the_whole_batch():
     """For a network without batch statistics, to rounding; both groups, with and without clipping."""
     for clip in (None, 0.01):
         found = []
-        for parts in (1, 2, 4):
+        for accumulation in (1, 2, 4):
             torch.manual_seed(0)
             net = nets.build("resnet_digits")
             for norm in net.modules():
@@ -133,8 +133,8 @@ def test_parts_make_the_step_of_the_whole():
             alphas = torch.optim.SGD(architecture.parameters(), 0.1, 0.9)
             images, labels = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8)
             for _ in range(2):
-                weights = weight_step(trained, images, labels, 8, architecture.gates(3.0), parts)
-                more = {"parts": parts, "clip_norm": clip}
+                weights = weight_step(trained, images, labels, 8, architecture.gates(3.0), accumulation)
+                more = {"accumulation": accumulation, "clip_norm": clip}
                 gates = architecture_step(
                     trained, architecture, alphas, images, labels, 8, 3.0, "sigmoid", 0.01, lambda g: g, **more
                 )
