@@ -6,6 +6,7 @@ when the step is done, and the copy goes from page-locked memory over a CUDA str
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator
 from typing import NamedTuple
@@ -34,7 +35,13 @@ class Fed(NamedTuple):
     """Seconds until the stream had it."""
 
 
-def feed(batches: Generator[Batch], data, device: torch.device, fill: int = 0) -> Generator[Fed]:
+def feed(
+    batches: Generator[Batch],
+    data,
+    device: torch.device,
+    fill: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Generator[Fed]:
     """The batches on `device`, as the recipe's part `data` says. Closing it closes `batches`; what they raise passes.
 
     fill: a batch that lost samples is filled up to so many, with images that it has, labelled to count for nothing. Processes
@@ -48,25 +55,28 @@ def feed(batches: Generator[Batch], data, device: torch.device, fill: int = 0) -
             if batch is None:
                 return
             waited = time.monotonic() - asked
-            images, labels, batch = _moved(batch, data, device) if side is None else _moved_beside(batch, data, device, side)
+            move = _moved if side is None else functools.partial(_moved_beside, side=side)
+            images, labels, batch = move(batch, data, device, memory_format)
             if 0 < (count := len(labels)) < fill:
                 images = images[torch.arange(fill, device=device) % count]
                 labels = torch.cat([labels, labels.new_full((fill - count,), IGNORED)])
             yield Fed(images, labels, batch, waited)
 
 
-def _moved(batch: Batch, data, device: torch.device) -> tuple[Tensor, Tensor, Batch]:
+def _moved(batch: Batch, data, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor, Batch]:
     if batch.encoded is not None:
         batch = nvjpeg.finish(batch, data.image_size, device)
     images, labels, flips = (part.to(device, non_blocking=True) for part in (batch.images, batch.labels, batch.flips))
-    return normalise(images, data.mean, data.std, flips), labels, batch
+    return normalise(images, data.mean, data.std, flips, memory_format=memory_format), labels, batch
 
 
-def _moved_beside(batch: Batch, data, device: torch.device, side: torch.cuda.Stream) -> tuple[Tensor, Tensor, Batch]:
+def _moved_beside(
+    batch: Batch, data, device: torch.device, memory_format: torch.memory_format, side: torch.cuda.Stream
+) -> tuple[Tensor, Tensor, Batch]:
     """As `_moved`, on the CUDA stream `side`; what the caller's own stream does from here on comes after it."""
     own = torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
-        images, labels, batch = _moved(batch, data, device)
+        images, labels, batch = _moved(batch, data, device, memory_format)
     own.wait_stream(side)
     for tensor in (images, labels):
         # Made on one stream and used on another: its memory must not be given away before the other is done with it.

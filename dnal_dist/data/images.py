@@ -141,13 +141,18 @@ def _cut(pixels: np.ndarray, geometry: Geometry, reduction: int, size: int) -> n
     return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
 
 
-def normalise(images: Tensor, mean, std, flips: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N, 3, H, W) -> (images / 255 - mean) / std, on the images' own device, those mirrored whose `flips` (N,) is true.
-
-    In channels_last memory on a GPU, where convolutions want it, and contiguous on a CPU.
-    """
+def normalise(
+    images: Tensor,
+    mean,
+    std,
+    flips: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """uint8 (N, 3, H, W) -> (images / 255 - mean) / std in `memory_format`, on the images' own device, those mirrored whose `flips`
+    (N,) is true."""
     # While it is a quarter of its size.
-    images = images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
+    images = images.contiguous(memory_format=memory_format)
     if flips is not None:
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))

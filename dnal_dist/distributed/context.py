@@ -67,6 +67,18 @@ class Context:
         """Of convolutions and activations; all else is float32."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
+    memory_format = torch.contiguous_format
+    """Of images and activations."""
+
+    def tune(self, training) -> None:
+        """Set what the recipe's part `training` says of this device: TF32, cuDNN's choice of algorithms, the memory format."""
+        last = training.memory_format == "channels_last" or (training.memory_format == "auto" and self.device.type == "cuda")
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = training.cudnn_benchmark
+            # Not by their `fp32_precision`: torch.compile still reads these, and that fails once the two have been mixed.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = training.tf32
+
     def wrap(self, network: nn.Module, sgd, momentum: dict[str, Tensor], training) -> Trained:
         """`network` for its weight steps, on the backend that was asked for. sgd and training are parts of the recipe."""
         # Parts of the last wrap that know each other would wait for the collector, with all their memory.
@@ -81,6 +93,7 @@ class Context:
             training.sync_batchnorm,
             training.activation_checkpointing or self.asked.activation_checkpointing,
             training.compile,
+            self.memory_format,
         )
         return backend(self.backend)(network, sgd, momentum, options)
 

@@ -16,9 +16,12 @@ class Replicated(Trained):
     """Every process has all of the network: DistributedDataParallel, or a single process."""
 
     def wrap(self, momentum):
+        self.module.to(memory_format=self.options.memory_format)
         self.optimizer = SGD(self.module.parameters(), **self.settings)
         for name, buffer in momentum.items():
-            self.optimizer.state[self.parameters[name]]["momentum_buffer"] = buffer.to(self.options.device).clone()
+            # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
+            own = torch.empty_like(self.parameters[name])
+            self.optimizer.state[self.parameters[name]]["momentum_buffer"] = own.copy_(buffer)
         if self.options.world_size == 1:
             return self.module
         with warnings.catch_warnings():

@@ -39,6 +39,8 @@ class Options(NamedTuple):
     sync_batchnorm: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+    """Of activations, and of the weights of backends that keep each parameter whole."""
 
 
 class Trained:

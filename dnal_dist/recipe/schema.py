@@ -306,6 +306,13 @@ class Training(Section):
     """Activations within a block are computed anew in the backward pass instead of kept: less memory, a third more work."""
     compile: bool = False
     """Each block goes through torch.compile."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Layout of images, activations and, where the backend allows it, of convolution weights; auto: channels_last on a GPU,
+    contiguous on a CPU. Sums round differently in each."""
+    tf32: bool = True
+    """On a GPU, convolutions and matrix products in float32 may round their factors to TF32 (10 bits of mantissa)."""
+    cudnn_benchmark: bool = True
+    """On a GPU, cuDNN times its algorithms when it first meets a convolution, and keeps the fastest."""
 
 
 class Keep(Section):

@@ -44,7 +44,9 @@ def evaluate(
     sums, bad = torch.zeros(4, dtype=torch.float64, device=context.device), []
     # The last batch may be a partial one, of which some processes have no samples.
     whole = stream.samples // data.global_batch
-    for number, (images, labels, batch, _) in enumerate(feed(stream.batches(), data, context.device)):
+    for number, (images, labels, batch, _) in enumerate(
+        feed(stream.batches(), data, context.device, memory_format=context.memory_format)
+    ):
         if number < whole:
             between()
         bad += map(str, batch.bad)

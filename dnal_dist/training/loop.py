@@ -23,7 +23,7 @@ from dnal_dist.training.usage import Clock
 def training_batches(run: Run, fill: bool = True) -> Generator[Fed]:
     """The training batches from the run's position on, on its device. fill: keep their full size even if samples were skipped."""
     batches = run.train.batches(run.state.global_step)
-    return feed(batches, run.recipe.data, run.context.device, run.local_batch if fill else 0)
+    return feed(batches, run.recipe.data, run.context.device, run.local_batch if fill else 0, run.context.memory_format)
 
 
 def without_gates(trained: Trained, step: int, images: Tensor, labels: Tensor, local_batch: int, accumulation: int) -> Outcome:

@@ -37,6 +37,7 @@ def prepare(
     """A run of `settings`, new or resumed, with its folder prepared, ready for phases.train. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
+    context.tune(settings.training)
     network = nets.build(*settings.model.network)
     train, val = _streams(settings, network, context)
     for stream in (train, val):

@@ -203,7 +203,8 @@ def test_normalise_is_the_usual_one(dtype):
     assert found.is_contiguous() and found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype))
     flips = torch.tensor([True, False, False, True, True])
-    mirrored = normalise(images, mean, std, flips, dtype)
+    mirrored = normalise(images, mean, std, flips, dtype, torch.channels_last)
+    assert mirrored.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(mirrored[flips], found[flips].flip(-1)) and torch.equal(mirrored[~flips], found[~flips])
 
 

@@ -25,7 +25,7 @@ TINY = (
 )  # fmt: skip
 KINDS = {
     "plain": (),
-    "parts of a batch": ("data.per_device_batch_limit=30",),
+    "micro-batches in channels_last": ("data.per_device_batch_limit=30", "training.memory_format=channels_last"),
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
     "a supernet with noise": ("model.name=supernet_digits", "model.width=0.5", "data.global_batch=120"),
 }

@@ -144,6 +144,31 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
             torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-13)
 
 
+def test_the_memory_format_changes_no_result():
+    """To rounding, with momentum that comes from the other layout; weights, gradients and momentum share the recipe's."""
+    found, momentum = [], {}
+    for memory_format in ("contiguous", "channels_last"):
+        torch.manual_seed(0)
+        net = nets.build("supernet_digits", 10, 0.5).double()
+        context, training = Context(), Training(memory_format=memory_format)
+        context.tune(training)
+        trained = context.wrap(net, SGD(lr=0.05, momentum=0.9), momentum, training)
+        images = torch.randn(8, 3, 8, 8, dtype=torch.float64).to(memory_format=context.memory_format)
+        if not momentum:
+            momentum = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+            trained.close()
+            trained = context.wrap(net, SGD(lr=0.05, momentum=0.9), momentum, training)
+        for _ in range(2):
+            weight_step(trained, images, torch.arange(8), 8)
+        state = trained.optimizer.state
+        for parameter in trained.parameters.values():
+            if parameter.dim() == 4:
+                assert parameter.is_contiguous(memory_format=context.memory_format)
+                assert state[parameter]["momentum_buffer"].stride() == parameter.stride()
+        found.append([p.detach() for p in trained.parameters.values()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-13)
+
+
 def test_what_trains_is_a_copy_in_training_mode_whatever_the_network_was_last_used_for():
     net = nets.build("vgg_digits").eval()
     trained = Context().wrap(net, SGD(lr=0.1), {}, Training())
