@@ -93,9 +93,14 @@ class Context:
             training.sync_batchnorm,
             training.activation_checkpointing or self.asked.activation_checkpointing,
             training.compile,
+            self._graphs(training),
             self.memory_format,
         )
         return backend(self.backend)(network, sgd, momentum, options)
+
+    def _graphs(self, training) -> bool:
+        eager = training.compile or training.activation_checkpointing or self.asked.activation_checkpointing
+        return training.cuda_graphs and self.device.type == "cuda" and not eager and not self.scaler.is_enabled()
 
     def accumulation_steps(self, data) -> int:
         """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be

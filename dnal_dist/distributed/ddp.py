@@ -1,6 +1,7 @@
 """The replicated backend: a single process, or DDP."""
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dnal_dist.common.span import span
+from dnal_dist.distributed.cuda_graph import CudaGraph
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
@@ -17,6 +19,7 @@ class Replicated(Trained):
 
     def wrap(self, momentum):
         self.module.to(memory_format=self.options.memory_format)
+        self.graphs: dict[tuple, CudaGraph | None] = {}
         self.optimizer = SGD(self.module.parameters(), **self.settings)
         for name, buffer in momentum.items():
             # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
@@ -54,14 +57,16 @@ class Replicated(Trained):
         with torch.autocast(self.options.device.type, self.options.dtype, enabled=mixed):
             return super().forward(network, images, gates)
 
-    def step(self, losses):
-        scaler, alone = self.options.scaler, self.options.world_size == 1
-        for number, loss in enumerate(losses):
-            last = number + 1 == len(losses)
-            with contextlib.nullcontext() if last or alone else self.network.no_sync():
-                scaled = scaler.scale(loss(self.network))
-                with span("backward"):
-                    scaled.backward()
+    def step(self, forward, micro_batches, batch):
+        scaler = self.options.scaler
+        if len(micro_batches) == 1 and (graph := self._graph(forward, micro_batches[0], batch)) is not None:
+            outcomes = [graph.replay(*micro_batches[0])]
+        else:
+            outcomes = []
+            for number, micro_batch in enumerate(micro_batches, 1):
+                alone = number == len(micro_batches) or self.options.world_size == 1
+                with contextlib.nullcontext() if alone else self.network.no_sync():
+                    outcomes.append(self._backward(forward, batch, *micro_batch))
         with span("optimizer"):
             scaler.unscale_(self.optimizer)
             if self.clip_norm is not None:
@@ -69,3 +74,28 @@ class Replicated(Trained):
             scaler.step(self.optimizer)
             scaler.update()
             self.optimizer.zero_grad()
+        return outcomes
+
+    def _backward(self, forward, batch: int, *micro_batch):
+        """The outcome of a micro-batch, whose gradients are added."""
+        outcome = forward(self.network, *micro_batch)
+        with span("backward"):
+            self.options.scaler.scale(outcome.cross_entropy / batch).backward()
+        return outcome
+
+    def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:
+        """The CUDA graph of such a micro-batch, captured when it first comes; None where there are none."""
+        options = self.options
+        if not options.cuda_graphs or options.world_size > 1:
+            return None
+        key = batch, *(None if tensor is None else tensor.shape for tensor in micro_batch)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = CudaGraph(self.module, functools.partial(self._backward, forward, batch), micro_batch)
+            except RuntimeError as error:
+                # A network may do what no graph can hold, such as looking at a value.
+                why = (str(error).splitlines() or ["no reason given"])[0]
+                warnings.warn(f"key 'training.cuda_graphs': this network's steps cannot be captured ({why})", stacklevel=1)
+                self.graphs[key] = None
+                self.optimizer.zero_grad()
+        return self.graphs[key]

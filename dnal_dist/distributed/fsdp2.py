@@ -41,17 +41,19 @@ class FullySharded(Trained):
     def forward(self, network, images, gates=None):
         return super().forward(network, images.to(self.options.dtype), gates)
 
-    def step(self, losses):
-        for number, loss in enumerate(losses):
-            self.module.set_requires_gradient_sync(number + 1 == len(losses))
-            total = loss(self.network)
+    def step(self, forward, micro_batches, batch):
+        outcomes = []
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self.module.set_requires_gradient_sync(number == len(micro_batches))
+            outcomes.append(forward(self.network, *micro_batch))
             with span("backward"):
-                total.backward()
+                (outcomes[-1].cross_entropy / batch).backward()
         with span("optimizer"):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return outcomes
 
     def weight(self, name):
         return self.parameters[name].full_tensor()

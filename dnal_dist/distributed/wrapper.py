@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
 from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.nets.gated import segments
+
+Outcome = TypeVar("Outcome", bound=tuple)
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000
@@ -39,6 +41,7 @@ class Options(NamedTuple):
     sync_batchnorm: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     """Of activations, and of the weights of backends that keep each parameter whole."""
 
@@ -66,9 +69,12 @@ class Trained:
         logits = network(images) if gates is None else network(images, gates)
         return logits.float() if logits.dtype != torch.float64 else logits
 
-    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]]) -> None:
-        """One step down the gradient of the sum of `losses`, the mean over processes; each is a function of the network to call.
-        They are computed one after the other, so that only one of them needs memory for its activations."""
+    def step(self, forward: Callable[..., Outcome], micro_batches: Sequence[tuple], batch: int) -> list[Outcome]:
+        """One step down the gradient of the micro-batches' summed `cross_entropy` / batch, the mean over processes.
+
+        forward(network, images, labels, gates) gives an outcome, a named tuple of tensors or None; the outcomes are returned. The
+        micro-batches are computed one after the other, so that only one of them needs memory for its activations.
+        """
         raise NotImplementedError
 
     @contextlib.contextmanager

@@ -84,15 +84,16 @@ class Zero(Trained):
             del parameter_offload.FWD_MODULE_STACK[1:]
         return super().forward(network, images.to(self.options.dtype), gates)
 
-    def step(self, losses):
-        *first, last = losses
-        gradients = None
-        for loss in first:
-            total = loss(self.module)
+    def step(self, forward, micro_batches, batch):
+        *first, last = micro_batches
+        outcomes, gradients = [], None
+        for micro_batch in first:
+            outcomes.append(forward(self.module, *micro_batch))
             with span("backward"):
-                found = torch.autograd.grad(total, self.parameters.values())
+                found = torch.autograd.grad(outcomes[-1].cross_entropy / batch, self.parameters.values())
             gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
-        total = last(self.network)
+        outcomes.append(forward(self.network, *last))
+        total = outcomes[-1].cross_entropy / batch
         if gradients is not None:
             total = _WithGradients.apply(total, gradients, *self.parameters.values())
         with span("backward"):
@@ -100,6 +101,7 @@ class Zero(Trained):
         with span("optimizer"):
             self.engine.step()
         self.stepped = True
+        return outcomes
 
     def weight(self, name):
         from deepspeed.utils import safe_get_full_fp32_param

@@ -1,5 +1,6 @@
 """The two steps. Each moves one parameter group and leaves the other, its gradients and its optimiser exactly as they were."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,18 +46,9 @@ def weight_step(
     batch: the local batch, by which the summed loss is divided; the mean over processes is then the gradient of the mean over the
     global batch. accumulation: number of micro-batches, taken one after the other and synchronised once.
     """
-    outcomes: list[Outcome] = []
     gates = None if gates is None else gates.detach()
-
-    def loss_of(images: Tensor, labels: Tensor) -> Callable[[nn.Module], Tensor]:
-        def loss(network: nn.Module) -> Tensor:
-            outcomes.append(_forward(trained, network, images, labels, gates))
-            return outcomes[-1].cross_entropy / batch
-
-        return loss
-
-    trained.step([loss_of(*micro_batch) for micro_batch in _micro_batches(images, labels, accumulation)])
-    return _sum(outcomes)
+    micro_batches = [(*micro_batch, gates) for micro_batch in _micro_batches(images, labels, accumulation)]
+    return _sum(trained.step(functools.partial(_forward, trained), micro_batches, batch))
 
 
 @spanned("architecture step")
