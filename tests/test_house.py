@@ -64,7 +64,7 @@ def test_every_folder_of_tests_is_a_room():
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
 # What is longer for now: entries may only be removed.
-LONG = {"dnal_dist/recipe/schema.py", "dnal_dist/training/setup.py: prepare"}
+LONG = {"dnal_dist/training/setup.py: prepare"}
 
 
 def test_modules_and_functions_are_short():

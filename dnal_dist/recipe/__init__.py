@@ -1,26 +1,28 @@
 """Recipes: what a run does, as pydantic models."""
 
-from dnal_dist.recipe.loading import dump, load
-from dnal_dist.recipe.schema import (
+from dnal_dist.recipe.learning import (
     SGD,
     ArchitectureSettings,
-    Augmentation,
-    Checkpoints,
     Constant,
     Cosine,
-    Data,
-    Keep,
-    Network,
     Phase,
     Phases,
     Pretrain,
-    Recipe,
     SearchPhase,
     Steps,
     Target,
+    amount,
+)  # fmt: skip
+from dnal_dist.recipe.loading import dump, load
+from dnal_dist.recipe.schema import (
+    Augmentation,
+    Checkpoints,
+    Data,
+    Keep,
+    Network,
+    Recipe,
     Tracking,
     Training,
-    amount,
     free_keys,
     is_free,
 )  # fmt: skip

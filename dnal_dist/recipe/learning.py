@@ -1,0 +1,182 @@
+"""How weights and gates learn: optimisers, schedules, phases, and the architecture's target."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dnal_dist.recipe.section import Section
+
+
+class SGD(Section):
+    lr: float = Field(gt=0)
+    """Base learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum, without Nesterov."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 weight decay."""
+    clip_norm: float | None = Field(None, gt=0)
+    """A gradient whose norm, over all of this group, is larger is scaled down to it."""
+
+
+class Constant(Section):
+    kind: Literal["constant"] = "constant"
+    """The base learning rate throughout."""
+
+
+class Steps(Section):
+    kind: Literal["steps"]
+    """Multiply by `factor` at each milestone."""
+    milestones: tuple[float, ...] = Field(strict=False, min_length=1)
+    """Positions, in the unit of the phase's duration, counted from the phase's start."""
+    factor: float = Field(0.1, gt=0)
+    """What the learning rate is multiplied by at a milestone."""
+
+
+class Cosine(Section):
+    kind: Literal["cosine"]
+    """lr * 0.5 * (1 + cos(pi * (offset + position) / horizon))."""
+    offset: float = Field(0.0, ge=0)
+    """Where on the curve the phase starts, in the unit of its duration."""
+    horizon: float | None = Field(None, gt=0)
+    """Length of the half cosine in the same unit; default: its end is the phase's end."""
+
+
+class Phase(Section):
+    epochs: float | None = Field(None, gt=0)
+    """Duration in passes over the training set (exactly one of epochs and steps)."""
+    steps: int | None = Field(None, ge=1)
+    """Duration in iterations, of any kind (exactly one of epochs and steps)."""
+    optimizer: SGD
+    """SGD of the weights."""
+    schedule: Constant | Steps | Cosine = Field(Constant(), discriminator="kind")
+    """How the learning rate of the weights moves over the phase."""
+
+    @model_validator(mode="after")
+    def _exactly_one_duration(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of 'epochs' and 'steps'")
+        return self
+
+    def iterations(self, steps_per_epoch: int) -> int:
+        """Duration in iterations; at least 1, unless the recipe says 0."""
+        return self.steps if self.steps is not None else max(int(self.epochs > 0), round(self.epochs * steps_per_epoch))
+
+
+class Pretrain(Phase):
+    epochs: float | None = Field(None, ge=0)
+    """Duration in passes over the training set (exactly one of epochs and steps); 0 leaves the phase out."""
+    steps: int | None = Field(None, ge=0)
+    """Duration in iterations (exactly one of epochs and steps); 0 leaves the phase out."""
+
+
+class SearchPhase(Phase):
+    weight_steps: int = Field(1, ge=0)
+    """Weight steps in each cycle of the search, on alternate iterations; 0 freezes the weights, as in the authors' code."""
+    architecture_steps: int = Field(1, ge=1)
+    """Architecture steps in each cycle, after its weight steps."""
+
+    @property
+    def cycle(self) -> int:
+        """Iterations of one cycle."""
+        return self.weight_steps + self.architecture_steps
+
+    @model_validator(mode="after")
+    def _every_part_of_delta_is_whole(self):
+        if self.epochs is not None and self.epochs != int(self.epochs):
+            raise ValueError("the search's 'epochs' must be whole, since delta grows once an epoch; 'steps' grows it every step")
+        return self
+
+
+class Phases(Section):
+    pretrain: Pretrain
+    """Weights only, no gates. With no iterations the search begins with the weights as they are, those of model.init_from say."""
+    search: SearchPhase
+    """Weights and architecture on alternate iterations while the gates harden."""
+    finetune: Phase
+    """The compact network."""
+
+
+def amount(text: str | int | float) -> tuple[float, bool]:
+    """A cost such as 300M, 1.2G, 40k or 123456 as (number, False); a share of the full network such as 0.5x as (0.5, True).
+
+    Raises ValueError for anything else, and for what is not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kKMGTx]?)\s*", str(text)) if not isinstance(text, bool) else None
+    number = float(found[1] + (found[2] or "")) if found else 0.0
+    number *= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(found[3], 1) if found else 1
+    if not 0 < number < 1e18:
+        raise ValueError(f"expected an amount such as 300M, 1.2G or 40k, or a share such as 0.5x, found {text!r}")
+    return number, found[3] == "x"
+
+
+def _checked_amount(text: str | int | float) -> str | int | float:
+    amount(text)
+    return text
+
+
+Amount = Annotated[str | int | float, BeforeValidator(_checked_amount)]
+
+
+class Target(Section):
+    macs: Amount | None = None
+    """MACs for one image, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
+    params: Amount | None = None
+    """Parameters, likewise (exactly one of macs and params)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_named(cls, given):
+        if not isinstance(given, dict | cls):
+            raise ValueError(f"say what the amount counts, such as {{macs: {given}}} or {{params: 40k}}")
+        return given
+
+    @model_validator(mode="after")
+    def _exactly_one_unit(self):
+        if (self.macs is None) == (self.params is None):
+            raise ValueError("give exactly one of 'macs' and 'params', such as {macs: 0.5x}")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, str | int | float]:
+        """The unit, "macs" or "params", and the amount."""
+        return ("macs", self.macs) if self.macs is not None else ("params", self.params)
+
+
+class ArchitectureSettings(Section):
+    optimizer: SGD = SGD(lr=0.01)
+    """SGD of alpha."""
+    delta_start: float = Field(1.0, gt=0)
+    """Hardness of the gates before the search."""
+    delta_final: float = Field(10_000.0, gt=0)
+    """Hardness in its last epoch (or step, if the search's duration is in steps); the growth between is geometric."""
+    penalty: Literal["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"] = "sigmoid"
+    """What is added to the loss, times the penalty weight: the sum of sigmoid(alpha) (authors' code); that of the gates
+    sigmoid(delta * alpha); expected_macs, the expected MACs as a share of the full network's (parameters instead, if they
+    are what `target` is about); or root_macs, the mean gate weighted by the square root of what each channel costs."""
+    penalty_weight: float | None = Field(None, ge=0)
+    """The lambda of the paper. With few iterations it must be larger in proportion. Exactly one of this and `target`."""
+    target: Target | None = None
+    """What the network may cost, in place of a penalty weight, which is then driven in closed loop during the search."""
+    tolerance: float = Field(0.01, gt=0, lt=1)
+    """Share of the target that may be left unused; it is never exceeded."""
+    threshold: float = Field(0.9, gt=0, lt=1)
+    """A channel stays if its gate is above this when the search ends."""
+    recalibration_batches: int = Field(50, ge=0)
+    """Training batches over which the BatchNorms of the compact network take their statistics anew after pruning; 0 keeps those of
+    the search."""
+    min_macs: float = Field(0.02, ge=0, lt=1)
+    """Collapse guard, as a share of the full network's MACs: below it the penalty rests during the search, and at
+    pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _delta_grows(self):
+        if self.delta_final < self.delta_start:
+            raise ValueError("delta_final must be at least delta_start, since gates harden as delta grows")
+        return self
+
+    @model_validator(mode="after")
+    def _weight_or_target(self):
+        if (self.penalty_weight is None) == (self.target is None):
+            raise ValueError("give exactly one of 'penalty_weight' (such as 1e-4) and 'target' (such as {macs: 0.5x})")
+        return self
