@@ -4,9 +4,9 @@ Error messages hold the URL, which `check` has let through, a status and the kin
 hold a password, a signed URL or a header.
 """
 
-# Why no library does this, tried against the tests of this module: obstore 0.12 hangs in a forked process once its parent has read
-# (data loaders fork), puts a server's answer into its errors, refuses servers without ranges and short bodies, and reads neither
-# ~/.aws nor netrc. fsspec's caches have no size limit, no digest and no lock between processes.
+# Why no library does this. obstore 0.12, tried against the tests of this module, hangs in a forked process once its parent has read
+# (data loaders fork), puts a server's answer into its errors, and refuses servers without ranges and short bodies; by its
+# documentation it does not read netrc. fsspec's caches, by theirs, have no size limit, no digest and no lock between processes.
 
 import asyncio
 import functools

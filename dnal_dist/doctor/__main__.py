@@ -23,6 +23,7 @@ import torch
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.shipped import shipped
 from dnal_dist.common.text import bytes_of
 from dnal_dist.doctor import cluster, data, disk, machine, network
 from dnal_dist.doctor.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
@@ -33,7 +34,7 @@ LIMIT, EACH, SAVING = 55.0, 20.0, 12.0
 # Where one of these is late, this machine is busy.
 COMPUTED = (network.network, network.memory)
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
-SHIPPED = network.CHECKOUT / "recipes" / "accelerate" / "ddp.yaml"
+SHIPPED = shipped("recipes") / "accelerate" / "ddp.yaml"
 
 CHECKS: dict[str, Callable[[Case], Finding]] = {
     "recipe": network.network,

@@ -17,6 +17,7 @@ from dnal_dist import nets, recipe
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import cost
 from dnal_dist.recipe import Recipe
@@ -107,7 +108,7 @@ def _steps(
 ) -> dict[str, Callable[[], Outcome]]:
     """One step of each kind."""
     options, device = settings.architecture, context.device
-    optimizer = torch.optim.SGD(architecture.parameters(), options.optimizer.lr, options.optimizer.momentum)
+    optimizer = SGD(architecture.parameters(), options.optimizer.lr, options.optimizer.momentum)
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randn(IMAGES, 3, size, size, generator=generator).to(device)
     labels = torch.randint(settings.model.num_classes or network.num_classes, (IMAGES,), generator=generator).to(device)
