@@ -46,7 +46,7 @@ def describe(network: nn.Sequential) -> list:
 
 
 def build(description: list) -> nn.Sequential:
-    """The network `describe` told of, freshly initialised. Raises ValueError if it is no such description."""
+    """The network that `describe` described, freshly initialised. Raises ValueError if it is no such description."""
     network = nn.Sequential()
     for item in description:
         try:
@@ -60,7 +60,7 @@ def build(description: list) -> nn.Sequential:
 
 
 def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
-    """The network that `description` tells of, with these weights and statistics. Raises ValueError if they do not fit, before
+    """The network of a `description`, with these weights and statistics. Raises ValueError if they do not fit, before
     memory is taken for whatever the description asks for."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
@@ -77,8 +77,8 @@ def save(network: nn.Sequential, folder: Path, **facts) -> None:
     with atomic.folder(folder) as unfinished:
         weights = to_bytes({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()})
         atomic.write(unfinished / "weights.safetensors", weights)
-        told = json.dumps({**facts, "network": describe(network)}, indent=1) + "\n"
-        atomic.write(unfinished / "architecture.json", told.encode())
+        text = json.dumps({**facts, "network": describe(network)}, indent=1) + "\n"
+        atomic.write(unfinished / "architecture.json", text.encode())
 
 
 def load(folder: Path | str) -> nn.Sequential:

@@ -14,7 +14,7 @@ from dnal_dist.report.pareto import Point
 from dnal_dist.report.records import NoRecord, Run
 from dnal_dist.report.seeds import value_text
 
-# Of the keys in which rows differ, those of these parts are told first.
+# Of the keys in which rows differ, those of these parts are named first.
 PARTS = ("model", "architecture", "phases", "training", "data")
 MOST_KEYS = 5
 # The numbers of a run that a row has means of; shares, counts, seconds.
@@ -56,10 +56,10 @@ class Row:
         return [run for run in self.finished if run.last("prune").get("collapsed")]
 
     def label(self, keys: list[str]) -> str:
-        """What tells it from rows that differ from it in `keys`, in few words; its first run's name if there are no keys."""
-        told = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
+        """What distinguishes it from rows that differ in `keys`, in few words; its first run's name if there are no keys."""
+        shown = [(key, value_text(self.settings[key])) for key in keys if self.settings.get(key) is not None]
         bare = ("model.name", "architecture.penalty_weight") if len(keys) < 3 else ("model.name",)
-        words = [value if key in bare else f"{key.rpartition('.')[2]}={value}" for key, value in told]
+        words = [value if key in bare else f"{key.rpartition('.')[2]}={value}" for key, value in shown]
         return text.printable(", ".join(words) or self.runs[0].name)
 
 
@@ -119,8 +119,8 @@ class Comparison:
         if networks or name not in self.tables:
             return Diagram([(self._point(row), row) for row in rows], "MACs for one image", title)
         table, comparable = self.tables[name], not self.differences(name)
-        told = [(pareto.of_row(mark, table, comparable), row) for mark, row in self.among(name) if row is None or row in rows]
-        return Diagram([(point, row) for point, row in told if point], pareto.unit(table), title)
+        marks = [(pareto.of_row(mark, table, comparable), row) for mark, row in self.among(name) if row is None or row in rows]
+        return Diagram([(point, row) for point, row in marks if point], pareto.unit(table), title)
 
     def _point(self, row: Row) -> Point:
         series, keys = self.series, [key for key in self.keys if key != self.series]

@@ -98,41 +98,41 @@ def published_table(found: Comparison, name: str) -> Table:
 
 def remarks(found: Comparison) -> list[str]:
     """What to know before reading the numbers, a sentence each."""
-    rows, told = found.rows, []
+    rows, lines = found.rows, []
     sets = dict.fromkeys(comparison.validation(run) for row in rows for run in row.runs)
     if len(sets) > 1:
-        told.append(f"WARNING: the runs have different validation sets, so their accuracies do not compare: {', '.join(sets)}.")
+        lines.append(f"WARNING: the runs have different validation sets, so their accuracies do not compare: {', '.join(sets)}.")
     for row in rows:
-        told += _remarks_of_row(row, found)
+        lines += _remarks_of_row(row, found)
     for name, table in found.tables.items():
         if apart := found.differences(name):
-            told.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
+            lines.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
     for run in (run for row in rows for run in row.unfinished):
         stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
-        told.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It counts in no number.")
-    told += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
-    return list(map(text.printable, told))
+        lines.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It counts in no number.")
+    lines += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
+    return list(map(text.printable, lines))
 
 
 def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
-    told, who = [], row.label(found.keys)
+    lines, who = [], row.label(found.keys)
     tried = Counter(str(run.recipe.get("seed")) for run in row.finished if run.recipe)
     if twice := [seed for seed, count in tried.items() if count > 1]:
-        told.append(f"WARNING: {who}: more than one run of seed {', '.join(twice)}, which are no independent measurements.")
+        lines.append(f"WARNING: {who}: more than one run of seed {', '.join(twice)}, which are no independent measurements.")
     sizes = {run.last("start").get("world_size") for run in row.finished}
     if len(sizes) > 1 and not row.settings.get("training.sync_batchnorm"):
         many = ", ".join(sorted(map(str, sizes)))
-        told.append(f"{who}: its runs had {many} processes, each of which normalises its own part of a batch.")
+        lines.append(f"{who}: its runs had {many} processes, each of which normalises its own part of a batch.")
     for what, key in (("code", "code"), ("backends", "backend")):
         known = {str(start.get(key, "unknown"))[:60] for run in row.finished for start in run.of("start")}
         if len(known) > 1:
-            told.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(records.commit, known)))}.")
+            lines.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(records.commit, known)))}.")
     for run in row.runs:
         if changes := seeds.changes(run):
-            told.append(f"{where(run.folder, found)}: changed on the way ({'; '.join(changes)}), so it is a row of its own.")
+            lines.append(f"{where(run.folder, found)}: changed on the way ({'; '.join(changes)}), so it is a row of its own.")
     for run in row.collapsed:
-        told.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
-    return told
+        lines.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
+    return lines
 
 
 def where(folder: Path, found: Comparison) -> str:
@@ -162,11 +162,11 @@ def as_csv(found: Comparison) -> str:
     for row in found.rows:
         settings = [row.settings.get(key) for key in found.keys]
         tried = " ".join(str(run.recipe.get("seed", "")) for run in row.finished)
-        told = ["" if value is None else value for name in measures for value in (row.mean(name), row.std(name))]
+        numbers = ["" if value is None else value for name in measures for value in (row.mean(name), row.std(name))]
         folders = " ".join(where(run.folder, found) for run in row.runs)
         values = [_cell("" if value is None else seeds.value_text(value)) for value in settings]
         many = [len(row.finished), len(row.unfinished), len(row.collapsed)]
-        writer.writerow([*values, *many, _cell(tried), *told, int(row in found.front), _cell(folders)])
+        writer.writerow([*values, *many, _cell(tried), *numbers, int(row in found.front), _cell(folders)])
     return file.getvalue()
 
 

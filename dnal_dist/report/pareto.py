@@ -45,7 +45,7 @@ def of_row(row: Row, table: Published, comparable: bool = True) -> Point | None:
 
 
 def of_table(rows: list[Row], table: Published, comparable: bool) -> list[Point]:
-    """The marks of a published table with the rows of runs among it; `comparable` tells whether these may be held against it."""
+    """The marks of a published table with the rows of runs among it; `comparable`: whether these may be held against it."""
     return [point for row in rows if (point := of_row(row, table, comparable))]
 
 

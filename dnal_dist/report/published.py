@@ -68,7 +68,7 @@ class Published:
 
     @property
     def axis(self) -> str:
-        """The column that tells a row's size."""
+        """The column of a row's size."""
         return "flops" if "flops" in self.columns else "params"
 
     def head(self, column: str) -> str:
@@ -80,7 +80,7 @@ class Published:
         return sorted([*self.rows, *own], key=lambda row: -self.size(row))
 
     def size(self, row: Row) -> float:
-        """A row's FLOPs, or its parameters where the table tells no FLOPs, in the table's unit; 0 if it has none."""
+        """A row's FLOPs, or its parameters where the table has no FLOPs, in the table's unit; 0 if it has none."""
         return float(getattr(row, self.axis) or 0)
 
     def lines(self, rows: list[Row], own: list[int]) -> Table:
@@ -115,21 +115,21 @@ def tables() -> dict[str, Published]:
     """Every table of the paper by the name of its network."""
     text = files("dnal_dist.report").joinpath("published.yaml").read_text("utf-8")
     # Digits are what is published: a loader that makes numbers of them would lose the last of 0.060.
-    return {network: _table(network, told) for network, told in yaml.load(text, yaml.BaseLoader)["tables"].items()}
+    return {network: _table(network, entry) for network, entry in yaml.load(text, yaml.BaseLoader)["tables"].items()}
 
 
-def _table(network: str, told: dict) -> Published:
-    numbers = {key: int(told[key]) for key in ("num_classes", "image_size")}
-    images = {key: int(count) for key, count in told["images"].items()}
-    return Published(network, **told | numbers | {"images": images, "rows": [_row(row) for row in told["rows"]]})
+def _table(network: str, entry: dict) -> Published:
+    numbers = {key: int(entry[key]) for key in ("num_classes", "image_size")}
+    images = {key: int(count) for key, count in entry["images"].items()}
+    return Published(network, **entry | numbers | {"images": images, "rows": [_row(row) for row in entry["rows"]]})
 
 
-def _row(told: dict) -> Row:
+def _row(entry: dict) -> Row:
     figures = {}
     for key in ("flops", "params"):
-        if isinstance(told.get(key), list):
-            figures[key], figures[f"{key}_ratio"] = told[key]
-    return Row(**told | figures)
+        if isinstance(entry.get(key), list):
+            figures[key], figures[f"{key}_ratio"] = entry[key]
+    return Row(**entry | figures)
 
 
 def place(run: Run, result: dict) -> Place | None:
@@ -145,7 +145,7 @@ def place(run: Run, result: dict) -> Place | None:
 
 
 def _priced(result: dict) -> bool:
-    """Whether the compact network is there, and its cost told by both rules."""
+    """Whether the compact network is there, and its cost known by both rules."""
     costs = [result.get(which, {}).get(rule, {}) for which in ("full", "compact") for rule in ("paper", "exact")]
     return all({"macs", "params"} <= cost.keys() for cost in costs)
 
@@ -169,7 +169,7 @@ def own_row(
     """A run as a row, or several that are set up as `run`, of means.
 
     full, compact: {"macs", "params"} by the paper's rule; top1, top5: shares, None where not known. stds: the standard
-    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what tells these runs
+    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what distinguishes these runs
     from others; None for a run that is alone.
     """
     costs, spreads, stds = {}, {}, stds or {}
@@ -182,10 +182,10 @@ def own_row(
             if key in stds:
                 spreads[column] = f"{stds[key] / unit:.{len(costs[column].partition('.')[2])}f}"
     weight = run.setting("architecture", "penalty_weight")
-    told = weight_text(weight) if isinstance(weight, int | float) else ""
+    shown = weight_text(weight) if isinstance(weight, int | float) else ""
     return Row(
         method=OWN if label is None else OWNS,
-        penalty_weight=told if label is None else label,
+        penalty_weight=shown if label is None else label,
         top1="" if top1 is None else f"{100 * top1:.2f}",
         top5="" if top5 is None else f"{100 * top5:.2f}",
         search="gradient" if "search" in table.columns else "",
@@ -211,14 +211,14 @@ def accuracy(run: Run) -> dict:
 
 
 def _epochs(run: Run) -> str:
-    told = [run.last("train", phase).get("epoch") for phase in ("pretrain", "search", "finetune")]
-    if told[0] is None and told[1] is not None:
-        told[0] = 0
-    return "+".join(f"{round(epochs, 2):g}" for epochs in told if epochs is not None)
+    epochs = [run.last("train", phase).get("epoch") for phase in ("pretrain", "search", "finetune")]
+    if epochs[0] is None and epochs[1] is not None:
+        epochs[0] = 0
+    return "+".join(f"{round(number, 2):g}" for number in epochs if number is not None)
 
 
 def differences(run: Run, table: Published) -> list[str]:
-    """How the run's set-up differs from the published one, as far as its folder tells."""
+    """How the run's set-up differs from the published one, as far as its folder shows."""
     start, found = run.last("start"), []
     for key, expected in table.images.items():
         count = start.get({"train": "train_samples", "held_out": "val_samples"}[key])

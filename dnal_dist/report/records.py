@@ -139,19 +139,19 @@ def _budget(prune: dict) -> dict | None:
 
 
 def _elapsed(run: Run) -> dict[str, float]:
-    """Seconds of each phase ("" outside of any), as the run told them, else from the times of its records."""
-    told = {r["phase"]: r["seconds"] for r in run.of("phase")} | run.last("end").get("phase_seconds", {})
+    """Seconds of each phase ("" outside of any), as the run recorded them, else from the times of its records."""
+    recorded = {r["phase"]: r["seconds"] for r in run.of("phase")} | run.last("end").get("phase_seconds", {})
     seconds: dict[str, float] = {}
     phase = ""
     for before, record in pairwise(run.records):
-        # A receipt tells no phase: the time before it is of the one at hand.
+        # A receipt has no phase: the time before it belongs to the present one.
         phase = record.get("phase", phase)
         # The last checkpoint's, which belongs to no phase.
         phase = "" if phase == "done" else phase
         # The time between a stop and its resume is nobody's.
         if record.get("kind") != "start" and "time" in before and "time" in record:
             seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]
-    return seconds | told
+    return seconds | recorded
 
 
 def channels(run: Run) -> tuple[dict[str, int], dict[str, int] | None]:
@@ -190,8 +190,8 @@ def commit(code: str) -> str:
 
 def date(run: Run) -> str:
     """When the run's last record was written."""
-    told = [r["time"] for r in run.records if "time" in r]
-    return f"{datetime.fromtimestamp(told[-1], UTC):%Y-%m-%d %H:%M} UTC" if told else "an unknown time"
+    times = [r["time"] for r in run.records if "time" in r]
+    return f"{datetime.fromtimestamp(times[-1], UTC):%Y-%m-%d %H:%M} UTC" if times else "an unknown time"
 
 
 def about(run: Run) -> str:

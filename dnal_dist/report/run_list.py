@@ -113,9 +113,9 @@ def _job(folder: Path, queued: dict[str, str]) -> tuple[str | None, str | None]:
 def _progress(run: records.Run) -> dict:
     summary, train, last = records.summary(run), run.last("train"), run.records[-1]
     phase = summary.get("phase")
-    # A checkpoint tells the phase that begins with it; behind the last there is none.
+    # A checkpoint's phase is the one that begins with it; none begins after the last.
     phase = train.get("phase") if phase == "done" else phase
-    # Of a run that was stopped between two train records, or before the first, the stop tells how far it came.
+    # Of a run that was stopped between two train records, or before the first, the stop holds how far it came.
     here = max((r for r in (train, run.last("stop")) if r.get("phase") == phase), key=lambda r: r.get("step", 0), default={})
     ratio = summary.get("macs_ratio")
     full = summary.get("full", {}).get("exact", {}).get("macs")

@@ -8,7 +8,7 @@ from dnal_dist.report.records import Run
 
 # What has a say and is in no recipe: the launcher's, and how much the shards hold that a recipe names.
 FACTS = ("precision", "train_samples", "val_samples")
-# The key under which settings tell that they did not stay what they were.
+# The key under which settings hold the changes that they went through.
 CHANGED = "changed"
 
 
@@ -29,7 +29,7 @@ def settings(run: Run) -> dict[str, object]:
     found = {key: value for key, value in _flat(tree) if not is_free(key, free)}
     start = run.last("start")
     found |= {key: start[key] for key in FACTS if key in start}
-    return found | ({CHANGED: "; ".join(told)} if (told := changes(run)) else {})
+    return found | ({CHANGED: "; ".join(changed)} if (changed := changes(run)) else {})
 
 
 def changes(run: Run) -> list[str]:
@@ -48,10 +48,10 @@ def changes(run: Run) -> list[str]:
 
 
 def setting_of(run: Run) -> str:
-    """Equal for runs that are seeds of one setting, and for no others. Without its recipe, nothing tells that a run is like
+    """Equal for runs that are seeds of one setting, and for no others. Without its recipe, nothing shows that a run is like
     another one; nor is one that was changed on the way."""
-    told = settings(run)
-    return json.dumps(told, sort_keys=True) if told and CHANGED not in told else str(run.folder.resolve())
+    own = settings(run)
+    return json.dumps(own, sort_keys=True) if own and CHANGED not in own else str(run.folder.resolve())
 
 
 def _flat(tree: dict, above: str = "") -> list[tuple[str, object]]:

@@ -207,7 +207,7 @@ def _without_other_classes(network: nn.Module, own: dict, found: dict, origin: s
     if bias.dim() != 1 or len(bias) == classes or weight.shape != (len(bias), features):
         return []
     del found[f"{head}.weight"], found[f"{head}.bias"]
-    return [f"{origin} tells {len(bias)} classes apart, this network {classes}: its last layer, {head}, begins with random weights"]
+    return [f"{origin} has {len(bias)} classes, this network {classes}: its last layer, {head}, begins with random weights"]
 
 
 def _checked(name: str, tensor: Tensor, own: Tensor, origin: str) -> Tensor:

@@ -102,7 +102,7 @@ def test_for_other_classes_the_last_layer_stays_random(model):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     (warning,) = filled(net, source.state_dict(), model)
     head = [name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)][-1]
-    assert "7 classes apart, this network 5" in warning and f" {head}," in warning
+    assert "7 classes, this network 5" in warning and f" {head}," in warning
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, (before if name.startswith(f"{head}.") else source.state_dict())[name]), name
 
@@ -110,7 +110,7 @@ def test_for_other_classes_the_last_layer_stays_random(model):
 def test_torchvision_for_other_classes():
     reference, net = theirs("mobilenet_v2"), nets.build("mobilenetv2_imagenet", 10)
     (warning,) = filled(net, reference.state_dict(), "mobilenetv2_imagenet")
-    assert "tells 1000 classes apart, this network 10" in warning
+    assert "has 1000 classes, this network 10" in warning
     assert torch.equal(net.last.conv.weight, reference.features[18][0].weight)
 
 
@@ -410,7 +410,7 @@ def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
     ended, _ = begins("--init-from", source[0], SKIP, "model.num_classes=12")
     assert ended.code == 0, ended.err
     (warning,) = report_records.summary(tmp_path / "run")["warnings"]
-    assert "tells 10 classes apart, this network 12: its last layer, classifier.0, begins with random weights" in warning
+    assert "has 10 classes, this network 12: its last layer, classifier.0, begins with random weights" in warning
     assert f"warning: {warning}" in ended.out
 
 
