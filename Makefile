@@ -1,13 +1,15 @@
 # make demo    set up, make the digits shards, learn an architecture on two processes, write the report
 # make test    set up, then all tests, one more at a time than there are cores (9 at most)
+# make gpu     time everything on a GPU for ten minutes, into benchmarks/results/ (BIN=/usr/bin: by the machine's own Python)
 # make lint    the linter and the formatter's check
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MINUTES ?= 10
 DIGITS := data/digits/index.json
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test gpu lint format clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +27,10 @@ demo: setup $(DIGITS)
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
+
+# Without setup: a machine with a GPU has a torch of its own, and perhaps no network.
+gpu:
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) $(or $(OUT),"benchmarks/results/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' '-')")
 
 lint: setup
 	$(BIN)/ruff check .

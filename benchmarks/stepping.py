@@ -1,0 +1,340 @@
+"""Steps of training, timed: dnal_dist's own against the published formulation's, in one process, from the same weights.
+
+A `Case` is a network with a batch; a `Way` says whose step it is, and in which precision, memory layout and mode. `measure` builds
+the contenders of one step, lets them take turns, and reports one row for each: median milliseconds, images/s and memory.
+"""
+
+import contextlib
+import copy
+import gc
+import itertools
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from formulation import ALPHA_LR, LR, MOMENTUM, PENALTY_WEIGHT, STEPS, WEIGHT_DECAY, Formulation, Trainer
+from torch import Tensor
+
+from dnal_dist import nets
+from dnal_dist.distributed.context import Context
+from dnal_dist.distributed.sgd import SGD
+from dnal_dist.nets import GatedNetwork, compact, cost, frozen_statistics, masks
+from dnal_dist.recipe import SGD as Optimizer
+from dnal_dist.recipe import Training
+from dnal_dist.search.architecture import Architecture
+from dnal_dist.training.steps import architecture_step, weight_step
+
+# Fraction of the MACs that the finetune's compact network has.
+COMPACT = 0.15
+# Largest relative difference, in float64, of outputs and alpha's gradient that counts as equal.
+EQUAL = 1e-6
+
+
+class Case(NamedTuple):
+    network: str
+    batch: int
+    image_size: int
+    width: float = 1.0
+
+
+class Way(NamedTuple):
+    who: str = "ours"
+    """ours or formulation."""
+    precision: str = "bf16"
+    """fp32; tf32 (float32 whose convolutions and products may use TF32); bf16 (autocast)."""
+    layout: str = "channels_last"
+    """Of images, activations and weights: channels_last or contiguous."""
+    mode: str = "eager"
+    """eager; compile (ours only: the recipe's training.compile); graphs (the whole step as one CUDA graph, its rates constants)."""
+    cudnn_benchmark: bool = False
+    """The same for all ways of a process: an algorithm once chosen for a shape stays with it, whatever the switch says later."""
+
+
+# What the authors' code does on a GPU with torch's defaults, which let convolutions use TF32.
+PUBLISHED = Way("formulation", "tf32", "contiguous")
+
+Report = Callable[[dict], None]
+
+
+class Subject:
+    """The networks of a case, on the CPU: ours, the compact one of about COMPACT of its MACs, and the published formulation.
+
+    Raises ValueError if their outputs or alpha's gradients differ.
+    """
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        self.case = case
+        self.network: GatedNetwork = nets.build(case.network, width=case.width)
+        self.keep = thinned(self.network, case.image_size)
+        self.formulation = Formulation(self.network)
+        self.formulation.set_mask(self.keep)
+        self.difference = difference(self.network, self.keep, self.formulation)
+        if max(self.difference.values()) > EQUAL:
+            raise ValueError(f"{case.network}: ours and the published formulation differ: {self.difference}")
+        self.compact = compact.compact(self.network, self.keep)
+
+    def of(self, batch: int) -> "Subject":
+        """The same networks with another batch."""
+        other = copy.copy(self)
+        other.case = self.case._replace(batch=batch)
+        return other
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Random images, float32 (n, 3, H, W), and labels, int64 (n,)."""
+        generator = torch.Generator(device).manual_seed(1)
+        size, count = self.case.image_size, self.case.batch
+        images = torch.randn(count, 3, size, size, generator=generator, device=device)
+        return images, torch.randint(self.network.num_classes, (count,), generator=generator, device=device)
+
+
+def thinned(network: GatedNetwork, image_size: int, fraction: float = COMPACT) -> Tensor:
+    """A keep mask, bool (N,), drawn with a fixed seed, of about `fraction` of the MACs: each site keeps one channel at least."""
+    drawn = torch.rand(network.num_gates, generator=torch.Generator().manual_seed(0))
+    for part in network.by_site(drawn).values():
+        part[part.argmin()] = 0.0
+    full, low, high = cost.count(network, image_size).macs, 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        above = cost.count(network, image_size, drawn <= middle).macs > fraction * full
+        low, high = (low, middle) if above else (middle, high)
+    return masks.rescue(network, drawn <= low)[0]
+
+
+def difference(network: GatedNetwork, keep: Tensor, formulation: Formulation) -> dict[str, float]:
+    """Relative differences, ours to the formulation's, in float64 on the CPU: of the logits without gates, with soft gates and of
+    the compact network to the masked one's, and of alpha's gradient."""
+    network, theirs = copy.deepcopy(network).double(), copy.deepcopy(formulation).double()
+    generator = torch.Generator().manual_seed(2)
+    # So large that each BatchNorm sees more than two values: of two it makes 1 and -1, give or take any rounding before.
+    images = torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64)
+    alpha = torch.randn(network.num_gates, generator=generator, dtype=torch.float64)
+    found = {}
+    theirs.set_gates("mask")
+    with torch.no_grad():
+        found["finetune"] = _apart(compact.compact(network.eval(), keep)(images), theirs.eval()(images))
+    network.train(), theirs.train()
+    theirs.set_gates("absent")
+    with torch.no_grad():
+        found["pretrain"] = _apart(network(images), theirs(images))
+    theirs.set_gates("soft", 2.0)
+    theirs.set_alpha(alpha)
+    alpha.requires_grad_()
+    with frozen_statistics(network):
+        ours, other = network(images, torch.sigmoid(2.0 * alpha)), theirs(images)
+    found["search"] = _apart(ours.detach(), other.detach())
+    labels = torch.arange(2)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(ours, labels), alpha)
+    others = torch.autograd.grad(torch.nn.functional.cross_entropy(other, labels), theirs.alphas())
+    found["alpha's gradient"] = _apart(gradient, torch.cat(others))
+    return found
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def context_for(way: Way, device: str) -> tuple[Context, Training]:
+    """A single process in `way`'s precision, and the recipe's part that asks for the rest. device: cuda or cpu."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if way.precision == "bf16" else "no"
+    os.environ["ACCELERATE_USE_CPU"] = str(device == "cpu").lower()
+    training = Training(
+        compile=way.mode == "compile",
+        memory_format=way.layout,
+        tf32=way.precision != "fp32",
+        cudnn_benchmark=way.cudnn_benchmark,
+    )
+    return Context(), training
+
+
+class Contender:
+    """One step of `way`, ready to run: called, it takes a step and returns its mean cross-entropy, a scalar on the device."""
+
+    def __init__(self, subject: Subject, step: str, way: Way, device: str):
+        assert step in STEPS
+        self.way, self.subject, self.step = way, subject, step
+        self.context, self.training = context_for(way, device)
+        self.device = self.context.device
+        assert self.device.type == device, f"asked for {device}, found {self.device}"
+        self.on_gpu = device == "cuda"
+        self.resident = _memory(self.on_gpu)
+        """Bytes of weights, momentum and whatever else stays on the device between steps; for graphs, all that they use."""
+        reserved = _reserved(self.on_gpu)
+        self.tune()
+        images, self.labels = subject.batch(self.device)
+        self.images = images.contiguous(memory_format=self.context.memory_format)
+        del images
+        self.run = self._formulation() if way.who == "formulation" else self._ours()
+        begun = time.perf_counter()
+        self.loss = float(self.run())
+        self.first_step_seconds = time.perf_counter() - begun
+        if way.mode == "graphs":
+            self.run = captured(self.run)
+            self.resident = _reserved(self.on_gpu) - reserved
+        else:
+            self.resident = _memory(self.on_gpu) - self.resident
+        self.seconds: list[float] = []
+        self.transient = 0
+
+    def tune(self) -> None:
+        """Set the device's switches, which are the process's, as this way has them."""
+        self.context.tune(self.training)
+
+    def _ours(self) -> Callable[[], Tensor]:
+        subject, batch, images, labels = self.subject, self.subject.case.batch, self.images, self.labels
+        network = subject.compact if self.step == "finetune" else subject.network
+        sgd = Optimizer(lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        trained = self.trained = self.context.wrap(network, sgd, {}, self.training)
+        if self.step in ("pretrain", "finetune"):
+            return lambda: weight_step(trained, images, labels, batch).cross_entropy / batch
+        architecture = Architecture(subject.network.num_gates).to(self.device)
+        if self.step == "search weights":
+            return lambda: weight_step(trained, images, labels, batch, architecture.gates(1.0)).cross_entropy / batch
+        optimizer, average_ = SGD(architecture.parameters(), lr=ALPHA_LR, momentum=MOMENTUM), self.context.average_
+        penalty = (1.0, "sigmoid", PENALTY_WEIGHT)
+        take = architecture_step
+        return lambda: take(trained, architecture, optimizer, images, labels, batch, *penalty, average_).cross_entropy / batch
+
+    def _formulation(self) -> Callable[[], Tensor]:
+        network = copy.deepcopy(self.subject.formulation).to(self.device).to(memory_format=self.context.memory_format)
+        take = Trainer(network, self.step, torch.bfloat16 if self.way.precision == "bf16" else None)
+        images, labels = self.images, self.labels
+        return lambda: take(images, labels)
+
+    def time(self, count: int) -> None:
+        """Take one step that is not timed, since another contender ran before, then `count` that are."""
+        self.tune()
+        self.run()
+        if not self.on_gpu:
+            for _ in range(count):
+                begun = time.perf_counter()
+                self.run()
+                self.seconds.append(time.perf_counter() - begun)
+            return
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self.run()
+            event.record()
+        torch.cuda.synchronize()
+        self.seconds += [one.elapsed_time(other) / 1000 for one, other in itertools.pairwise(events)]
+        self.transient = max(self.transient, torch.cuda.max_memory_allocated() - before)
+
+    def row(self) -> dict:
+        """What was measured, with the memory of this contender alone."""
+        middle = median(self.seconds)
+        memory = self.resident if self.way.mode == "graphs" else self.resident + self.transient
+        return {
+            "ms": round(1000 * middle, 3),
+            "ms_least": round(1000 * min(self.seconds), 3),
+            "ms_most": round(1000 * max(self.seconds), 3),
+            "steps": len(self.seconds),
+            "images_per_second": round(self.subject.case.batch / middle, 1),
+            "memory_bytes": memory if self.on_gpu else None,
+            "first_step_seconds": round(self.first_step_seconds, 2),
+            "loss": round(self.loss, 4),
+        }
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`run` as one CUDA graph. Learning rates, delta and the penalty weight become constants of the graph; images, labels, weights,
+    momentum, statistics and the result stay where they are on the device. Raises what torch raises for what cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def measure(
+    subject: Subject, step: str, ways: Sequence[Way], report: Report, device: str, seconds: float = 1.2, rounds: int = 2
+) -> None:
+    """Time `step` in all `ways`, which take turns, and report a row for each; one that fails is reported with its traceback.
+
+    seconds: about how long each is timed, whatever its speed at least two steps a round.
+    """
+    contenders: dict[Way, Contender] = {}
+    head = {"network": subject.case.network, "step": step, **subject.case._asdict()}
+    for way in ways:
+        if way.mode == "graphs" and device != "cuda":
+            report({**head, **way._asdict(), "failed": "needs a GPU"})
+            continue
+        with reporting({**head, **way._asdict()}, report):
+            contenders[way] = Contender(subject, step, way, device)
+            contenders[way].time(1)
+        if way in contenders and not contenders[way].seconds:
+            del contenders[way]
+        free()
+    counts = {way: max(2, min(20, int(seconds / rounds / contender.seconds[0]))) for way, contender in contenders.items()}
+    for contender in contenders.values():
+        contender.seconds.clear()
+    for _ in range(rounds):
+        for way in list(contenders):
+            with reporting({**head, **way._asdict()}, report) as failed:
+                contenders[way].time(counts[way])
+            if failed:
+                del contenders[way]
+    for way, contender in contenders.items():
+        report({**head, **way._asdict(), **contender.row(), "difference": max(subject.difference.values())})
+    contenders.clear()
+    free()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def reporting(row: dict, report: Report):
+    """A failure inside becomes a row with its reason and traceback, and an item of the list that this gives. A device that does not
+    answer any more ends the process."""
+    failed: list[str] = []
+    try:
+        yield failed
+    except Exception as error:
+        failed.append(reason(error))
+        report({**row, "failed": failed[0], "traceback": traceback.format_exc()})
+        # Its frames hold tensors.
+        traceback.clear_frames(error.__traceback__)
+    if failed:
+        free()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+
+def reason(error: BaseException) -> str:
+    """The first of a chain of errors in one line: the end of a capture that failed raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+
+
+def _memory(on_gpu: bool) -> int:
+    return torch.cuda.memory_allocated() if on_gpu else 0
+
+
+def _reserved(on_gpu: bool) -> int:
+    """Bytes that torch has taken from the device and cannot give back."""
+    if not on_gpu:
+        return 0
+    free()
+    return torch.cuda.memory_reserved()

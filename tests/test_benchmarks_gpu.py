@@ -1,0 +1,68 @@
+"""The benchmark of steps on the CPU at tiny sizes: its parts write rows, and the published formulation computes what ours does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dnal_dist import nets
+
+sys.path.append("benchmarks")
+import stepping
+from formulation import Formulation, Trainer
+
+
+@pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits", "supernet_digits", "mobilenetv2_cifar", "resnet50_imagenet"])
+def test_the_published_formulation_computes_what_ours_does(name):
+    subject = stepping.Subject(stepping.Case(name, 4, 16, 0.25))
+    assert max(subject.difference.values()) < 1e-9
+    macs = [stepping.cost.count(subject.network, 16, keep).macs for keep in (subject.keep, None)]
+    # At this width what has no gates is a quarter of ResNet50's.
+    assert 0.1 < macs[0] / macs[1] <= (0.3 if name == "resnet50_imagenet" else 0.15)
+
+
+def test_a_formulation_that_differs_is_not_timed(monkeypatch):
+    monkeypatch.setattr("formulation.Unit.delta", 1.5)
+    monkeypatch.setattr(Formulation, "set_gates", lambda self, gates, delta=1.0: [setattr(u, "gates", gates) for u in self.sites])
+    with pytest.raises(ValueError, match="differ"):
+        stepping.Subject(stepping.Case("vgg_digits", 4, 8, 0.25))
+
+
+def test_a_step_of_the_formulation_moves_one_group():
+    torch.manual_seed(0)
+    for step, moving in (
+        ("pretrain", "weights"),
+        ("search weights", "weights"),
+        ("architecture", "alphas"),
+        ("finetune", "weights"),
+    ):
+        network = Formulation(nets.build("vgg_digits", width=0.25))
+        before = {group: [p.detach().clone() for p in getattr(network, group)()] for group in ("weights", "alphas")}
+        Trainer(network, step)(torch.randn(4, 3, 8, 8), torch.arange(4))
+        for group, old in before.items():
+            same = [torch.equal(a, b) for a, b in zip(old, getattr(network, group)(), strict=True)]
+            assert not any(same) if group == moving else all(same)
+
+
+def test_a_failure_costs_one_row_and_tells_why():
+    rows: list[dict] = []
+    subject = stepping.Subject(stepping.Case("vgg_digits", 4, 8, 0.25))
+    ways = [stepping.Way(precision="fp32", layout="contiguous"), stepping.Way(layout="diagonal"), stepping.Way(mode="graphs")]
+    stepping.measure(subject, "pretrain", ways, rows.append, "cpu", 0.01, 1)
+    wrong, graphs, good = rows
+    assert "diagonal" in wrong["traceback"] and wrong["failed"] and graphs["failed"] == "needs a GPU"
+    assert good["images_per_second"] > 0 and good["steps"] == 2
+
+
+def test_parts_run_in_processes_of_their_own_and_write_their_results(tmp_path):
+    command = ["benchmarks/gpu.py", "--device", "cpu", "--minutes", "1.5", str(tmp_path), "--only", "cifar"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "cifar.json").read_text())["rows"]
+    timed = [row for row in rows if "ms" in row]
+    assert {row["who"] for row in timed} == {"ours", "formulation"} and {row["step"] for row in timed} == set(stepping.STEPS)
+    assert all(row["difference"] < 1e-9 for row in timed)
+    text = (tmp_path / "results.md").read_text()
+    assert "x published" in text and "Whole schedules" in text and "needs a GPU" in text
