@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
@@ -34,6 +35,10 @@ COMPACT = 0.15
 EQUAL = 1e-6
 
 
+# Modes that need a GPU.
+GRAPHS = ("graphs", "one graph")
+
+
 class Case(NamedTuple):
     network: str
     batch: int
@@ -49,7 +54,8 @@ class Way(NamedTuple):
     layout: str = "channels_last"
     """Of images, activations and weights: channels_last or contiguous."""
     mode: str = "eager"
-    """eager; compile (ours only: the recipe's training.compile); graphs (the whole step as one CUDA graph, its rates constants)."""
+    """eager; compile and graphs (ours only: the recipe's training.compile and training.cuda_graphs, the latter without effect on
+    architecture steps); one graph (the whole step as one CUDA graph, its rates constants)."""
     cudnn_benchmark: bool = False
     """The same for all ways of a process: an algorithm once chosen for a shape stays with it, whatever the switch says later."""
 
@@ -144,6 +150,7 @@ def context_for(way: Way, device: str) -> tuple[Context, Training]:
     os.environ["ACCELERATE_USE_CPU"] = str(device == "cpu").lower()
     training = Training(
         compile=way.mode == "compile",
+        cuda_graphs=way.mode == "graphs",
         memory_format=way.layout,
         tf32=way.precision != "fp32",
         cudnn_benchmark=way.cudnn_benchmark,
@@ -170,10 +177,14 @@ class Contender:
         del images
         self.run = self._formulation() if way.who == "formulation" else self._ours()
         begun = time.perf_counter()
-        self.loss = float(self.run())
+        with warnings.catch_warnings():
+            # Training would go on without a graph.
+            warnings.filterwarnings("error", message=".*cannot be captured")
+            self.loss = float(self.run())
         self.first_step_seconds = time.perf_counter() - begun
-        if way.mode == "graphs":
+        if way.mode == "one graph":
             self.run = captured(self.run)
+        if way.mode in GRAPHS:
             self.resident = _reserved(self.on_gpu) - reserved
         else:
             self.resident = _memory(self.on_gpu) - self.resident
@@ -230,7 +241,8 @@ class Contender:
     def row(self) -> dict:
         """What was measured, with the memory of this contender alone."""
         middle = median(self.seconds)
-        memory = self.resident if self.way.mode == "graphs" else self.resident + self.transient
+        # A graph's own memory is never given back, and so not allocated within a step.
+        memory = self.resident + (0 if self.way.mode in GRAPHS else self.transient)
         return {
             "ms": round(1000 * middle, 3),
             "ms_least": round(1000 * min(self.seconds), 3),
@@ -273,7 +285,7 @@ def measure(
     contenders: dict[Way, Contender] = {}
     head = {"network": subject.case.network, "step": step, **subject.case._asdict()}
     for way in ways:
-        if way.mode == "graphs" and device != "cuda":
+        if way.mode in GRAPHS and device != "cuda":
             report({**head, **way._asdict(), "failed": "needs a GPU"})
             continue
         with reporting({**head, **way._asdict()}, report):

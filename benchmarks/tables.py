@@ -31,7 +31,7 @@ def write_results(out: Path, results: dict[str, dict]) -> None:
         rows = (found[name] or {}).get("rows", []) if result["status"] != "not run" else []
         is_steps = any("who" in row and "ms" in row for row in rows)
         lines += [*table([derived(row, [*rows, *steps], able, counted) for row in rows] if is_steps else rows), ""]
-        lines += [*schedules(rows, steps), *failures(rows)]
+        lines += [*(schedules(rows, steps) if is_steps else []), *failures(rows)]
         if result.get("errors"):
             lines += ["The last lines of its errors:", "", "```", result["errors"], "```", ""]
     unfinished = out / "results.md.unfinished"
