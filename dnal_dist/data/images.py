@@ -155,7 +155,8 @@ def normalise(
     images = images.contiguous(memory_format=memory_format)
     if flips is not None:
         images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-    mean, std = (255 * torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    # On a GPU without waiting for the copy of the images, which is queued before.
+    mean, std = ((255 * torch.tensor(v)).view(3, 1, 1).to(images.device, non_blocking=True) for v in (mean, std))
     # In float32 whatever the result's type: 255 times a mean is no number of bfloat16.
     return images.to(torch.float32).sub_(mean).div_(std).to(dtype)
 

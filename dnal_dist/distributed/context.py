@@ -47,6 +47,9 @@ class Context:
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        if self.device.type == "cuda" and self.device.index is None:
+            # One process alone: Accelerate leaves the number out, and its tensors' devices have one.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if not on_gpu:
             # More threads than cores would make each collective wait for a process that is not scheduled.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ class Replicated(Trained):
             # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
             own = torch.empty_like(self.parameters[name])
             self.optimizer.state[self.parameters[name]]["momentum_buffer"] = own.copy_(buffer)
-        if self.options.world_size == 1:
+        if self.options.backend == "single":
             return self.module
         with warnings.catch_warnings():
             # torch is renaming broadcast_buffers; the new name is not in every release that this project runs on.
@@ -64,7 +64,7 @@ class Replicated(Trained):
         else:
             outcomes = []
             for number, micro_batch in enumerate(micro_batches, 1):
-                alone = number == len(micro_batches) or self.options.world_size == 1
+                alone = number == len(micro_batches) or self.options.backend == "single"
                 with contextlib.nullcontext() if alone else self.network.no_sync():
                     outcomes.append(self._backward(forward, batch, *micro_batch))
         with span("optimizer"):
@@ -86,7 +86,7 @@ class Replicated(Trained):
     def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:
         """The CUDA graph of such a micro-batch, captured when it first comes; None where there are none."""
         options = self.options
-        if not options.cuda_graphs or options.world_size > 1:
+        if not options.cuda_graphs or options.backend != "single":
             return None
         key = batch, *(None if tensor is None else tensor.shape for tensor in micro_batch)
         if key not in self.graphs:
