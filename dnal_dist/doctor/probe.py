@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dnal_dist import nets, recipe
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
+from dnal_dist.data import nvjpeg
 from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
@@ -55,6 +56,8 @@ def probe(settings: Recipe, context: Context, largest: int) -> Iterator[dict]:
     device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "CPU"
     facts = {"world_size": context.world_size, "device": device, "precision": context.precision, "steps": {}}
     yield facts
+    if settings.data.decode == "cuda":
+        nvjpeg.require(context.device)
     torch.manual_seed(settings.seed)
     network, training = nets.build(*settings.model.network), settings.training
     size = _size(network, settings.data, largest)
