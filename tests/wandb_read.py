@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wandb.proto import wandb_internal_pb2
-
 
 @dataclass
 class Offline:
@@ -66,7 +64,9 @@ def _items(items) -> dict:
     return found
 
 
-def _records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+def _records(path: Path) -> Iterator:
+    from wandb.proto import wandb_internal_pb2
+
     data, at, whole = path.read_bytes(), 7, b""
     while at < len(data):
         left = 32768 - at % 32768

@@ -23,10 +23,6 @@ from dnal_dist.recipe import Augmentation, Data
 from dnal_dist.training import setup
 
 CPU = torch.device("cpu")
-DEVICES = [
-    CPU,
-    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-]
 
 
 def settings(folder="", kind: str = "resized_crop", **changes) -> Data:
@@ -52,25 +48,22 @@ def counted(taken: list, closed: list, count: int = 100):
         closed.append(True)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_batches_come_in_order_normalised_and_mirrored(device):
+def test_batches_come_in_order_normalised_and_mirrored():
     data = settings()
-    found = list(feed(counted([], [], 3), data, device, memory_format=torch.channels_last))
+    found = list(feed(counted([], [], 3), data, CPU, memory_format=torch.channels_last))
     assert [fed.batch.keys for fed in found] == [["0"], ["1"], ["2"]]
     for number, fed in enumerate(found):
         batch = batch_of(number)
         expected = v2.Normalize(data.mean, data.std)(batch.images.float() / 255)
         expected[batch.flips] = expected[batch.flips].flip(-1)
-        assert fed.images.device.type == fed.labels.device.type == device.type
         assert fed.images.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(fed.images.cpu(), expected)
-        assert torch.equal(fed.labels.cpu(), batch.labels)
+        torch.testing.assert_close(fed.images, expected)
+        assert torch.equal(fed.labels, batch.labels)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_no_batch_is_taken_before_it_is_asked_for_and_closing_reaches_the_stream(device):
+def test_no_batch_is_taken_before_it_is_asked_for_and_closing_reaches_the_stream():
     taken, closed = [], []
-    fed = feed(counted(taken, closed), settings(), device)
+    fed = feed(counted(taken, closed), settings(), CPU)
     for _ in range(3):
         next(fed)
     assert taken == [0, 1, 2] and not closed
@@ -229,8 +222,6 @@ def test_validation_never_waits_for_the_device(folder, decoder):
 
 
 def test_without_a_gpu_decoding_there_is_refused_before_training(digits, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     paths = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path / 'run'}"]
     asked = recipe.load("recipes/digits.yaml", [*paths, "data.decode=cuda"])
     with pytest.raises(InputError, match=r"key 'data\.decode': cuda needs an NVIDIA GPU, and this run computes on the cpu"):

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import wandb
 from rich.console import Console
 from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,6 +31,8 @@ from dnal_dist.tracking.progress import ProgressLine
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.tracking.wandb import wandb_mode
 from dnal_dist.training.stopping import STOPPED, Stopped
+
+wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
 TRACKED = [change for change in SHORT if "tracker" not in change]
 # Recorded only by runs on several processes, or on a GPU.

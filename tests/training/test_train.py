@@ -37,6 +37,7 @@ def records(output, kind: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def demo(digits, tmp_path_factory):
     """The demo on two processes, with fewer epochs."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
     output = tmp_path_factory.mktemp("demo") / "run"
     launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml", "-m"]
     return output, start(launcher, digits, output, *REDUCED, "tracking.tracker=wandb", WANDB_MODE="offline")
