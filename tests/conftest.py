@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import gpus
 import psutil
 import pytest
 from faulty import FEW, samples, write_tar
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 # Images of 8x8 pixels, small networks, and depthwise convolutions in float64, are many tiny operations, for which several threads
 # only wait for one another. Set before anything has imported torch; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+gpus.hide()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -45,7 +47,9 @@ def group_of(item: pytest.Item) -> str:
     if mark := item.get_closest_marker("xdist_group"):
         return mark.args[0]
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    return backend if backend and item.path.parent.name == "distributed" else item.path.relative_to(DURATIONS.parent).as_posix()
+    if backend and (room := item.path.parent.name) in ("distributed", "gpu"):
+        return f"gpu {backend}" if room == "gpu" else backend
+    return item.path.relative_to(DURATIONS.parent).as_posix()
 
 
 @pytest.hookimpl(wrapper=True)

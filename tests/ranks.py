@@ -1,8 +1,8 @@
 """A pool of ranks: processes that `accelerate launch` starts once and that run one job after the other, all of them together.
 
-A job is a function of a module in tests/distributed, "module:function", with arguments that JSON can hold. It is called on every
-rank with a new Context first; the value that rank 0 returns is the result. An error on any rank ends the pool, and the test fails
-with the traceback; the next job starts another pool.
+A job is a function of a module in tests/distributed or tests/gpu, "module:function", with arguments that JSON can hold. It is
+called on every rank with a new Context first; the value that rank 0 returns is the result. An error on any rank ends the pool, and
+the test fails with the traceback; the next job starts another pool.
 
 accelerate launch ... tests/ranks.py SOCKET      (each rank, started by Pool)
 """
@@ -27,7 +27,7 @@ import psutil
 
 HERE = Path(__file__).parent
 # Modules of jobs.
-sys.path.append(str(HERE / "distributed"))
+sys.path += [str(HERE / "distributed"), str(HERE / "gpu")]
 # Ranks of so many launches stay in memory at a time; each takes about 0.5 GB.
 POOLS = 3
 
@@ -50,7 +50,8 @@ def _line(connection: socket.socket) -> bytes:
 class Pool:
     """The ranks of one launch."""
 
-    def __init__(self, backend: str, processes: int, timeout: float = 300):
+    def __init__(self, backend: str, processes: int, environment: dict[str, str] | None = None, timeout: float = 300):
+        """environment: of the launch, in place of this process's."""
         self.folder = tempfile.TemporaryDirectory(prefix="ranks")
         address = str(Path(self.folder.name) / "socket")
         self.log = Path(self.folder.name) / "log.txt"
@@ -61,7 +62,8 @@ class Pool:
             listener.bind(address)
             listener.listen()
             listener.settimeout(0.5)
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            given = os.environ if environment is None else environment
+            environment = {**given, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
             self.launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=HERE.parent)
             until = time.monotonic() + timeout
             while len(self.connections) < processes:
@@ -138,8 +140,10 @@ class Pool:
 class Ranks:
     """Pools by backend and number of processes, started when first asked for; those used longest ago are closed."""
 
-    def __init__(self):
+    def __init__(self, environment: dict[str, str] | None = None):
+        """environment: of the launches, in place of this process's."""
         self.pools: dict[tuple[str, int], Pool] = {}
+        self.environment = environment
 
     def run(self, backend: str, processes: int, function: str, *arguments, **options):
         """The result of a job; `single` runs it in this process."""
@@ -150,7 +154,7 @@ class Ranks:
         pool = self.pools.pop(key, None)
         while len(self.pools) >= POOLS:
             self.pools.pop(next(iter(self.pools))).close()
-        pool = pool or Pool(backend, processes)
+        pool = pool or Pool(backend, processes, self.environment)
         result = pool.run(function, *arguments, **options)
         self.pools[key] = pool
         return result

@@ -57,9 +57,9 @@ def test_every_folder_is_a_room_of_the_table():
 
 
 def test_every_folder_of_tests_is_a_room():
-    """Or data_tools, slurm: what stands beside the package."""
+    """Or data_tools, slurm: what stands beside the package; or gpu, the tests that need one."""
     folders = {path.parent.relative_to("tests").as_posix() for path in Path("tests").rglob("test_*.py")} - {"."}
-    assert folders <= {*ROOMS, "data_tools", "slurm"}
+    assert folders <= {*ROOMS, "data_tools", "slurm", "gpu"}
 
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60

@@ -60,11 +60,13 @@ def found(ranks, once):
     return find
 
 
-def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> float:
     """Losses, and of each phase all weights and all momentum: relative to their norm. One tensor may be off by as much as a tenth
-    of all of its kind allows, since some have no gradient but rounding (a bias before BatchNorm)."""
+    of all of its kind allows, since some have no gradient but rounding (a bias before BatchNorm). Returns the largest difference,
+    in units of what is allowed."""
     assert ours.keys() <= reference.keys() and len(ours) > 50
     kinds: dict[str, list[str]] = {}
+    largest = 0.0
     for name in ours:
         phase, _, rest = name.partition(".")
         kinds.setdefault(name if rest in ("", "cross_entropy") else f"{phase}.{rest.partition('.')[0]}", []).append(name)
@@ -73,8 +75,10 @@ def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -
         whole = torch.cat([reference[name].double().flatten() for name in names]).norm()
         for name in names:
             off = (ours[name].double() - reference[name].double()).norm()
-            allowed = TOLERANCE * (reference[name].double().norm() + 0.1 * whole)
+            allowed = tolerance * (reference[name].double().norm() + 0.1 * whole)
             assert off <= allowed, f"{name}, of all {kind}: off by {off:.1e}, allowed {allowed:.1e}"
+            largest = max(largest, float(off / allowed)) if allowed else largest
+    return largest
 
 
 @pytest.mark.parametrize("case", ALONE)

@@ -3,13 +3,16 @@ batches, for each case in turn.
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
 evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
-checkpointing, double and shared: the smallest parameter and block are shared out and gathered too, where a backend does so.
+checkpointing, compile, double, eager (no CUDA graphs), last (channels_last memory) and shared: the smallest parameter and block are
+shared out and gathered too, where a backend does so.
 """
 
 import gc
+import traceback
 import weakref
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -47,7 +50,7 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "double", "shared"}
+    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
     fix_statistics(statistics == "fixed")
     if context.backend == "fsdp2":
         context.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
@@ -65,8 +68,12 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
     training = Training(sync_batchnorm="sync" in extras, activation_checkpointing="checkpointing" in extras)
+    layout = "channels_last" if "last" in extras else "contiguous"
+    training = training.model_copy(update={"compile": "compile" in extras, "memory_format": layout})
+    training = training.model_copy(update={"cuda_graphs": "eager" not in extras})
+    context.tune(training.model_copy(update={"tf32": False, "cudnn_benchmark": False}))
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
-    architecture = Architecture(net.num_gates).to(dtype)
+    architecture = Architecture(net.num_gates).to(context.device, dtype)
     alphas = torch.optim.SGD(architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
     share = BATCH // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)
@@ -75,8 +82,10 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
         trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
             generator = torch.Generator().manual_seed(count)
-            images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine].to(dtype)
-            labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine]
+            images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine].to(
+                context.device, dtype, memory_format=context.memory_format
+            )
+            labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine].to(context.device)
             trained.set_rate(0.02 / (1 + count))
             weights = local(trained)
             others = [architecture.alpha.detach().clone(), *(s["momentum_buffer"].clone() for s in alphas.state.values())]
@@ -92,7 +101,8 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
                 outcome = weight_step(trained, images, labels, share, gates, parts)
                 after = [architecture.alpha.detach(), *(s["momentum_buffer"] for s in alphas.state.values())]
                 assert same(others, after), f"{case}: alpha moved while it rests"
-                assert not same(weights, local(trained))
+                # A step that overflows in float16 is left out.
+                assert context.precision == "float16" or not same(weights, local(trained))
             found[f"{count:02d}.cross_entropy"] = context.sum_(outcome.cross_entropy.clone())
             count += 1
         with trained.gathered() as momentum:
@@ -103,11 +113,16 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
             if "sync" in extras or context.world_size == 1:
                 found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
+        assert None not in getattr(trained, "graphs", {}).values(), f"{case}: a step of {phase} cannot be captured in a CUDA graph"
         held = [weakref.ref(tensor) for tensor in (*trained.module.parameters(), *trained.module.buffers())]
         held += [weakref.ref(tensor) for state in trained.optimizer.state.values() for tensor in state.values()]
         trained.close()
         gc.collect()
-        assert not [ref for ref in held if ref() is not None], f"{case}: the wrap of {phase} is still in memory"
+        left = sum(ref() is not None for ref in held)
+        if context.device.type == "cuda":
+            found[f"{phase}.left in memory"] = torch.tensor(float(left))
+        else:
+            assert not left, f"{case}: the wrap of {phase} is still in memory"
         if phase == "search":
             found["alpha"] = architecture.alpha.detach().clone()
             # Between two alphas that are well apart, so that the last bit of neither decides.
@@ -121,17 +136,27 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def trajectories(context: Context, out: str, cases: list[str]) -> None:
-    """Write the trajectories of all cases to `out`, a tensor case/name each."""
-    found = {}
+def trajectories(context: Context, out: str, cases: list[str], backend: str | None = None) -> dict[str, str]:
+    """Write the trajectories of all cases to `out`, a tensor case/name each. backend: in place of the context's; DDP then wraps one
+    process, too. A case that fails ends the others where there are several processes; else its traceback is returned."""
+    found, failed = {}, {}
+    context.backend = backend or context.backend
+    if context.backend == "ddp" and not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for case in cases:
             # What the modules hold is by far the most that a collection looks through, and there are six of them in each case.
             gc.freeze()
-            found |= {f"{case}/{name}": tensor for name, tensor in trajectory(context, case).items()}
+            try:
+                found |= {f"{case}/{name}": tensor.cpu() for name, tensor in trajectory(context, case).items()}
+            except Exception:
+                if context.world_size > 1 or context.device.type == "cpu":
+                    raise
+                failed[case] = traceback.format_exc()
     finally:
         fix_statistics(False)
         # Or modules that keep count complain, at the end of the process, of what was left of them.
         gc.unfreeze()
     if context.main:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, out, {"backend": context.backend})
+    return failed
