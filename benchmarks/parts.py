@@ -194,15 +194,16 @@ def _memory_of(subject: Subject, way: Way) -> int:
 def run(name: str, device: str, out: Path, others: list[str], begin: Callable[[], float]) -> None:
     """Run a part. others: the parts chosen beside it. begin: waits until the device is free, then returns about how many seconds
     the part may take; what needs no device is made before."""
-    subject = None
+    subject, threads = None, torch.get_num_threads()
+    # Another part is being timed.
+    torch.set_num_threads(min(4, threads))
     if name in STEP_PARTS or name == "batchmax":
-        # Another part is being timed.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(4, threads))
         (network, size), batch, *_ = STEP_PARTS[name][0] if name in STEP_PARTS else (SUPERNET, 16)
         subject = Subject(reduced(network, size, batch, device == "cpu"))
+    seconds = begin()
+    if name != "work":
         torch.set_num_threads(threads)
-    part = Part(name, device, begin(), out)
+    part = Part(name, device, seconds, out)
     if subject is not None:
         (steps if name in STEP_PARTS else batchmax)(part, subject)
     elif name == "work":

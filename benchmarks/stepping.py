@@ -199,7 +199,7 @@ class Contender:
         subject, batch, images, labels = self.subject, self.subject.case.batch, self.images, self.labels
         network = subject.compact if self.step == "finetune" else subject.network
         sgd = Optimizer(lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        trained = self.trained = self.context.wrap(network, sgd, {}, self.training)
+        trained = self.context.wrap(network, sgd, {}, self.training)
         if self.step in ("pretrain", "finetune"):
             return lambda: weight_step(trained, images, labels, batch).cross_entropy / batch
         architecture = Architecture(subject.network.num_gates).to(self.device)
