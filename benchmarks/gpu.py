@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,9 +153,12 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def errors(self, lines: int = 40) -> str:
+    def errors(self) -> str:
+        """The last lines that it wrote; if it hung, where each thread was, the innermost calls."""
         self.log.seek(0)
-        return "\n".join(self.log.read().decode(errors="replace").splitlines()[-lines:])
+        text, _, hung = self.log.read().decode(errors="replace").partition("Timeout (0:")
+        threads = re.split(r"^(?=Thread 0x|Current thread 0x)", hung, flags=re.MULTILINE)
+        return "\n".join([*text.splitlines()[-40:], *(line for thread in threads[1:] for line in thread.splitlines()[:16])])
 
 
 def run(process: Process, seconds: float) -> dict:

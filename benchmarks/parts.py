@@ -133,7 +133,7 @@ SMALL = {
 
 def reduced(network: str, image_size: int, batch: int, small: bool) -> Case:
     """The case, or one that a CPU can take in a moment."""
-    return Case(SMALL[network][0], 8, SMALL[network][1], 0.25) if small else Case(network, batch, image_size)
+    return Case(SMALL[network][0], 4, SMALL[network][1], 0.125) if small else Case(network, batch, image_size)
 
 
 def steps(part: Part, subject: Subject) -> None:
