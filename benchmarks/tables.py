@@ -8,7 +8,7 @@ STEP_COLUMNS = ("network", "batch", "step", "who", "precision", "layout", "mode"
 STEPS = ("pretrain", "search weights", "architecture", "finetune")
 # Of the published recipes: pretrain, search, finetune.
 EPOCHS = {"proxyless_supernet": (100, 10, 110), "mobilenetv2_imagenet": (80, 10, 90), "resnet50_imagenet": (30, 10, 70)}
-HIDDEN = {"traceback", "failed", "width", "difference", "ms_least", "ms_most", "steps"}
+HIDDEN = {"traceback", "width", "difference", "ms_least", "ms_most", "steps"}
 KEY = ("network", "image_size", "width", "batch", "step")
 NAMES = {"cudnn_benchmark": "cudnn. benchmark", "images_per_second": "images/s", "memory_bytes": "memory, GB"}
 
@@ -76,7 +76,7 @@ def derived(row: dict, rows: list[dict], able: dict[str, float], counted: dict[t
     """The row as the table shows it. rows: where the published formulation's is looked for, the nearest first."""
     shown = {key: row[key] for key in STEP_COLUMNS if key in row} | {key: value for key, value in row.items() if key not in KEY}
     if "ms" not in row:
-        return shown | {"ms": f"failed: {row['failed']}"} if "failed" in row else shown
+        return shown
     base = published(row, rows)
     if base is not None:
         shown["x published"] = round(base["ms"] / row["ms"], 2)
@@ -119,13 +119,13 @@ def schedules(rows: list[dict], others: list[dict]) -> list[str]:
 
 def table(rows: list[dict]) -> list[str]:
     columns = list({key: None for row in rows for key, value in row.items() if key not in HIDDEN and value is not None})
+    # Why there is nothing else in a row.
+    columns.sort(key=lambda column: column == "failed")
     if not columns:
         return []
     lines = ["| " + " | ".join(NAMES.get(column, column.replace("_", " ")) for column in columns) + " |"]
     lines.append("|" + " --- |" * len(columns))
     for row in rows:
-        if "failed" in row and "ms" not in row:
-            row = {**row, columns[-1]: f"failed: {row['failed']}"}
         lines.append("| " + " | ".join(text(column, row.get(column)) for column in columns) + " |")
     return lines
 
@@ -137,6 +137,8 @@ def text(column: str, value) -> str:
         return f"{value / 1e9:.2f}"
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, str):
+        return value.replace("|", "/")
     if column.endswith("per_second") and value > 1e6:
         return f"{value / 1e12:.3g} T"
     return str(value)
@@ -146,6 +148,6 @@ def failures(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
         if "traceback" in row:
-            what = " ".join(str(value) for key, value in row.items() if key not in HIDDEN)
+            what = " ".join(str(value) for key, value in row.items() if key not in {*HIDDEN, "failed"})
             lines += [f"Failed: {what}", "", "```", *row["traceback"].strip().splitlines()[-25:], "```", ""]
     return lines

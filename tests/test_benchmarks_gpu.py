@@ -11,6 +11,7 @@ from dnal_dist import nets
 
 sys.path.append("benchmarks")
 import stepping
+import tables
 from formulation import Formulation, Trainer
 
 
@@ -54,6 +55,40 @@ def test_a_failure_costs_one_row_and_tells_why():
     wrong, graphs, good = rows
     assert "diagonal" in wrong["traceback"] and wrong["failed"] and graphs["failed"] == "needs a GPU"
     assert good["images_per_second"] > 0 and good["steps"] == 2
+
+
+def test_the_table_has_shares_of_the_machine_and_tells_what_failed(tmp_path):
+    case = {"network": "proxyless_supernet", "batch": 96, "image_size": 224, "width": 1.0, "step": "finetune"}
+    ours = {**case, "who": "ours", "precision": "bf16", "layout": "channels_last", "mode": "eager", "cudnn_benchmark": False}
+    theirs = {**ours, "who": "formulation", "precision": "tf32", "layout": "contiguous"}
+    files = {
+        "machine": [
+            {"what": "copy on the device", "bytes_per_second": 4e12},
+            {"what": "matrix product", "precision": "bf16", "macs_per_second": 4e14},
+        ],
+        "work": [{**case, "who": "ours", "activations_each": 10**9, "others": 10**9, "macs_each": 10**9}],
+        "steps": [
+            {**ours, "ms": 100.0, "memory_bytes": 10**9},
+            {**theirs, "ms": 300.0},
+            {**ours, "mode": "graphs", "failed": "RuntimeError: a | b", "traceback": "Traceback\n  why"},
+        ],
+        "loader": [{"workers": 1, "stream_images_per_second": 5.0}, {"workers": 2, "failed": "needs a GPU"}],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"device": "X"}, "rows": rows}))
+    done = {"status": "done", "seconds": 1.0}
+    results = {
+        "steps": done,
+        "loader": done,
+        "gone": {"status": "failed", "errors": "Segmentation fault"},
+        "late": {"status": "not run"},
+    }
+    tables.write_results(tmp_path, results)
+    text = (tmp_path / "results.md").read_text()
+    (row,) = [line.split(" | ") for line in text.splitlines() if "| 100.0 |" in line]
+    # (2 * 96e9 + 4e9) bytes and 96e9 MACs in 0.1 s.
+    assert row[8:12] == ["100.0", "1.00", "3.0", "49%"]
+    assert "RuntimeError: a / b" in text and "  why" in text and "needs a GPU" in text and "Segmentation fault" in text
 
 
 def test_parts_run_in_processes_of_their_own_and_write_their_results(tmp_path):
