@@ -182,17 +182,16 @@ def child(args: argparse.Namespace) -> None:
     faulthandler.enable()
     if args.part == "work":
         os.nice(5)
+    import torch
+
+    if args.device == "cuda" and args.part != "work" and not torch.cuda.is_available():
+        sys.exit("no CUDA device was found; --device cpu tries the benchmark itself at tiny sizes")
     import parts
 
     def begin() -> float:
         seconds = float(sys.stdin.readline())
         # Where it hangs, if it does, is told before it is ended.
         faulthandler.dump_traceback_later(seconds + 3, exit=False)
-        if args.device == "cuda" and args.part != "work":
-            import torch
-
-            if not torch.cuda.is_available():
-                sys.exit("no CUDA device was found; --device cpu tries the benchmark itself at tiny sizes")
         return seconds
 
     parts.run(args.part, args.device, args.out, args.only, begin)

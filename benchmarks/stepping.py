@@ -264,6 +264,8 @@ def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
+    # Nothing that the collector frees, such as another graph, may go while it is captured.
+    free()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
