@@ -156,7 +156,7 @@ def _chain(convs: list[ConvBN | None], activation: type[nn.Module], made: Formul
 
 def _block(ours: nn.Module, made: Formulation) -> nn.Module:
     if isinstance(ours, Cell):
-        branches = [_block(candidate, made).branches[0] for candidate in ours.values()]
+        branches = [_block(candidate, made).branches[0] for candidate in ours.children()]
         return Residual(branches, nn.Identity() if ours.identity else None)
     if isinstance(ours, MBConv):
         shortcut = made.unit(ours.shortcut) if ours.shortcut is not None else nn.Identity() if ours.identity else None

@@ -14,17 +14,20 @@ CANDIDATES = [(kernel, expansion) for kernel in (3, 5, 7) for expansion in (3, 6
 EPS = 1e-3
 
 
-class Cell(nn.ModuleDict):
+class Cell(nn.Module):
     """The sum of six MBConv candidates, named k3e3 ... k7e6 for kernel and expansion, and of x itself where shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__({f"k{k}e{e}": MBConv(inputs, outputs, k, stride, e, eps=EPS) for k, e in CANDIDATES})
+        super().__init__()
+        # Children, not an nn.ModuleDict, which FSDP2 of torch 2.11 takes for a container without a forward.
+        for k, e in CANDIDATES:
+            self.add_module(f"k{k}e{e}", MBConv(inputs, outputs, k, stride, e, eps=EPS))
         self.stride, self.identity = stride, stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor, *gates: Tensor | None) -> Tensor:
-        gates = iter(gates or (None,) * (2 * len(self)))
+        gates = iter(gates or (None,) * (2 * len(CANDIDATES)))
         out = x if self.identity else None
-        for candidate in self.values():
+        for candidate in self.children():
             branch = candidate(x, next(gates), next(gates))
             out = branch if out is None else out + branch
         return out
@@ -79,7 +82,7 @@ class Supernet(GatedNetwork):
         found += layers
         for path, cell in self.cells():
             written = tuple(f._replace(around=True) for f in stream) if cell.identity else ()
-            for name, candidate in cell.items():
+            for name, candidate in cell.named_children():
                 layers, feeds = candidate.layers(f"{path}.{name}", image_size, stream, optional=True)
                 found += layers
                 written += feeds
@@ -106,7 +109,7 @@ def compact_supernet(net: Supernet, cut: Slicer) -> nn.Sequential:
     network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True), *mbconv_branch(net.first, "first", cut)[0])
     stream = cut.live["first.project.conv"].outputs
     for path, cell in net.cells():
-        branches = [mbconv_branch(candidate, f"{path}.{name}", cut) for name, candidate in cell.items()]
+        branches = [mbconv_branch(candidate, f"{path}.{name}", cut) for name, candidate in cell.named_children()]
         carried = stream if cell.identity else None
         stream = cut.stream([cut.live[end].outputs for _, end in branches], carried)
         if carried is not None and all(branch is None for branch, _ in branches):

@@ -120,7 +120,7 @@ def test_paper_rule_of_the_supernet_sees_the_cell_before():
     full = cost.count(net, 8, rule="paper")
     keep = all_open(net)
     parts = net.by_site(keep)
-    for name in net.stages[0]["cells"][1]:
+    for name, _ in net.stages[0]["cells"][1].named_children():
         parts[f"stages.0.cells.1.{name}.project"][3] = False
     # 4x4 positions: the six project convolutions lose one of 12 outputs, the next cell's expand convolutions one of 12 inputs.
     hidden = 12 * 3 * (3 + 6)
