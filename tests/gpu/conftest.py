@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is nothing of it on a CPU"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Each outcome is on disk at once, with its traceback: pytest's own summary comes only when all tests are over."""
+    # With several workers, the one that ran the test.
+    if (report.when == "call" or report.failed) and not hasattr(report, "node"):
+        why = {"why": str(report.longrepr)[-6000:]} if report.failed else {}
+        gpus.record(report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1), **why)
+
+
 @pytest.fixture(scope="session")
 def gpu_ranks():
     """Pools of processes, one a GPU (see tests/ranks.py)."""
