@@ -106,8 +106,8 @@ def depthwise_shapes(name: str, width: float, image_size: int) -> dict[Depthwise
 
 
 def depthwise(part) -> None:
-    """Depthwise convolutions, forward and both gradients, in milliseconds, in both layouts, by precision. The ones with the most to
-    compute come first, of the supernet and of MobileNetV2 in turn."""
+    """Depthwise convolutions, forward and both gradients, in milliseconds, and the seconds of the first calls, by layout and
+    precision. The ones with the most to compute come first, of the supernet and of MobileNetV2 in turn."""
     # By the part's name: an algorithm once chosen for a shape stays with the process, whatever the switch says later.
     benchmark = part.name.endswith("benchmark")
     width, size, batch, most = (0.25, 32, 4, 2) if part.small else (1.0, 224, 96, 14)
@@ -138,6 +138,7 @@ def _depthwise_ms(device: str, shape: Depthwise, batch: int, precision: str, lay
     weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel, device=device, dtype=dtype)
     weight = weight.contiguous(memory_format=memory_format)
     forward = lambda: torch.nn.functional.conv2d(x, weight, None, shape.stride, padding, 1, shape.channels)  # noqa: E731
+    begun = time.perf_counter()
     gradient = torch.randn_like(forward())
 
     def backward(inputs: bool, weights: bool) -> Callable[[], object]:
@@ -145,8 +146,14 @@ def _depthwise_ms(device: str, shape: Depthwise, batch: int, precision: str, lay
         return lambda: torch.ops.aten.convolution_backward(gradient, x, weight, None, *both)
 
     runs = {"forward": forward, "to input": backward(True, False), "to weights": backward(False, True)}
+    runs["to input"](), runs["to weights"]()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    # Kernels may be compiled in them.
+    first = time.perf_counter() - begun
     found = {name: 1000 * seconds_of(run, device, 0.02) for name, run in runs.items()}
-    return {name: round(ms, 4) for name, ms in {**found, "total": sum(found.values())}.items()}
+    rounded = {name: round(ms, 4) for name, ms in {**found, "total": sum(found.values())}.items()}
+    return {**rounded, "first call seconds": round(first, 3)}
 
 
 def optimizers(part) -> None:

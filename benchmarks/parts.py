@@ -16,7 +16,7 @@ from stepping import PUBLISHED, STEPS, Case, Contender, Subject, Way, free, meas
 
 OURS, CONTIGUOUS = Way(), Way(layout="contiguous")
 TF32, COMPILED = Way(precision="tf32"), Way(mode="compile")
-GRAPHS, ONE_GRAPH = Way(mode="graphs"), Way(mode="one graph")
+GRAPHS, ONE_GRAPH, CONTIGUOUS_GRAPHS = Way(mode="graphs"), Way(mode="one graph"), Way(layout="contiguous", mode="graphs")
 # As a recipe has it that says nothing.
 DEFAULT = Way(mode="graphs", cudnn_benchmark=True)
 # The published formulation, given this project's precision and layout.
@@ -26,28 +26,32 @@ SUPERNET = ("proxyless_supernet", 224)
 # Parts that time steps: for each the network, its image size, and lists of batch, steps and ways, in this order.
 STEP_PARTS: dict[str, list[tuple[tuple[str, int], int, tuple[str, ...], list[Way]]]] = {
     "supernet96-bf16": [(SUPERNET, 96, STEPS, [OURS, CONTIGUOUS, PUBLISHED])],
-    "finetune-graphs": [
-        (SUPERNET, 96, ("finetune",), [OURS, GRAPHS, ONE_GRAPH, PUBLISHED]),
-        (SUPERNET, 32, ("finetune",), [OURS, GRAPHS, ONE_GRAPH, CONTIGUOUS, Way(layout="contiguous", mode="graphs"), PUBLISHED]),
-        (SUPERNET, 96, ("pretrain",), [OURS, GRAPHS]),
-        (SUPERNET, 32, ("pretrain",), [OURS, GRAPHS, ONE_GRAPH]),
-        (SUPERNET, 32, ("architecture",), [OURS, ONE_GRAPH]),
+    "supernet96-finetune": [(SUPERNET, 96, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED])],
+    "supernet96-finetune-last": [(SUPERNET, 96, ("finetune",), [OURS, GRAPHS])],
+    "supernet32-graphs": [
+        (SUPERNET, 32, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, ONE_GRAPH, PUBLISHED]),
+        (SUPERNET, 32, ("pretrain", "architecture"), [OURS, GRAPHS, ONE_GRAPH]),
     ],
     "supernet96-tf32": [
         (SUPERNET, 96, STEPS, [TF32, Way(precision="tf32", layout="contiguous")]),
         (SUPERNET, 96, ("pretrain",), [Way("formulation", "fp32", "contiguous"), Way(precision="fp32")]),
     ],
     "defaults": [
-        (SUPERNET, 96, ("pretrain", "architecture", "finetune"), [DEFAULT]),
         (("resnet50_imagenet", 224), 128, ("pretrain", "finetune"), [DEFAULT]),
         (("mobilenetv2_imagenet", 224), 256, ("pretrain", "finetune"), [DEFAULT]),
+        (SUPERNET, 96, ("pretrain", "architecture", "finetune"), [DEFAULT]),
     ],
-    "resnet50": [(("resnet50_imagenet", 224), 128, STEPS, [OURS, CONTIGUOUS, TF32, GRAPHS, PUBLISHED])],
-    "mobilenetv2": [(("mobilenetv2_imagenet", 224), 256, STEPS, [OURS, CONTIGUOUS, TF32, GRAPHS, PUBLISHED])],
+    "resnet50": [
+        (("resnet50_imagenet", 224), 128, ("pretrain", "architecture"), [OURS, CONTIGUOUS, PUBLISHED]),
+        (("resnet50_imagenet", 224), 128, ("finetune",), [OURS, GRAPHS, CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED]),
+        (("resnet50_imagenet", 224), 128, ("search weights",), [OURS, TF32, PUBLISHED]),
+    ],
+    "mobilenetv2": [(("mobilenetv2_imagenet", 224), 256, STEPS, [OURS, CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED])],
     "supernet32": [(SUPERNET, 32, STEPS, [OURS, GRAPHS, PUBLISHED])],
     "cifar": [
-        (("resnet56_cifar", 32), 128, STEPS, [OURS, GRAPHS, ONE_GRAPH, Way(precision="tf32"), PUBLISHED]),
-        (("vgg16_cifar", 32), 128, STEPS, [OURS, GRAPHS, Way(precision="tf32"), PUBLISHED]),
+        (("resnet56_cifar", 32), 128, STEPS, [OURS, GRAPHS, PUBLISHED]),
+        (("vgg16_cifar", 32), 128, ("pretrain", "finetune"), [OURS, GRAPHS, PUBLISHED]),
+        (("resnet56_cifar", 32), 128, STEPS, [CONTIGUOUS, CONTIGUOUS_GRAPHS, ONE_GRAPH, TF32]),
     ],
     "formulation-best": [(SUPERNET, 96, STEPS, [OURS, BEST])],
     "compile-finetune": [(SUPERNET, 96, ("finetune",), [OURS, COMPILED])],

@@ -44,9 +44,10 @@ class Replicated(Trained):
         """Let DDP arrange its buckets again now, as it does once after the first backward pass. Three processes or more sum in an
         order that depends on the buckets, and a resumed run would sum its first step otherwise than the one that went on."""
         own = self.module.__dict__.get("forward")
-        self.module.forward = lambda: sum((p * 0).sum() for p in self.module.parameters())
+        self.module.forward = lambda _: sum((p * 0).sum() for p in self.module.parameters())
         for _ in range(2):
-            network().backward()
+            # On a GPU, DDP fails without an argument.
+            network(torch.zeros((), device=self.options.device)).backward()
         self.optimizer.zero_grad()
         del self.module.forward
         if own is not None:
@@ -86,9 +87,11 @@ class Replicated(Trained):
     def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:
         """The CUDA graph of such a micro-batch, captured when it first comes; None where there are none."""
         options = self.options
-        if not options.cuda_graphs or options.backend != "single":
+        images, _, gates = micro_batch
+        # In the search a graph's memory would come on top of an architecture step's.
+        if not options.cuda_graphs or options.backend != "single" or gates is not None:
             return None
-        key = batch, *(None if tensor is None else tensor.shape for tensor in micro_batch)
+        key = batch, images.shape
         if key not in self.graphs:
             try:
                 self.graphs[key] = CudaGraph(self.module, functools.partial(self._backward, forward, batch), micro_batch)

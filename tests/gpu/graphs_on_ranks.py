@@ -65,8 +65,11 @@ def not_capturable(context: Context) -> dict:
     trained = context.wrap(net, SGD(lr=0.1), {}, training)
     before = [p.detach().clone() for p in trained.module.parameters()]
     images, labels = torch.randn(8, 3, 8, 8).to(context.device), torch.arange(8, device=context.device)
+    random = torch.cuda.get_rng_state(context.device)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         sums = [float(weight_step(trained, images, labels, 8).cross_entropy) for _ in range(3)]
     moved = not any(map(torch.equal, before, trained.module.parameters()))
-    return {"sums": sums, "moved": moved, "warnings": [str(one.message) for one in warned]}
+    random = torch.equal(random, torch.cuda.get_rng_state(context.device))
+    drawn = float(torch.randn(1000, device=context.device).std())
+    return {"sums": sums, "moved": moved, "random": random, "drawn": drawn, "warnings": [str(one.message) for one in warned]}

@@ -9,12 +9,14 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.cuda_only, pytest.mark.xdist
 def test_steps_as_graphs_are_those_launched_kernel_by_kernel(on_gpu, name, clip):
     """Weights, momentum, running statistics, alpha, losses, random numbers: before and in the search, for two batch sizes."""
     found = on_gpu("graphs_on_ranks:against_eager", name, clip)
-    assert found["graphs"] == 3 and found["random"]
+    assert found["graphs"] == 2 and found["random"]
     assert not (wrong := {key: off for key, off in found["off"].items() if off > 1e-4}), wrong
 
 
 def test_a_network_that_cannot_be_captured_trains_without_a_graph_and_says_so_once(on_gpu):
     found = on_gpu("graphs_on_ranks:not_capturable")
     assert found["sums"][0] > found["sums"][1] > found["sums"][2] and found["moved"]
+    # A capture that fails must leave the device's random numbers as they were, and usable.
+    assert found["random"] and 0.9 < found["drawn"] < 1.1
     (warning,) = [one for one in found["warnings"] if "cuda_graphs" in one]
     assert warning.startswith("key 'training.cuda_graphs': this network's steps cannot be captured (")
