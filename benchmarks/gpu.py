@@ -49,7 +49,7 @@ PARTS = {
     "supernet32-graphs": Limit(80, "the supernet, 32 images, as CUDA graphs"),
     "supernet96-tf32": Limit(120, "the supernet in TF32 and float32"),
     "depthwise-benchmark": Limit(70, "likewise with cudnn.benchmark"),
-    "defaults": Limit(90, "large networks as a recipe has it that says nothing: CUDA graphs and cudnn.benchmark"),
+    "cudnn-benchmark": Limit(90, "large networks with cudnn.benchmark"),
     "mobilenetv2": Limit(90, "MobileNetV2, 256 images: all steps"),
     "supernet32": Limit(80, "the supernet, 32 images: eager and as CUDA graphs"),
     "batchmax": Limit(100, "the largest batch that fits"),

@@ -16,9 +16,8 @@ from stepping import PUBLISHED, STEPS, Case, Contender, Subject, Way, free, meas
 
 OURS, CONTIGUOUS = Way(), Way(layout="contiguous")
 TF32, COMPILED = Way(precision="tf32"), Way(mode="compile")
-GRAPHS, ONE_GRAPH, CONTIGUOUS_GRAPHS = Way(mode="graphs"), Way(mode="one graph"), Way(layout="contiguous", mode="graphs")
-# As a recipe has it that says nothing.
-DEFAULT = Way(mode="graphs", cudnn_benchmark=True)
+GRAPHS, CONTIGUOUS_GRAPHS = Way(mode="graphs"), Way(layout="contiguous", mode="graphs")
+TUNED = Way(mode="graphs", cudnn_benchmark=True)
 # The published formulation, given this project's precision and layout.
 BEST = Way("formulation", "bf16", "channels_last")
 SUPERNET = ("proxyless_supernet", 224)
@@ -29,17 +28,17 @@ STEP_PARTS: dict[str, list[tuple[tuple[str, int], int, tuple[str, ...], list[Way
     "supernet96-finetune": [(SUPERNET, 96, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED])],
     "supernet96-finetune-last": [(SUPERNET, 96, ("finetune",), [OURS, GRAPHS])],
     "supernet32-graphs": [
-        (SUPERNET, 32, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, ONE_GRAPH, PUBLISHED]),
-        (SUPERNET, 32, ("pretrain", "architecture"), [OURS, GRAPHS, ONE_GRAPH]),
+        (SUPERNET, 32, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED]),
+        (SUPERNET, 32, ("pretrain", "architecture"), [OURS, GRAPHS]),
     ],
     "supernet96-tf32": [
         (SUPERNET, 96, STEPS, [TF32, Way(precision="tf32", layout="contiguous")]),
         (SUPERNET, 96, ("pretrain",), [Way("formulation", "fp32", "contiguous"), Way(precision="fp32")]),
     ],
-    "defaults": [
-        (("resnet50_imagenet", 224), 128, ("pretrain", "finetune"), [DEFAULT]),
-        (("mobilenetv2_imagenet", 224), 256, ("pretrain", "finetune"), [DEFAULT]),
-        (SUPERNET, 96, ("pretrain", "architecture", "finetune"), [DEFAULT]),
+    "cudnn-benchmark": [
+        (("resnet50_imagenet", 224), 128, ("pretrain", "finetune"), [TUNED]),
+        (("mobilenetv2_imagenet", 224), 256, ("pretrain", "finetune"), [TUNED]),
+        (SUPERNET, 96, ("pretrain", "architecture", "finetune"), [TUNED]),
     ],
     "resnet50": [
         (("resnet50_imagenet", 224), 128, ("pretrain", "architecture"), [OURS, CONTIGUOUS, PUBLISHED]),
@@ -51,7 +50,7 @@ STEP_PARTS: dict[str, list[tuple[tuple[str, int], int, tuple[str, ...], list[Way
     "cifar": [
         (("resnet56_cifar", 32), 128, STEPS, [OURS, GRAPHS, PUBLISHED]),
         (("vgg16_cifar", 32), 128, ("pretrain", "finetune"), [OURS, GRAPHS, PUBLISHED]),
-        (("resnet56_cifar", 32), 128, STEPS, [CONTIGUOUS, CONTIGUOUS_GRAPHS, ONE_GRAPH, TF32]),
+        (("resnet56_cifar", 32), 128, STEPS, [CONTIGUOUS, CONTIGUOUS_GRAPHS, TF32]),
     ],
     "formulation-best": [(SUPERNET, 96, STEPS, [OURS, BEST])],
     "compile-finetune": [(SUPERNET, 96, ("finetune",), [OURS, COMPILED])],

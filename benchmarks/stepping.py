@@ -35,10 +35,6 @@ COMPACT = 0.15
 EQUAL = 1e-6
 
 
-# Modes that need a GPU.
-GRAPHS = ("graphs", "one graph")
-
-
 class Case(NamedTuple):
     network: str
     batch: int
@@ -54,8 +50,8 @@ class Way(NamedTuple):
     layout: str = "channels_last"
     """Of images, activations and weights: channels_last or contiguous."""
     mode: str = "eager"
-    """eager; compile and graphs (ours only: the recipe's training.compile and training.cuda_graphs, the latter without effect on
-    architecture steps); one graph (the whole step as one CUDA graph, its rates constants)."""
+    """eager; compile and graphs (ours only): the recipe's training.compile and training.cuda_graphs, the latter without effect in
+    the search."""
     cudnn_benchmark: bool = False
     """The same for all ways of a process: an algorithm once chosen for a shape stays with it, whatever the switch says later."""
 
@@ -182,9 +178,7 @@ class Contender:
             warnings.filterwarnings("error", message=".*cannot be captured")
             self.loss = float(self.run())
         self.first_step_seconds = time.perf_counter() - begun
-        if way.mode == "one graph":
-            self.run = captured(self.run)
-        if way.mode in GRAPHS:
+        if way.mode == "graphs":
             self.resident = _reserved(self.on_gpu) - reserved
         else:
             self.resident = _memory(self.on_gpu) - self.resident
@@ -242,7 +236,7 @@ class Contender:
         """What was measured, with the memory of this contender alone."""
         middle = median(self.seconds)
         # A graph's own memory is never given back, and so not allocated within a step.
-        memory = self.resident + (0 if self.way.mode in GRAPHS else self.transient)
+        memory = self.resident + (0 if self.way.mode == "graphs" else self.transient)
         return {
             "ms": round(1000 * middle, 3),
             "ms_least": round(1000 * min(self.seconds), 3),
@@ -255,28 +249,6 @@ class Contender:
         }
 
 
-def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`run` as one CUDA graph. Learning rates, delta and the penalty weight become constants of the graph; images, labels, weights,
-    momentum, statistics and the result stay where they are on the device. Raises what torch raises for what cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    # Nothing that the collector frees, such as another graph, may go while it is captured.
-    free()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
-
-
 def measure(
     subject: Subject, step: str, ways: Sequence[Way], report: Report, device: str, seconds: float = 1.2, rounds: int = 2
 ) -> None:
@@ -287,7 +259,7 @@ def measure(
     contenders: dict[Way, Contender] = {}
     head = {"network": subject.case.network, "step": step, **subject.case._asdict()}
     for way in ways:
-        if way.mode in GRAPHS and device != "cuda":
+        if way.mode == "graphs" and device != "cuda":
             report({**head, **way._asdict(), "failed": "needs a GPU"})
             continue
         with reporting({**head, **way._asdict()}, report):

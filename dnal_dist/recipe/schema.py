@@ -128,8 +128,9 @@ class Training(Section):
     cuda_graphs: bool = True
     """On a GPU, the passes of a weight step in pretrain and finetune run as one CUDA graph where this can be: in a single process
     without torch.compile, activation checkpointing, float16 and micro-batches. Kernels need not wait for Python then."""
-    cudnn_benchmark: bool = True
-    """On a GPU, cuDNN times its algorithms when it first meets a convolution, and keeps the fastest."""
+    cudnn_benchmark: bool = False
+    """On a GPU, cuDNN times its algorithms when it first meets a convolution, and keeps the fastest: seconds to minutes at the
+    first step of each phase, for a few percent in the others."""
 
 
 class Keep(Section):
