@@ -40,21 +40,21 @@ class Limit(NamedTuple):
 
 PARTS = {
     "machine": Limit(40, "bandwidth, matrix products, launches"),
-    "supernet96-bf16": Limit(120, "the supernet, 96 images, bf16 in both layouts, against the published formulation: all steps"),
+    "supernet96-bf16": Limit(120, "the supernet, 96 images, bf16 in both layouts, against the published formulation"),
     "cifar": Limit(60, "ResNet56 and VGG16 at 32 pixels: eager and as CUDA graphs"),
     "resnet50": Limit(70, "ResNet50, 128 images: all steps"),
     "supernet96-finetune": Limit(60, "the compact supernet, contiguous: eager and as CUDA graphs"),
+    "optimizer": Limit(40, "foreach, fused and plain SGD"),
+    "mobilenetv2": Limit(90, "MobileNetV2, 256 images: all steps"),
+    "loader": Limit(100, "images/s of the stream and of training, by loader processes and by nvJPEG"),
     "depthwise": Limit(70, "depthwise convolutions by shape, both layouts"),
     "supernet96-finetune-last": Limit(200, "the compact supernet in channels_last"),
-    "supernet32-graphs": Limit(80, "the supernet, 32 images, as CUDA graphs"),
     "supernet96-tf32": Limit(120, "the supernet in TF32 and float32"),
-    "depthwise-benchmark": Limit(70, "likewise with cudnn.benchmark"),
-    "cudnn-benchmark": Limit(90, "large networks with cudnn.benchmark"),
-    "mobilenetv2": Limit(90, "MobileNetV2, 256 images: all steps"),
-    "supernet32": Limit(80, "the supernet, 32 images: eager and as CUDA graphs"),
+    "supernet32-graphs": Limit(80, "the supernet, 32 images, as CUDA graphs"),
     "batchmax": Limit(100, "the largest batch that fits"),
-    "loader": Limit(100, "images/s of the stream and of training, by loader processes and by nvJPEG"),
-    "optimizer": Limit(40, "foreach, fused and plain SGD"),
+    "cudnn-benchmark": Limit(90, "large networks with cudnn.benchmark"),
+    "depthwise-benchmark": Limit(70, "likewise with cudnn.benchmark"),
+    "supernet32": Limit(80, "the supernet, 32 images: eager and as CUDA graphs"),
     "formulation-best": Limit(80, "the published formulation given bf16 and channels_last"),
     "compile-finetune": Limit(180, "torch.compile of the compact supernet"),
     "compile-cifar": Limit(120, "torch.compile of ResNet56"),
@@ -192,7 +192,7 @@ def child(args: argparse.Namespace) -> None:
 
     def begin() -> float:
         seconds = float(sys.stdin.readline())
-        # Where it hangs, if it does, is told before it is ended.
+        # Where it hangs, if it does, is printed before it is ended.
         faulthandler.dump_traceback_later(seconds + 3, exit=False)
         return seconds
 

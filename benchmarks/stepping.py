@@ -178,12 +178,16 @@ class Contender:
             warnings.filterwarnings("error", message=".*cannot be captured")
             self.loss = float(self.run())
         self.first_step_seconds = time.perf_counter() - begun
-        if way.mode == "graphs":
+        if self.in_graph():
             self.resident = _reserved(self.on_gpu) - reserved
         else:
             self.resident = _memory(self.on_gpu) - self.resident
         self.seconds: list[float] = []
         self.transient = 0
+
+    def in_graph(self) -> bool:
+        """Whether the step was captured: those of the search are not."""
+        return any(getattr(getattr(self, "trained", None), "graphs", {}).values())
 
     def tune(self) -> None:
         """Set the device's switches, which are the process's, as this way has them."""
@@ -236,7 +240,7 @@ class Contender:
         """What was measured, with the memory of this contender alone."""
         middle = median(self.seconds)
         # A graph's own memory is never given back, and so not allocated within a step.
-        memory = self.resident + (0 if self.way.mode == "graphs" else self.transient)
+        memory = self.resident + (0 if self.in_graph() else self.transient)
         return {
             "ms": round(1000 * middle, 3),
             "ms_least": round(1000 * min(self.seconds), 3),

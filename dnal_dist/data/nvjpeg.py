@@ -37,8 +37,10 @@ def pack(jpegs: list[bytes], rows: list[int], geometries: list[Geometry], origin
 
 
 def takes(header: Header, encoded: bytes) -> bool:
-    """Whether nvJPEG is to decode it. Without its end a JPEG is half an image, which nvJPEG need not report."""
-    return header.colours in ("YCbCr", "Gray") and header.orientation == 1 and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
+    """Whether nvJPEG is to decode it: neither without an end, where half the image may be missing, nor without a scan, which nvJPEG
+    does not report."""
+    usual = header.colours in ("YCbCr", "Gray") and header.orientation == 1
+    return usual and b"\xff\xda" in encoded and encoded.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def require(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """A forward and backward pass as one CUDA graph: a launch instead of thousands, where the GPU would wait for Python."""
 
+import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,31 +16,23 @@ class CudaGraph:
     of `network`'s parameters, which must be None before, and moves its statistics; so does each replay.
 
     A replay overwrites gradients instead of adding to them. What the passes keep in memory is never given back for other use.
-    Raises RuntimeError if something in `compute` cannot be captured.
+    Raises RuntimeError if something in `compute` cannot be captured, torch.OutOfMemoryError, a kind of it, if memory is short.
     """
 
     def __init__(self, network: nn.Module, compute: Callable[..., NamedTuple], inputs: tuple[Tensor | None, ...]):
         self.inputs = [None if tensor is None else tensor.detach().clone() for tensor in inputs]
         device = next(network.parameters()).device
         buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        generator = torch.cuda.default_generators[device.index]
-        before_capture = generator.clone_state()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                compute(*self.inputs)
-                _forget_gradients(network)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        generator, own = torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
+        random = generator.clone_state()
         try:
-            # Loader threads go on pinning memory meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                outputs = compute(*self.inputs)
-            generator.set_state(before_capture.get_state())
+            self._warm_up(network, compute, own)
+            outputs = self._capture(compute)
+            generator.set_state(random.get_state())
         except BaseException:
-            # A capture that failed leaves the generator in the midst of it.
-            generator.graphsafe_set_state(before_capture)
+            # A capture that failed leaves both in the midst of it.
+            torch.cuda.set_stream(own)
+            generator.graphsafe_set_state(random)
             raise
         finally:
             with torch.no_grad():
@@ -48,6 +41,36 @@ class CudaGraph:
         # Detached: what was recorded for the backward pass would stay in memory.
         self.outputs = outputs._make(None if tensor is None else tensor.detach() for tensor in outputs)
         self.gradients = [(p, p.grad) for p in network.parameters()]
+
+    def _warm_up(self, network: nn.Module, compute: Callable[..., NamedTuple], own: torch.cuda.Stream) -> None:
+        side, mode = torch.cuda.Stream(own.device), torch.cuda.get_sync_debug_mode()
+        side.wait_stream(own)
+        try:
+            with torch.cuda.stream(side):
+                for number in range(WARM_UP):
+                    if number + 1 == WARM_UP:
+                        # What waits for the device cannot be captured. It fails here: a capture that fails cannot be cleaned up.
+                        torch.cuda.set_sync_debug_mode("error")
+                    compute(*self.inputs)
+                    for parameter in network.parameters():
+                        parameter.grad = None
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            own.wait_stream(side)
+
+    def _capture(self, compute: Callable[..., NamedTuple]) -> NamedTuple:
+        self.graph = torch.cuda.CUDAGraph()
+        # What is collected meanwhile might free device memory, which no capture allows.
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            # Loader threads go on pinning memory.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                return compute(*self.inputs)
+        finally:
+            if collecting:
+                gc.enable()
 
     def replay(self, *inputs: Tensor | None) -> NamedTuple:
         """Outputs for inputs of the same shapes, valid until the next replay; gradients are set."""
@@ -58,8 +81,3 @@ class CudaGraph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         return self.outputs
-
-
-def _forget_gradients(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.grad = None

@@ -61,7 +61,9 @@ class Replicated(Trained):
     def step(self, forward, micro_batches, batch):
         scaler = self.options.scaler
         if len(micro_batches) == 1 and (graph := self._graph(forward, micro_batches[0], batch)) is not None:
-            outcomes = [graph.replay(*micro_batches[0])]
+            # Both passes.
+            with span("backward"):
+                outcomes = [graph.replay(*micro_batches[0])]
         else:
             outcomes = []
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -95,6 +97,8 @@ class Replicated(Trained):
         if key not in self.graphs:
             try:
                 self.graphs[key] = CudaGraph(self.module, functools.partial(self._backward, forward, batch), micro_batch)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 # A network may do what no graph can hold, such as looking at a value.
                 why = (str(error).splitlines() or ["no reason given"])[0]

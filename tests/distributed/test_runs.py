@@ -99,13 +99,14 @@ def test_a_wrap_keeps_weights_and_momentum_in_float32(ranks, backend):
 
 @pytest.mark.parametrize("backend", ["ddp", "zero2"])
 def test_bfloat16_learns_the_digits_as_well(trained, backend):
-    """Within 1 % of float32, which is the same on every backend."""
+    """Within 2 % of float32, which is the same on every backend. A narrow network, since bfloat16 is slow on most CPUs; the whole
+    one is within 1 % on a GPU, in tests/gpu."""
     epochs = ("phases.pretrain.epochs=3", "phases.search.epochs=4", "phases.finetune.epochs=6")
-    changes = (*epochs, "tracking.tracker=none", "tracking.plots=false")
+    changes = (*epochs, "model.width=0.25", "tracking.tracker=none", "tracking.plots=false")
     half, full = trained(backend, *changes, precision="bf16"), trained("ddp", *changes)
     assert [records(run, "start")[0]["precision"] for run in (half, full)] == ["bfloat16", "float32"]
     ours, reference = (records(run, "eval")[-1]["accuracy"] for run in (half, full))
-    assert ours == pytest.approx(reference, abs=0.01)
+    assert ours == pytest.approx(reference, abs=0.02) and reference > 0.95
 
 
 @pytest.mark.xdist_group("ddp")

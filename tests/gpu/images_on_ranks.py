@@ -19,7 +19,7 @@ from dnal_dist.recipe import Augmentation, Data
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 
 
-def picture(rng: np.random.Generator, height: int, width: int, mode: str = "RGB", smooth: int = 16) -> Image.Image:
+def drawn(rng: np.random.Generator, height: int, width: int, mode: str = "RGB", smooth: int = 16) -> Image.Image:
     """Blobs of a few colours: as smooth as photographs are."""
     grid = rng.integers(0, 256, (max(2, height // smooth), max(2, width // smooth), 3), np.uint8)
     return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -37,7 +37,7 @@ def decodes(context: Context, sizes: list[list[int]]) -> dict[str, dict[str, flo
     rng, found = np.random.default_rng(0), {}
     for kind in (*SUBSAMPLINGS, "gray"):
         options = {"subsampling": SUBSAMPLINGS[kind]} if kind != "gray" else {}
-        jpegs = [jpeg(picture(rng, *size, "L" if kind == "gray" else "RGB"), **options) for size in sizes]
+        jpegs = [jpeg(drawn(rng, *size, "L" if kind == "gray" else "RGB"), **options) for size in sizes]
         assert all(nvjpeg.takes(read_header(encoded), encoded) for encoded in jpegs)
         waiting = [torch.frombuffer(bytearray(encoded), dtype=torch.uint8) for encoded in jpegs]
         together = nvjpeg._decode(waiting, context.device)
@@ -96,14 +96,11 @@ def kinds_by_key(folder: str) -> dict[str, bool]:
 def refused(context: Context) -> dict:
     """What becomes of JPEGs whose middle is missing although they have an end: the image of the CPU, or a fault."""
     rng = np.random.default_rng(1)
-    whole = jpeg(picture(rng, 64, 64))
-    found = {}
-    for name, encoded in (
-        ("no image", b"\xff\xd8 no image \xff\xd9"),
-        ("no scan", whole[: whole.index(b"\xff\xda")] + b"\xff\xd9"),
-    ):
-        [answer] = nvjpeg._decoded([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)], context.device)
-        found[name] = answer is None
+    whole = jpeg(drawn(rng, 64, 64))
+    [answer] = nvjpeg._decoded([torch.frombuffer(bytearray(b"\xff\xd8 no image \xff\xd9"), dtype=torch.uint8)], context.device)
+    no_scan = whole[: whole.index(b"\xff\xda")] + b"\xff\xd9"
+    # nvJPEG gives an image for it.
+    found = {"no image": answer is None, "no scan is left to the CPU": not nvjpeg.takes(read_header(no_scan), no_scan)}
     good = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
     bad = torch.frombuffer(bytearray(b"\xff\xd8 no image \xff\xd9"), dtype=torch.uint8)
     one, none, two = nvjpeg._decoded([good, bad, good], context.device)
