@@ -24,8 +24,23 @@ EXTRA = [
     "supernet_digits:2:1:fixed:checkpointing:shared",
     "vgg_digits:1:1:fixed:parts:shared",
 ]
+# All of these under DDP. On the other backends, whose steps take ten times as long, each network at one ratio.
+FEW = ["vgg_digits:1:1:fixed", "resnet_digits:0:1:fixed", "supernet_digits:2:1:fixed"]
+FEW_ALONE = ["vgg_digits:2:1:fixed", "resnet_digits:1:1:batch", "supernet_digits:0:1:fixed"]
 # The reduction of gradients in float32 sums in another order than one process does.
 TOLERANCE = 1e-6
+
+
+def cases_of(backend: str, processes: int) -> list[str]:
+    if backend == "single":
+        return list(dict.fromkeys(plain(case) for case in [*FIXED, *BATCH, *EXTRA]))
+    if processes == 1:
+        return ALONE if backend == "ddp" else FEW_ALONE
+    return [*FIXED, *BATCH, *EXTRA] if backend == "ddp" else [*FEW, *BATCH[:2], *EXTRA]
+
+
+def pairs(processes: int, without: list[str] = ()) -> list[tuple[str, str]]:
+    return [(backend, case) for backend in BACKENDS for case in cases_of(backend, processes) if case not in without]
 
 
 def plain(case: str) -> str:
@@ -50,9 +65,7 @@ def found(ranks, once):
     def find(backend: str, processes: int) -> dict:
         key = backend, processes
         if key not in done:
-            cases = ALONE if processes == 1 else [*FIXED, *BATCH, *EXTRA]
-            if backend == "single":
-                cases = list(dict.fromkeys(plain(case) for case in [*FIXED, *BATCH, *EXTRA]))
+            cases = cases_of(backend, processes)
             name = f"trajectories-{backend}-{processes}"
             done[key] = by_case(once(name, lambda out: ranks.run(*key, JOB, out, cases, timeout=900)), cases)
         return done[key]
@@ -81,19 +94,17 @@ def compare(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], t
     return largest
 
 
-@pytest.mark.parametrize("case", ALONE)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, case", pairs(1))
 def test_one_process_equals_the_plain_one(found, backend, case):
     compare(found(backend, 1)[case], found("single", 1)[plain(case)])
 
 
-@pytest.mark.parametrize("case", FIXED + EXTRA)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, case", pairs(2, BATCH))
 def test_two_processes_equal_one_on_the_concatenated_batch(found, backend, case):
     compare(found(backend, 2)[case], found("single", 1)[plain(case)])
 
 
-@pytest.mark.parametrize("case", BATCH)
+@pytest.mark.parametrize("case", BATCH[:2])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_two_processes_with_batch_statistics_of_their_own_equal_ddp(found, backend, case):
     compare(found(backend, 2)[case], found("ddp", 2)[case])
