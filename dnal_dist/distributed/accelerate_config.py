@@ -1,5 +1,4 @@
-"""What the user's Accelerate config asks for, and what of it cannot be had. Only the environment that the launcher makes of it is
-looked at; nothing is started."""
+"""The user's Accelerate config, as the environment that the launcher makes of it, and what of it is refused. Nothing is started."""
 
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from dnal_dist.distributed.wrapper import MIN_PARAMS
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Asked(NamedTuple):
+class AccelerateConfig(NamedTuple):
     """What the Accelerate config asks for."""
 
     backend: str | None
@@ -23,15 +22,15 @@ class Asked(NamedTuple):
     dtype: torch.dtype
     """Of convolutions and activations: float32, bfloat16 or float16."""
     accumulation: int
-    """Parts that a process's share of the global batch is taken in; 1 says nothing."""
+    """Micro-batches of a process's local batch; 1 where none is set."""
     activation_checkpointing: bool
     settings: dict
     """See wrapper.Options."""
 
 
-def asked() -> Asked:
+def read() -> AccelerateConfig:
     """What the Accelerate config asks for, from the environment that the launcher made of it. Raises InputError for what cannot be
-    done, or would be done otherwise than asked."""
+    done, or would be done otherwise."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in PRECISIONS:
         raise InputError(f"the Accelerate config asks for mixed_precision {precision}; choose one of {', '.join(PRECISIONS)}")
@@ -59,7 +58,7 @@ def asked() -> Asked:
         _check_launcher()
     if precision == "fp16" and backend is not None:
         raise InputError("the Accelerate config asks for mixed_precision fp16, which only goes with DDP here; choose bf16")
-    return Asked(backend, PRECISIONS[precision], max(1, accumulation), checkpointing, settings)
+    return AccelerateConfig(backend, PRECISIONS[precision], max(1, accumulation), checkpointing, settings)
 
 
 def _is_on(variable: str) -> bool:
@@ -94,30 +93,30 @@ class Own(NamedTuple):
 
 def _deepspeed() -> tuple[str, dict, Own]:
     plugin = DeepSpeedPlugin()
-    asked = plugin.deepspeed_config
-    zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
+    given = plugin.deepspeed_config
+    zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
     if (stage := zero.get("stage")) not in (1, 2, 3):
         raise InputError(f"the Accelerate config asks for zero_stage {stage}; choose 1, 2 or 3, or recipes/accelerate/ddp.yaml")
     for key in ("offload_optimizer", "offload_param"):
         if (zero.pop(key, None) or {}).get("device", "none") != "none":
             raise InputError(f"the Accelerate config asks for DeepSpeed's {key}; these networks are small: set its device to none")
-    clipping = asked.get("gradient_clipping", "auto")
+    clipping = given.get("gradient_clipping", "auto")
     if clipping not in ("auto", 0, 0.0, None):
         raise InputError(
             f"the Accelerate config asks for gradient_clipping {clipping}; leave it out, and set keys "
             "'phases.*.optimizer.clip_norm' and 'architecture.optimizer.clip_norm'"
         )
-    if named := [key for key in ("optimizer", "scheduler") if key in asked]:
+    if named := [key for key in ("optimizer", "scheduler") if key in given]:
         raise InputError(f"the DeepSpeed configuration has its own {' and '.join(named)}; the recipe has that: leave it out")
     passed = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "comms_logger"}
-    read = {"zero_optimization", "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping"}
+    used = {"zero_optimization", "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping"}
     settled = {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}
-    if unknown := [key for key, value in asked.items() if key not in passed | read | settled and value != "auto"]:
+    if unknown := [key for key, value in given.items() if key not in passed | used | settled and value != "auto"]:
         raise InputError(f"the DeepSpeed configuration says {', '.join(unknown)}, which is not heeded here: leave it out")
-    on = [name for name in ("bf16", "fp16") if (asked.get(name) or {}).get("enabled") is True]
-    accumulation = asked.get("gradient_accumulation_steps")
+    on = [name for name in ("bf16", "fp16") if (given.get(name) or {}).get("enabled") is True]
+    accumulation = given.get("gradient_accumulation_steps")
     own = Own(on[0] if on else "no", accumulation if isinstance(accumulation, int) else 1)
-    configuration = {key: value for key, value in asked.items() if key in passed and value != "auto"}
+    configuration = {key: value for key, value in given.items() if key in passed and value != "auto"}
     # Sizes of batches only matter to its log: a step is one call, whatever it is made of.
     configuration |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 2**62}
     configuration |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True}

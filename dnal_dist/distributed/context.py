@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed import backend
-from dnal_dist.distributed.accelerate_config import asked
+from dnal_dist.distributed import accelerate_config, backend
 from dnal_dist.distributed.wrapper import Options, Trained
 
 # How long a collective waits for a process that does not come.
@@ -36,7 +35,7 @@ class Context:
         on_gpu = found >= local
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        self.asked = asked()
+        self.config = accelerate_config.read()
         log_with = None if tracker == "none" else tracker
         handlers = [InitProcessGroupKwargs(timeout=TIMEOUT)]
         # The backends are wrapped here, not by Accelerate: on a machine without a GPU it would quietly make DDP of them.
@@ -56,17 +55,17 @@ class Context:
             torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))
         self.idle_gpus = 0 if on_gpu else found
         """GPUs that are left alone, since they are fewer than the processes of this machine and NCCL takes one for each."""
-        self.backend = self.asked.backend or ("ddp" if self.world_size > 1 else "single")
+        self.backend = self.config.backend or ("ddp" if self.world_size > 1 else "single")
         """single, ddp, fsdp2, zero1, zero2 or zero3."""
         expected = int(os.environ.get("WORLD_SIZE", 1))
         if expected != self.world_size:
             raise InputError(f"{expected} processes were launched, but Accelerate joined only {self.world_size} of them")
-        if self.asked.backend is not None and not torch.distributed.is_initialized():
+        if self.config.backend is not None and not torch.distributed.is_initialized():
             store = None if "MASTER_ADDR" in os.environ else torch.distributed.HashStore()
             kind = "nccl" if on_gpu else "gloo"
             torch.distributed.init_process_group(kind, store=store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT)
-        fp16 = self.asked.dtype == torch.float16
-        self.precision = str(self.asked.dtype).removeprefix("torch.")
+        fp16 = self.config.dtype == torch.float16
+        self.precision = str(self.config.dtype).removeprefix("torch.")
         """Of convolutions and activations; all else is float32."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
@@ -90,11 +89,11 @@ class Context:
             self.backend,
             self.device,
             self.world_size,
-            self.asked.dtype,
+            self.config.dtype,
             self.scaler,
-            self.asked.settings,
+            self.config.settings,
             training.sync_batchnorm,
-            training.activation_checkpointing or self.asked.activation_checkpointing,
+            training.activation_checkpointing or self.config.activation_checkpointing,
             training.compile,
             self._graphs(training),
             self.memory_format,
@@ -102,23 +101,23 @@ class Context:
         return backend(self.backend)(network, sgd, momentum, options)
 
     def _graphs(self, training) -> bool:
-        eager = training.compile or training.activation_checkpointing or self.asked.activation_checkpointing
+        eager = training.compile or training.activation_checkpointing or self.config.activation_checkpointing
         return training.cuda_graphs and self.device.type == "cuda" and not eager and not self.scaler.is_enabled()
 
     def accumulation_steps(self, data) -> int:
         """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be
         divided so. data: that part of the recipe."""
-        share, asked = data.global_batch // self.world_size, self.asked.accumulation
-        limit = data.per_device_batch_limit or share
-        if asked > 1:
-            if share % asked or share // asked > limit:
+        local_batch, steps = data.global_batch // self.world_size, self.config.accumulation
+        limit = data.per_device_batch_limit or local_batch
+        if steps > 1:
+            if local_batch % steps or local_batch // steps > limit:
                 raise InputError(
-                    f"the Accelerate config asks for gradient_accumulation_steps {asked}, which does not divide the {share} "
+                    f"the Accelerate config asks for gradient_accumulation_steps {steps}, which does not divide the {local_batch} "
                     f"images of a process into equal parts of at most {limit}; leave it out and set key "
                     "'data.per_device_batch_limit'"
                 )
-            return asked
-        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= limit)
+            return steps
+        return next(n for n in range(1, local_batch + 1) if local_batch % n == 0 and local_batch // n <= limit)
 
     def average_(self, tensor: Tensor) -> Tensor:
         """Mean over processes, in place, in one collective; nothing is sent by a single process."""

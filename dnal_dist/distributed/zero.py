@@ -25,12 +25,12 @@ class Zero(Trained):
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         optimizer = SGD(self.module.parameters(), **self.settings)
-        asked = self.options.settings["deepspeed"]
+        given = self.options.settings["deepspeed"]
         # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
         size = sum(p.numel() for p in self.module.parameters())
-        zero = {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size, **asked["zero_optimization"]}
+        zero = {"reduce_bucket_size": size, "stage3_prefetch_bucket_size": size, **given["zero_optimization"]}
         # DeepSpeed clips to a norm of 1 where nothing is said.
-        configuration = {**asked, "zero_optimization": zero, "gradient_clipping": self.clip_norm or 0.0}
+        configuration = {**given, "zero_optimization": zero, "gradient_clipping": self.clip_norm or 0.0}
         configuration |= {"bf16": {"enabled": self.options.dtype == torch.bfloat16}}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=configuration)
         self.stage, self.stepped = self.engine.zero_optimization_stage(), False

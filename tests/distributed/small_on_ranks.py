@@ -1,4 +1,4 @@
-"""Jobs of test_ranks and test_asked: the backend, and faults of single ranks."""
+"""Jobs of test_ranks and test_accelerate_config: the backend, and faults of single ranks."""
 
 import time
 

@@ -53,9 +53,9 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
     fix_statistics(statistics == "fixed")
     if context.backend == "fsdp2":
-        context.asked.settings["min_params"] = 1 if "shared" in extras else 100_000
+        context.config.settings["min_params"] = 1 if "shared" in extras else 100_000
     if context.backend == "zero3":
-        zero = context.asked.settings["deepspeed"]["zero_optimization"]
+        zero = context.config.settings["deepspeed"]["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
     torch.manual_seed(0)
     net = nets.build(name)

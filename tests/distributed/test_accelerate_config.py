@@ -11,7 +11,7 @@ from accelerate.utils import write_basic_config
 from launching import execute, succeed
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.accelerate_config import asked
+from dnal_dist.distributed.accelerate_config import read
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import Data
 
@@ -44,31 +44,31 @@ def configured(monkeypatch, tmp_path, change: dict) -> None:
 )
 def test_what_is_asked_is_understood(monkeypatch, tmp_path, change, backend, dtype):
     configured(monkeypatch, tmp_path, change)
-    found = asked()
+    found = read()
     assert (found.backend, found.dtype, found.accumulation) == (backend, dtype, 1)
 
 
 def test_a_configuration_of_deepspeeds_own_is_heeded(monkeypatch, tmp_path):
     text = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "gradient_accumulation_steps": 4}'
     configured(monkeypatch, tmp_path, {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": text})
-    found = asked()
+    found = read()
     assert (found.backend, found.dtype, found.accumulation) == ("zero2", torch.bfloat16, 4)
 
 
 def test_settings_of_fsdp2(monkeypatch):
     for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}.items():
         monkeypatch.setenv(name, value)
-    assert asked().settings == {"reshard_after_forward": False, "min_params": float("inf")}
+    assert read().settings == {"reshard_after_forward": False, "min_params": float("inf")}
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
     monkeypatch.setenv("FSDP_MIN_NUM_PARAMS", "5000")
-    assert asked().settings["min_params"] == 5000
+    assert read().settings["min_params"] == 5000
 
 
 def test_deepspeed_does_not_clip_unasked(monkeypatch):
     """Its own default is a norm of 1."""
     for name, value in ZERO.items():
         monkeypatch.setenv(name, value)
-    configuration = asked().settings["deepspeed"]
+    configuration = read().settings["deepspeed"]
     assert configuration["zero_optimization"]["stage"] == 2
     assert not {"gradient_clipping", "optimizer", "scheduler"} & configuration.keys()
 
@@ -103,7 +103,7 @@ def test_deepspeed_does_not_clip_unasked(monkeypatch):
 def test_what_cannot_be_done_is_refused(monkeypatch, tmp_path, change, told):
     configured(monkeypatch, tmp_path, change)
     with pytest.raises(InputError, match=told):
-        asked()
+        read()
 
 
 SCRIPT = "from dnal_dist.distributed.context import Context; found = Context(); print('backend', found.backend, found.world_size)"
@@ -138,7 +138,7 @@ def test_what_the_launcher_above_this_process_drops_is_refused(monkeypatch, opti
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["accelerate", "launch", *options, "--cpu", "script.py"])
     with pytest.raises(InputError, match=REFUSED.format(config, processes)):
-        asked()
+        read()
 
 
 def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):
@@ -166,7 +166,7 @@ def test_one_process_too_is_on_the_backend_of_the_config(ranks, backend):
 )
 def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
     context = Context()
-    context.asked = context.asked._replace(accumulation=accumulation)
+    context.config = context.config._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=batch, per_device_batch_limit=limit)
     assert context.accumulation_steps(data) == parts
 
@@ -174,7 +174,7 @@ def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
 @pytest.mark.parametrize(("limit", "accumulation"), [(None, 3), (8, 2)])
 def test_parts_that_do_not_fit_are_refused(limit, accumulation):
     context = Context()
-    context.asked = context.asked._replace(accumulation=accumulation)
+    context.config = context.config._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)
     with pytest.raises(InputError, match=r"gradient_accumulation_steps \d.*'data\.per_device_batch_limit'"):
         context.accumulation_steps(data)
