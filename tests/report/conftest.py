@@ -1,6 +1,7 @@
 """Chromium as the system has it, without a network; pages that tell what they complain of."""
 
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,11 @@ class Opened:
         page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: self.asked.append(request.url) if request.url != path.as_uri() else None)
         if clock:
-            page.clock.install()
+            page.clock.install(time=datetime(2026, 1, 1))
         page.goto(path.as_uri())
+        if clock:
+            # Or it would go on by itself beside the test's own steps.
+            page.clock.pause_at(datetime(2026, 1, 2))
         return page
 
 
