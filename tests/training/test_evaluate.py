@@ -15,7 +15,7 @@ from dnal_dist.training.evaluate import evaluate
 class Sums:
     """In place of Context: `others` is what the other processes have summed up."""
 
-    device = torch.device("cpu")
+    device, memory_format = torch.device("cpu"), torch.contiguous_format
 
     def __init__(self, others=0.0):
         self.others, self.own = others, None
