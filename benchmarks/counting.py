@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from stepping import STEPS, Case, Subject
+from formulation import STEPS
+from subject import Case, Subject
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

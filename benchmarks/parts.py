@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from stepping import PUBLISHED, STEPS, Case, Contender, Subject, Way, free, measure, reporting
+from stepping import PUBLISHED, STEPS, Contender, Way, free, measure, reporting
+from subject import Case, Subject
 
 OURS, CONTIGUOUS = Way(), Way(layout="contiguous")
 TF32, COMPILED = Way(precision="tf32"), Way(mode="compile")

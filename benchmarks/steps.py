@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from parts import describe
-from stepping import STEPS, Case, Subject, Way, measure
+from stepping import STEPS, Way, measure
+from subject import Case, Subject
 from tables import derived, schedules, table
 
 NETWORKS = {"mobilenetv2": "mobilenetv2_imagenet", "supernet": "proxyless_supernet", "resnet50": "resnet50_imagenet"}

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from dnal_dist import nets
+from dnal_dist.nets import cost
 
 sys.path.append("benchmarks")
 import stepping
 import tables
 from formulation import Formulation, Trainer
+from subject import Case, Subject
 
 
 @pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits", "supernet_digits", "mobilenetv2_cifar", "resnet50_imagenet"])
 def test_the_published_formulation_computes_what_ours_does(name):
-    subject = stepping.Subject(stepping.Case(name, 4, 16, 0.25))
+    subject = Subject(Case(name, 4, 16, 0.25))
     assert max(subject.difference.values()) < 1e-9
-    macs = [stepping.cost.count(subject.network, 16, keep).macs for keep in (subject.keep, None)]
+    macs = [cost.count(subject.network, 16, keep).macs for keep in (subject.keep, None)]
     # At this width what has no gates is a quarter of ResNet50's.
     assert 0.1 < macs[0] / macs[1] <= (0.3 if name == "resnet50_imagenet" else 0.15)
 
@@ -29,7 +31,7 @@ def test_a_formulation_that_differs_is_not_timed(monkeypatch):
     monkeypatch.setattr("formulation.Unit.delta", 1.5)
     monkeypatch.setattr(Formulation, "set_gates", lambda self, gates, delta=1.0: [setattr(u, "gates", gates) for u in self.sites])
     with pytest.raises(ValueError, match="differ"):
-        stepping.Subject(stepping.Case("vgg_digits", 4, 8, 0.25))
+        Subject(Case("vgg_digits", 4, 8, 0.25))
 
 
 def test_a_step_of_the_formulation_moves_one_group():
@@ -53,7 +55,7 @@ def test_a_failure_costs_one_row_and_tells_why(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     rows: list[dict] = []
-    subject = stepping.Subject(stepping.Case("vgg_digits", 4, 8, 0.25))
+    subject = Subject(Case("vgg_digits", 4, 8, 0.25))
     ways = [stepping.Way(precision="fp32", layout="contiguous"), stepping.Way(layout="diagonal"), stepping.Way(mode="graphs")]
     stepping.measure(subject, "pretrain", ways, rows.append, "cpu", 0.01, 1)
     wrong, graphs, good = rows

@@ -63,8 +63,6 @@ def test_every_folder_of_tests_is_a_room():
 
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 320, 60
-# What is longer for now: entries may only be removed.
-LONG = {"dnal_dist/training/setup.py: prepare"}
 
 
 def test_modules_and_functions_are_short():
@@ -76,7 +74,7 @@ def test_modules_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION:
                 found.add(f"{path}: {node.name}")
-    assert found == LONG
+    assert not found
 
 
 def test_the_table_has_no_circle():

@@ -102,7 +102,8 @@ class Context:
 
     def _graphs(self, training) -> bool:
         eager = training.compile or training.activation_checkpointing or self.config.activation_checkpointing
-        return training.cuda_graphs and self.device.type == "cuda" and not eager and not self.scaler.is_enabled()
+        able = self.backend == "single" and self.device.type == "cuda" and not self.scaler.is_enabled()
+        return training.cuda_graphs and able and not eager
 
     def accumulation_steps(self, data) -> int:
         """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be

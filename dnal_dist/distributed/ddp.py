@@ -88,10 +88,9 @@ class Replicated(Trained):
 
     def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:
         """The CUDA graph of such a micro-batch, captured when it first comes; None where there are none."""
-        options = self.options
         images, _, gates = micro_batch
         # In the search a graph's memory would come on top of an architecture step's.
-        if not options.cuda_graphs or options.backend != "single" or gates is not None:
+        if not self.options.cuda_graphs or gates is not None:
             return None
         key = batch, images.shape
         if key not in self.graphs:

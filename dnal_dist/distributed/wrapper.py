@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
 from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.nets.gated import segments
-
-Outcome = TypeVar("Outcome", bound=tuple)
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000
@@ -42,6 +40,7 @@ class Options(NamedTuple):
     activation_checkpointing: bool = False
     compile: bool = False
     cuda_graphs: bool = False
+    """For the passes of weight steps without gates; a single process's on a GPU only."""
     memory_format: torch.memory_format = torch.contiguous_format
     """Of activations, and of the weights of backends that keep each parameter whole."""
 
@@ -69,10 +68,10 @@ class Trained:
         logits = network(images) if gates is None else network(images, gates)
         return logits.float() if logits.dtype != torch.float64 else logits
 
-    def step(self, forward: Callable[..., Outcome], micro_batches: Sequence[tuple], batch: int) -> list[Outcome]:
+    def step(self, forward: Callable[..., NamedTuple], micro_batches: Sequence[tuple], batch: int) -> list:
         """One step down the gradient of the micro-batches' summed `cross_entropy` / batch, the mean over processes.
 
-        forward(network, images, labels, gates) gives an outcome, a named tuple of tensors or None; the outcomes are returned. The
+        forward(network, images, labels, gates) gives an outcome, a named tuple of tensors or None; returns the outcomes. The
         micro-batches are computed one after the other, so that only one of them needs memory for its activations.
         """
         raise NotImplementedError

@@ -163,7 +163,7 @@ class ArchitectureSettings(Section):
     threshold: float = Field(0.9, gt=0, lt=1)
     """A channel stays if its gate is above this when the search ends."""
     recalibration_batches: int = Field(50, ge=0)
-    """Training batches over which the BatchNorms of the compact network take their statistics anew after pruning; 0 keeps those of
+    """Training batches over which the BatchNorms of the compact network take their statistics again after pruning; 0 keeps those of
     the search."""
     min_macs: float = Field(0.02, ge=0, lt=1)
     """Collapse guard, as a share of the full network's MACs: below it the penalty rests during the search, and at

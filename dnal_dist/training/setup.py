@@ -40,8 +40,6 @@ def prepare(
     context.tune(settings.training)
     network = nets.build(*settings.model.network)
     train, val = _streams(settings, network, context)
-    for stream in (train, val):
-        preflight.check_shards_agree(stream.shards, context)
     preflight.check_search_length(settings, train.steps_per_epoch)
     local_batch = settings.data.global_batch // context.world_size
     preflight.check_images(network, settings.data, local_batch // context.accumulation_steps(settings.data))
@@ -55,15 +53,9 @@ def prepare(
     finished = saved is not None and saved.state.phase == "done"
     keep = None if saved is None or finished else saved.state.records
     run_log = RunLog(folder, settings, context, keep, saved and saved.state.tracker_run)
-    if context.idle_gpus:
-        few = f"{context.idle_gpus} GPU for {context.world_size} processes"
-        faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     if source is not None:
-        faults += source.warnings
         run_log.print(f"the first weights are those of {source.origin}")
-    own = [line for one in (train, val) for line in (*one.shards.warnings, *one.shards.without_reader())]
-    for fault in (*faults, *dict.fromkeys(context.gather(own))):
-        run_log.warn(fault)
+    _warn(run_log, context, [*faults, *(source.warnings if source else ())], [train, val])
     private_temp(folder, context.rank, context.world_size)
     supernet = network.to(context.device)
     architecture = Architecture(network.num_gates).to(context.device)
@@ -97,6 +89,16 @@ def prepare(
     return run
 
 
+def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[Stream]) -> None:
+    """Record `faults`, idle GPUs, and what each process's shards warn of, once."""
+    if context.idle_gpus:
+        few = f"{context.idle_gpus} GPU for {context.world_size} processes"
+        faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
+    own = [line for stream in streams for line in (*stream.shards.warnings, *stream.shards.without_reader())]
+    for fault in (*faults, *dict.fromkeys(context.gather(own))):
+        run_log.warn(fault)
+
+
 def _state(
     settings: recipe.Recipe, context: Context, shards: dict[str, str], tracker_run: str, saved: Checkpoint | None
 ) -> RunState:
@@ -107,7 +109,7 @@ def _state(
 
 
 def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Context) -> tuple[Stream, Stream]:
-    """The training stream and the validation stream."""
+    """The training stream and the validation stream, on whose shards all processes agree."""
     data, classes = settings.data, settings.model.num_classes or network.num_classes
     if data.decode == "cuda":
         nvjpeg.require(context.device)
@@ -117,7 +119,10 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
         pin = context.device.type == "cuda"
         return Stream(shards, data, settings.seed, train, context.rank, context.world_size, pin)
 
-    return stream("train", True), stream("val", False)
+    found = stream("train", True), stream("val", False)
+    for one in found:
+        preflight.check_shards_agree(one.shards, context)
+    return found
 
 
 def _digests(train: Stream, val: Stream) -> dict[str, str]:

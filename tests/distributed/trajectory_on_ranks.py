@@ -48,6 +48,46 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return len(before) == len(after) and all(map(torch.equal, before, after))
 
 
+def _network(name: str, dtype: torch.dtype) -> nets.GatedNetwork:
+    """With running statistics that are not those of a new one."""
+    torch.manual_seed(0)
+    net = nets.build(name)
+    for norm in net.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    return net.to(dtype)
+
+
+def _training(extras: list[str]) -> Training:
+    return Training(
+        sync_batchnorm="sync" in extras,
+        activation_checkpointing="checkpointing" in extras,
+        compile="compile" in extras,
+        cuda_graphs="eager" not in extras,
+        memory_format="channels_last" if "last" in extras else "contiguous",
+        tf32=False,
+    )
+
+
+def _batch(context: Context, number: int, mine: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's part of a batch."""
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine]
+    labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine]
+    return images.to(context.device, dtype, memory_format=context.memory_format), labels.to(context.device)
+
+
+def _keep(context: Context, net: nets.GatedNetwork, alpha: torch.Tensor) -> torch.Tensor:
+    """A keep mask, cut between two alphas that are well apart, so that the last bit of neither decides."""
+    ordered = alpha.sort().values
+    gaps = ordered.diff()[len(ordered) // 3 : len(ordered) // 2]
+    cut = len(ordered) // 3 + int(gaps.argmax())
+    keep, _ = masks.rescue(net, alpha > (ordered[cut] + ordered[cut + 1]) / 2, alpha)
+    context.agree("the keep mask", net.by_site(keep))
+    return keep
+
+
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
     assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
@@ -57,21 +97,11 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     if context.backend == "zero3":
         zero = context.config.settings["deepspeed"]["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
-    torch.manual_seed(0)
-    net = nets.build(name)
-    for norm in net.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.running_mean.normal_(0, 0.1)
-            norm.running_var.uniform_(0.5, 1.5)
     dtype = torch.float64 if "double" in extras else torch.float32
-    net.to(dtype)
+    net, training = _network(name, dtype), _training(extras)
+    context.tune(training)
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
-    training = Training(sync_batchnorm="sync" in extras, activation_checkpointing="checkpointing" in extras)
-    layout = "channels_last" if "last" in extras else "contiguous"
-    training = training.model_copy(update={"compile": "compile" in extras, "memory_format": layout})
-    training = training.model_copy(update={"cuda_graphs": "eager" not in extras})
-    context.tune(training.model_copy(update={"tf32": False, "cudnn_benchmark": False}))
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
     architecture = Architecture(net.num_gates).to(context.device, dtype)
     alphas = torch.optim.SGD(architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
@@ -81,11 +111,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     for phase, steps in STEPS.items():
         trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
-            generator = torch.Generator().manual_seed(count)
-            images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine].to(
-                context.device, dtype, memory_format=context.memory_format
-            )
-            labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine].to(context.device)
+            images, labels = _batch(context, count, mine, dtype)
             trained.set_rate(0.02 / (1 + count))
             weights = local(trained)
             others = [architecture.alpha.detach().clone(), *(s["momentum_buffer"].clone() for s in alphas.state.values())]
@@ -94,13 +120,13 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
                 outcome = architecture_step(
                     trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, context.average_, **more
                 )
-                assert same(weights, local(trained)), f"{case}: weights moved while they rest"
+                assert same(weights, local(trained)), f"{case}: frozen weights moved"
                 assert all(p.grad is None for p in trained.module.parameters())
             else:
                 gates = architecture.gates(DELTA) if phase == "search" else None
                 outcome = weight_step(trained, images, labels, share, gates, parts)
                 after = [architecture.alpha.detach(), *(s["momentum_buffer"] for s in alphas.state.values())]
-                assert same(others, after), f"{case}: alpha moved while it rests"
+                assert same(others, after), f"{case}: frozen alpha moved"
                 # A step that overflows in float16 is left out.
                 assert context.precision == "float16" or not same(weights, local(trained))
             found[f"{count:02d}.cross_entropy"] = context.sum_(outcome.cross_entropy.clone())
@@ -125,13 +151,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             assert not left, f"{case}: the wrap of {phase} is still in memory"
         if phase == "search":
             found["alpha"] = architecture.alpha.detach().clone()
-            # Between two alphas that are well apart, so that the last bit of neither decides.
-            ordered = architecture.alpha.detach().sort().values
-            gaps = ordered.diff()[len(ordered) // 3 : len(ordered) // 2]
-            cut = len(ordered) // 3 + int(gaps.argmax())
-            keep = architecture.alpha.detach() > (ordered[cut] + ordered[cut + 1]) / 2
-            keep, _ = masks.rescue(net, keep, architecture.alpha.detach())
-            context.agree("the keep mask", net.by_site(keep))
+            keep = _keep(context, net, found["alpha"])
             network, momentum = compact.compact(net, keep), {}
     return found
 
