@@ -138,6 +138,9 @@ class Process:
         command += ["--only", *chosen]
         if device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        if args.device == "cpu":
+            # Two parts at a time: their threads would wait for one another in tiny convolutions.
+            environment["OMP_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=self.log, start_new_session=True)
 
     def begin(self, seconds: float) -> None:
