@@ -1,5 +1,7 @@
 """Errors that name the file or recipe key at fault and the remedy."""
 
+from dnal_dist.common import text
+
 
 class InputError(ValueError):
     """A fault in what a run was given. The message is one line that names the file or recipe key, what was expected and the remedy.
@@ -8,5 +10,6 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, local: bool = False):
-        super().__init__(message)
+        # What it names, a key or a file, may come from anywhere, and a terminal obeys control characters.
+        super().__init__("\n".join(map(text.printable, message.split("\n"))))
         self.local = local

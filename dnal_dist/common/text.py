@@ -4,16 +4,14 @@ import math
 import re
 from collections import Counter
 
-from dnal_dist.common import errors
-
 UNITS = {f"{prefix}{end}": base**power for end, base in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", 1)}
 
 
 def bytes_of(text: str) -> int:
-    """80GB, 24GiB or 500MB as bytes. Raises InputError for anything else."""
+    """80GB, 24GiB or 500MB as bytes. Raises ValueError for anything else."""
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
     if not found or not float(found[1]):
-        raise errors.InputError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
+        raise ValueError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 

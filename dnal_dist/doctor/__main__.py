@@ -96,7 +96,10 @@ def case_of(args: argparse.Namespace) -> Case:
         seconds = None if args.time is None else cluster.seconds_of(args.time)
     except ValueError as error:
         raise InputError(f"--time: {error}") from None
-    memory = None if args.device_memory is None else bytes_of(args.device_memory)
+    try:
+        memory = None if args.device_memory is None else bytes_of(args.device_memory)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     job = {"partition": args.partition, "account": args.account, "quick": args.quick}
     return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **job)
 
