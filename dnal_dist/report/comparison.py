@@ -1,7 +1,6 @@
 """Runs side by side: those that differ in nothing but seed are one row. From their folders alone, no torch."""
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -255,10 +254,10 @@ def _measures(run: Run, result: dict) -> dict[str, float]:
             f"paper_{key}": result.get("compact", {}).get("paper", {}).get(key),
             f"full_{key}": result.get("full", {}).get("paper", {}).get(key),
         }
-    return {name: value for name, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def validation(run: Run) -> str:
     """What names a run's validation set: its shards and how many images they hold."""
     samples = run.last("start").get("val_samples")
-    return str(run.setting("data", "val") or "unnamed") + (f" ({samples:,})" if isinstance(samples, int) else "")
+    return str(run.setting("data", "val") or "unnamed") + ("" if samples is None else f" ({samples:,})")

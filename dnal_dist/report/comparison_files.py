@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist.common import atomic, text
-from dnal_dist.report import comparison, pareto, records, seeds, style, templates
+from dnal_dist.report import comparison, pareto, seeds, style, templates, words
 from dnal_dist.report.comparison import Comparison, Row
 from dnal_dist.report.tables import Table
 
@@ -108,8 +108,8 @@ def remarks(found: Comparison) -> list[str]:
         if apart := found.differences(name):
             lines.append(f"Not comparable with the published rows of {table.title}, since the set-up differs: {'; '.join(apart)}.")
     for run in (run for row in rows for run in row.unfinished):
-        stopped = " It was stopped; the same command goes on." if run.records[-1].get("kind") == "stop" else ""
-        lines.append(f"{where(run.folder, found)}: {records.where(run)}{stopped} It counts in no number.")
+        stopped = " It was stopped; the same command goes on." if run.records[-1]["kind"] == "stop" else ""
+        lines.append(f"{where(run.folder, found)}: {words.where(run)}{stopped} It counts in no number.")
     lines += [f"{where(folder, found)}: has not begun." for folder in found.waiting]
     return list(map(text.printable, lines))
 
@@ -126,10 +126,11 @@ def _remarks_of_row(row: Row, found: Comparison) -> list[str]:
     for what, key in (("code", "code"), ("backends", "backend")):
         known = {str(start.get(key, "unknown"))[:60] for run in row.finished for start in run.of("start")}
         if len(known) > 1:
-            lines.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(records.commit, known)))}.")
+            lines.append(f"{who}: its runs had different {what}: {', '.join(sorted(map(words.commit, known)))}.")
     for run in row.runs:
         if changes := seeds.changes(run):
             lines.append(f"{where(run.folder, found)}: changed on the way ({'; '.join(changes)}), so it is a row of its own.")
+    lines += [f"{where(run.folder, found)}: {run.faults}." for run in row.runs if run.faults]
     for run in row.collapsed:
         lines.append(f"WARNING: {where(run.folder, found)}: the architecture collapsed; its network is not the search's choice.")
     return lines

@@ -22,16 +22,15 @@ def frames(run: Run) -> list[dict]:
 
     {words, open [channels of each site], counts [[gates in each of 10 bins] of each site], undecided [gates of each site that are
     neither open nor below 0.1]}, the last two absent in runs whose records lack them."""
-    sites = _sites(run)
+    sites = run.sites
     limit = max(min(240, MOST // max(len(sites), 1)), 24)
-    records = [r for r in run.of("gates") if isinstance(r.get("open"), dict)]
     # A search that was stopped records its gates again where it resumes.
-    records = list({r.get("step"): r for r in records}.values())
+    records = list({r.get("step"): r for r in run.of("gates", has=("open",))}.values())
     if len(records) > limit:
         records = [records[round(i * (len(records) - 1) / (limit - 1))] for i in range(limit)]
-    found = [_frame(run, record, sites) for record in records]
+    found = [_frame(run, record) for record in records]
     if kept := run.last("prune").get("kept"):
-        stay = [kept.get(site, 0) for site in sites]
+        stay = run.channels(kept)
         words = f"after pruning: {sum(stay):,} of {sum(sites.values()):,} channels kept"
         last = {key: value for key, value in (found[-1] if found else {}).items() if key == "counts"}
         found.append({"words": words, "open": stay} | last)
@@ -39,21 +38,20 @@ def frames(run: Run) -> list[dict]:
     return found or [{"words": "before the search", "open": list(sites.values())}]
 
 
-def _sites(run: Run) -> dict[str, int]:
-    return run.last("start").get("sites") or {}
-
-
-def _frame(run: Run, record: dict, sites: dict[str, int]) -> dict:
-    opened = [record["open"].get(site, 0) for site in sites]
+def _frame(run: Run, record: dict) -> dict:
+    sites, opened = run.sites, run.channels(record["open"])
     epochs = run.setting("phases", "search")
     total = epochs.get("epochs") if isinstance(epochs, dict) else None
     where = f"epoch {record.get('epoch', 0):.4g}" + (f" of {total:g}" if isinstance(total, int | float) else "")
     delta = f", delta {text.number(record['delta'])}" if "delta" in record else ""
-    words, told = f"{where}{delta}: {sum(opened):,} of {sum(sites.values()):,} gates open", record.get("by_site")
-    if not isinstance(told, dict) or any(len(told.get(site, [])) != BINS for site in sites):
+    words, by_site = f"{where}{delta}: {sum(opened):,} of {sum(sites.values()):,} gates open", record.get("by_site", {})
+    if any(len(by_site.get(site, ())) != BINS for site in sites):
         return {"words": words, "open": opened}
-    counts = [told[site] for site in sites]
-    undecided = [max(sum(bins[1:]) - left, 0) for bins, left in zip(counts, opened, strict=True)]
+    counts = [by_site[site] for site in sites]
+    undecided = [
+        min(max(sum(bins[1:]) - left, 0), channels - left)
+        for bins, left, channels in zip(counts, opened, sites.values(), strict=True)
+    ]
     if any(undecided):
         words += f", {sum(undecided):,} undecided"
     return {"words": words, "open": opened, "counts": counts, "undecided": undecided}
@@ -61,8 +59,7 @@ def _frame(run: Run, record: dict, sites: dict[str, int]) -> dict:
 
 def numbers(run: Run) -> dict | None:
     """Channels of the sites and the states, for the script; None before the sites are recorded."""
-    sites = _sites(run)
-    return {"channels": list(sites.values()), "frames": frames(run)} if sites else None
+    return {"channels": list(run.sites.values()), "frames": frames(run)} if run.sites else None
 
 
 @dataclass(frozen=True)
@@ -90,14 +87,14 @@ def section(run: Run, found: dict) -> dict:
     """What the template draws of `numbers`."""
     prune, states = run.last("prune"), found["frames"]
     undecided = states[-1].get("undecided") or [0] * len(found["channels"])
-    sites = [Site(*site) for site in zip(_sites(run), found["channels"], states[-1]["open"], undecided, strict=True)]
+    sites = [Site(*site) for site in zip(run.sites, found["channels"], states[-1]["open"], undecided, strict=True)]
     counts = next((state["counts"] for state in reversed(states) if "counts" in state), None)
     rows = layers(run, sites, counts)
     return {
         "note": _note(sites, prune, bool(prune or run.of("gates")), any("undecided" in state for state in states)),
         "last": len(states) - 1,
         "words": states[-1]["words"],
-        "stages": diagram.stages(sites, run.last("start").get("shortcuts") or []),
+        "stages": diagram.stages(sites, run.last("start").get("shortcuts", [])),
         "layers": rows,
         "strips": counts is not None,
         "costs": COSTS if any(layer.cost for layer in rows) else [],
@@ -109,13 +106,12 @@ def section(run: Run, found: dict) -> dict:
 
 def layers(run: Run, sites: list[Site], counts: list | None) -> list[Layer]:
     """Every layer in forward order, or every site where the cost of layers is not recorded. counts: histograms of the sites."""
-    rescued = set(run.last("prune").get("rescued") or [])
+    rescued, costs = (run.last("prune").get(key, ()) for key in ("rescued", "layers"))
     gated = {
         site.name: {"number": i, "site": site, "strip": strip(counts[i]) if counts else "", "rescued": site.name in rescued}
         for i, site in enumerate(sites)
     }
-    costs = run.last("prune").get("layers")
-    if not isinstance(costs, dict):
+    if not costs:
         return [Layer(name, **one) for name, one in gated.items()]
     names = {path: path.removesuffix(".conv") for path in costs}
     return [Layer(name, **gated.get(name, {}), cost=costs[path]) for path, name in names.items()]

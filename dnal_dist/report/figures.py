@@ -3,29 +3,35 @@
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from statistics import mean
 
 from dnal_dist.common import text
+from dnal_dist.common.errors import InputError
 from dnal_dist.report import pareto, published, records, style
-from dnal_dist.report.records import Run, thinned, when
+from dnal_dist.report.records import Run, thinned
 from dnal_dist.report.style import Drawing, Values
+from dnal_dist.report.words import when
 
 TITLES = {
     "curves": "Accuracy and loss over the iterations",
     "search": "The gates and the expected cost over the search",
     "channels": "Channels kept in each layer",
+    "classes": "Accuracy and images of each class",
     "cost": "Accuracy against cost",
 }
 
 
 def draw(run: Run, result: dict, names: Iterable[str] = TITLES) -> dict[str, Drawing]:
     """Those of the figures that the run has records for. Call it inside `style.drawing`."""
-    drawers = {"curves": curves, "search": search, "channels": channels, "cost": lambda run: cost(run, result)}
+    drawers = {"curves": curves, "search": search, "channels": channels, "classes": classes, "cost": lambda run: cost(run, result)}
     return {name: drawing for name in names if (drawing := drawers[name](run)) is not None}
 
 
 def write(run: Run, drawings: dict[str, Drawing]) -> None:
-    """Write RUN/plots, and remove figures of an earlier report that have no records now. Raises OSError."""
+    """Write RUN/plots, and remove figures of an earlier report that have no records now. Raises OSError, InputError for a link."""
     folder = run.folder / "plots"
+    if folder.is_symlink():
+        raise InputError(f"{folder}: a link to elsewhere, where nothing is written; remove it")
     folder.mkdir(exist_ok=True)
     for name in TITLES:
         if name in drawings:
@@ -46,8 +52,8 @@ def curves(run: Run) -> Drawing | None:
         _bands(axes, spans, named=axes is upper)
         form = {"scale": scale, "form": form}
         _curve(drawing, axes, thinned(run.series("train", "global_step", key)), "training batches", style.FAINT, 1, **form)
-        held_out = [r for r in run.of("eval") if r.get("phase") != "prune"]
-        points = Run(run.folder, {}, "", held_out).series("eval", "global_step", key)
+        held_out = [r for r in run.of("eval", has=("global_step", key)) if r.get("phase") != "prune"]
+        points = [r["global_step"] for r in held_out], [r[key] for r in held_out]
         dots = {"marker": "o", "markersize": 2.5} if len(points[0]) < 100 else {}
         _curve(drawing, axes, points, "held-out images", style.ACCENT, 1.4, **form, **dots)
         pruned = run.series("eval", "global_step", key, "prune")
@@ -94,7 +100,7 @@ def _bands(axes, spans: list[tuple[str, int, int]], named: bool) -> None:
 
 def search(run: Run) -> Drawing | None:
     """Histogram of the gates, fraction of open gates and expected MACs over the epochs of the search; None before it."""
-    found = [r for r in run.of("gates") if "epoch" in r and sum(r.get("histogram", [])) > 0]
+    found = sorted((r for r in run.of("gates", has=("epoch", "histogram")) if sum(r["histogram"]) > 0), key=lambda r: r["epoch"])
     # One column for each epoch, and as many bins throughout.
     found = list({r["epoch"]: r for r in found if len(r["histogram"]) == len(found[-1]["histogram"])}.values())
     if not found:
@@ -142,7 +148,7 @@ def _gates(drawing: Drawing, panels: tuple, found: list[dict], end: float) -> No
 
 
 def _delta(record: dict) -> str:
-    return f"delta {text.number(record['delta'])}, " if isinstance(record.get("delta"), int | float) else ""
+    return f"delta {text.number(record['delta'])}, " if "delta" in record else ""
 
 
 def _threshold(axes, run: Run) -> None:
@@ -157,7 +163,7 @@ def _threshold(axes, run: Run) -> None:
 
 def _hardness(axes, found: list[dict]) -> None:
     """The hardness delta on an axis above."""
-    ticks = [r for r in found if isinstance(r.get("delta"), int | float)]
+    ticks = [r for r in found if "delta" in r]
     ticks = ticks[:: math.ceil(len(ticks) / 6) or 1]
     if ticks:
         above = axes.secondary_xaxis("top")
@@ -168,8 +174,8 @@ def _hardness(axes, found: list[dict]) -> None:
 
 def _expected(drawing: Drawing, axes, run: Run, expected: tuple[list[float], list[float]], end: float) -> None:
     prune = run.last("prune")
-    full = (prune.get("full") or run.last("start").get("full") or {}).get("exact", {}).get("macs")
-    compact = prune.get("compact", {}).get("exact", {}).get("macs")
+    full, compact = prune.get("full") or run.last("start").get("full"), prune.get("compact")
+    full, compact = (one["exact"]["macs"] if one else None for one in (full, compact))
     how = {"form": text.amount, "at": "epoch {:.4g}"}
     _curve(drawing, axes, expected, "expected", style.ACCENT, 1.4, **how)
     if full:
@@ -196,8 +202,8 @@ def channels(run: Run) -> Drawing | None:
     width = 0.8 if named else 1
     axes.bar(places, list(sites.values()), width, color=style.BAR, label="full network")
     label = "kept" if run.last("prune") else "gates above the threshold so far"
-    axes.bar(places, [kept.get(site, 0) for site in sites], width, color=style.ACCENT, label=label)
-    closed = [i for i in places if not kept.get(names[i])]
+    axes.bar(places, list(kept.values()), width, color=style.ACCENT, label=label)
+    closed = [i for i in places if not kept[names[i]]]
     if closed:
         none = {"marker": "x", "markersize": 3, "linestyle": "none", "color": style.SECOND, "clip_on": False, "zorder": 4}
         axes.plot(closed, [0] * len(closed), label="closed as a whole", **none)
@@ -210,6 +216,28 @@ def channels(run: Run) -> Drawing | None:
     axes.set_ylabel("channels")
     axes.grid(axis="x", visible=False)
     style.legend(axes, above=True)
+    return drawing
+
+
+def classes(run: Run) -> Drawing | None:
+    """Top-1 accuracy of each class, and how many images it has; None without an evaluation that counted them."""
+    found = records.by_class(run)
+    if not found:
+        return None
+    drawing, numbers = style.figure(3.2), list(range(len(found)))
+    upper, lower = drawing.figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    shares, counts = [100 * right / max(seen, 1) for right, seen in found], [seen for _, seen in found]
+    balanced = mean([share for share, seen in zip(shares, counts, strict=True) if seen] or [0])
+    upper.bar(numbers, shares, 0.8, color=style.ACCENT)
+    upper.axhline(balanced, color=style.SECOND, linestyle=":", linewidth=1.2, label=f"mean over classes, {balanced:.2f} %")
+    lower.bar(numbers, counts, 0.8, color=style.BAR)
+    texts = [f"class {number}: {share:.2f} % of {seen:,}" for number, share, seen in zip(numbers, shares, counts, strict=True)]
+    drawing.values.append(Values(upper, "classes", numbers, shares, texts))
+    upper.set_ylim(0, 100)
+    upper.set_ylabel("top-1 accuracy (%)")
+    lower.set_ylabel("images")
+    lower.set_xlabel("class")
+    style.legend(upper, above=True)
     return drawing
 
 

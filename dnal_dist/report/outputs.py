@@ -5,17 +5,17 @@ from pathlib import Path
 
 from dnal_dist.common import atomic, text
 from dnal_dist.common.span import spanned
-from dnal_dist.report import comparison, comparison_files, figures, page, published, records, style
+from dnal_dist.report import comparison, comparison_files, figures, page, published, records, style, words
 from dnal_dist.report.records import Run, load
 
-ON_PAGE = ("curves", "search", "cost")
+ON_PAGE = ("curves", "search", "classes", "cost")
 
 
 @spanned("report")
 def write_all(run: str | Path | Run, draw: bool = True) -> None:
     """Write RUN/report.html, RUN/report.md and, to `draw`, RUN/plots/*.svg and *.png; each file appears whole or not at all.
 
-    Raises ValueError as `load` does, OSError if the folder cannot be written.
+    Raises InputError as `load` does and for a RUN/plots that is a link, OSError if the folder cannot be written.
     """
     run = run if isinstance(run, Run) else load(run)
     result = records.result_of(run)
@@ -23,9 +23,9 @@ def write_all(run: str | Path | Run, draw: bool = True) -> None:
         drawings = figures.draw(run, result, figures.TITLES if draw else ON_PAGE)
         embedded = {name: style.embed(drawings[name]) for name in ON_PAGE if name in drawings}
         atomic.put(run.folder / "report.html", page.html(run, result, embedded).encode(errors="replace"))
+        atomic.put(run.folder / "report.md", page.markdown(run, result, list(drawings) if draw else []).encode(errors="replace"))
         if draw:
             figures.write(run, drawings)
-    atomic.put(run.folder / "report.md", page.markdown(run, result, list(drawings) if draw else []).encode(errors="replace"))
 
 
 def print_table(run: str | Path | Run, console=None) -> None:
@@ -36,7 +36,7 @@ def print_table(run: str | Path | Run, console=None) -> None:
     run = run if isinstance(run, Run) else load(run)
     say = printer(console)
     result = records.result_of(run)
-    rows = records.rows(result)
+    rows = words.rows(result)
     width = max(len(label) for label, _ in rows)
     say((text.printable(run.name), "bold"))
     for label, value in rows:
@@ -46,11 +46,11 @@ def print_table(run: str | Path | Run, console=None) -> None:
     if place := published.place(run, result):
         _print_place(place, say)
     if not result["finished"]:
-        say((records.where(run), "yellow"))
+        say((words.where(run), "yellow"))
     for message in text.counted(result["warnings"]):
         say((f"WARNING: {text.printable(message)}", "yellow"))
     if result["collapsed"]:
-        say((f"THE ARCHITECTURE COLLAPSED: {records.collapse(run)}", "bold red"))
+        say((f"THE ARCHITECTURE COLLAPSED: {words.collapse(run)}", "bold red"))
 
 
 def _print_place(place: published.Place, say: Callable) -> None:

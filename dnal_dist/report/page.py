@@ -3,9 +3,10 @@
 import shlex
 
 from dnal_dist.common import text
-from dnal_dist.report import explorer, figures, published, records, tables, templates
-from dnal_dist.report.records import Run, when
+from dnal_dist.report import explorer, figures, published, records, tables, templates, words
+from dnal_dist.report.records import Run
 from dnal_dist.report.tables import Table
+from dnal_dist.report.words import when
 
 CONFIGS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
@@ -36,7 +37,7 @@ def markdown(run: Run, result: dict, drawn: list[str]) -> str:
     return templates.render(
         "report.md",
         **_shared(run, result),
-        results=Table("", "", ["", "value"], [list(row) for row in records.rows(result)]),
+        results=Table("", "", ["", "value"], [list(row) for row in words.rows(result)]),
         titles={name: figures.TITLES[name] for name in drawn},
         channels=tables.channels(run),
         kept=f"{sum((kept or {}).values()):,} of {sum(sites.values()):,} channels in {len(sites):,} layers {fate}",
@@ -48,16 +49,17 @@ def _shared(run: Run, result: dict) -> dict:
     return {
         "run": run,
         "result": result,
-        "about": records.about(run),
-        "headline": records.headline(run, result),
-        "collapse": records.collapse(run),
+        "about": words.about(run),
+        "headline": words.headline(run, result),
+        "collapse": words.collapse(run),
         "warnings": text.counted(result["warnings"]),
         "accuracy": tables.accuracy(run, result),
+        "classes": tables.classes(run),
         "place": published.place(run, result),
         "usage": tables.usage(run, result),
         "breakdown": tables.breakdown(run),
         "environment": tables.environment(run),
-        "derived": f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {records.date(run)}.",
+        "derived": f"Derived from metrics.jsonl and recipe.yaml: {len(run.records):,} records, up to {words.date(run)}.",
     }
 
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 import yaml
 
 from dnal_dist.common.text import printable
-from dnal_dist.report import records
+from dnal_dist.report import words
 from dnal_dist.report.records import Run
 from dnal_dist.report.tables import Table
 
@@ -146,8 +146,7 @@ def place(run: Run, result: dict) -> Place | None:
 
 def _priced(result: dict) -> bool:
     """Whether the compact network is there, and its cost known by both rules."""
-    costs = [result.get(which, {}).get(rule, {}) for which in ("full", "compact") for rule in ("paper", "exact")]
-    return all({"macs", "params"} <= cost.keys() for cost in costs)
+    return all("paper" in result.get(which, {}) for which in ("full", "compact"))
 
 
 def _own(run: Run, result: dict, table: Published) -> Row:
@@ -223,17 +222,17 @@ def differences(run: Run, table: Published) -> list[str]:
     for key, expected in table.images.items():
         count = start.get({"train": "train_samples", "held_out": "val_samples"}[key])
         # A few images that a copy of the data set lacks change no accuracy that is printed.
-        if isinstance(count, int) and abs(count - expected) > 0.01 * expected:
+        if count is not None and abs(count - expected) > 0.01 * expected:
             kind = "training" if key == "train" else "held-out"
             found.append(f"{count:,} {kind} images, not the {expected:,} of {table.dataset}")
-    for part, key, expected, words in (
+    for part, key, expected, form in (
         ("model", "num_classes", table.num_classes, "{} classes, not {}"),
         ("data", "image_size", table.image_size, "images of {0} x {0} pixels, not {1} x {1}"),
         ("model", "width", 1, "width {}, not {}"),
     ):
         value = run.setting(part, key)
         if value is not None and value != expected:
-            found.append(words.format(printable(str(value)), expected))
+            found.append(form.format(printable(str(value)), expected))
     if given := run.setting("model", "init_from"):
         found.append(f"weights of {printable(str(given))} to begin with")
     return found
@@ -255,5 +254,5 @@ def _remarks(run: Run, result: dict, table: Published, differences: list[str]) -
     if not found:
         remarks.append("Its accuracy is not known yet.")
     elif not result["finished"]:
-        remarks.append(f"Its accuracy is the one {records.when(result, found['phase'])}.")
+        remarks.append(f"Its accuracy is the one {words.when(result, found['phase'])}.")
     return remarks

@@ -3,97 +3,150 @@
 import json
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import yaml
 
-from dnal_dist.common.phases import PHASES
-from dnal_dist.common.text import amount, duration, fewer, percent, printable
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
+from dnal_dist.common.text import percent, printable
+
+# Bytes; a search of a large supernet records about 50 MB.
+MOST_RECORDS, MOST_RECIPE = 1 << 29, 1 << 20
 
 
-class NoRecord(ValueError):
+class NoRecord(InputError):
     """A run folder without any record yet."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder in memory: the recipe as a dictionary and as text, the records of metrics.jsonl in their order."""
+    """A run folder in memory: the recipe as a dictionary and as text, and the records of metrics.jsonl in their order.
+
+    Every key that a record has is of its type and within its bounds (record.py); any may be absent. faults: how much of
+    metrics.jsonl was left out for that, in words; empty for nothing.
+    """
 
     folder: Path
     recipe: dict
     recipe_text: str
     records: list[dict]
+    faults: str = ""
 
-    def of(self, kind: str, phase: str | None = None) -> list[dict]:
-        """Records of one kind, of one phase if given."""
-        return [r for r in self.records if r.get("kind") == kind and phase in (None, r.get("phase"))]
+    def of(self, kind: str, phase: str | None = None, has: tuple[str, ...] = ()) -> list[dict]:
+        """Records of one kind, of one phase if given, with all keys of `has`."""
+        return [r for r in self.records if r["kind"] == kind and phase in (None, r.get("phase")) and all(key in r for key in has)]
 
     def last(self, kind: str, phase: str | None = None) -> dict:
         """The latest record of one kind; empty if there is none yet."""
         return next(reversed(self.of(kind, phase)), {})
 
     def series(self, kind: str, x: str, y: str, phase: str | None = None) -> tuple[list[float], list[float]]:
-        """Two keys of the records in which both are finite numbers; a loss that became NaN leaves a gap."""
-        pairs = [(r.get(x), r.get(y)) for r in self.of(kind, phase)]
-        finite = [pair for pair in pairs if all(isinstance(v, int | float) and math.isfinite(v) for v in pair)]
-        return [a for a, _ in finite], [b for _, b in finite]
+        """Two keys of the records that have both; a loss that became NaN leaves a gap."""
+        found = self.of(kind, phase, (x, y))
+        return [r[x] for r in found], [r[y] for r in found]
 
-    def setting(self, part: str, key: str) -> object:
+    def setting(self, part: str, key: str) -> Any:
         """One key of one part of the recipe, None where there is none."""
         settings = self.recipe.get(part)
         return settings.get(key) if isinstance(settings, dict) else None
 
+    def channels(self, counts: dict[str, int]) -> list[int]:
+        """Of a record's counts those of each gate site, in order, none above the site's channels."""
+        return [min(counts.get(site, 0), channels) for site, channels in self.sites.items()]
+
+    @cached_property
+    def sites(self) -> dict[str, int]:
+        """Channels of each gate site."""
+        return self.last("start").get("sites") or {}
+
     @property
     def name(self) -> str:
         """The run's name by its own record, else by its recipe, else its folder's."""
-        return str(self.last("start").get("name") or self.recipe.get("name") or self.folder.resolve().name)
+        return printable(str(self.last("start").get("name") or self.recipe.get("name") or self.folder.resolve().name))
 
 
 def load(run: str | Path) -> Run:
-    """Read a run folder.
+    """Read a run folder. Damaged lines and wrong values of metrics.jsonl are left out and counted; recipe.yaml may be absent.
 
-    A last line of metrics.jsonl that was cut short is left out, and recipe.yaml may be absent. Raises ValueError naming
-    the path and the remedy if the folder or metrics.jsonl is missing, holds no record, or has a broken line before its
-    last.
+    Raises InputError naming the path and the remedy if the folder or metrics.jsonl is missing, holds no record, or cannot be
+    read, or if recipe.yaml cannot.
     """
     folder = Path(run)
     path, recipe_path = folder / "metrics.jsonl", folder / "recipe.yaml"
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such run folder; give the folder that a recipe names as its 'output'")
+        raise InputError(f"{folder}: no such run folder; give the folder that a recipe names as its 'output'")
     try:
-        lines = path.read_bytes().split(b"\n")
-        recipe_text = recipe_path.read_text("utf-8") if recipe_path.exists() else ""
-        recipe = yaml.safe_load(recipe_text)
+        content = read_regular(path, MOST_RECORDS)
+        recipe_text = read_regular(recipe_path, MOST_RECIPE).decode() if recipe_path.exists() else ""
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, so {folder} is not a run folder; start the run first") from None
+        raise InputError(f"{path}: no such file, so {folder} is not a run folder; start the run first") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}: cannot be read ({error}); mend the file or its permissions") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{recipe_path}: not valid YAML ({reason}); mend it or move it away") from None
-    return Run(folder, recipe if isinstance(recipe, dict) else {}, recipe_text, _records(path, lines))
+        raise InputError(f"{folder}: cannot be read ({error}); mend the file or its permissions") from None
+    recipe = _recipe(recipe_path, recipe_text)
+    return Run(folder, recipe, recipe_text, *_records(path, content.split(b"\n")))
 
 
-def _records(path: Path, lines: list[bytes]) -> list[dict]:
+class _Loader(yaml.SafeLoader):
+    """Without aliases, which make a short file long; a run writes none."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
+
+
+def _recipe(path: Path, text: str) -> dict:
+    try:
+        tree = _plain(yaml.load(text, _Loader))
+    except Exception as error:
+        # A value such as 2020-99-99 may raise anything.
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:300]}); mend it or move it away") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A recipe's value with nothing in it that JSON has not, and no control characters."""
+    if isinstance(value, dict):
+        return {printable(str(key)): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < 1e30):
+        return value
+    return printable(str(value))
+
+
+def _records(path: Path, lines: list[bytes]) -> tuple[list[dict], str]:
+    """The records, and in words what was left out."""
+    # Not at the top: the list of runs has to begin at once.
+    from dnal_dist.report.record import typed
+
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    records = []
+    records, damaged, wrong, first = [], 0, 0, ""
     for number, line in numbered:
         try:
-            record = json.loads(line)
-        except ValueError:
+            tree = json.loads(line)
+        except (ValueError, RecursionError):
             # The last line of a run that was killed while it wrote.
             if number == numbered[-1][0]:
                 break
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object; remove this line and try again")
-        records.append(record)
+            tree = None
+        record, keys = typed(tree)
+        if record is not None:
+            records.append(record)
+        if keys or record is None:
+            damaged, wrong = damaged + (record is None), wrong + len(keys)
+            first = first or f"line {number}" + (f", key {printable(keys[0])[:40]}" if keys else "")
+    if not records and damaged:
+        raise InputError(f"{path}: none of its {damaged:,} lines is a record; name a run folder")
     if not records:
         raise NoRecord(f"{path}: holds no record yet; wait for the run's first iterations, or start it again")
-    return records
+    left_out = f"{damaged:,} damaged lines and {wrong:,} wrong values of {path.name} were left out, the first in {first}"
+    return records, left_out if first else ""
 
 
 def summary(run: str | Path | Run) -> dict:
@@ -107,12 +160,12 @@ def summary(run: str | Path | Run) -> dict:
     start, prune, end = run.last("start"), run.last("prune"), run.last("end")
     elapsed = _elapsed(run)
     known = {
-        "accuracy": {r["phase"]: r["accuracy"] for r in run.of("eval") if "phase" in r and "accuracy" in r},
+        "accuracy": {r["phase"]: r["accuracy"] for r in run.of("eval", has=("phase", "accuracy"))},
         "full": prune.get("full") or start.get("full"),
         "compact": prune.get("compact"),
         "budget": _budget(prune),
         "collapsed": bool(prune.get("collapsed")),
-        "warnings": [str(r.get("message", "")) for r in run.of("warning")],
+        "warnings": [r["message"] for r in run.of("warning", has=("message",))] + [*filter(None, [imbalance(run), run.faults])],
         "seconds": end.get("seconds", sum(elapsed.values())),
         "phase_seconds": {phase: seconds for phase, seconds in elapsed.items() if phase},
         "phase": next((r["phase"] for r in reversed(run.records) if "phase" in r), None),
@@ -121,26 +174,26 @@ def summary(run: str | Path | Run) -> dict:
     if known["full"] and known["compact"]:
         for key in ("macs", "params"):
             known[f"{key}_ratio"] = known["compact"]["exact"][key] / max(known["full"]["exact"][key], 1)
-    if start.get("sites"):
-        known["channels"] = {"total": sum(start["sites"].values())}
+    if run.sites:
+        known["channels"] = {"total": sum(run.sites.values())}
         if "kept" in prune:
-            known["channels"]["kept"] = sum(prune["kept"].values())
+            known["channels"]["kept"] = sum(run.channels(prune["kept"]))
     return {key: value for key, value in known.items() if value is not None}
 
 
 def _budget(prune: dict) -> dict | None:
     """{unit, least, most, used, missed} of a run that was given a budget."""
-    target = prune.get("budget")
-    used = prune.get("compact", {}).get("exact", {}).get(target.get("unit")) if isinstance(target, dict) else None
-    if used is None:
+    if "budget" not in prune or "compact" not in prune:
         return None
-    least, most = target.get("least", 0), target.get("most", 0)
-    return {"unit": target["unit"], "least": least, "most": most, "used": used, "missed": not least <= used <= most}
+    unit, least, most = (prune["budget"][key] for key in ("unit", "least", "most"))
+    used = prune["compact"]["exact"][unit]
+    return {"unit": unit, "least": least, "most": most, "used": used, "missed": not least <= used <= most}
 
 
 def _elapsed(run: Run) -> dict[str, float]:
     """Seconds of each phase ("" outside of any), as the run recorded them, else from the times of its records."""
-    recorded = {r["phase"]: r["seconds"] for r in run.of("phase")} | run.last("end").get("phase_seconds", {})
+    recorded = {r["phase"]: r["seconds"] for r in run.of("phase", has=("phase", "seconds"))}
+    recorded |= run.last("end").get("phase_seconds", {})
     seconds: dict[str, float] = {}
     phase = ""
     for before, record in pairwise(run.records):
@@ -149,23 +202,34 @@ def _elapsed(run: Run) -> dict[str, float]:
         # The last checkpoint's, which belongs to no phase.
         phase = "" if phase == "done" else phase
         # The time between a stop and its resume is nobody's.
-        if record.get("kind") != "start" and "time" in before and "time" in record:
-            seconds[phase] = seconds.get(phase, 0.0) + record["time"] - before["time"]
+        if record["kind"] != "start" and "time" in before and "time" in record:
+            seconds[phase] = seconds.get(phase, 0.0) + max(record["time"] - before["time"], 0.0)
     return seconds | recorded
 
 
 def channels(run: Run) -> tuple[dict[str, int], dict[str, int] | None]:
     """Channels of each site, and how many are kept or, before pruning, open; None before any record of that."""
-    sites, kept = run.last("start").get("sites") or {}, run.last("prune").get("kept") or run.last("gates").get("open")
-    return sites, kept if sites and isinstance(kept, dict) else None
+    kept = run.last("prune").get("kept") or run.last("gates").get("open")
+    return run.sites, dict(zip(run.sites, run.channels(kept), strict=True)) if run.sites and kept else None
 
 
-def when(result: dict, phase: str) -> str:
-    """When an accuracy was measured: after a phase, in one that still goes on, or before the first iteration."""
-    if phase == "pretrain" and result["untrained"]:
-        return "at the start"
-    goes_on = phase == result.get("phase") != "prune" and not result["finished"] and phase not in result["ended"]
-    return f"so far in {phase}" if goes_on else f"after {'pruning' if phase == 'prune' else phase}"
+def by_class(run: Run) -> list[list[int]]:
+    """[right, seen] of each class in the newest evaluation that counted them; empty if there is none."""
+    found = run.of("eval", has=("per_class",))
+    return [[min(right, seen), seen] for right, seen in found[-1]["per_class"]] if found else []
+
+
+def imbalance(run: Run) -> str:
+    """What top-1 accuracy hides, in a sentence; empty where the mean over classes is as high and no class is lost."""
+    found = [(right / seen, number, seen) for number, (right, seen) in enumerate(by_class(run)) if seen]
+    if not found:
+        return ""
+    (lowest, number, seen), balanced = min(found), mean(accuracy for accuracy, _, _ in found)
+    total = sum(accuracy * seen for accuracy, _, seen in found) / sum(seen for _, _, seen in found)
+    if total - balanced <= 0.05 and (lowest > 0 or seen < 5):
+        return ""
+    weakest = f"the weakest, class {number}, has {percent(lowest, 2)} of {seen:,} images"
+    return f"top-1 accuracy {percent(total, 2)} is {percent(balanced, 2)} as a mean over classes: {weakest}"
 
 
 def result_of(run: Run) -> dict:
@@ -174,56 +238,13 @@ def result_of(run: Run) -> dict:
     return summary(run) | {"ended": {r.get("phase") for r in run.of("phase")}, "untrained": untrained}
 
 
-def where(run: Run) -> str:
-    """Where an unfinished run stands."""
-    train = run.last("train")
-    if not train:
-        return "Not finished: no iteration is on record yet."
-    steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
-    return f"Not finished: at {steps} of {train.get('phase')}."
-
-
-def commit(code: str) -> str:
-    """A commit in short, with the mark of a checkout that had changes."""
-    return code if len(code) < 40 else code[:12] + code[40:]
-
-
-def date(run: Run) -> str:
-    """When the run's last record was written."""
-    times = [r["time"] for r in run.records if "time" in r]
-    return f"{datetime.fromtimestamp(times[-1], UTC):%Y-%m-%d %H:%M} UTC" if times else "an unknown time"
-
-
-def about(run: Run) -> str:
-    """Network, images, processes and date in a line."""
-    start, model = run.last("start"), run.setting("model", "name")
-    parts = [str(model)] if model else []
-    if "train_samples" in start:
-        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out images")
-    if "world_size" in start:
-        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
-        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
-    return ", ".join([*parts, date(run)])
-
-
-def headline(run: Run, result: dict) -> str:
-    """The result in a sentence, or the progress of an unfinished run; `result` is its `result_of`."""
-    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
-    if result["finished"] and accuracy is not None and "macs_ratio" in result:
-        macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
-        kept = f"{macs} of the full network's MACs and {params} of its parameters"
-        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
-    reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
-    return ("Finished." if result["finished"] else where(run)) + reached
-
-
 def spans(run: Run) -> list[tuple[str, int, int]]:
     """Each phase that trained, with the iterations of the run at which it began (exclusive) and at which it stands."""
     steps: dict[str, list[dict]] = {}
-    for record in run.of("train"):
-        steps.setdefault(str(record.get("phase")), []).append(record)
+    for record in run.of("train", has=("phase", "global_step")):
+        steps.setdefault(record["phase"], []).append(record)
     return [
-        (phase, records[0]["global_step"] - records[0].get("step", 1), records[-1]["global_step"])
+        (phase, max(records[0]["global_step"] - records[0].get("step", 1), 0), max(r["global_step"] for r in records))
         for phase, records in steps.items()
     ]
 
@@ -234,36 +255,3 @@ def thinned(series: tuple[list[float], list[float]], most: int = 700) -> tuple[l
     block = math.ceil(len(xs) / most) or 1
     starts = range(0, len(xs), block)
     return [mean(xs[i : i + block]) for i in starts], [mean(ys[i : i + block]) for i in starts]
-
-
-def collapse(run: Run) -> str:
-    weight = run.setting("architecture", "penalty_weight")
-    here = "" if weight is None else f" ({weight} in this run)"
-    return (
-        "The search would have closed nearly every channel, so the network that was kept is not one it chose. "
-        f"Lower architecture.penalty_weight{here} and run again."
-    )
-
-
-def rows(result: dict) -> list[tuple[str, str]]:
-    order = [*PHASES, *(phase for phase in result["accuracy"] if phase not in PHASES)]
-    accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
-    rows = [(f"accuracy {printable(when(result, phase))}", percent(value, 2)) for phase, value in accuracies]
-    for key, words in (("macs", "MACs"), ("params", "parameters")):
-        for rule in ("exact", "paper"):
-            full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
-            label = words if rule == "exact" else f"{words} (paper's rule)"
-            if full and compact is not None:
-                ratio = compact / full
-                rows.append((label, f"{amount(full)} -> {amount(compact, full)}, {percent(ratio)}, {fewer(ratio)}"))
-            elif full:
-                rows.append((label, f"{amount(full)} in the full network"))
-    if asked := result.get("budget"):
-        words = {"macs": "MACs", "params": "parameters"}.get(asked["unit"], asked["unit"])
-        used = asked["used"] / max(asked["most"], 1)
-        rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {percent(used, 2)}"))
-    channels = result.get("channels", {})
-    if "kept" in channels:
-        share = percent(channels["kept"] / max(channels["total"], 1))
-        rows.append(("channels kept", f"{channels['kept']:,} of {channels['total']:,}, {share}"))
-    return [*rows, ("time", duration(result["seconds"]))]

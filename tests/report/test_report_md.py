@@ -17,7 +17,7 @@ from dnal_dist.report import figures, outputs, page, style
 from dnal_dist.report import records as report_records
 from dnal_dist.report.records import result_of
 
-PLOTS = ("channels", "cost", "curves", "search")
+PLOTS = tuple(figures.TITLES)
 MARKUP = "# _a_ *b* `c` [d](http://x.test) | e <b>f</b> &amp; @someone #12 $x^2$ ~~g~~ \\ 1. - \n---\n> h"
 
 
@@ -48,7 +48,7 @@ def test_the_report_tells_what_the_records_say(tmp_path):
         "99.44 % top-1 accuracy with 11.6 % of the full network's MACs and 9.8 % of its parameters.",
         "accuracy after pruning 93.00 %",
         "2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
-        "after finetune compact 99.44 % 99.90 % 0.1000 355",
+        "after finetune compact 99.44 % 99.90 % 99.44 % 0.1000 355",
         "5 of 40 channels in 3 layers kept",
         "conv1 16 4 25.0 %",
         "conv0 8 1 12.5 % rescued",
@@ -102,7 +102,7 @@ def test_every_plot_is_there_in_both_forms_and_nothing_else(tmp_path):
     outputs.write_all(save(tmp_path, made_up_run()))
     assert (tmp_path / "report.md").read_text() == markdown_of(tmp_path)
     links = [value for name, value in rendered(tmp_path).attributes if name in ("src", "href")]
-    assert len(links) == 8 and all((tmp_path / link).exists() for link in links)
+    assert len(links) == 2 * len(PLOTS) and all((tmp_path / link).exists() for link in links)
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(f"{n}.{s}" for n in PLOTS for s in ("png", "svg"))
     for name in PLOTS:
         root = ElementTree.parse(tmp_path / "plots" / f"{name}.svg").getroot()

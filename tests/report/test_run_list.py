@@ -123,9 +123,8 @@ def test_a_target_that_was_missed(short, most, state):
 
 BROKEN = {
     "no record": (b"", "holds no record yet"),
-    "a line that is no object": (b'{"kind": "start"}\n[1]\n{"kind": "end"}\n', "line 2: not a JSON object"),
-    "records without what they need": (b'{"kind": "prune", "kept": 3, "full": 1, "compact": 2}\n', ""),
-    "times that are none": (b'{"kind": "start", "time": "now"}\n{"kind": "train", "time": "then"}\n', ""),
+    "lines that are no objects": (b'[1]\n3\n', "none of its 2 lines is a record"),
+    "no text": (bytes(range(256)) * 2, "none of its"),
 }
 
 

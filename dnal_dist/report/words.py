@@ -1,0 +1,91 @@
+"""A run's summary in words."""
+
+from datetime import UTC, datetime
+
+from dnal_dist.common.phases import PHASES
+from dnal_dist.common.text import amount, duration, fewer, percent
+from dnal_dist.report.records import Run
+
+
+def when(result: dict, phase: str) -> str:
+    """When an accuracy was measured: after a phase, in one that still goes on, or before the first iteration."""
+    if phase == "pretrain" and result["untrained"]:
+        return "at the start"
+    goes_on = phase == result.get("phase") != "prune" and not result["finished"] and phase not in result["ended"]
+    return f"so far in {phase}" if goes_on else f"after {'pruning' if phase == 'prune' else phase}"
+
+
+def where(run: Run) -> str:
+    """Where an unfinished run stands."""
+    train = run.last("train")
+    if not train:
+        return "Not finished: no iteration is on record yet."
+    steps = f"iteration {train.get('step', 0):,} of {train.get('phase_steps', 0):,}"
+    return f"Not finished: at {steps} of {train.get('phase', 'a phase without a name')}."
+
+
+def commit(code: str) -> str:
+    """A commit in short, with the mark of a checkout that had changes."""
+    return code if len(code) < 40 else code[:12] + code[40:]
+
+
+def date(run: Run) -> str:
+    """When the run's last record was written."""
+    times = [r["time"] for r in run.records if "time" in r]
+    return f"{datetime.fromtimestamp(times[-1], UTC):%Y-%m-%d %H:%M} UTC" if times else "an unknown time"
+
+
+def about(run: Run) -> str:
+    """Network, images, processes and date in a line."""
+    start, model = run.last("start"), run.setting("model", "name")
+    parts = [str(model)] if model else []
+    if "train_samples" in start:
+        parts.append(f"{start['train_samples']:,} training and {start.get('val_samples', 0):,} held-out images")
+    if "world_size" in start:
+        many = "1 process" if start["world_size"] == 1 else f"{start['world_size']} processes"
+        parts.append(f"{many} on {start.get('device', 'an unnamed device')}")
+    return ", ".join([*parts, date(run)])
+
+
+def headline(run: Run, result: dict) -> str:
+    """The result in a sentence, or the progress of an unfinished run; `result` is its `records.result_of`."""
+    phase, accuracy = next(reversed(result["accuracy"].items()), ("", None))
+    if result["finished"] and accuracy is not None and "macs_ratio" in result:
+        macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
+        kept = f"{macs} of the full network's MACs and {params} of its parameters"
+        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
+    reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
+    return ("Finished." if result["finished"] else where(run)) + reached
+
+
+def collapse(run: Run) -> str:
+    weight = run.setting("architecture", "penalty_weight")
+    here = "" if weight is None else f" ({weight} in this run)"
+    return (
+        "The search would have closed nearly every channel, so the network that was kept is not one it chose. "
+        f"Lower architecture.penalty_weight{here} and run again."
+    )
+
+
+def rows(result: dict) -> list[tuple[str, str]]:
+    order = [*PHASES, *(phase for phase in result["accuracy"] if phase not in PHASES)]
+    accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
+    rows = [(f"accuracy {when(result, phase)}", percent(value, 2)) for phase, value in accuracies]
+    for key, words in (("macs", "MACs"), ("params", "parameters")):
+        for rule in ("exact", "paper"):
+            full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
+            label = words if rule == "exact" else f"{words} (paper's rule)"
+            if full and compact is not None:
+                ratio = compact / full
+                rows.append((label, f"{amount(full)} -> {amount(compact, full)}, {percent(ratio)}, {fewer(ratio)}"))
+            elif full:
+                rows.append((label, f"{amount(full)} in the full network"))
+    if asked := result.get("budget"):
+        words = {"macs": "MACs", "params": "parameters"}.get(asked["unit"], asked["unit"])
+        used = asked["used"] / max(asked["most"], 1)
+        rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {percent(used, 2)}"))
+    channels = result.get("channels", {})
+    if "kept" in channels:
+        share = percent(channels["kept"] / max(channels["total"], 1))
+        rows.append(("channels kept", f"{channels['kept']:,} of {channels['total']:,}, {share}"))
+    return [*rows, ("time", duration(result["seconds"]))]
