@@ -8,6 +8,8 @@ from string import Template
 import yaml
 from options import Options
 
+from dnal_dist.common.text import printable
+
 ROOT = Path(__file__).resolve().parent.parent
 _BIN = str(Path(sys.executable).parent)
 
@@ -20,11 +22,15 @@ class _Template(Template):
 
 def render(options: Options, name: str, folders: list[Path], place: Path, command: list[str], array: bool) -> str:
     """The script's text. folders: run folders, one for each job of the array. place: folder of this submission, with the
-    recipes (0.yaml, ...) and the log. Raises ValueError."""
+    recipes (0.yaml, ...) and the log. Raises ValueError, also for a name or a path of several lines: each line of a script is a
+    command, whatever stands in the one before."""
+    for what, value in (("the job's name", name), ("key 'output'", place), ("the working directory", Path.cwd())):
+        if printable(str(value)) != str(value):
+            raise ValueError(f"{what}: expected one line without control characters, found {str(value)[:80]!r}; change it")
     template = _Template(Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8"))
     return template.substitute(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(options, name, len(folders), place, array)),
-        command=shlex.join(command),
+        command=printable(shlex.join(command)),
         workdir=shlex.quote(str(Path.cwd())),
         # The programs of this environment, unless a container has its own.
         setup="\n".join([*options.setup, *([] if options.container else [f"export PATH={shlex.quote(_BIN)}:$PATH"])]),

@@ -30,6 +30,8 @@ from sweep import Member
 from dnal_dist import recipe
 from dnal_dist.common.commands import output_of
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
+from dnal_dist.report.records import MOST_RECORDS
 from dnal_dist.report.run_list import jobs_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +103,8 @@ def _unfinished(members: list[Member]) -> list[Member]:
 
 
 def _is_finished(folder: Path) -> bool:
-    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open("rb") as lines:
-        return any(b'"kind": "end"' in line for line in lines)
+    with contextlib.suppress(OSError):
+        return b'"kind": "end"' in read_regular(folder / "metrics.jsonl", MOST_RECORDS)
     return False
 
 

@@ -1,6 +1,7 @@
 """Sweeps: one recipe, trained once for each combination of values."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dnal_dist import recipe as recipes
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
 from dnal_dist.recipe import Recipe
+
+# Runs of one sweep; SLURM's arrays hold 1,000 tasks unless the site allows more.
+MOST = 1000
 
 
 class Member(NamedTuple):
@@ -45,7 +50,7 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     Raises InputError."""
     try:
         # As text: each value becomes an override of the recipe.
-        sweep = Sweep.model_validate(yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader))
+        sweep = Sweep.model_validate(yaml.load(read_regular(Path(path), 1 << 20).decode(), yaml.BaseLoader))
     except FileNotFoundError:
         raise InputError(f"{path}: no such sweep; those of the project are in recipes/sweeps/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
@@ -57,6 +62,8 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     for key, values in sweep.vary.items():
         if not values or len({*values}) < len(values):
             raise InputError(f"{path}: key 'vary.{key}': expected a list of different values, such as [5e-5, 1e-4]")
+    if (runs := math.prod(map(len, sweep.vary.values()))) > MOST:
+        raise InputError(f"{path}: key 'vary': {runs:,} runs, expected at most {MOST:,}; divide it into several sweeps")
     if output := [word for word in [*overrides, *sweep.vary, *sweep.set] if word.partition("=")[0] == "output"]:
         raise InputError(f"{output[0]}: each run of a sweep has a folder of its own in {sweep.output} (key 'output' of {path})")
     common = [f"{key}={value}" for key, value in sweep.set.items()] + overrides

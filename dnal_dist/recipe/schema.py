@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dnal_dist.recipe.learning import ArchitectureSettings, Phases
-from dnal_dist.recipe.section import FREE, FREE_AT_RESUME, FREE_IN_SETTING, Section
+from dnal_dist.recipe.section import FREE, FREE_AT_RESUME, FREE_IN_SETTING, OneLine, Section
 
 
 class Network(Section):
@@ -15,7 +15,7 @@ class Network(Section):
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
-    init_from: str | None = Field(None, min_length=1)
+    init_from: OneLine | None = Field(None, min_length=1)
     """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
     run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not read on a resume."""
 
@@ -75,7 +75,7 @@ class Data(Section):
     when the shards were made."""
     workers: int = Field(2, ge=0, json_schema_extra=FREE)
     """Loader processes for each training process; 0 loads in the training process itself."""
-    cache: str = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
+    cache: OneLine = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
     """Folder of this machine for copies of remote shards; its processes share it."""
     cache_gb: float = Field(100.0, gt=0, json_schema_extra=FREE)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
@@ -107,7 +107,7 @@ class Tracking(Section):
     mode: Literal["offline", "online"] | None = None
     """W&B mode; by default what WANDB_MODE says, else online if an API key is found, else offline. Offline runs are sent later with
     `wandb sync`."""
-    project: str = "dnal_dist"
+    project: OneLine = "dnal_dist"
     """W&B project."""
     plots: bool = True
     """Draw plots/*.svg and *.png at the run's end, which takes seconds; `python -m dnal_dist.report` does it at any time."""
@@ -154,11 +154,11 @@ class Checkpoints(Section):
 class Recipe(Section):
     """A run of dnal_dist: pretrain, search, prune and finetune one network on one data set."""
 
-    name: str = Field(min_length=1, json_schema_extra=FREE_IN_SETTING)
+    name: OneLine = Field(min_length=1, json_schema_extra=FREE_IN_SETTING)
     """What the run is called in the report and the trackers."""
     seed: int = Field(0, ge=0, json_schema_extra=FREE_IN_SETTING)
     """Fixes the initial weights, the order of samples and their augmentation."""
-    output: str = Field(min_length=1, json_schema_extra=FREE)
+    output: OneLine = Field(min_length=1, json_schema_extra=FREE)
     """The run folder."""
     model: Network
     """The network."""

@@ -1,6 +1,9 @@
 """What every part of a recipe is made of."""
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
@@ -15,3 +18,13 @@ class Section(BaseModel):
 # ("resume"). Shards count by content, which is compared when a run resumes.
 FREE = {"free": ["setting", "resume"]}
 FREE_IN_SETTING, FREE_AT_RESUME = {"free": ["setting"]}, {"free": ["resume"]}
+
+
+def _one_line(text: str) -> str:
+    if re.search("[\\x00-\\x1f\\x7f-\\x9f\u2028\u2029]", text):
+        raise ValueError(f"expected one line without control characters, found {text[:60]!r}")
+    return text
+
+
+OneLine = Annotated[str, AfterValidator(_one_line)]
+"""What reaches scripts, terminals and trackers."""

@@ -123,7 +123,7 @@ def test_a_target_that_was_missed(short, most, state):
 
 BROKEN = {
     "no record": (b"", "holds no record yet"),
-    "lines that are no objects": (b'[1]\n3\n', "none of its 2 lines is a record"),
+    "lines that are no objects": (b"[1]\n3\n", "none of its 2 lines is a record"),
     "no text": (bytes(range(256)) * 2, "none of its"),
 }
 

@@ -213,3 +213,41 @@ def test_help_names_the_options_and_the_site_s_file():
     found = script(subprocess.run([sys.executable, "slurm/submit.py", "--help"], capture_output=True, text=True, cwd=ROOT))
     assert "--chain" in found and "docs/slurm.md" in found and "~/.config/dnal_dist/slurm.yaml" in found
     assert errors.InputError.__name__ not in found
+
+
+@pytest.mark.parametrize("breaking", ["\n", "\r", "\u2028", "\0"], ids=["newline", "return", "separator", "nul"])
+@pytest.mark.parametrize("key", ["name", "output", "data.train", "data.cache", "tracking.project", "model.init_from"])
+def test_no_value_of_a_recipe_is_a_line_of_the_script(submit, tmp_path, key, breaking):
+    value = f"nice{breaking}touch PWNED{breaking}# "
+    tree = yaml.safe_load(Path(DIGITS).read_text())
+    inner = tree
+    for part in key.split(".")[:-1]:
+        inner = inner.setdefault(part, {})
+    inner[key.split(".")[-1]] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    for words in ((tmp_path / "recipe.yaml",), (DIGITS, f"{key}={yaml.safe_dump(value)}")):
+        found = submit(*words, *JOB, "--dry-run")
+        assert not re.search(r"(?m)^touch", found.stdout)
+        if key != "data.train":
+            assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
+            assert f"key '{key}'" in found.stderr or "recipe.yaml" in found.stderr or "override" in found.stderr
+
+
+def test_no_name_outside_of_the_recipe_is_a_line_of_the_script(submit, tmp_path, monkeypatch):
+    sweep = tmp_path / "a\ntouch PWNED\n.yaml"
+    sweep.write_text(yaml.safe_dump({"recipe": DIGITS, "output": str(tmp_path), "vary": {"seed": ["0", "1"]}}))
+    found = submit("--sweep", sweep, *JOB, "--dry-run")
+    assert found.returncode == 2 and found.stdout == "" and "the job's name" in found.stderr
+    is_bash(script(submit(DIGITS, *JOB, "--dry-run", "name=$(touch PWNED) `x` ' \" \\ %j ;&|")))
+
+
+def test_a_sweep_of_too_many_runs_is_refused_at_once(submit, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"recipe": DIGITS, "output": "runs/x", "vary": {"seed": list(range(200_001))}}))
+    found = submit("--sweep", path, *JOB, "--dry-run")
+    assert found.returncode == 2 and "expected at most" in found.stderr and found.stderr.count("\n") == 1
+    path.write_text(
+        yaml.safe_dump({"recipe": DIGITS, "output": "x", "vary": {k: list(range(40)) for k in ("seed", "data.workers")}})
+    )
+    found = submit("--sweep", path, *JOB, "--dry-run")
+    assert found.returncode == 2 and "key 'vary': 1,600 runs, expected at most 1,000" in found.stderr
