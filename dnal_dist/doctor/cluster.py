@@ -112,6 +112,8 @@ def wandb(case: Case) -> Finding:
     tracking = case.settings.tracking
     if "wandb" not in tracking.tracker:
         return passes(f"not used, since tracking.tracker is {tracking.tracker}")
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
+        return passes("off, by the environment variable WANDB_DISABLED")
     if find_spec("wandb") is None:
         return fails("not installed", "pip install wandb, or tracking.tracker=none")
     # A dependency of wandb's.

@@ -11,17 +11,22 @@ WAITING = 1000
 START_SECONDS = 20.0
 
 
+# What a tracker's library raises for a value or a name that it does not take; anything else is the tracker's own end.
+REFUSALS = (ValueError, TypeError, LookupError)
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Sender:
-    """Sends records to a tracker from a thread, so that training never waits. A tracker that fails gets no more records."""
+    """Sends records to a tracker from a thread, so that training never waits. A tracker that fails gets no more records; one that
+    refuses an item gets all others."""
 
     def __init__(self, tracker, behind: int):
         """tracker: a Wandb or a TensorBoard. behind: global step of the last record before a resume. Returns when the tracker has
         started or failed, after START_SECONDS at the latest."""
-        self.tracker, self.dropped, self.faults, self._failed = tracker, 0, [], False
+        self.tracker, self.dropped, self.refused, self.faults, self._failed = tracker, 0, 0, [], False
         """faults: those that were not logged yet."""
         self._queue, self._started = queue.Queue(WAITING), threading.Event()
         self._thread = threading.Thread(target=self._work, args=(behind,), name="tracker", daemon=True)
@@ -58,6 +63,8 @@ class Sender:
             self._thread.join(1.0)
         if self.dropped:
             self.faults.append(f"was too slow for {self.dropped} records; metrics.jsonl has all")
+        if self.refused > 1:
+            self.faults.append(f"refused {self.refused} items in all; the run folder has them")
 
     def _work(self, behind: int) -> None:
         self._try("did not start; the run goes on without it", self.tracker.start, behind)
@@ -65,8 +72,18 @@ class Sender:
         while (item := self._queue.get()) is not None:
             function, arguments = item
             if not self._failed:
-                self._try("stopped taking records; the run goes on without it", function, *arguments)
+                self._try("stopped taking records; the run goes on without it", self._offer, function, *arguments)
         self._try("did not take the last records", self.tracker.stop)
+
+    def _offer(self, function, *arguments) -> None:
+        """function: may return further ones, which are offered one by one."""
+        try:
+            for item in function(*arguments) or ():
+                self._offer(item)
+        except REFUSALS as error:
+            self.refused += 1
+            if self.refused == 1:
+                self.faults.append(f"refused an item, and is sent the others ({one_line(error)})")
 
     def _try(self, fault: str, function, *arguments) -> None:
         try:

@@ -14,6 +14,7 @@ from rich.console import Console
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
+from dnal_dist.common.text import printable
 from dnal_dist.distributed.context import Context
 from dnal_dist.tracking import tensorboard, wandb
 from dnal_dist.tracking.background import Sender
@@ -62,6 +63,8 @@ class RunLog:
                 mode, remark = wandb.wandb_mode(recipe.tracking.mode)
                 if remark:
                     self.print(f"warning: {remark}")
+                if mode == "disabled":
+                    return
                 tracker = wandb.Wandb(folder, recipe, context, self.tracker_run, mode)
             else:
                 tracker = tensorboard.TensorBoard(folder, recipe, context)
@@ -115,7 +118,8 @@ class RunLog:
 
     def print(self, text: str) -> None:
         if self.main:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            lines = "\n".join(map(printable, text.split("\n")))
+            self.console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, phase: str, steps: int, done: int) -> None:
         """Start the progress line of a phase after `done` of its `steps`."""

@@ -4,6 +4,9 @@ import contextlib
 import os
 import re
 import threading
+import unicodedata
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +58,23 @@ def logged_in() -> bool:
 
 
 def wandb_mode(given: str | None) -> tuple[str, str | None]:
-    """W&B's mode and a warning about it: that of the recipe (`given`), else of WANDB_MODE, else online if logged in."""
+    """W&B's mode and a warning about it: that of the recipe (`given`), else of WANDB_MODE, else online if logged in. "disabled" by
+    WANDB_DISABLED, which other libraries heed, or by WANDB_MODE."""
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
+        return "disabled", "W&B is off, by the environment variable WANDB_DISABLED; metrics.jsonl has all"
     mode = given or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    if mode == "disabled":
+        return mode, None
     if mode == "online" and not logged_in():
         why = "W&B runs offline: it finds no API key; use `wandb login`, or set WANDB_API_KEY"
         return "offline", f"{why}, and send the run later by `wandb sync`"
     return mode, None
+
+
+def safe(name: str, most: int = 100) -> str:
+    """A name of ASCII letters, digits and dashes, which every part of W&B takes."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^\w.-]+", "-", letters).strip("-.")[:most] or "run"
 
 
 class Wandb:
@@ -98,7 +112,9 @@ class Wandb:
         settings = self.wandb.Settings(**quiet, init_timeout=INIT_SECONDS, x_transaction_log_flush_interval=FLUSH_SECONDS)
         begin = {"name": self.name, "dir": str(self.folder), "mode": mode, "settings": settings}
         begin |= {"id": self.id, "resume": "allow"}
-        self.run = self.context.start_tracker(self.recipe.tracking.project, self.recipe.model_dump(mode="json"), {"wandb": begin})
+        self.run = self.context.start_tracker(
+            safe(self.recipe.tracking.project), self.recipe.model_dump(mode="json"), {"wandb": begin}
+        )
 
     def send(self, kind: str, values: dict, global_step: int, age: int) -> None:
         if kind == "start":
@@ -116,21 +132,24 @@ class Wandb:
             self.age = max(self.age + 1, age)
             self.run.log(row | {"global_step": global_step}, step=self.age, commit=True)
 
-    def finish(self, _: int) -> None:
-        """Send the numbers of the final table, the compact network, and the report."""
-        self.run.summary.update(outcome(self.folder))
-        name = re.sub(r"[^\w.-]+", "-", self.name)
-        report = [self.folder / file for file in ("report.html", "report.md", "metrics.jsonl", "recipe.yaml")]
-        report += sorted((self.folder / "plots").glob("*"))
-        for kind, what, within, files in (
-            ("model", "compact", self.folder / "compact", sorted((self.folder / "compact").glob("*"))),
-            ("report", "report", self.folder, [path for path in report if path.exists()]),
-        ):
-            artifact = self.wandb.Artifact(f"{name}-{what}", kind, metadata={"run": self.id})
-            for path in files:
-                # These files no longer change, so they need not be copied first.
-                artifact.add_file(str(path), str(path.relative_to(within)), policy="immutable", skip_cache=True)
-            self.run.log_artifact(artifact, aliases=[self.id])
+    def finish(self, _: int) -> list[Callable]:
+        """What sends the numbers of the final table, the compact network, and the report."""
+        folder, compact = self.folder, self.folder / "compact"
+        report = [folder / file for file in ("report.html", "report.md", "metrics.jsonl", "recipe.yaml")]
+        report += sorted((folder / "plots").glob("*"))
+        return [
+            lambda: self.run.summary.update(outcome(folder)),
+            partial(self._keep, "model", "compact", compact, sorted(compact.glob("*"))),
+            partial(self._keep, "report", "report", folder, [path for path in report if path.exists()]),
+        ]
+
+    def _keep(self, kind: str, what: str, within: Path, files: list[Path]) -> None:
+        """Send files as an artifact."""
+        artifact = self.wandb.Artifact(f"{safe(self.name)}-{what}", kind, metadata={"run": self.id})
+        for path in files:
+            # These files no longer change, so they need not be copied first.
+            artifact.add_file(str(path), str(path.relative_to(within)), policy="immutable", skip_cache=True)
+        self.run.log_artifact(artifact, aliases=[self.id])
 
     def stop(self) -> None:
         if self.data is not None and os.environ.get("WANDB_DATA_DIR") == self.data:

@@ -195,6 +195,43 @@ def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):
     assert wandb_mode(None) == ("online", None)
 
 
+def test_wandb_is_off_where_the_environment_says_so(monkeypatch):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    mode, remark = wandb_mode("online")
+    assert mode == "disabled" and "WANDB_DISABLED" in remark
+
+
+@pytest.mark.parametrize(("name", "safe"), [("Größe 大/x", "Groe-x"), ("大", "run"), ("a" * 200, "a" * 100), ("x=1,y", "x-1-y")])
+def test_names_are_safe_for_wandb(name, safe):
+    assert wandb_tracker.safe(name) == safe
+    wandb.Artifact(f"{safe}-report", "report")
+
+
+def test_a_refused_item_does_not_stop_the_others():
+    taken = []
+
+    def take(item):
+        if item == "bad":
+            raise ValueError("not\nthis")
+        taken.append(item)
+
+    tracker = SimpleNamespace(
+        start=lambda behind: None,
+        send=lambda kind, values, step, age: take(kind),
+        finish=lambda step: [lambda item=item: take(item) for item in ("summary", "bad", "report")],
+        stop=lambda: taken.append("stopped"),
+    )
+    thread = Sender(tracker, 0)
+    for kind in ("first", "bad", "second"):
+        thread.send(kind, {}, 0, 0)
+    thread.close(60, 3)
+    assert taken == ["first", "second", "summary", "report", "stopped"]
+    assert thread.faults == [
+        "refused an item, and is sent the others (not this)",
+        "refused 2 items in all; the run folder has them",
+    ]
+
+
 def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finished, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
