@@ -46,26 +46,17 @@ WARNINGS = 'warnings: in a run\'s report.html, or grep \'"kind": "warning"\' RUN
 
 def _print(folder: Path, found: list[dict]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console, lines = Console(), [cells(one, folder) for one in found]
-    if not console.is_terminal:
-        # Uncut, whatever the width: for pipes.
-        widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
-        for line in [HEAD, *lines]:
-            print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-        if any(one.get("warnings") for one in found):
-            print(WARNINGS)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in HEAD:
-        table.add_column(name, justify="left" if name in HEAD[:3] else "right", overflow="fold")
-    for one, (run, state, *others) in zip(found, lines, strict=True):
-        table.add_row(Text(run), Text(state, COLOURS.get(one["state"], "")), *map(Text, others))
-    console.print(table)
+    # Uncut, whatever the width; colours on a terminal only.
+    console, lines = Console(soft_wrap=True, highlight=False), [cells(one, folder) for one in found]
+    widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
+    colours = ["bold", *(COLOURS.get(one["state"], "") for one in found)]
+    for line, colour in zip([HEAD, *lines], colours, strict=True):
+        words = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+        console.print(Text("  ".join(words).rstrip(), colour))
     if any(one.get("warnings") for one in found):
-        console.print(Text(WARNINGS, "dim"))
+        print(WARNINGS)
 
 
 def main() -> None:

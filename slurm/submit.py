@@ -155,7 +155,7 @@ def _refusal(command: str, message: str) -> str:
 def _run_doctor(path: str, member: Member, options: Options) -> None:
     """Raise InputError if a check of the first run failed. The others of a sweep differ in their settings only."""
     given = {"nodes": options.nodes, "processes_per_node": options.processes, "config_file": script.config_file(options)}
-    for option in ("time", "grace", "mixed_precision", "partition", "account", "device_memory"):
+    for option in ("time", "grace", "mixed_precision", "partition", "device_memory"):
         given[option] = getattr(options, option)
     command = [sys.executable, "-m", "dnal_dist.doctor", path, *member.overrides, *([] if options.gpus_per_node else ["--cpu"])]
     for option, value in given.items():

@@ -228,7 +228,7 @@ def case_of(digits, tmp_path):
     """A case of the demo on its shards, with changes to the recipe and facts of the launch."""
     # As late as torch in all tests.
     from dnal_dist import recipe
-    from dnal_dist.doctor import Case
+    from dnal_dist.doctor.case import Case
 
     made = []
 

@@ -1,6 +1,6 @@
 """What the tests of the doctor's checks share."""
 
-from dnal_dist.doctor import Case, bounded
+from dnal_dist.doctor.case import Case, bounded
 
 
 def found(check, case: Case, status: str, words: str, remedy: str = "") -> None:

@@ -13,13 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from dnal_dist import recipe
-from dnal_dist.chaos import instrument, summary
-from dnal_dist.chaos.attempt import Train, become_reaper, kill_family
-from dnal_dist.chaos.campaign import Chaos
+from dnal_dist.chaos import instrument
 from dnal_dist.common.errors import InputError
 
 
@@ -39,6 +34,11 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    # Not at the top: torch takes seconds, and --help does not need it.
+    from dnal_dist.chaos import summary
+    from dnal_dist.chaos.attempt import Train, become_reaper, kill_family
+    from dnal_dist.chaos.campaign import Chaos
+
     if refused := [one for one in args.overrides if one.startswith(("output=", "tracking.tracker="))]:
         raise InputError(f"override '{refused[0]}': chaos runs into folders of its own, without a tracker; leave it out")
     overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
@@ -54,12 +54,18 @@ def _run(args: argparse.Namespace) -> int:
     become_reaper()
     try:
         chaos = Chaos(train, args.ranks, args.seed, base, args.tolerance)
-        _with_progress(chaos, args.kills)
+        chaos.go(args.kills, _print_progress)
+        _print_progress("")
         passed = not chaos.tally.faults
         if passed and args.keep is None:
             shutil.rmtree(base)
     except BaseException:
-        _give_up(base if args.keep is None else None)
+        # Leave neither a process nor a folder. The processes go first, since they write into it.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        kill_family()
+        if args.keep is None:
+            shutil.rmtree(base, ignore_errors=True)
         raise
     report = summary.markdown(args, settings.name, chaos.tally, chaos.references, time.monotonic() - began)
     print(report, flush=True)
@@ -70,28 +76,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _give_up(base: Path | None) -> None:
-    """Leave neither a process nor the folder `base`. The processes go first, since they write into it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    kill_family()
-    if base is not None:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def _with_progress(chaos: Chaos, kills: int) -> None:
-    console = Console(stderr=True)
-    columns = (TextColumn("kills"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[where]}"))
-    # Without threads and without another stdout: processes are forked from here.
-    plain = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, **plain) as bar:
-        task = bar.add_task("kills", total=kills, where="")
-
-        def progress(where: str) -> None:
-            bar.update(task, completed=chaos.tally.kills, where=where)
-            bar.refresh()
-
-        chaos.go(kills, progress)
+def _print_progress(words: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
 
 def _base(keep: Path | None) -> Path:

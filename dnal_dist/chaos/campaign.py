@@ -157,7 +157,7 @@ class Chaos:
                 tally.longest_restart = max(tally.longest_restart, restart)
             if ended.killed:
                 tally.add(kill, ended)
-            progress(f"run {tally.rounds}, start {tally.starts}, from {STAGES[position.stage]} {position.step}")
+            progress(f"kills {tally.kills} of {kills}: run {tally.rounds}, from {STAGES[position.stage]} {position.step}")
             if tally.faults:
                 return
             shutil.rmtree(work)

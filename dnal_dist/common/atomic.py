@@ -22,8 +22,11 @@ def replace(path: Path, content: bytes) -> None:
 def put(path: Path, content: bytes) -> None:
     """Likewise, but without waiting for the disk: for what can be made again. What was there stays if it cannot be finished."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
     try:
-        draft.write_bytes(content)
+        # A new file, never one that somebody has put there, such as a link to elsewhere.
+        with draft.open("xb") as file:
+            file.write(content)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -9,120 +9,13 @@ nothing failed, though there may be warnings; 1: a check failed; 2: the recipe o
 """
 
 import argparse
-import contextlib
-import json
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import torch
-
-from dnal_dist import recipe
-from dnal_dist.common.errors import InputError
-from dnal_dist.common.shipped import shipped
-from dnal_dist.common.text import bytes_of
-from dnal_dist.doctor import cluster, data, disk, machine, network
-from dnal_dist.doctor.case import PRECISIONS, Case, Finding, bounded, fails, read_config, warns
-from dnal_dist.doctor.launch import Launch
-
-# Seconds for all checks together, for any but the launch, and those that the launch leaves to the check after it.
-LIMIT, EACH, SAVING = 55.0, 20.0, 12.0
-# Where one of these is late, this machine is busy.
-COMPUTED = (network.network, network.memory)
-COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
-SHIPPED = shipped("recipes") / "accelerate" / "ddp.yaml"
-
-CHECKS: dict[str, Callable[[Case], Finding]] = {
-    "recipe": network.network,
-    "code": network.code,
-    "training shards": data.train_shards,
-    "validation shards": data.val_shards,
-    "labels": data.labels,
-    "pictures": data.images,
-    "shard cache": data.cache,
-    "run folder": disk.run_folder,
-    "disk space": disk.disk,
-    "clock": disk.clock,
-    "versions": machine.versions,
-    "GPU": machine.gpus,
-    "open files": machine.open_files,
-    "shared memory": machine.shared_memory,
-    "cores": machine.cores,
-    "W&B": cluster.wandb,
-    "SLURM": cluster.slurm,
-    "device memory": network.memory,
-    # Last, when the launch no longer uses the disk and the cores.
-    "saving": disk.saving,
-}
 
 
-def examine(case: Case, limit: float = LIMIT) -> dict[str, Finding]:
-    """The finding of each check, by its name, in the order of the table, within `limit` seconds unless something hangs in the
-    kernel. No file that was written stays."""
-    until, findings = time.monotonic() + limit, {}
-    try:
-        with Launch(case) as launch:
-            for name, check in CHECKS.items():
-                if name == "saving":
-                    findings["launch"] = launch.finding(until - time.monotonic() - SAVING)
-                late = warns if check in COMPUTED else fails
-                findings[name] = bounded(check, case, min(EACH, until - time.monotonic()), late)
-    finally:
-        case.close()
-    return findings
-
-
-def case_of(args: argparse.Namespace) -> Case:
-    """Raises InputError for a recipe or an option that cannot be read."""
-    settings = recipe.load(args.recipe, args.overrides)
-    config = None if args.config_file is None else read_config(args.config_file)
-    for option in ("nodes", "processes_per_node"):
-        if (number := getattr(args, option)) is not None and number < 1:
-            raise InputError(f"--{option.replace('_', '-')} {number}: expected at least 1")
-    if args.grace is not None and not 0 < args.grace < float("inf"):
-        raise InputError(f"--grace {args.grace}: expected seconds, more than 0")
-    processes = args.processes_per_node or (
-        config.processes if config else max(1, torch.cuda.device_count() if args.nodes > 1 and not args.cpu else 1)
-    )
-    if config is None and args.nodes * processes > 1 and SHIPPED.is_file():
-        config = read_config(SHIPPED)
-    if config is not None and args.mixed_precision is not None:
-        config = config._replace(precision=args.mixed_precision)
-    try:
-        seconds = None if args.time is None else cluster.seconds_of(args.time)
-    except ValueError as error:
-        raise InputError(f"--time: {error}") from None
-    try:
-        memory = None if args.device_memory is None else bytes_of(args.device_memory)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    job = {"partition": args.partition, "account": args.account, "quick": args.quick}
-    return Case(settings, args.nodes, processes, config, seconds, args.grace, memory, args.cpu, **job)
-
-
-def _print(findings: dict[str, Finding], seconds: float) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    # Lines are wrapped by a terminal, and left whole in a pipe. Captured, since rich has an exit code of its own for a closed pipe.
-    console, width = Console(highlight=False, soft_wrap=True), max(map(len, findings))
-    count = {status: sum(one.status == status for one in findings.values()) for status in COLOURS}
-    worst = next(status for status in ("fail", "warn", "pass") if count[status])
-    line = f"{len(findings)} checks in {seconds:.0f} s: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed"
-    with console.capture() as capture:
-        for name, (status, found, remedy) in findings.items():
-            console.print(Text.assemble((status, COLOURS[status]), f"  {name:<{width}}  {found}"))
-            if remedy:
-                console.print(Text(f"{'':{width + 8}}remedy: {remedy}"))
-        console.print(Text(line, COLOURS[worst]))
-    print(capture.get(), end="")
-
-
-def _arguments() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,13 +25,12 @@ def _arguments() -> argparse.Namespace:
     add("--nodes", type=int, default=1, metavar="N", help="machines that train (default 1)")
     add("--processes-per-node", type=int, metavar="P", help="one for each GPU (default: as in the Accelerate config, else 1)")
     add("--config-file", type=Path, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml")
-    add("--mixed-precision", choices=PRECISIONS, help="in place of the Accelerate config's")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="in place of the Accelerate config's")
     add("--time", metavar="TIME", help="time limit of the job, as for sbatch: 12:00:00, 1-12:00:00, 90")
     add("--grace", type=float, metavar="SECONDS", help="time between the signal to save and the job's end, as for slurm/submit.py")
     add("--cpu", action="store_true", help="the job has no GPUs: check the memory of this machine instead")
     add("--device-memory", metavar="AMOUNT", help="of one device of the job: 80GB, 24GiB")
     add("--partition", help="SLURM's, which must exist")
-    add("--account", help="likewise")
     add("--quick", action="store_true", help="start no processes and write no checkpoint")
     add("--json", action="store_true", help="print [{check, status, found, remedy}] instead of a table")
     return parser.parse_intermixed_args()
@@ -147,31 +39,11 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     # Including the seconds of Python and its imports.
     begun = time.monotonic() - (time.time() - psutil.Process().create_time())
-    args = _arguments()
-    # A name that the terminal's encoding lacks is no reason to fail.
-    sys.stdout.reconfigure(errors="replace")
-    # So that files are removed then, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        case = case_of(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    # On a busy login node, threads that wait for one another take many times as long as one does.
-    torch.set_num_threads(1)
-    try:
-        findings = examine(case, LIMIT - (time.monotonic() - begun))
-    except (SystemExit, KeyboardInterrupt) as ended:
-        # Without Python's own end, which waits for a check that hangs in a disk or a server.
-        os._exit(128 + signal.SIGINT if isinstance(ended, KeyboardInterrupt) else ended.code)
-    # A reader that closes the pipe early, such as head, has read enough.
-    with contextlib.suppress(BrokenPipeError):
-        if args.json:
-            print(json.dumps([{"check": name, **one._asdict()} for name, one in findings.items()], indent=1))
-        else:
-            _print(findings, time.monotonic() - begun)
-        sys.stdout.flush()
-    os._exit(int(any(one.status == "fail" for one in findings.values())))
+    args = arguments()
+    # Not at the top: torch takes seconds, and --help does not need it.
+    from dnal_dist.doctor.command import run
+
+    run(args, begun)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,6 @@ class Case:
     cpu: bool = False
     """Train without GPUs, even if this machine has some."""
     partition: str | None = None
-    account: str | None = None
     quick: bool = False
     temporary: list[Path] = field(default_factory=list)
     """Folders to remove at the end."""

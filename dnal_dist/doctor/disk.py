@@ -5,22 +5,18 @@ import os
 import shutil
 import tempfile
 import time
-from pathlib import Path
 from shutil import disk_usage
 
 import torch
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
-from dnal_dist.common.commands import output_of
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
 from dnal_dist.doctor.case import Case, Finding, fails, passes, warns
 from dnal_dist.training import stopping
 from dnal_dist.training.run_folder import REMEDY, inspect
 
-# Seconds by which two clocks may differ before files of one machine get wrong times on the other.
-CLOCKS = 2.0
 # Fraction of the time between two checkpoints that writing one may take.
 BUSY = 0.5
 # Bytes that are written to measure the disk.
@@ -38,7 +34,9 @@ def run_folder(case: Case) -> Finding:
     if folder.exists() and not folder.is_dir():
         return fails(f"{folder} is not a folder", "change key 'output'")
     try:
-        _timestamp(case.existing)
+        # It has no name where the system allows that, so the folder does not change.
+        with tempfile.TemporaryFile(dir=case.existing) as file:
+            file.write(b"dnal_dist")
     except OSError as error:
         return fails(f"{case.existing}: cannot be written ({error.strerror})", "change key 'output', or the permissions")
     if stop.exists() and not (stop.is_file() and stop.read_text(errors="replace").startswith(SCRIPTS)):
@@ -57,15 +55,6 @@ def run_folder(case: Case) -> Finding:
         return warns(f"{folder} holds this run, finished{unknown}", f"to train it again, {REMEDY}")
     found = f"{folder} holds this run, which resumes in {state.phase} after {state.step} of its steps{unknown}"
     return warns(f"{found}; {faults[0]}", "find out what damages files on this disk") if faults else passes(found)
-
-
-def _timestamp(folder: Path) -> float:
-    """Modification time of a file written in `folder`. It has no name where the system allows it, so the folder does not change."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"dnal_dist")
-        file.flush()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_mtime
 
 
 def disk(case: Case) -> Finding:
@@ -146,22 +135,3 @@ def within_limits(case: Case, seconds: float, found: str) -> Finding:
     if every is None and settings.every_steps is None:
         return warns(f"{found}; a kill loses up to an epoch", "set key 'checkpoint.every_minutes'")
     return passes(found)
-
-
-def clock(case: Case) -> Finding:
-    """This machine's clock against that of the run folder's file system, and whether NTP keeps it."""
-    before = time.time()
-    written = _timestamp(case.existing)
-    # The time of the kernel's last tick, which may be a hundredth of a second in the past.
-    off = max(before - 0.05 - written, written - time.time(), 0.0)
-    where = f"that of the file system of {case.existing}"
-    if off > CLOCKS:
-        return warns(
-            f"this machine's clock differs by {off:.1f} s from {where}",
-            "set the clock of this machine by NTP (chrony, systemd-timesyncd): ages and time limits are wrong",
-        )
-    found = f"this machine's clock agrees with {where}"
-    synchronised = output_of(["timedatectl", "show", "--property=NTPSynchronized", "--value"], 3)
-    if synchronised == "no":
-        return warns(f"{found}, but not kept by NTP", "timedatectl set-ntp true")
-    return passes(found + (", kept by NTP" if synchronised == "yes" else "; NTP unknown"))

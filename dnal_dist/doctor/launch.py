@@ -20,6 +20,13 @@ PROCESSES = 2
 SIZE = 64
 # Seconds without a sign of life after which processes with GPUs hang, rather than take their time.
 SILENT = 15.0
+# Facts of the probe in their order, and what was not reached without them.
+STAGES = {
+    "up": "no process was up",
+    "world_size": "the processes had not joined one another",
+    "backend": "the network was not yet wrapped",
+    "alike": "not all steps finished",
+}
 
 
 class Launch:
@@ -73,64 +80,35 @@ class Launch:
         if case.quick:
             return passes("not started, by --quick")
         if self.process is None:
-            return warns(
-                f"{case.ranks} processes, but no Accelerate config to start them with", "--config-file recipes/accelerate/ddp.yaml"
-            )
+            config = "--config-file recipes/accelerate/ddp.yaml"
+            return warns(f"{case.ranks} processes, but no Accelerate config to start them with", config)
         try:
             code = self.process.wait(max(0.1, seconds))
         except subprocess.TimeoutExpired:
             self.end()
             code = None
-        taken, remedy = (
-            time.monotonic() - self.begun,
-            f"correct it in the recipe or in {case.config.path if case.config else 'its config'}",
-        )
-        facts = json.loads(self.result.read_text()) if self.result.is_file() else None
-        if code:
-            return fails(f"exit code {code}: {self._last()}", remedy)
-        if code is None and (error := self._error()) and "alike" not in (facts or {}):
-            return fails(f"not finished after {taken:.0f} s: {error}", remedy)
-        if facts is not None:
-            return self.judge(facts, taken, self._silence())
-        if code == 0:
-            return fails(f"the launcher ended without a result: {self._last()}", f"try by hand: {self._by_hand()}")
-        return self._not_joined(taken)
-
-    def _not_joined(self, taken: float) -> Finding:
-        """For processes that have not joined one another, though none has failed."""
-        up = len(self._up())
-        found = f"{up} of {self.processes} processes were up after {taken:.0f} s; they had not joined, and none had failed"
-        if self.gpus and up == self.processes and self._silence() > SILENT:
-            return fails(f"{found}: {self._last()}", f"see with NCCL_DEBUG=INFO where it hangs: {self._by_hand()}")
-        found += "; this machine may be busy, or its file system slow to load Python's packages from"
-        return warns(found, f"run the doctor again later, or try by hand: {self._by_hand()}")
-
-    def _up(self) -> list[float]:
-        """When each process that has come so far had finished its imports, in seconds since 1970."""
-        return [path.stat().st_mtime for path in self.result.parent.glob(f"{self.result.name}.*.up")]
-
-    def _silence(self) -> float:
-        """Seconds since a sign of life of any process."""
-        signs = [self.result.stat().st_mtime] if self.result.is_file() else []
-        return time.time() - max([*self._up(), *signs], default=time.time())
-
-    def _by_hand(self) -> str:
-        """A command for the probe, which needs no shards and leaves one small file."""
-        config = self.case.config
-        launcher = "python" if config is None else f"accelerate launch --config_file {config.path} --num_processes {self.processes}"
-        return f"{launcher} -m dnal_dist.doctor.probe recipes/digits.yaml probe.json {SIZE}"
+        taken = time.monotonic() - self.begun
+        facts = json.loads(self.result.read_text()) if self.result.is_file() else {}
+        silence = time.time() - self.result.stat().st_mtime if facts else 0.0
+        unfinished = "alike" not in facts
+        if code or (unfinished and (code == 0 or self._error())):
+            found = f"not finished after {taken:.0f} s" if code is None else f"exit code {code}"
+            where = case.config.path if case.config else "its config"
+            return fails(f"{found}: {self._last()}", f"correct it in the recipe or in {where}")
+        return self.judge(facts, taken, silence)
 
     def judge(self, facts: dict, taken: float, silence: float) -> Finding:
         """The finding for the probe's facts. taken, silence: seconds since the start and since the last sign of life."""
         case, config = self.case, self.case.config
+        if (missing := next((words for key, words in STAGES.items() if key not in facts), None)) is not None:
+            return self._late(f"{missing} after {taken:.0f} s, and none had failed", facts, silence)
         expected = "single" if config is None else config.expected(self.processes)
         precision = "float32" if config is None else PRECISIONS.get(config.precision, config.precision)
         losses = ", ".join(f"{kind} {loss:.3g} in {seconds:.1f} s" for kind, (loss, seconds) in facts["steps"].items())
-        found = f"{facts['world_size']} of {case.ranks} processes, {facts['device']}, {facts['precision']}; loss of a step "
-        found += f"{losses or 'not known'} ({', '.join([*facts.get('reduced', ()), f'{taken:.0f} s with the start'])})"
-        if "backend" not in facts:
-            return self._late(f"the network was not yet wrapped: {found}", facts, silence)
-        found = f"{facts['backend']} on {found}"
+        found = (
+            f"{facts['backend']} on {facts['world_size']} of {case.ranks} processes, {facts['device']}, {facts['precision']}; loss "
+        )
+        found += f"of a step {losses} ({', '.join([*facts['reduced'], f'{taken:.0f} s with the start'])})"
         remedy = f"correct {config.path}" if config else "give --config-file"
         for name, wanted, got, keys in (
             ("", expected, facts["backend"], "distributed_type, zero_stage or fsdp_version"),
@@ -140,24 +118,20 @@ class Launch:
             if wanted != got:
                 return fails(f"expected {wanted}{name}, found {found}", f"{remedy}: {keys}")
         if wrong := [kind for kind, (loss, _) in facts["steps"].items() if not abs(loss) < float("inf")]:
-            return fails(
-                f"the loss of the {wrong[0]} step is not finite: {found}",
-                "lower keys 'phases.*.optimizer.lr', or set mixed_precision to no",
-            )
-        if "alike" not in facts:
-            return self._late(f"not all steps finished: {found}", facts, silence)
+            remedy = "lower keys 'phases.*.optimizer.lr', or set mixed_precision to no"
+            return fails(f"the loss of the {wrong[0]} step is not finite: {found}", remedy)
         if not facts["alike"]:
             return fails(f"the processes do not have the same weights after a step: {found}", "check the network between GPUs")
         return passes(found)
 
     def _late(self, found: str, facts: dict, silence: float) -> Finding:
-        # Thousands of small operations on cores that others may be using.
-        if facts["device"] == "CPU":
-            when = "when this machine is less busy"
-            return warns(found, f"try again {when}" if self.case.cpu else f"try again on a node with a GPU, or {when}")
-        if silence < SILENT:
-            return warns(found, "try again when this machine and its file system are less busy")
-        return fails(found, "check GPU and network with nvidia-smi and NCCL_DEBUG=INFO")
+        """For what has not ended: where GPUs were silent for long it hangs, elsewhere cores and file systems may be busy."""
+        config = self.case.config
+        launcher = "python" if config is None else f"accelerate launch --config_file {config.path} --num_processes {self.processes}"
+        by_hand = f"{launcher} -m dnal_dist.doctor.probe recipes/digits.yaml probe.json {SIZE}"
+        if self.gpus and facts and silence > SILENT:
+            return fails(f"{found}: {self._last()}", f"see with NCCL_DEBUG=INFO where it hangs: {by_hand}")
+        return warns(f"{found}; this machine may be busy", f"run the doctor again later, or try by hand: {by_hand}")
 
     def _last(self) -> str:
         """The line that names the reason, of all that the launcher and its processes printed."""

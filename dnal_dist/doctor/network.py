@@ -1,6 +1,5 @@
-"""Checks of the recipe, of its network and the memory that it needs, and of the code's version."""
+"""Checks of the recipe, of its network and the memory that it needs."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -10,7 +9,6 @@ from dnal_dist.common.text import short
 from dnal_dist.distributed import estimate
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.search import selection
-from dnal_dist.tracking import environment
 from dnal_dist.training import preflight
 from dnal_dist.training.pretrained import PREFIX
 
@@ -93,15 +91,3 @@ def gpu_facts() -> list[dict]:
             used = int(words[2]) if words[2].isdigit() else 0
             found.append({"name": words[0], "memory": int(words[1]) << 20, "used": used << 20, "driver": words[3]})
     return found
-
-
-def code(case: Case) -> Finding:
-    """The version of the code, to which a result can be traced."""
-    if commit := environment.code(CHECKOUT):
-        if commit.endswith("+"):
-            return warns(f"commit {commit[:12]}, with changed files", "git commit, or git stash")
-        return passes(f"commit {commit[:12]}, unchanged")
-    try:
-        return passes(f"release {version('dnal-dist')}, not a git checkout")
-    except PackageNotFoundError:
-        return warns(f"{CHECKOUT} is neither a git checkout nor installed", "pip install -e . in a git clone")

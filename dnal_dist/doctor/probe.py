@@ -33,7 +33,8 @@ IMAGES = 2
 def main() -> None:
     path, result, largest = sys.argv[1:]
     # Imports are done; from here on the process waits for the others.
-    Path(f"{result}.{os.environ.get('RANK', '0')}.up").touch()
+    if os.environ.get("RANK", "0") == "0":
+        atomic.put(Path(result), b'{"up": true}')
     context = None
     try:
         settings = recipe.load(path)
@@ -54,7 +55,7 @@ def probe(settings: Recipe, context: Context, largest: int) -> Iterator[dict]:
     """The same facts, growing: world size, device and precision; backend and what was reduced; of each step, by kind, the loss (the
     mean over processes) and its seconds; whether all processes have the same weights."""
     device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "CPU"
-    facts = {"world_size": context.world_size, "device": device, "precision": context.precision, "steps": {}}
+    facts = {"up": True, "world_size": context.world_size, "device": device, "precision": context.precision, "steps": {}}
     yield facts
     if settings.data.decode == "cuda":
         nvjpeg.require(context.device)

@@ -24,7 +24,7 @@ def _environment(form: str):
         # What is no markup already becomes words, so in Markdown too nothing has to be remembered.
         finalize=_words if form == "md" else None,
     )
-    environment.filters |= {"units": _units, "breakable": _breakable, "code": _code, "fence": _fence, "script": _script}
+    environment.filters |= {"units": _units, "breakable": _breakable, "fence": _fence, "script": _script}
     environment.globals["source"] = lambda name: _markup(environment.loader.get_source(environment, name)[0])
     return environment
 
@@ -74,11 +74,6 @@ def markdown(words: object) -> str:
 
 def _words(value: object):
     return value if hasattr(value, "__html__") else _markup(markdown(value))
-
-
-def _code(words: object):
-    """Words as code in Markdown, in a table too."""
-    return _markup(f"<code>{markdown(words)}</code>")
 
 
 def _fence(content: str, language: str = ""):

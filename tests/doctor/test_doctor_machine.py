@@ -1,15 +1,14 @@
 """The doctor's checks of the network, the machine and the cluster, each with a fault that it must find."""
 
 import resource
-import shutil
-import subprocess
 import time
 from types import SimpleNamespace
 
 import pytest
 from examining import found
 
-from dnal_dist.doctor import bounded, cluster, machine, network
+from dnal_dist.doctor import cluster, machine, network
+from dnal_dist.doctor.case import bounded
 
 
 def test_networks_that_cannot_train_fail(case_of):
@@ -38,21 +37,6 @@ def test_a_job_without_gpus_is_compared_with_this_machine_s_memory(case_of, monk
     monkeypatch.setattr(network.psutil, "virtual_memory", lambda: SimpleNamespace(total=5 * 10**6))
     found(network.memory, case_of(cpu=True), "warn", "it has 5 MB", "nodes with more memory")
     found(network.memory, case_of(cpu=True, device_memory=10**6), "fail", "one image at a time does not fit", "more processes")
-
-
-def test_changed_code_warns(case_of, tmp_path, monkeypatch):
-    if shutil.which("git") is None:
-        pytest.skip("no git here")
-    monkeypatch.setattr(network, "CHECKOUT", tmp_path)
-    for name in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
-        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b.c")
-    (tmp_path / "file").write_text("one")
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"]):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    found(network.code, case_of(), "pass", "unchanged")
-    (tmp_path / "file").write_text("two")
-    found(network.code, case_of(), "warn", "with changed files", "git commit")
 
 
 def test_versions_out_of_bounds_fail(case_of, monkeypatch):
@@ -91,9 +75,11 @@ def test_a_login_is_needed_online_only(case_of, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1")
     online = ("tracking.tracker=wandb", "tracking.mode=online")
     found(cluster.wandb, case_of(), "pass", "not used")
-    found(cluster.wandb, case_of("tracking.tracker=wandb", "tracking.mode=offline"), "pass", "offline, not logged in")
+    found(cluster.wandb, case_of("tracking.tracker=wandb", "tracking.mode=offline"), "pass", "offline; runs are kept")
     found(cluster.wandb, case_of(*online), "fail", "not logged in to 127.0.0.1", "wandb login")
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password none\n")
+    # W&B reads its settings once a process.
+    pytest.importorskip("wandb").teardown()
+    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login user password {'k' * 40}\n")
     (tmp_path / ".netrc").chmod(0o600)
     found(cluster.wandb, case_of(*online), "warn", "is not reached from here", "tracking.mode=offline")
 
@@ -110,7 +96,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
     def make(**answers: str) -> None:
-        for name in (*cluster.COMMANDS, "sacctmgr"):
+        for name in cluster.COMMANDS:
             (folder / name).write_text(f"#!/bin/sh\n{answers.get(name, 'true')}\n")
             (folder / name).chmod(0o755)
 
@@ -128,20 +114,13 @@ def slurm(tmp_path, monkeypatch):
         ({"partition": "gpu,gpus,gone"}, "fail", "there is no partition gpus, gone", "one of gpu, short, old"),
         ({"partition": "gpu,short", "nodes": 8, "seconds": 3600.0}, "fail", "gpu,short gives 30 min 00 s", "--time 0:30:00"),
         ({"partition": "gpu,old", "nodes": 4}, "fail", "the largest partition has 2", "--nodes 2"),
-        ({"partition": "short,gpu", "account": "sound"}, "pass", "account sound", ""),
         ({"partition": "old"}, "fail", "partition old is down", "another of"),
         ({"partition": "gpu", "nodes": 3}, "fail", "the largest partition has 2", "--nodes 2"),
         ({"partition": "short", "seconds": 3600.0}, "fail", "short gives 30 min 00 s", "--time 0:30:00"),
-        ({"account": "vision"}, "pass", "account vision", ""),
-        ({"partition": "gpu", "account": "vision"}, "pass", "partition gpu, account vision", ""),
-        ({"partition": "gpu", "account": "speech"}, "fail", "is for accounts vision,sound, not for speech", "--account"),
-        ({"account": "visions"}, "fail", "has no account visions (but sound, speech, vision)", "--account"),
     ],
 )
-def test_partition_account_nodes_and_time_are_checked(case_of, slurm, facts, status, words, remedy):
-    allowed = 'echo "PartitionName=$5 AllowGroups=ALL AllowAccounts=$accounts AllowQos=ALL"'
-    allowed = f"if [ $5 = gpu ]; then accounts=vision,sound; else accounts=nobody; fi; {allowed}"
-    slurm(sinfo=SINFO, sacctmgr="echo vision; echo speech; echo sound", scontrol=allowed)
+def test_partition_nodes_and_time_are_checked(case_of, slurm, facts, status, words, remedy):
+    slurm(sinfo=SINFO)
     found(cluster.slurm, case_of(**facts), status, words, remedy)
 
 
@@ -149,8 +128,6 @@ def test_slurm_without_an_answer_warns_or_fails(case_of, slurm, monkeypatch, tmp
     monkeypatch.setattr(cluster, "ANSWER", 0.3)
     slurm(sinfo="exec sleep 60")
     found(cluster.slurm, case_of(), "warn", "does not answer", "scontrol ping")
-    slurm(sinfo=SINFO, sacctmgr="exit 1")
-    found(cluster.slurm, case_of(account="vision"), "warn", "no answer whether", "sacctmgr")
     monkeypatch.setenv("PATH", str(tmp_path))
     found(cluster.slurm, case_of(), "pass", "not needed")
     found(cluster.slurm, case_of(partition="gpu"), "fail", "commands are not installed here", "--partition")
