@@ -5,13 +5,16 @@ python -m dnal_dist.cost runs/digits                     what a run kept of it
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnal_dist import recipe
+from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import argument
 from dnal_dist.common.text import spaced
 from dnal_dist.report import records
 
@@ -42,6 +45,20 @@ def _load(path: Path, overrides: list[str]) -> "tuple[recipe.Recipe, GatedNetwor
 
     net = nets.on_meta(*settings.model.network, settings.data.image_size)
     return settings, net, _kept(path, net) if path.is_dir() else None
+
+
+def _warn_of_classes(settings: recipe.Recipe, net: "GatedNetwork") -> None:
+    """Warn if the index of local shards, where they are there, does not name as many classes as the network has."""
+    from dnal_dist.data.shardlist import class_names, expand
+
+    for key in ("train", "val"):
+        words = getattr(settings.data, key)
+        # Nothing is asked of a server for a count of costs.
+        with contextlib.suppress(InputError):
+            folders = {path.parent for path in expand(words, key)[1]} if "://" not in words else ()
+            names = max((len(class_names(folder)) for folder in folders), default=0)
+            if names not in (0, net.num_classes):
+                print(f"warning: the network has {net.num_classes} classes, the index of data.{key} names {names}", file=sys.stderr)
 
 
 def _kept(folder: Path, net: "GatedNetwork") -> "Tensor | None":
@@ -89,21 +106,21 @@ def _print(settings: recipe.Recipe, net: "GatedNetwork", keep: "Tensor | None") 
             console.print(f"{what} ({rule} rule): [bold]{spaced(one)}[/bold]{share}", highlight=False)
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.cost",
         description="Print what a recipe's network costs for one image, layer by layer, or what a run kept of it. MACs "
         "and parameters by the exact rule (those of the compact network) and by the rule of the paper's tables.",
     )
-    parser.add_argument("path", type=Path, metavar="RECIPE|RUN", help="a YAML file such as recipes/proxyless.yaml, or a run folder")
+    parser.add_argument(
+        "path", type=argument, metavar="RECIPE|RUN", help="a recipe's file or name, such as proxyless, or a run folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example model.width=0.5")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_intermixed_args()
-    try:
-        settings, net, keep = _load(args.path, args.overrides)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    settings, net, keep = _load(args.path, args.overrides)
+    _warn_of_classes(settings, net)
     if not args.json:
         _print(settings, net, keep)
         return

@@ -8,11 +8,12 @@ Everything is computed on meta tensors, which have a shape and no memory. Backen
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from dnal_dist import recipe
+from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import argument
 from dnal_dist.common.text import bytes_of, short, spaced
 
 MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
@@ -84,6 +85,7 @@ def _print(found: dict) -> None:
         console.print("a single process sends nothing; ZeRO calls its reductions all the same", highlight=False)
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.plan",
@@ -92,7 +94,7 @@ def main() -> None:
         epilog="Bytes are those of the tensor that a collective is about. The backends are configured as in recipes/accelerate. "
         "Example: python -m dnal_dist.plan recipes/proxyless.yaml data.global_batch=4096 --ranks 64 --device-memory 80GB",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file such as recipes/proxyless.yaml")
+    parser.add_argument("recipe", type=argument, metavar="RECIPE", help="a YAML file such as recipes/proxyless.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example data.global_batch=4096"
     )
@@ -102,24 +104,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--table", action="store_true", help=f"print what steps send at {RANKS_IN_DOCS} ranks, as Markdown")
     parser.add_argument(
-        "--docs", type=Path, metavar="PAGE", help=f"write that table into a page, between {MARKS[0]} and {MARKS[1]}"
+        "--docs", type=argument, metavar="PAGE", help=f"write that table into a page, between {MARKS[0]} and {MARKS[1]}"
     )
     args = parser.parse_intermixed_args()
-    try:
-        settings = recipe.load(args.recipe, args.overrides)
-        if args.docs:
-            write(settings, args.docs)
-        elif args.table:
-            print(table(settings, precision=args.precision))
-        else:
-            from dnal_dist.distributed.estimate import plan
+    settings = recipe.load(args.recipe, args.overrides)
+    if args.docs:
+        write(settings, args.docs)
+    elif args.table:
+        print(table(settings, precision=args.precision))
+    else:
+        from dnal_dist.distributed.estimate import plan
 
+        try:
             device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
-            found = plan(settings, args.ranks, device_memory, args.precision)
-            print(json.dumps(found, indent=1)) if args.json else _print(found)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        found = plan(settings, args.ranks, device_memory, args.precision)
+        print(json.dumps(found, indent=1)) if args.json else _print(found)
 
 
 if __name__ == "__main__":

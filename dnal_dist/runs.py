@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from dnal_dist.common import text
+from dnal_dist.common.paths import argument
 from dnal_dist.report.run_list import DEPTH, EVERY, SILENT, STATES, listed
 
 COLOURS = {"running": "green", "seems to run": "green", "queued": "cyan", "stopped": "yellow", "killed": "red", "broken": "red"}
@@ -69,7 +70,7 @@ def main() -> None:
         f"lock may not be seen, and its last record is younger than {SILENT / 60:.0f} minutes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for example runs")
+    parser.add_argument("folder", type=argument, metavar="FOLDER", help="for example runs")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.add_argument("--watch", action="store_true", help=f"repeat every {EVERY:.0f} s, until Ctrl-C")
     args = parser.parse_args()

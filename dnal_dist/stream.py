@@ -8,23 +8,20 @@ python -m dnal_dist.stream --audit RUN      proves from a run's receipts that ea
 
 import argparse
 import sys
-from pathlib import Path
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.door import door
+from dnal_dist.common.paths import argument
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dnal_dist.stream", description="What a run's stream of samples was.")
-    parser.add_argument("--audit", metavar="RUN", type=Path, required=True, help="check a run folder's receipts against its shards")
+    parser.add_argument("--audit", metavar="RUN", type=argument, required=True, help="check a run's receipts against its shards")
     args = parser.parse_args()
     # Torch is imported when the arguments have been parsed.
     from dnal_dist.data.audit import audit
 
-    try:
-        sys.exit(audit(args.audit))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(audit(args.audit))
 
 
 if __name__ == "__main__":

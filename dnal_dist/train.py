@@ -1,19 +1,23 @@
 """Train a recipe, from its shards to the compact network and the report.
 
-python -m dnal_dist.train recipes/digits.yaml
-python -m dnal_dist.train recipes/digits.yaml architecture.penalty_weight=0.02 seed=3 output=runs/other
-python -m dnal_dist.train recipes/resnet50_imagenet.yaml --init-from torchvision:resnet50 phases.pretrain.steps=0
-accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train recipes/digits.yaml
+python -m dnal_dist.recipe --copy recipes        the packaged recipes and Accelerate configs, where this is not a checkout
+python -m dnal_dist.train digits                 or recipes/digits.yaml
+python -m dnal_dist.train digits architecture.penalty_weight=0.02 seed=3 output=runs/other
+python -m dnal_dist.train resnet50_imagenet --init-from torchvision:resnet50 phases.pretrain.steps=0
+accelerate launch --config_file recipes/accelerate/ddp.yaml -m dnal_dist.train digits
 
 The same command resumes a run that was stopped, on any number of processes and any backend. SIGTERM, Ctrl-C, SIGUSR1 or a file
-named `stop` in the run folder stop it: it saves and exits with 75, "try again". Other codes: 0 finished, 2 wrong input (the last
-line names it), 3 trained, but the target was missed, 130 a second Ctrl-C.
+named `stop` in the run folder stop it: it saves and exits with 75, "try again". Other codes: 0 finished, 2 wrong input,
+a disk that fails or training that diverged (the last line names it), 3 trained, but the target was missed, 130 a second Ctrl-C.
 """
 
 import argparse
 import json
 
+from dnal_dist.common.door import door
 
+
+@door
 def main() -> None:
     args = _arguments()
     # As JSON, since YAML would read some names as other types.
@@ -29,7 +33,8 @@ def _arguments() -> argparse.Namespace:
         prog="python -m dnal_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "recipe", help="a YAML file such as recipes/digits.yaml; `python -m dnal_dist.recipe --schema` has all keys"
+        "recipe",
+        help="a YAML file, or the name of a packaged recipe such as digits; `python -m dnal_dist.recipe --schema` has all keys",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
     parser.add_argument(

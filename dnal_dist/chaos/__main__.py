@@ -16,6 +16,8 @@ from pathlib import Path
 from dnal_dist import recipe
 from dnal_dist.chaos import instrument
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import argument
+from dnal_dist.common.shipped import named
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
     settings = recipe.load(args.recipe, list(overrides))
     if args.config_file is not None and not Path(args.config_file).is_file():
-        raise InputError(f"--config_file {args.config_file}: no such file; see recipes/accelerate/")
+        raise InputError(f"--config_file {args.config_file}: no such file; see {named('recipes/accelerate')}")
     if args.report is not None and not args.report.parent.is_dir():
         raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
     train, began = Train(args.recipe, overrides, args.config_file), time.monotonic()
@@ -110,8 +112,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, default=0.03, help="on the accuracy, with several numbers of processes (default: 0.03)"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to this Markdown file")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder and keep everything there")
+    parser.add_argument("--report", type=argument, metavar="FILE", help="also write the report to this Markdown file")
+    parser.add_argument("--keep", type=argument, metavar="FOLDER", help="work in this folder and keep everything there")
     args = parser.parse_intermixed_args()
     if args.kills < 1:
         parser.error("--kills: expected at least 1")

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dnal_dist.common import atomic
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.phases import PHASES, Phase
 from dnal_dist.common.span import spanned
 
@@ -180,12 +181,12 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Raises ValueError, naming it, if it is not whole, and OSError or MemoryError if that
     cannot be known. Nothing in it is ever run."""
     try:
-        told = json.loads((path / MANIFEST).read_bytes())
+        told = json.loads(read_regular(path / MANIFEST, 1 << 20))
         if told["format"] != FORMAT:
             raise ValueError(f"its format is {told['format']!r:.40}, this release reads {FORMAT}")
         contents = {}
         for file in (TENSORS, STATE):
-            contents[file] = (path / file).read_bytes()
+            contents[file] = read_regular(path / file, told["files"][file]["bytes"])
             if _described(contents[file]) != told["files"][file]:
                 raise ValueError(f"{file} is not what was saved")
         # The library gives them in another order on each process.
@@ -223,7 +224,7 @@ def place(path: Path) -> tuple[int, int]:
 
 def _accuracy(path: Path) -> float | None:
     try:
-        accuracy = json.loads((path / MANIFEST).read_bytes())["accuracy"]
+        accuracy = json.loads(read_regular(path / MANIFEST, 1 << 20))["accuracy"]
         return float(accuracy) if accuracy is not None else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
-from dnal_dist.common.errors import InputError
+from dnal_dist.common import atomic
+from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.span import spanned
 
 # How often a run that ends tries to write its last checkpoint, and seconds between the tries.
@@ -75,6 +76,8 @@ class Writer:
         except (OSError, ValueError, MemoryError, SafetensorError) as error:
             self._warn(error)
             return False
+        for remark in atomic.weaker if not self.writes else ():
+            self.warn(f"{self.folder}: {remark}")
         self.writes.append(seconds)
         self.safe, self.saved = self._since, self._taken.state.global_step
         return True
@@ -116,16 +119,22 @@ class Writer:
         return time.monotonic() - begun, size
 
     def _warn(self, error: Exception) -> None:
-        why = getattr(error, "strerror", None) or error
+        if not self.folder.parent.exists() and self.folder.parent.parent.exists():
+            raise InputError(
+                f"key 'output': {self.folder.parent} was removed while the run trained in it, with all that it had saved; the same "
+                "command starts again",
+                local=True,
+            )
+        why, todo = reason(error), remedy(error)
         minutes, limit = (time.monotonic() - self.safe) / 60, self.settings.give_up_hours
         failure = f"{self.folder}: {UNWRITTEN} ({why})"
         if minutes > 60 * limit:
             raise InputError(
                 f"{failure}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} "
-                "allows; make room, then use the same command again",
+                f"allows; {todo}, then use the same command again",
                 local=True,
             )
         last = (
             "there is none yet" if self.saved is None else f"the last good one is of step {self.saved}, {minutes:.0f} minutes old"
         )
-        self.warn(f"{failure}; {last}. Training goes on and the next save tries again: make room")
+        self.warn(f"{failure}; {last}. Training goes on and the next save tries again: {todo}")

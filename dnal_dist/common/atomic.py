@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there, whatever ends the process or the machine."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ from pathlib import Path
 
 from dnal_dist.common.span import span, spanned
 
+# Errors of file systems (CIFS, some of FUSE) that cannot wait until a folder is on disk.
+_UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+weaker: set[str] = set()
+"""What such file systems cannot do, in words, for a warning."""
 # Leftovers of a process that was killed have names of these forms, and no other process looks at them.
 UNFINISHED, REPLACED, REMOVED = ".{}.unfinished", ".{}.replaced", ".{}.removed"
 
@@ -37,7 +42,7 @@ def folder(final: Path) -> Iterator[Path]:
     """A folder to fill inside. It is on disk and called `final` afterwards, in place of what was there; or gone, after an error."""
     unfinished = final.with_name(UNFINISHED.format(final.name))
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     try:
         yield unfinished
         to_disk(unfinished)
@@ -77,6 +82,10 @@ def to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise OSError(error.errno, f"fsync: {error.strerror}", str(path)) from None
+        weaker.add(f"its file system cannot wait for its disk (fsync: {error.strerror}); a crash of it may lose the last files")
     finally:
         os.close(handle)
 

@@ -1,8 +1,12 @@
-"""Whether a process trains in a run folder, looked at from outside. No torch."""
+"""The lock of a run folder: held by the run that trains there, and looked at from outside. No torch."""
 
 import errno
 import os
+import time
 from pathlib import Path
+
+# Errors of file systems without locks: ENOTSUPP, which Linux has no name for in Python, is one of some network file systems.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, 524)
 
 # Where a lock that is held on another machine may not be seen on this one.
 _SHARED = (
@@ -22,6 +26,39 @@ _SHARED = (
     "gfs",
     "fuse",
 )
+
+
+class Lock:
+    """The lock of the file `path`, held from here on until `release`, or the process and its children have ended.
+
+    Raises TimeoutError if another process holds it for `seconds`, and OSError if it cannot be taken (see WITHOUT_LOCKS).
+    """
+
+    def __init__(self, path: Path, seconds: float):
+        import fcntl
+
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    os.close(self.handle)
+                    raise
+            if time.monotonic() > until:
+                os.close(self.handle)
+                raise TimeoutError
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        """Also where the children of this process hold it still. A second call does nothing."""
+        import fcntl
+
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
 
 
 def occupied(folder: Path) -> bool | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import filelock
 
+from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
 from dnal_dist.data.remote import RemoteError
 
@@ -34,7 +35,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int):
-        self.folder, self.limit_bytes = Path(folder).expanduser(), limit_bytes
+        self.folder, self.limit_bytes = Path(expanded(str(folder))), limit_bytes
         with self._folder_named():
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
 

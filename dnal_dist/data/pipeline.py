@@ -19,6 +19,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from dnal_dist.common.cores import cores
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg, receipts
 from dnal_dist.data.downloads import prefetcher
@@ -182,8 +183,10 @@ class Stream:
                 f"key 'data.global_batch': a step takes {data.global_batch} images, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
+        # More loaders than cores only wait for each other, and torch warns of each start.
+        workers = min(data.workers, cores())
         order, on_device = GlobalOrder(shards, data, seed, train, rank, world_size), train and data.decode == "cuda"
-        self.ahead = prefetcher(shards, order, data.workers)
+        self.ahead = prefetcher(shards, order, workers)
         self.first_stage = SamplesInOrder(shards, order, self.ahead)
         self.pipeline = webdataset.DataPipeline(
             self.first_stage,
@@ -194,10 +197,10 @@ class Stream:
         self.loader = webdataset.WebLoader(
             self.pipeline.compose(_error_as_value),
             batch_size=None,
-            num_workers=data.workers,
+            num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin,
-            persistent_workers=data.workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=_begin_loader,
             # Torch's own generator is for networks: a resumed run starts its loaders again, and must not draw from it for that.
             generator=torch.Generator().manual_seed(seed),

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import fsspec.asyn
 
+from dnal_dist.common.errors import CREDENTIALS as ENVIRONMENT
 from dnal_dist.common.errors import InputError
 
 SCHEMES = ("http", "https", "s3", "gs")
@@ -35,10 +36,6 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0
 # between two drops are kept.
 PIECE, SMALLEST_PIECE, IN_FLIGHT = 8 << 20, 64 << 10, 4
 
-ENVIRONMENT = (
-    "credentials come from the environment, ~/.aws, a netrc file or GOOGLE_APPLICATION_CREDENTIALS; an S3 endpoint from "
-    "AWS_ENDPOINT_URL, and FSSPEC_S3_ANON=true goes without credentials"
-)
 
 retries: Counter[str] = Counter()
 """Retries of this process, by URL."""

@@ -14,6 +14,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
 
 
@@ -38,20 +39,22 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
     for pattern in _words(patterns, key):
         is_remote = remote.check(pattern, key)
         try:
-            expanded = list(braceexpand(pattern))
+            each = list(braceexpand(expanded(pattern)))
         except UnbalancedBracesError as error:
             raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
-        found = {one: _matches(one, is_remote, key) for one in expanded}
+        except ValueError as error:
+            raise InputError(f"key '{key}': {error}") from None
+        found = {one: _matches(one, is_remote, key) for one in each}
         # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
-        missing = [one for one in expanded if not found[one] and not glob.has_magic(one)]
+        missing = [one for one in each if not found[one] and not glob.has_magic(one)]
         if missing or not any(found.values()):
             raise InputError(
                 f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
                 f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
                 f"or correct the pattern (a path with blanks wants quotes of its own)"
             )
-        names += expanded
-        paths += [path for one in expanded for path in found[one]]
+        names += each
+        paths += [path for one in each for path in found[one]]
     if not paths:
         raise InputError(f"key '{key}': expected the path of shards, found {patterns!r}")
     real = [path if isinstance(path, Url) else os.path.realpath(path) for path in paths]

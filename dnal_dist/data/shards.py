@@ -18,7 +18,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.data.cache import Cache
 from dnal_dist.data.files import ShardFiles
 from dnal_dist.data.offsets import sample_offsets
-from dnal_dist.data.shardlist import Url, class_numbers, expand, read_index, refuse_gaps
+from dnal_dist.data.shardlist import Url, class_names, class_numbers, expand, read_index, refuse_gaps
 from dnal_dist.data.tar import BLOCK, Fault, LabelFormat, Sample, first_key, parse, shown
 
 OPEN_SHARDS = 64
@@ -62,7 +62,7 @@ class Shards:
         cache_gb: float = 100.0,
         label_key: str | None = None,
     ):
-        self.key = key
+        self.key, self.num_classes = key, num_classes
         names, self.paths = expand(patterns, key)
         indices = {folder: read_index(folder) for folder in dict.fromkeys(path.parent for path in self.paths)}
         refuse_gaps(indices, names, self.paths)
@@ -131,6 +131,10 @@ class Shards:
         shard = bisect_right(self._starts, index) - 1
         row, offsets = index - self._starts[shard], self.offsets[shard]
         return shard, int(offsets[row]), int(offsets[row + 1])
+
+    def class_names(self) -> int:
+        """Classes that the indices of the shards name, the most of any; 0 if none names any."""
+        return max((len(class_names(folder)) for folder in self.labels), default=0)
 
     def without_reader(self) -> list[str]:
         """One line about members of a kind that has no reader, by kind and count in a few samples of local shards, if any have."""

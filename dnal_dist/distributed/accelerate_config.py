@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.shipped import named
 from dnal_dist.distributed.wrapper import MIN_PARAMS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ def read() -> AccelerateConfig:
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):
         if _is_on(variable):
-            raise InputError(f"the Accelerate config asks for {name}; use one of recipes/accelerate/*.yaml")
+            raise InputError(f"the Accelerate config asks for {name}; use one of {named('recipes/accelerate')}")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     accumulation = int(accumulation) if accumulation.isdigit() else 1
     backend, settings, checkpointing = None, {}, False
@@ -61,6 +62,32 @@ def read() -> AccelerateConfig:
     return AccelerateConfig(backend, PRECISIONS[precision], max(1, accumulation), checkpointing, settings)
 
 
+def check_launched() -> None:
+    """Raise InputError if variables of a launcher are set, but not all that it sets: they were left by another start."""
+    alone = {
+        "WORLD_SIZE": "1",
+        "PMI_SIZE": "1",
+        "OMPI_COMM_WORLD_SIZE": "1",
+        "MV2_COMM_WORLD_SIZE": "1",
+        "RANK": "0",
+        "PMI_RANK": "0",
+    }
+    left = [name for name, harmless in alone.items() if os.environ.get(name, harmless) != harmless]
+    if "LOCAL_RANK" in os.environ:
+        left.append("LOCAL_RANK")
+    missing = "MASTER_ADDR"
+    if missing in os.environ:
+        left = []
+    if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        on = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if _is_on(name)]
+        left, missing = (on, "ACCELERATE_MIXED_PRECISION") if on else (left, missing)
+    if left:
+        raise InputError(
+            f"{', '.join(f'{name}={os.environ[name]}' for name in left)} is set, as a launcher does, but no {missing}: "
+            f"unset {' '.join(left)}, or start by accelerate launch"
+        )
+
+
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
@@ -68,7 +95,8 @@ def _is_on(variable: str) -> bool:
 def _fsdp() -> tuple[str, dict, bool]:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
-            "the Accelerate config asks for FSDP in its first version; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml"
+            "the Accelerate config asks for FSDP in its first version; set fsdp_version: 2, as in "
+            f"{named('recipes/accelerate/fsdp2.yaml')}"
         )
     if _is_on("FSDP_OFFLOAD_PARAMS"):
         raise InputError("the Accelerate config asks for fsdp_offload_params; these networks are small: set it to false")
@@ -96,7 +124,9 @@ def _deepspeed() -> tuple[str, dict, Own]:
     given = plugin.deepspeed_config
     zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
     if (stage := zero.get("stage")) not in (1, 2, 3):
-        raise InputError(f"the Accelerate config asks for zero_stage {stage}; choose 1, 2 or 3, or recipes/accelerate/ddp.yaml")
+        raise InputError(
+            f"the Accelerate config asks for zero_stage {stage}; choose 1, 2 or 3, or {named('recipes/accelerate/ddp.yaml')}"
+        )
     for key in ("offload_optimizer", "offload_param"):
         if (zero.pop(key, None) or {}).get("device", "none") != "none":
             raise InputError(f"the Accelerate config asks for DeepSpeed's {key}; these networks are small: set its device to none")
@@ -106,8 +136,8 @@ def _deepspeed() -> tuple[str, dict, Own]:
             f"the Accelerate config asks for gradient_clipping {clipping}; leave it out, and set keys "
             "'phases.*.optimizer.clip_norm' and 'architecture.optimizer.clip_norm'"
         )
-    if named := [key for key in ("optimizer", "scheduler") if key in given]:
-        raise InputError(f"the DeepSpeed configuration has its own {' and '.join(named)}; the recipe has that: leave it out")
+    if own := [key for key in ("optimizer", "scheduler") if key in given]:
+        raise InputError(f"the DeepSpeed configuration has its own {' and '.join(own)}; the recipe has that: leave it out")
     passed = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "comms_logger"}
     used = {"zero_optimization", "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping"}
     settled = {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}

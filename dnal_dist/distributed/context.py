@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dnal_dist.common.cores import cores
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed import accelerate_config, backend
 from dnal_dist.distributed.wrapper import Options, Trained
@@ -30,6 +31,7 @@ class Context:
 
     def __init__(self, tracker: str = "none", folder: str | None = None):
         """tracker: what Accelerate is to log to, a name it knows or "none". folder: where trackers write that write files."""
+        accelerate_config.check_launched()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         found = torch.cuda.device_count() if os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true" else 0
         on_gpu = found >= local
@@ -51,8 +53,7 @@ class Context:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if not on_gpu:
             # More threads than cores would make each collective wait for a process that is not scheduled.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // local)))
         self.idle_gpus = 0 if on_gpu else found
         """GPUs that are left alone, since they are fewer than the processes of this machine and NCCL takes one for each."""
         self.backend = self.config.backend or ("ddp" if self.world_size > 1 else "single")

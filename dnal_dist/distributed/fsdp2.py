@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.shipped import named
 from dnal_dist.common.span import span
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
@@ -29,7 +30,9 @@ class FullySharded(Trained):
                 fully_shard(segment if len(segment) > 1 else segment[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
         if not all(isinstance(p, DTensor) for p in self.module.parameters()):
-            raise InputError("FSDP2 was asked for, but it left parameters whole; use another config of recipes/accelerate")
+            raise InputError(
+                f"FSDP2 was asked for, but it left parameters whole; use another config of {named('recipes/accelerate')}"
+            )
         self.optimizer = SGD(self.module.parameters(), **self.settings)
         # Each is a collective, and a checkpoint's names come in another order on each process.
         for name, p in self.parameters.items():
@@ -54,6 +57,9 @@ class FullySharded(Trained):
             self.optimizer.step()
             self.optimizer.zero_grad()
         return outcomes
+
+    def shares(self):
+        return tuple([tensor.to_local() for tensor in part] for part in super().shares())
 
     def weight(self, name):
         return self.parameters[name].full_tensor()

@@ -101,6 +101,14 @@ class Trained:
         states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.parameters.items())
         return {name: state["momentum_buffer"] for name, state in states if state.get("momentum_buffer") is not None}
 
+    def shares(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process's optimiser holds of the weights and of their momentum, as it is stored."""
+        # DeepSpeed's optimisers have the one that they were given inside.
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        weights = {id(p): p for group in inner.param_groups for p in group["params"]} | {id(p): p for p in inner.state}
+        buffers = (state.get("momentum_buffer") for state in inner.state.values())
+        return list(weights.values()), [buffer for buffer in buffers if buffer is not None]
+
     @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())

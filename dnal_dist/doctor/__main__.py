@@ -10,9 +10,10 @@ nothing failed, though there may be warnings; 1: a check failed; 2: the recipe o
 
 import argparse
 import time
-from pathlib import Path
 
 import psutil
+
+from dnal_dist.common.paths import argument
 
 
 def arguments() -> argparse.Namespace:
@@ -24,7 +25,7 @@ def arguments() -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
     add("--nodes", type=int, default=1, metavar="N", help="machines that train (default 1)")
     add("--processes-per-node", type=int, metavar="P", help="one for each GPU (default: as in the Accelerate config, else 1)")
-    add("--config-file", type=Path, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml")
+    add("--config-file", type=argument, metavar="YAML", help="Accelerate config, for example recipes/accelerate/fsdp2.yaml")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="in place of the Accelerate config's")
     add("--time", metavar="TIME", help="time limit of the job, as for sbatch: 12:00:00, 1-12:00:00, 90")
     add("--grace", type=float, metavar="SECONDS", help="time between the signal to save and the job's end, as for slurm/submit.py")

@@ -15,6 +15,7 @@ import yaml
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.shipped import named
 from dnal_dist.common.text import spaced
 from dnal_dist.data.shards import Shards
 
@@ -76,7 +77,7 @@ def read_config(path: Path) -> Config:
         return Config(path, processes, backend, {"false": "no"}.get(precision, precision), accumulation)
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--config-file {path}: not an Accelerate config ({reason}); see recipes/accelerate") from None
+        raise InputError(f"--config-file {path}: not an Accelerate config ({reason}); see {named('recipes/accelerate')}") from None
 
 
 @dataclass

@@ -8,8 +8,9 @@ from shutil import disk_usage
 import numpy as np
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import short
-from dnal_dist.data import remote, shardlist
+from dnal_dist.data import remote
 from dnal_dist.data.images import ImageError, Transform
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
@@ -61,15 +62,10 @@ def _shards(case: Case, key: str) -> Finding:
 
 def labels(case: Case) -> Finding:
     """Labels of some samples of both splits, and the class names of the index."""
-    known, read = case.classes, []
+    known, read, unlike = case.classes, [], []
     for key in ("train", "val"):
         shards = case.shards(key)
-        names = max((len(shardlist.class_names(folder)) for folder in {path.parent for path in shards.paths}), default=0)
-        if names > known:
-            return fails(
-                f"the index of data.{key} names {names} classes, the network has {known}",
-                f"set key 'model.num_classes' to {names}, or correct the shards",
-            )
+        unlike += preflight.class_warnings(shards, known)
         samples = [sample for _, sample in _some(shards, LABELS)]
         if bad := [sample for sample in samples if isinstance(sample, Fault)]:
             tolerated = len(bad) <= case.settings.data.max_bad_fraction * len(samples)
@@ -79,6 +75,9 @@ def labels(case: Case) -> Finding:
             )
         seen = {sample.label for sample in samples}
         read.append(f"{key}: {len(seen)} of {known} classes, labels {min(seen)} to {max(seen)}, in {len(samples)} samples read")
+    if unlike:
+        found, _, remedy = unlike[0].rpartition("; ")
+        return warns(found, remedy)
     return passes("; ".join(read))
 
 
@@ -138,7 +137,7 @@ def cache(case: Case) -> Finding:
     wanted, data = sum(shards.remote_bytes for shards in case.usable), case.settings.data
     if not wanted:
         return passes("no remote shards, so no copies")
-    folder = Path(data.cache).expanduser().absolute()
+    folder = Path(expanded(data.cache)).absolute()
     cached = sum(path.stat().st_size for path in folder.glob("*.tar")) if folder.is_dir() else 0
     free, room = disk_usage(nearest(folder)).free, min(wanted, int(data.cache_gb * 1e9))
     found = f"copies of up to {short(room)} of {short(wanted)} in {folder}, {short(cached)} are there, {short(free)} are free"

@@ -22,7 +22,7 @@ def network(case: Case) -> Finding:
     preflight.check_images(case.network, data, images)
     selection.budget(case.settings.architecture, case.network, data.image_size)
     weights = model.init_from
-    if weights and not weights.startswith(PREFIX) and not Path(weights).expanduser().exists():
+    if weights and not weights.startswith(PREFIX) and not Path(weights).exists():
         return fails(
             f"key 'model.init_from': there is no {weights}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50"
         )

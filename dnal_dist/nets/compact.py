@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common import atomic
+from dnal_dist.common.files import read_regular
 from dnal_dist.nets.gated import GatedNetwork
 from dnal_dist.nets.masks import rescue
 from dnal_dist.nets.mobilenet import MobileNetV2, compact_mobilenet
@@ -37,6 +39,8 @@ _ARGUMENTS = {
     Channels: lambda m: (m.those,),
     Sum: lambda m: ([describe(branch) for branch in m.branches], m.adds, m.width, m.carry, m.stride),
 }
+# Modules of the largest description that is read, bytes of its file, and channels of the widest stream.
+MOST_MODULES, MOST_BYTES, MOST_CHANNELS = 20_000, 64 << 20, 1 << 20
 _KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
 
 
@@ -47,16 +51,40 @@ def describe(network: nn.Sequential) -> list:
 
 def build(description: list) -> nn.Sequential:
     """The network that `describe` described, freshly initialised. Raises ValueError if it is no such description."""
-    network = nn.Sequential()
+    network, modules = nn.Sequential(), 0
     for item in description:
         try:
             kind, (*arguments,) = item
             if kind == "Sum":
                 arguments[0] = [build(branch) for branch in arguments[0]]
-            network.append(_KINDS[kind](*arguments))
+            network.append(_checked(_KINDS[kind](*arguments)))
+            modules += 1
+            if modules > MOST_MODULES:
+                raise ValueError(f"more than {MOST_MODULES} modules")
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"not part of a compact network: {str(item)[:80]} ({error})") from None
     return network
+
+
+def _checked(module: nn.Module) -> nn.Module:
+    """Raise ValueError for what a constructor takes and no forward pass does, or only with more memory than there is."""
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+        names = ("kernel_size", "stride", "padding", "dilation")
+        for sizes in zip(*(_pair(getattr(module, name)) for name in names), strict=True):
+            kernel, stride, padding, dilation = sizes
+            if not (all(type(size) is int for size in sizes) and min(kernel, stride, dilation) > 0 <= padding <= kernel * dilation):
+                raise ValueError(f"{', '.join(names)} of {sizes}")
+    elif isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) != (1, 1):
+        raise ValueError(f"output_size of {module.output_size}")
+    elif isinstance(module, _BatchNorm) and not (module.eps > 0 and 0 <= (module.momentum or 0) <= 1):
+        raise ValueError(f"eps, momentum of {module.eps}, {module.momentum}")
+    elif isinstance(module, Sum) and not 0 < module.width <= MOST_CHANNELS:
+        raise ValueError(f"{module.width} channels")
+    return module
+
+
+def _pair(size) -> tuple:
+    return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
 def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
@@ -85,8 +113,11 @@ def load(folder: Path | str) -> nn.Sequential:
     """The compact network saved in `folder`, in eval mode. Raises ValueError naming the folder and what is missing or wrong."""
     folder = Path(folder)
     try:
-        description = json.loads((folder / "architecture.json").read_text())["network"]
-        network = restored(description, load_file(folder / "weights.safetensors"))
+        description = json.loads(read_regular(folder / "architecture.json", MOST_BYTES))["network"]
+        weights = folder / "weights.safetensors"
+        if weights.exists() and not weights.is_file():
+            raise ValueError(f"{weights}: not a regular file")
+        network = restored(description, load_file(weights))
     except Exception as error:
         raise ValueError(f"{folder}: no compact network can be loaded from here ({error})") from None
     return network.eval()

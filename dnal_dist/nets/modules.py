@@ -54,23 +54,34 @@ class Sum(nn.Module):
             _check_rising(channels, width)
         self.branches = nn.ModuleList(branches)
         self.adds, self.width, self.carry, self.stride = adds, width, carry, stride
-        for i, channels in enumerate([*adds, carry or []]):
-            self.register_buffer(f"_channels{i}", torch.tensor(channels, dtype=torch.long), persistent=False)
+        self.places = nn.ModuleList(_Place(channels, width) for channels in adds)
+        self.carried = nn.ModuleList([] if carry is None else [_Place(carry, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        out = None
-        if self.carry is not None:
-            out = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
-            out = self._placed(None, out, len(self.adds), len(self.carry))
-        for i, branch in enumerate(self.branches):
-            out = self._placed(out, branch(x), i, len(self.adds[i]))
-        # A view of x would let the ReLU behind it write to x.
-        return out if self.adds else out.clone()
+        out: Tensor | None = None
+        # Loops over modules, which torch.jit.script unrolls.
+        for place in self.carried:
+            out = place(x[:, :, :: self.stride, :: self.stride], out)
+            if len(self.branches) == 0:
+                # A view of x would let the ReLU behind it write to x.
+                out = out.clone()
+        for branch, place in zip(self.branches, self.places):  # noqa: B905  (torch.jit.script knows no `strict`)
+            out = place(branch(x), out)
+        assert out is not None
+        return out
 
-    def _placed(self, out: Tensor | None, part: Tensor, i: int, channels: int) -> Tensor:
-        """`out` with `part` added to the i-th list of channels."""
-        if channels == self.width:
+
+class _Place(nn.Module):
+    """Adds a part (N, len(channels), H, W) to those channels of a stream of `width`; a constant part has one pixel."""
+
+    def __init__(self, channels: list[int], width: int):
+        super().__init__()
+        self.width, self.whole = width, len(channels) == width
+        self.register_buffer("channels", torch.tensor(channels, dtype=torch.long), persistent=False)
+
+    def forward(self, part: Tensor, out: Tensor | None) -> Tensor:
+        if self.whole:
             return part if out is None else out + part
         if out is None:
-            out = part.new_zeros(part.shape[0], self.width, *part.shape[2:])
-        return out.index_add(1, getattr(self, f"_channels{i}"), part.expand(out.shape[0], -1, *out.shape[2:]))
+            out = part.new_zeros(part.size(0), self.width, part.size(2), part.size(3))
+        return out.index_add(1, self.channels, part.expand(out.size(0), part.size(1), out.size(2), out.size(3)))

@@ -6,15 +6,17 @@ python -m dnal_dist.recipe --copy FOLDER       copy the packaged recipes, sweeps
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
+from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import shipped
 from dnal_dist.recipe.loading import dump, load
 from dnal_dist.recipe.schema import Recipe
 
 
+@door
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dnal_dist.recipe", description="Check a recipe, or print the schema of all.")
     parser.add_argument(
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example architecture.penalty_weight=0.02")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     parser.add_argument(
-        "--copy", type=Path, metavar="FOLDER", help="copy the packaged recipes, sweeps and Accelerate configs into a new folder"
+        "--copy", type=argument, metavar="FOLDER", help="copy the packaged recipes, sweeps and Accelerate configs into a new folder"
     )
     args = parser.parse_intermixed_args()
     if args.schema:
@@ -33,14 +35,10 @@ def main() -> None:
         return
     if not args.recipe and not args.copy:
         parser.error("give a recipe, --schema or --copy")
-    try:
-        if args.copy:
-            _copy(args.copy)
-            return
+    if args.copy:
+        _copy(args.copy)
+    else:
         print(dump(load(args.recipe, args.overrides)), end="")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _copy(folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from dnal_dist.common import errors
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import expanded
 from dnal_dist.common.shipped import shipped
 from dnal_dist.recipe.schema import Recipe
 
@@ -16,20 +19,80 @@ _EITHER = {
     **{"epochs": "steps", "steps": "epochs", "macs": "params", "params": "macs"},
     **{"penalty_weight": "target", "target": "penalty_weight"},
 }
+# Bytes of a recipe, its values once aliases are resolved, brackets within brackets, and faults that are listed: no file may take
+# longer than a second.
+LARGEST, MOST_VALUES, DEEPEST, LISTED = 32 << 10, 4000, 20, 5
+
+
+class _Short(reprlib.Repr):
+    """Values in messages, whatever their size."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring, self.maxother = 2, 4, 4, 4, 160, 80
+
+
+_short = _Short().repr
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: 1e-4 is a number here, and a key given twice is an error."""
+    """YAML without its traps: 1e-4 is a number here, a key given twice is an error, and aliases make a document only so large."""
+
+    def construct_document(self, node):
+        if _values(node, {}) > MOST_VALUES:
+            raise _fault(f"more than {MOST_VALUES} values", node)
+        return super().construct_document(node)
+
+    def fetch_flow_collection_start(self, token):
+        # Its search for keys takes the square of the depth.
+        if self.flow_level >= DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, f"nested more than {DEEPEST} deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            # A date of month 99, a tag that lies: YAML's own constructors have no errors for these.
+            raise _fault(f"not a value ({errors.reason(error)})", node) from None
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+            raise _fault(f"key {_short(twice)} is given twice", node)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node):
+        if len(str(node.value)) > 40 or abs(value := super().construct_yaml_int(node)) >= 1 << 63:
+            raise _fault("a number of more than 18 digits", node)
+        return value
 
+
+def _fault(why: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values in a node, those of an alias wherever it stands; infinite if a node contains itself."""
+    if node not in known:
+        known[node] = float("inf")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        known[node] = 1 + sum(_values(one, known) for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+    return known[node]
+
+
+def _parsed(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises InputError, whatever the text is."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # a parser meets more than it has errors for
+        why = errors.reason(error) if not isinstance(error, RecursionError) else "nested too deep"
+        raise InputError(f"{what}: {why}") from None
 
 
 def find(name: str | Path) -> Path:
@@ -50,13 +113,19 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
     Raises InputError, a ValueError, naming the file, the key, what was expected and the remedy.
     """
-    path = find(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        path = find(expanded(str(path)))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if len(content) > LARGEST:
+        raise InputError(f"{path}: larger than the {LARGEST >> 10} kB that a recipe may be; give another file")
+    tree = _parsed(text, f"{path}: not valid YAML")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
     for override in overrides:
@@ -64,22 +133,22 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+        faults = error.errors(include_url=False)
+        more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        raise InputError(f"{path}: " + "; ".join(map(_describe, faults[:LISTED])) + more) from None
 
 
 def _override(tree: dict, override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = _short(override)
     if not equals or not key:
-        raise InputError(f"override {override!r}: expected key=value, for example architecture.penalty_weight=0.02")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from None
+        raise InputError(f"override {shown}: expected key=value, for example architecture.penalty_weight=0.02")
+    value = _parsed(text[: LARGEST + 1], f"override {shown}: not a YAML value")
     *parents, last = key.split(".")
     for parent in parents:
         tree.pop(_EITHER.get(parent), None)
         if not isinstance(tree.setdefault(parent, {}), dict):
-            raise InputError(f"override {override!r}: {parent!r} is a value, it has no keys")
+            raise InputError(f"override {shown}: {parent!r} is a value, it has no keys")
         tree = tree[parent]
     # Asking for one of two that exclude each other replaces the recipe's own.
     if other := _EITHER.get(last):
@@ -89,14 +158,14 @@ def _override(tree: dict, override: str) -> None:
 
 def _describe(error: dict) -> str:
     location = [part for part in error["loc"] if part not in ("constant", "steps", "cosine") or part == error["loc"][-1]]
-    key = ".".join(str(part) for part in location)
+    key = _short(".".join(map(str, location)))
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_suggestion(location)}; remove or rename it"
+        return f"unknown key {key}{_suggestion(location)}; remove or rename it"
     if error["type"] == "missing":
-        return f"key '{key}' is missing; add it"
+        return f"key {key} is missing; add it"
     message = error["msg"].removeprefix("Value error, ")
-    found = "" if error["type"] == "value_error" else f", found {error['input']!r}"
-    return f"key '{key}': {message[0].lower()}{message[1:]}{found}"
+    found = "" if error["type"] == "value_error" else f", found {_short(error['input'])}"
+    return f"key {key}: {message[0].lower()}{message[1:400]}{found}"
 
 
 def _suggestion(location: list[Any]) -> str:
@@ -105,7 +174,7 @@ def _suggestion(location: list[Any]) -> str:
         field = getattr(model, "model_fields", {}).get(part)
         model = field.annotation if field else None
     known = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), known, 1)
+    close = difflib.get_close_matches(str(location[-1])[:80], known, 1)
     return f" (did you mean '{close[0]}'?)" if close else f" (known here: {', '.join(known)})" if known else ""
 
 

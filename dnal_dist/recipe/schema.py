@@ -2,10 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from dnal_dist.common.paths import expanded
 from dnal_dist.recipe.learning import ArchitectureSettings, Phases
 from dnal_dist.recipe.section import FREE, FREE_AT_RESUME, FREE_IN_SETTING, OneLine, Section
+
+# A path in which ~ and $VAR are expanded when the recipe is read.
+Place = Annotated[OneLine, AfterValidator(expanded), Field(min_length=1)]
 
 
 class Network(Section):
@@ -15,7 +19,7 @@ class Network(Section):
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
-    init_from: OneLine | None = Field(None, min_length=1)
+    init_from: Place | None = None
     """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
     run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not read on a resume."""
 
@@ -46,10 +50,10 @@ class Augmentation(Section):
 
 
 class Data(Section):
-    train: str = Field(json_schema_extra=FREE_AT_RESUME)
+    train: OneLine = Field(json_schema_extra=FREE_AT_RESUME)
     """Training shards: a path with * ? [] and {000..007} patterns; several, separated by blanks; a path with
     blanks wants quotes. Also https://, s3:// and gs://."""
-    val: str = Field(json_schema_extra=FREE_AT_RESUME)
+    val: OneLine = Field(json_schema_extra=FREE_AT_RESUME)
     """Validation shards, likewise."""
     image_size: int = Field(ge=1)
     """Height and width of the images the network sees, in pixels."""
@@ -74,12 +78,13 @@ class Data(Section):
     With a number (such as 32) shards come and go, for sets that do not fit into a cache; their samples should have been shuffled
     when the shards were made."""
     workers: int = Field(2, ge=0, json_schema_extra=FREE)
-    """Loader processes for each training process; 0 loads in the training process itself."""
+    """Loader processes for each training process, no more than it has cores; 0 loads in the training process itself."""
     cache: OneLine = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
-    """Folder of this machine for copies of remote shards; its processes share it."""
+    """Folder of this machine for copies of remote shards; its processes share it. As in `train` and `val`, ~ and $VAR are those of
+    the machine that reads the shards."""
     cache_gb: float = Field(100.0, gt=0, json_schema_extra=FREE)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
-    label_key: str | None = Field(None, min_length=1)
+    label_key: OneLine | None = Field(None, min_length=1)
     """Key of the samples' .json members whose value is the label; by default the label is the text of .cls, .cls.txt or .txt, the
     first of them that a sample has. A label is the number of a class, or its name in the index of the shards."""
     exif: bool = False
@@ -156,10 +161,10 @@ class Recipe(Section):
 
     name: OneLine = Field(min_length=1, json_schema_extra=FREE_IN_SETTING)
     """What the run is called in the report and the trackers."""
-    seed: int = Field(0, ge=0, json_schema_extra=FREE_IN_SETTING)
+    seed: int = Field(0, ge=0, lt=1 << 63, json_schema_extra=FREE_IN_SETTING)
     """Fixes the initial weights, the order of samples and their augmentation."""
-    output: OneLine = Field(min_length=1, json_schema_extra=FREE)
-    """The run folder."""
+    output: Place = Field(json_schema_extra=FREE)
+    """The run folder. Here, as in every path of a recipe, ~ and $VAR are expanded."""
     model: Network
     """The network."""
     data: Data

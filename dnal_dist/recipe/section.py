@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from dnal_dist.common import errors
+
 
 class Section(BaseModel):
     """Settings shared by every part of a recipe: frozen, strict, unknown keys refused, field docstrings in the schema."""
@@ -23,8 +25,10 @@ FREE_IN_SETTING, FREE_AT_RESUME = {"free": ["setting"]}, {"free": ["resume"]}
 def _one_line(text: str) -> str:
     if re.search("[\\x00-\\x1f\\x7f-\\x9f\u2028\u2029]", text):
         raise ValueError(f"expected one line without control characters, found {text[:60]!r}")
+    if found := errors.secret_in(text):
+        raise ValueError(f"an address with {found} in it; remove that: {errors.CREDENTIALS}")
     return text
 
 
 OneLine = Annotated[str, AfterValidator(_one_line)]
-"""What reaches scripts, terminals and trackers."""
+"""What reaches scripts, terminals, run folders and trackers: no control characters, and no password."""

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, a tracker beside it, and one progress line a phase."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -107,6 +108,8 @@ class RunLog:
         if self.main and not self._file.closed:
             self._flush()
             os.fsync(self._file.fileno())
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name)):
+                raise FileNotFoundError(errno.ENOENT, "replaced while the run writes to it", self._file.name)
 
     def warn(self, message: str) -> None:
         """Print a warning, and record it unless the run has ended."""

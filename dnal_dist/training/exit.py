@@ -24,9 +24,14 @@ UPLOAD_SECONDS, HURRY_SECONDS = 60.0, 2.0
 
 
 def finish(run: Run) -> str | None:
-    """Close the run and write its report. Returns, on all processes, a message if the network misses the recipe's target."""
+    """Close the run and write its report. Returns, on all processes, a message if the network misses the recipe's target. Raises
+    InputError if the last checkpoint could not be written: the run is not finished then."""
     run_log, state = run.log, run.state
-    run.writer.finish()
+    if not run.context.from_main(run.writer.finish()):
+        raise InputError(
+            f"{run.folder}: the network is trained, but its last checkpoint cannot be written (see the warnings above); the same "
+            "command goes on from the one before"
+        )
     if not run_log.ended:
         per_phase = {phase: round(s, 3) for phase, s in state.seconds.items()}
         images = state.global_step * run.recipe.data.global_batch

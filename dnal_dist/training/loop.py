@@ -11,13 +11,16 @@ from dnal_dist.data.device import Fed, feed
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.search import schedule
-from dnal_dist.training import state, usage
+from dnal_dist.training import divergence, state, usage
 from dnal_dist.training.evaluate import evaluate
-from dnal_dist.training.metrics import Metrics, check_finite, check_skipped
+from dnal_dist.training.metrics import Metrics, check_skipped
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, weight_step
 from dnal_dist.training.stopping import Stopped
 from dnal_dist.training.usage import Clock
+
+# Classes whose accuracies are recorded one by one.
+MOST_CLASSES = 50_000
 
 
 def training_batches(run: Run, fill: bool = True) -> Generator[Fed]:
@@ -64,7 +67,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
             if position.global_step % per_epoch == 0:
                 record_receipt(run)
             if position.step % recipe.tracking.log_every == 0 or ends_epoch(run, total):
-                result = metrics.record(rate, total, position.step / per_epoch)
+                result = metrics.record(trained, rate, total, position.step / per_epoch)
                 run_log.progress(position.step, result)
             if _checkpoint_is_due(run) and not ends_epoch(run, total):
                 _save(run, trained, metrics, clock)
@@ -87,7 +90,7 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
     """Evaluate and save; at the phase's end the next phase saves instead. Returns the text of the progress line."""
     position = run.state
     with metrics.pause(), trained.gathered() as momentum:
-        accuracy = evaluate_and_record(run, position.step / run.train.steps_per_epoch)
+        accuracy = evaluate_and_record(run, position.step / run.train.steps_per_epoch, position.step == total)
         position.evaluated, position.accuracy = position.global_step, accuracy
         result = f"accuracy {accuracy:.2%}  {metrics.summary}"
         clock.record(metrics.bytes_sent() if position.step == total else None)
@@ -110,6 +113,7 @@ def _checkpoint_is_due(run: Run) -> bool:
 
 def _save(run: Run, trained: Trained, metrics: Metrics, clock: Clock) -> None:
     begun = time.monotonic()
+    divergence.check(run, run.context.sum_(divergence.flags(run, trained)))
     with metrics.pause(), trained.gathered() as momentum:
         clock.record()
         # Gathering counts as pause: training waits for it.
@@ -121,8 +125,9 @@ def delta_at(run: Run, step: int) -> float:
     return schedule.delta_at(run.recipe.phases.search, run.recipe.architecture, step, run.train.steps_per_epoch)
 
 
-def evaluate_and_record(run: Run, epoch: float) -> float:
-    """Accuracy of the current network on the validation set. Nothing is recorded if a stop interrupts the evaluation."""
+def evaluate_and_record(run: Run, epoch: float, ends_phase: bool) -> float:
+    """Accuracy of the current network on the validation set, recorded by class too at a phase's end. Nothing is recorded if a stop
+    interrupts the evaluation."""
     run.context.average_statistics(run.network)
     gates, step = None, run.state.step
     if run.state.phase == "search":
@@ -134,9 +139,10 @@ def evaluate_and_record(run: Run, epoch: float) -> float:
     if gates is not None:
         record_gates(run, delta)
     check_skipped(run, found.bad, run.val, "data.val")
-    check_finite(run, found.cross_entropy)
-    values = {k: round(v, 6) for k, v in found._asdict().items() if k != "bad"}
-    run.log.record("eval", phase=run.state.phase, step=step, epoch=round(epoch, 4), **values)
+    divergence.check(run, [], found.cross_entropy)
+    values = {k: round(v, 6) for k, v in found._asdict().items() if k not in ("bad", "per_class")}
+    classes = found.per_class if ends_phase and len(found.per_class) <= MOST_CLASSES else None
+    run.log.record("eval", phase=run.state.phase, step=step, epoch=round(epoch, 4), **values, per_class=classes)
     return found.accuracy
 
 

@@ -1,7 +1,6 @@
 """Training metrics since the last record: means over all processes, speed, traffic, and skipped images."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 
@@ -14,8 +13,10 @@ from dnal_dist.common.span import spanned
 from dnal_dist.data.device import Fed
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.distributed.traffic import Traffic
+from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import cost
 from dnal_dist.search import schedule
+from dnal_dist.training import divergence
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome
 
@@ -36,23 +37,6 @@ def check_skipped(run: Run, skipped: list[str], stream: Stream, key: str) -> Non
     if not known.issuperset(skipped):
         run.log.warn(f"skipped {len(skipped)} of {stream.samples} samples of {key}: {named}")
     known.update(skipped)
-
-
-def check_finite(run: Run, cross_entropy: float) -> None:
-    """Raise InputError if the loss is not finite, before that is saved."""
-    if math.isfinite(cross_entropy):
-        return
-    phase = run.state.phase
-    if run.state.global_step == 0:
-        raise InputError(
-            f"key 'model.init_from': with the weights of {run.recipe.model.init_from} the loss on data.val is {cross_entropy}; "
-            "give others"
-        )
-    raise InputError(
-        f"the loss is {cross_entropy} in {phase} after {run.state.step} steps; lower phases.{phase}.optimizer.lr and resume "
-        f"from the last checkpoint, which is from before, by --allow-changed phases.{phase} outside of SLURM, or remove "
-        "the folder to start again"
-    )
 
 
 def total_bytes(sent: int | None, steps: dict[str, int], measured: dict[str, int]) -> int | None:
@@ -166,16 +150,17 @@ class Metrics:
         self.paused += time.monotonic() - begun
 
     @spanned("logging")
-    def record(self, rate: float, total: int, epoch: float) -> str:
-        """Record the means since the last record and return them as text. Raises InputError if the loss is not finite or too many
+    def record(self, trained: Trained, rate: float, total: int, epoch: float) -> str:
+        """Record the means since the last record and return them as text. Raises InputError if training diverged or too many
         images were skipped."""
         run, position = self.run, self.run.state
-        cross_entropy, correct, images, penalty, penalties, skipped = run.context.sum_(self.sums).tolist()
+        found = run.context.sum_(torch.cat([self.sums, divergence.flags(run, trained)])).tolist()
+        (cross_entropy, correct, images, penalty, penalties, skipped), diverged = found[:6], found[6:]
         if skipped:
             check_skipped(run, self._all_skipped(), run.train, "data.train")
-        check_finite(run, cross_entropy)
         images = max(images, 1)
         cross_entropy = cross_entropy / images
+        divergence.check(run, diverged, cross_entropy, divergence.HIGHEST_LOSS)
         # Each process added the same penalty once a step.
         penalty = penalty / penalties if penalties else None
         # A weight in closed loop changes with every step, its sign too, so the loss is the cross-entropy alone.

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 from safetensors import SafetensorError
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.phases import Phase
 from dnal_dist.common.span import attached, span, spanned
 from dnal_dist.data.device import Fed
@@ -49,7 +49,7 @@ def pretrain(run: Run, batches: Generator[Fed]) -> None:
     """Weights only, without gates; skipped if the recipe gives it no iterations."""
     source = run.recipe.model.init_from
     if source and run.state.step == 0:
-        run.log.print(f"accuracy {evaluate_and_record(run, epoch=0.0):.2%} with the weights of {source}")
+        run.log.print(f"accuracy {evaluate_and_record(run, 0.0, ends_phase=False):.2%} with the weights of {source}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
     enter(run, "search")
@@ -125,7 +125,8 @@ def _write_compact(run: Run) -> None:
             compact.save(run.compact, run.folder / "compact", **facts, **data)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{run.folder / 'compact'}: cannot be written ({error}); make room, then use the same command again", local=True
+                f"{run.folder / 'compact'}: cannot be written ({reason(error)}); {remedy(error)}, then use the same command again",
+                local=True,
             ) from None
 
 

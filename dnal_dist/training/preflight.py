@@ -45,6 +45,21 @@ def check_shards_agree(shards: Shards, context: Context) -> None:
             )
 
 
+def class_warnings(shards: Shards, classes: int) -> list[str]:
+    """The warning of a network with more classes than the index names. Raises InputError for one with fewer."""
+    names = shards.class_names()
+    if names > classes:
+        raise InputError(
+            f"key 'model.num_classes': the index of {shards.key} names {names} classes, the network has {classes}; set it to "
+            f"{names}, or correct the index"
+        )
+    if not 0 < names < classes:
+        return []
+    return [
+        f"key 'model.num_classes': the network has {classes} classes, the index of {shards.key} names {names}; set it to {names}"
+    ]
+
+
 def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:
     """The search must contain an architecture step."""
     phase = settings.phases.search

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from dnal_dist.recipe import Recipe
 PREFIX = "torchvision:"
 # Networks by torchvision's name, with ours.
 TORCHVISION = {"vgg16_bn": "vgg16_imagenet", "resnet50": "resnet50_imagenet", "mobilenet_v2": "mobilenetv2_imagenet"}
+# What wrappers of other programs put before the names of a network's tensors.
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema.", "state_dict.", "model_state_dict.", "model_ema.", "network.", "net.")
 KEY = "key 'model.init_from'"
 
 
@@ -81,7 +83,7 @@ def _read(settings: Recipe) -> Source:
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)
     # os.path, unlike Path, answers for names that no file can have.
-    path = Path(os.path.expanduser(source))
+    path = Path(source)
     if os.path.isdir(path):
         return _saved(path, Path(settings.output))
     if not os.path.exists(path):
@@ -89,6 +91,8 @@ def _read(settings: Recipe) -> Source:
         raise InputError(f"{KEY}: there is no {path}; give a run folder, a checkpoint's, a .safetensors file, or one of {known}")
     if path.suffix != ".safetensors":
         raise InputError(f"{KEY}: {path} is no .safetensors file, the only kind that is read; write its state dict as one")
+    if not os.path.isfile(path):
+        raise InputError(f"{KEY}: {path} is not a regular file; give the .safetensors file itself")
     try:
         return Source(load_file(path), str(path), [])
     except Exception as error:  # what a damaged file makes of its reader is not known beforehand
@@ -159,6 +163,7 @@ def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:
     """
     own = network.state_dict()
     theirs = torchvision_names(network, model)
+    source = _without_prefixes(source, own.keys() | theirs.keys())
     by_theirs = len(theirs.keys() & source.tensors.keys()) > len(own.keys() & source.tensors.keys())
     names = theirs if by_theirs else {name: name for name in own}
     # Weights published before PyTorch counted batches lack the counts, which nothing here depends on.
@@ -170,11 +175,23 @@ def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:
     found = {names[name]: tensor for name, tensor in source.tensors.items()}
     if by_theirs:
         found = _passing(network, own.keys() - theirs.values()) | found
-    warnings = _without_other_classes(network, own, found, source.origin)
+    warnings = source.warnings + _without_other_classes(network, own, found, source.origin)
     for name, tensor in found.items():
         found[name] = _checked(name, tensor, own[name], source.origin)
     network.load_state_dict(own | found)
     return warnings
+
+
+def _without_prefixes(source: Source, known: Set[str]) -> Source:
+    """The source without what other programs put before all names: a wrapper's name, or that of the entry of a larger file."""
+    found, removed = source.tensors, ""
+    while found and not known & found.keys():
+        head = next((head for head in PREFIXES if all(name.startswith(head) for name in found)), None)
+        if head is None:
+            return source
+        found, removed = {name.removeprefix(head): tensor for name, tensor in found.items()}, removed + head
+    said = [f"{source.origin}: all names begin with {removed!r}, which is left out"] if removed else []
+    return Source(found, source.origin, said)
 
 
 def _few(names: list[str]) -> str:

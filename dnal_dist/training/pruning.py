@@ -37,7 +37,7 @@ def prune(run: Run) -> None:
     facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.state.mask}
     run.log.record("prune", kept=kept, full=full, compact=small, **selected_by, **facts)
     try:
-        accuracy = evaluate_and_record(run, epoch=0.0)
+        accuracy = evaluate_and_record(run, epoch=0.0, ends_phase=True)
     except Stopped as stopped:
         # The run resumes from the checkpoint before, and prunes again.
         run.log.record("stop", phase="prune", step=0, reason=str(stopped))

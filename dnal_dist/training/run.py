@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
 from torch import Tensor, nn
 
 from dnal_dist.checkpoint.format import PendingMetrics, RunState
 from dnal_dist.checkpoint.writer import Writer
+from dnal_dist.common.lock import Lock
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.context import Context
@@ -39,7 +39,7 @@ class Run:
     """The cost range that the recipe's target allows; None if the recipe sets a penalty weight."""
     writer: Writer
     stops: StopPoll
-    lock: FileLock | None
+    lock: Lock | None
     """Lock on the run folder, held by the main process."""
     resumed: bool = False
     """Whether the run started from a checkpoint."""

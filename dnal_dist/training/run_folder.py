@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
-
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.checkpoint.writer import UNWRITTEN
 from dnal_dist.common import atomic
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason, remedy
+from dnal_dist.common.lock import WITHOUT_LOCKS, Lock
 from dnal_dist.common.span import spanned
 from dnal_dist.distributed.context import Context
 
@@ -42,7 +41,7 @@ class Opened(NamedTuple):
     """Warnings about damage."""
     changed: dict[str, list]
     """Keys of the recipe that changed since, with both values."""
-    lock: FileLock | None
+    lock: Lock | None
     """Held by the main process until the run ends."""
 
 
@@ -84,7 +83,7 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
     try:
         _check_owned(folder, _products(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock, weaker = _lock(folder)
         # Listed after locking: the previous holder may have written until then.
         products = _products(folder)
         for unclean in (folder, folder / "checkpoints"):
@@ -104,9 +103,9 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
             lock.release()
         if isinstance(error, InputError) or not isinstance(error, OSError | ValueError):
             raise
-        why = getattr(error, "strerror", None) or error
+        why = reason(error).removeprefix(f"{folder}: ")
         raise InputError(f"key 'output': {folder} cannot be written ({why}); name another folder") from None
-    return path, Opened(saved, faults, changed, lock)
+    return path, Opened(saved, [*weaker, *faults], changed, lock)
 
 
 def inspect(folder: Path, settings: recipe.Recipe, overwrite: bool = False) -> tuple[Checkpoint | None, list[str]]:
@@ -158,7 +157,7 @@ def write_recipe(folder: Path, settings: recipe.Recipe) -> None:
     try:
         atomic.replace(folder / "recipe.yaml", recipe.dump(settings).encode())
     except OSError as error:
-        raise InputError(f"key 'output': {folder} cannot be written ({error.strerror}); make room", local=True) from None
+        raise InputError(f"key 'output': {folder} cannot be written ({reason(error)}); {remedy(error)}", local=True) from None
 
 
 def private_temp(folder: Path, rank: int, world_size: int) -> None:
@@ -185,15 +184,16 @@ def _products(folder: Path) -> list[str]:
     return [name for name in PRODUCTS if os.path.lexists(folder / name)]
 
 
-def _lock(folder: Path) -> FileLock | None:
-    lock = FileLock(folder / ".lock")
+def _lock(folder: Path) -> tuple[Lock | None, list[str]]:
+    """The lock of the folder, and what is to be said about its file system."""
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
+        return Lock(folder / ".lock", LOCK_SECONDS), []
+    except TimeoutError:
         raise InputError(f"key 'output': another process trains in {folder}; wait for its end, or name another folder") from None
-    except NotImplementedError:
-        return None  # a file system without locks
-    return lock
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return None, [f"{folder}: its file system has no locks ({error.strerror}); see that only one run at a time trains there"]
 
 
 def _start_again(folder: Path, products: list[str], settings: recipe.Recipe, allowed: Sequence[str]) -> list[str]:
@@ -261,8 +261,9 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
     refused = [key for key in changed if key in FIXED or not recipe.is_free(key, set(allowed))]
     if refused:
         diff = "".join(f"\n  - {key}: {changed[key][0]}\n  + {key}: {changed[key][1]}" for key in refused)
-        hint = " ".join(f"--allow-changed {key}" for key in refused if key not in FIXED)
-        options = f"{hint} or --overwrite" if hint else "--overwrite"
+        fixed = [key for key in refused if key in FIXED]
+        hint = " ".join(f"--allow-changed {key}" for key in refused)
+        options = f"--overwrite: {', '.join(fixed)} can never change" if fixed else f"{hint} or --overwrite"
         raise InputError(
             f"{folder}: the recipe has changed since the run began:{diff}\n"
             f"undo that, or name another output=..., or remove the folder (outside of SLURM: {options})"

@@ -95,6 +95,7 @@ def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[St
         few = f"{context.idle_gpus} GPU for {context.world_size} processes"
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     own = [line for stream in streams for line in (*stream.shards.warnings, *stream.shards.without_reader())]
+    own += [line for stream in streams for line in preflight.class_warnings(stream.shards, stream.shards.num_classes)]
     for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
 
@@ -121,6 +122,7 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
 
     found = stream("train", True), stream("val", False)
     for one in found:
+        preflight.class_warnings(one.shards, classes)
         preflight.check_shards_agree(one.shards, context)
     return found
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from datetime import datetime
@@ -108,7 +109,7 @@ class StopPoll:
         if self.context.main and self.stop_file is not None and os.path.exists(self.stop_file):
             reasons[2] = f"{self.stop_file} is there"
         if self.context.main and self.until is not None and time.time() > self.until - margin:
-            reasons[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit"
+            reasons[3] = f"{max(0.0, self.until - time.time()):.0f} s are left of the time limit (--max-time, or the SLURM job)"
         return reasons
 
     def _next(self, passed: float) -> int:
@@ -134,7 +135,8 @@ def duration(text: str) -> float:
 def end_of_job() -> float | None:
     """When SLURM will end the job that this process belongs to, in seconds since 1970; None if there is no job or no end."""
     if end := os.environ.get("SLURM_JOB_END_TIME", ""):
-        return float(end) if end.isdecimal() else None
+        # A job that is past its end is being ended by signals; a variable of another job would stop each start after one step.
+        return float(end) if end.isdecimal() and float(end) > time.time() else None
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
@@ -151,4 +153,6 @@ def limit(max_time: str | None) -> float | None:
         own = None if max_time is None else psutil.Process().create_time() + duration(max_time)
     except ValueError as error:
         raise InputError(f"--max-time: {error}") from None
+    if (end := os.environ.get("SLURM_JOB_END_TIME", "")) and end_of_job() is None:
+        print(f"warning: SLURM_JOB_END_TIME={end} is over, left by another job: it is ignored; unset it", file=sys.stderr)
     return min((end for end in (own, end_of_job()) if end is not None), default=None)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
@@ -195,7 +194,7 @@ def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here,
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
 
 
-@pytest.mark.parametrize("what", ["listdir", "read_bytes"])
+@pytest.mark.parametrize("what", ["listdir", "read_regular"])
 def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(train_here, short, digits, monkeypatch, what):
     """Nothing is set aside, and nothing begins anew, over an error that may be gone in a minute."""
     before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
@@ -204,7 +203,7 @@ def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(train_here, s
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os if what == "listdir" else Path, what, fail)
+        patch.setattr(checkpoint.os if what == "listdir" else checkpoint, what, fail)
         ended = train_here(*arguments(digits, short, *SHORT))
     assert ended.code == 2 and "(Input/output error)" in ended.err, ended
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before

@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused and in which words, and that every field is documented."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,77 @@ def test_schema_command_writes_a_schema_that_the_recipes_meet():
 def test_recipe_imports_nothing_heavy():
     code = "import sys, dnal_dist.recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BOMB = "x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("seed: 2020-99-99", r"month must be in 1\.\.12.* line 1"),
+        ("seed: 0x_", r"invalid literal.* line 1"),
+        (f"seed: {'9' * 5000}", "more than 18 digits"),
+        (f"seed: {'9' * 30}", "more than 18 digits"),
+        ('seed: !!int "abc"', "not a value"),
+        ("seed: !!map abc", "expected a mapping"),
+        ("seed: !!timestamp abc", "not a value"),
+        ("seed: &a [*a]", "more than 4000 values"),
+        (f"{BOMB}name: *x9", "more than 4000 values"),
+        ("".join(f"key{number}: 1\n" for number in range(20_000)), "larger than the 32 kB"),
+        ("".join(f"k{number}: 1\n" for number in range(1500)), r"key 'name' is missing; .*; and 15\d\d more"),
+        ("[" * 20_000, "nested more than 20 deep"),
+        ("- " * 10_000, "nested too deep"),
+        ("name: [[[[[[[[1]]]]]]]]", r"key 'name'.*, found \[\[\[\.\.\.\]\]\]"),
+        (f"name: {'x' * 10_000}\nseed: {'y' * 10_000}", r"key 'seed': .*, found 'y+\.\.\.y+'"),
+        ('name: "nice\\ntouch PWNED\\n# "', r"key 'name': expected one line without control characters"),
+        ("output: https://user:hunter-2@host/x", r"key 'output': an address with a user or password in it; remove that"),
+        ("data: {train: ['s3://b/x?sig=hunter-2=']}", r"'data\.train': input should be a valid string"),
+        ("data: {train: 's3://b/x?sig=hunter-2='}", r"key 'data\.train': an address with a query string in it"),
+    ],
+    ids=lambda _: "",
+)
+def test_whatever_a_file_holds_is_told_in_a_short_line(tmp_path, text, told):
+    with pytest.raises(errors.InputError, match=told) as caught:
+        load(tmp_path, text)
+    assert len(str(caught.value)) < 2000 and "hunter" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_text_breaks_the_reader(tmp_path):
+    """Recipes with random changes of characters, lines and values are read or refused, and never anything else."""
+    draw, whole, seen = random.Random(7), DIGITS.read_text(), set()
+    pieces = [
+        "&a ",
+        "*a",
+        "!!int ",
+        "!!binary ",
+        "? ",
+        ": ",
+        "- ",
+        "[",
+        "{",
+        "}",
+        "'",
+        '"',
+        "|\n",
+        "<<: ",
+        "\t",
+        "\0",
+        "0x",
+        "1e",
+        "~",
+        "\u2028",
+    ]
+    for _ in range(300):
+        text = whole
+        for _ in range(draw.randint(1, 6)):
+            at, to = draw.randrange(len(text)), draw.randrange(30)
+            text = text[:at] + draw.choice([*pieces, "", text[at : at + to] * 3]) + text[at + draw.randrange(4) :]
+        try:
+            seen.add(type(load(tmp_path, text)))
+        except errors.InputError as error:
+            seen.add(type(error))
+            assert len(str(error)) < 4000
+    assert seen == {recipe.Recipe, errors.InputError}

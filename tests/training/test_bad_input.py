@@ -71,9 +71,9 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["data.val=nowhere/x-{0..3}.tar"], r"key 'data\.val': no shard matches 'nowhere/x-0\.tar'"),
         (["data.train=''"], r"key 'data\.train': expected the path of shards"),
         (["data.train='x-{0..3.tar'"], r"key 'data\.train': 'x-\{0\.\.3\.tar' is not a pattern"),
-        (["data.train=x-${NOWHERE}.tar"], r"key 'data\.train': no shard matches 'x-"),
+        (["data.train=x-${NOWHERE}.tar"], r"key 'data\.train': the variable NOWHERE in 'x-"),
         (["data.train=ftp://example.org/x.tar"], r"key 'data\.train': shards are read from local paths, .*, not from 'ftp'"),
-        (["data.train=https://me:secret@example.org/x.tar"], r"key 'data\.train': a https:// URL with a user or password in it"),
+        (["data.train=https://me:secret@example.org/x.tar"], r"key 'data\.train': an address with a user or password in it"),
         (["data.train=/"], r"/: not a file; correct key 'data\.train'"),
     ],
 )
@@ -171,9 +171,8 @@ def test_a_folder_with_other_files_is_no_obstacle(train, folder):
         ("{}/file", "File exists"),
         ("{}/file/below", "Not a directory"),
         ("{}/" + "x" * 300, "File name too long"),
-        ('"{}/\\0"', "embedded null byte"),
     ],
-    ids=["a file", "below a file", "a long name", "a null byte"],
+    ids=["a file", "below a file", "a long name"],
 )
 def test_a_folder_that_cannot_be_written(train, folder, output, why):
     (folder / "file").write_text("mine")

@@ -101,7 +101,10 @@ def test_a_signal_before_training_ends_it_there(train_command, digits, tmp_path)
 def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits, tmp_path):
     run = tmp_path / "run"
     ended = train_command(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", "25s")
-    assert ended.returncode == stopping.STOPPED and "s are left of the time limit) in pretrain" in ended.stderr, ended.stderr
+    assert (
+        ended.returncode == stopping.STOPPED
+        and "s are left of the time limit (--max-time, or the SLURM job)) in pretrain" in ended.stderr
+    ), ended.stderr
     # At the stop; the checkpoint was written after it.
     assert float(re.search(r"\((\d+) s are left", ended.stderr)[1]) >= 4
     assert checkpoint.latest(run / "checkpoints")[1].state.global_step == records(run, "train")[-1]["global_step"]

