@@ -58,7 +58,7 @@ def _warn_of_classes(settings: recipe.Recipe, net: "GatedNetwork") -> None:
             folders = {path.parent for path in expand(words, key)[1]} if "://" not in words else ()
             names = max((len(class_names(folder)) for folder in folders), default=0)
             if names not in (0, net.num_classes):
-                print(f"warning: the network has {net.num_classes} classes, the index of data.{key} names {names}", file=sys.stderr)
+                print(f"warning: the index of data.{key} names {names} classes, the network has {net.num_classes}", file=sys.stderr)
 
 
 def _kept(folder: Path, net: "GatedNetwork") -> "Tensor | None":

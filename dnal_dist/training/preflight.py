@@ -48,16 +48,12 @@ def check_shards_agree(shards: Shards, context: Context) -> None:
 def class_warnings(shards: Shards, classes: int) -> list[str]:
     """The warning of a network with more classes than the index names. Raises InputError for one with fewer."""
     names = shards.class_names()
+    remedy = f"set 'model.num_classes' to {names}, or correct the index"
     if names > classes:
-        raise InputError(
-            f"key 'model.num_classes': the index of {shards.key} names {names} classes, the network has {classes}; set it to "
-            f"{names}, or correct the index"
-        )
+        raise InputError(f"the index of {shards.key} names {names} classes, the network has {classes}; {remedy}")
     if not 0 < names < classes:
         return []
-    return [
-        f"key 'model.num_classes': the network has {classes} classes, the index of {shards.key} names {names}; set it to {names}"
-    ]
+    return [f"the index of {shards.key} names {names} classes, the network has {classes}, some of which are never right; {remedy}"]
 
 
 def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:
