@@ -49,13 +49,15 @@ def _print(folder: Path, found: list[dict]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    # Uncut, whatever the width; colours on a terminal only.
+    # Uncut, whatever the width; colours on a terminal only. Captured, since rich has an exit code of its own for a closed pipe.
     console, lines = Console(soft_wrap=True, highlight=False), [cells(one, folder) for one in found]
     widths = [max(map(len, column)) for column in zip(HEAD, *lines, strict=True)]
     colours = ["bold", *(COLOURS.get(one["state"], "") for one in found)]
-    for line, colour in zip([HEAD, *lines], colours, strict=True):
-        words = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
-        console.print(Text("  ".join(words).rstrip(), colour))
+    with console.capture() as captured:
+        for line, colour in zip([HEAD, *lines], colours, strict=True):
+            words = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+            console.print(Text("  ".join(words).rstrip(), colour))
+    print(captured.get(), end="")
     if any(one.get("warnings") for one in found):
         print(WARNINGS)
 

@@ -11,11 +11,14 @@ from dnal_dist.common import text
 from dnal_dist.report import pareto, published, records, seeds
 from dnal_dist.report.pareto import Point
 from dnal_dist.report.records import NoRecord, Run
+from dnal_dist.report.run_list import found_in
 from dnal_dist.report.seeds import value_text
 
 # Of the keys in which rows differ, those of these parts are named first.
 PARTS = ("model", "architecture", "phases", "training", "data")
 MOST_KEYS = 5
+# Folders between one that is given and its runs, and the run folder itself.
+DEEP = 2
 # The numbers of a run that a row has means of; shares, counts, seconds.
 MEASURES = ("accuracy", "top5", "macs", "macs_ratio", "params", "params_ratio", "seconds")
 
@@ -48,6 +51,11 @@ class Row:
             if len(self.finished) > 1 and self.mean(name) is not None
             else None
         )
+
+    @property
+    def priced(self) -> bool:
+        """Whether its costs are known by the paper's rule."""
+        return self.mean("paper_macs") is not None and self.mean("full_macs") is not None
 
     @property
     def collapsed(self) -> list[Run]:
@@ -84,18 +92,21 @@ class Comparison:
     @cached_property
     def tables(self) -> dict[str, published.Published]:
         """The published tables that have a row of these runs, by network."""
-        names = dict.fromkeys(row.settings.get("model.name") for row in self.rows if row.mean("paper_macs") is not None)
+        names = dict.fromkeys(row.settings.get("model.name") for row in self.rows if row.priced)
         return {name: published.tables()[name] for name in names if name in published.tables()}
 
     def among(self, name: str) -> list[tuple[published.Row, Row | None]]:
         """The rows of a published table with those of its network's runs among them, largest first."""
         table = self.tables[name]
         keys = [key for key in self.keys if key != "model.name"]
-        mine = [(_published_row(row, table, _named(row, keys, bool(self.keys))), row) for row in self._of(name)]
+        mine = []
+        for row in self._of(name):
+            means, stds = ({key: value for key in row.measures[0] if (value := of(key)) is not None} for of in (row.mean, row.std))
+            mine.append((published.own_row(row.finished[0], table, means, stds, _named(row, keys, bool(self.keys))), row))
         return sorted([*((row, None) for row in table.rows), *mine], key=lambda pair: -table.size(pair[0]))
 
     def _of(self, name: str) -> list[Row]:
-        return [row for row in self.rows if row.settings.get("model.name") == name and row.mean("paper_macs") is not None]
+        return [row for row in self.rows if row.settings.get("model.name") == name and row.priced]
 
     def differences(self, name: str) -> list[str]:
         """How the set-up of a network's runs differs from the published one."""
@@ -146,14 +157,6 @@ def _named(row: Row, keys: list[str], told: bool) -> str:
     return f"{words} (collapsed)".lstrip() if row.collapsed else words
 
 
-def _published_row(row: Row, table: published.Published, label: str) -> published.Row:
-    full, compact = ({key: row.mean(f"{which}_{key}") for key in ("macs", "params")} for which in ("full", "paper"))
-    told = {"macs": "paper_macs", "params": "paper_params", "top1": "accuracy", "top5": "top5"}
-    stds = {key: std for key, name in told.items() if (std := row.std(name)) is not None}
-    top = {"top1": row.mean("accuracy"), "top5": row.mean("top5")}
-    return published.own_row(row.finished[0], table, full, compact, **top, stds=stds, label=label)
-
-
 def compare(given: list[str | Path]) -> Comparison:
     """Compare runs, each given by its own folder or by one of a sweep, whose runs lie within (at most two folders down).
 
@@ -189,7 +192,7 @@ def gather(given: list[Path]) -> list[Path]:
         if path.is_file() and path.parent.is_dir() and path.name in OUTPUTS:
             # A shell's * meets what an earlier comparison left.
             continue
-        within = [path] if _is_run(path) else _within(path)
+        within = list(found_in(path, DEEP))
         if not within and path.name == "submit" and path.is_dir():
             # So does it what slurm/submit.py keeps of a sweep.
             continue
@@ -207,20 +210,7 @@ OUTPUTS = ("comparison.html", "comparison.md", "comparison.csv", "pareto.svg", "
 
 def is_sweep(path: Path) -> bool:
     """Whether it is a folder that holds runs and is none itself."""
-    return not _is_run(path) and bool(_within(path))
-
-
-def _is_run(path: Path) -> bool:
-    # The last: of one that has been submitted, and waits.
-    return any((path / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "submit/jobs.jsonl"))
-
-
-def _within(path: Path) -> list[Path]:
-    found = []
-    for inner in sorted(folder for folder in path.glob("*") if folder.is_dir()) if path.is_dir() else []:
-        deeper = [] if _is_run(inner) else sorted(folder for folder in inner.glob("*") if folder.is_dir() and _is_run(folder))
-        found += [inner] if _is_run(inner) else deeper
-    return found
+    return path not in (found := list(found_in(path, DEEP))) and bool(found)
 
 
 def _parent(folders: list[Path]) -> Path:
@@ -240,21 +230,8 @@ def differing(rows: list[Row]) -> list[str]:
 def _row(runs: list[Run]) -> Row:
     summaries = [(run, records.summary(run)) for run in runs]
     finished = [run for run, result in summaries if result["finished"]]
-    measures = [_measures(run, result) for run, result in summaries if result["finished"]]
+    measures = [published.measures(run, result) for run, result in summaries if result["finished"]]
     return Row(seeds.settings(runs[0]), finished, [run for run, result in summaries if not result["finished"]], measures)
-
-
-def _measures(run: Run, result: dict) -> dict[str, float]:
-    found = published.accuracy(run)
-    known = {"accuracy": found.get("accuracy"), "top5": found.get("top5"), "seconds": result["seconds"]}
-    for key in ("macs", "params"):
-        known |= {
-            key: result.get("compact", {}).get("exact", {}).get(key),
-            f"{key}_ratio": result.get(f"{key}_ratio"),
-            f"paper_{key}": result.get("compact", {}).get("paper", {}).get(key),
-            f"full_{key}": result.get("full", {}).get("paper", {}).get(key),
-        }
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def validation(run: Run) -> str:

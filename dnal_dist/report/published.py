@@ -13,6 +13,7 @@ from dnal_dist.report.records import Run
 from dnal_dist.report.tables import Table
 
 HEADS = {"flops": "FLOPs", "params": "parameters", "top1": "top-1", "top5": "top-5", "search": "search", "epochs": "epochs"}
+UNITS = {"G": 1e9, "M": 1e6}
 OWN = "this run"
 OWNS = "ours"
 
@@ -113,23 +114,18 @@ class Place:
 @cache
 def tables() -> dict[str, Published]:
     """Every table of the paper by the name of its network."""
+    from pydantic import TypeAdapter
+
     text = files("dnal_dist.report").joinpath("published.yaml").read_text("utf-8")
     # Digits are what is published: a loader that makes numbers of them would lose the last of 0.060.
-    return {network: _table(network, entry) for network, entry in yaml.load(text, yaml.BaseLoader)["tables"].items()}
-
-
-def _table(network: str, entry: dict) -> Published:
-    numbers = {key: int(entry[key]) for key in ("num_classes", "image_size")}
-    images = {key: int(count) for key, count in entry["images"].items()}
-    return Published(network, **entry | numbers | {"images": images, "rows": [_row(row) for row in entry["rows"]]})
-
-
-def _row(entry: dict) -> Row:
-    figures = {}
-    for key in ("flops", "params"):
-        if isinstance(entry.get(key), list):
-            figures[key], figures[f"{key}_ratio"] = entry[key]
-    return Row(**entry | figures)
+    found = yaml.load(text, yaml.BaseLoader)["tables"]
+    for network, table in found.items():
+        table["network"] = network
+        for row in table["rows"]:
+            for key in ("flops", "params"):
+                if isinstance(row.get(key), list):
+                    row[key], row[f"{key}_ratio"] = row[key]
+    return TypeAdapter(dict[str, Published]).validate_python(found)
 
 
 def place(run: Run, result: dict) -> Place | None:
@@ -138,7 +134,7 @@ def place(run: Run, result: dict) -> Place | None:
     table = tables().get(name) if isinstance(name, str) else None
     if table is None:
         return None
-    own = _own(run, result, table) if _priced(result) else None
+    own = own_row(run, table, measures(run, result), {}) if _priced(result) else None
     rows = table.among([own] if own else [])
     found = differences(run, table)
     return Place(table, rows, own, found, _remarks(run, result, table, found))
@@ -149,47 +145,43 @@ def _priced(result: dict) -> bool:
     return all("paper" in result.get(which, {}) for which in ("full", "compact"))
 
 
-def _own(run: Run, result: dict, table: Published) -> Row:
-    found = accuracy(run)
-    figures = {which: result[which]["paper"] for which in ("full", "compact")}
-    return own_row(run, table, **figures, top1=found.get("accuracy"), top5=found.get("top5"))
+def measures(run: Run, result: dict) -> dict[str, float]:
+    """A run's numbers, a key absent that is not known: accuracy, top5, seconds; macs, params and their ratio to the full network's
+    by the exact rule; paper_ and full_ macs and params of the compact and the full network by the paper's."""
+    found, compact, full = accuracy(run), result.get("compact", {}), result.get("full", {})
+    known = {"accuracy": found.get("accuracy"), "top5": found.get("top5"), "seconds": result["seconds"]}
+    for key in ("macs", "params"):
+        known |= {
+            key: compact.get("exact", {}).get(key),
+            f"{key}_ratio": result.get(f"{key}_ratio"),
+            f"paper_{key}": compact.get("paper", {}).get(key),
+            f"full_{key}": full.get("paper", {}).get(key),
+        }
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def own_row(
-    run: Run,
-    table: Published,
-    full: dict,
-    compact: dict,
-    top1: float | None,
-    top5: float | None,
-    stds: dict | None = None,
-    label: str | None = None,
-) -> Row:
-    """A run as a row, or several that are set up as `run`, of means.
-
-    full, compact: {"macs", "params"} by the paper's rule; top1, top5: shares, None where not known. stds: the standard
-    deviations, if they are means, {"macs", "params", "top1", "top5"}; label: what distinguishes these runs
-    from others; None for a run that is alone.
-    """
-    costs, spreads, stds = {}, {}, stds or {}
+def own_row(run: Run, table: Published, means: dict[str, float], stds: dict[str, float], label: str | None = None) -> Row:
+    """A run as a row, or several that are set up as `run`, by the means and standard deviations of their `measures`. label: what
+    distinguishes these runs from others; None for a run that is alone."""
+    costs, spreads = {}, {}
     for column, key in (("flops", "macs"), ("params", "params")):
         if column in table.columns:
-            unit, like = {"G": 1e9, "M": 1e6}[table.columns[column]], getattr(table.baseline, column)
-            costs[column] = _figure(compact[key] / unit, like)
-            if compact[key] and getattr(table.baseline, f"{column}_ratio"):
-                costs[f"{column}_ratio"] = f"{full[key] / compact[key]:.2f}"
-            if key in stds:
-                spreads[column] = f"{stds[key] / unit:.{len(costs[column].partition('.')[2])}f}"
+            compact, unit, like = means[f"paper_{key}"], UNITS[table.columns[column]], getattr(table.baseline, column)
+            costs[column] = _figure(compact / unit, like)
+            if compact and getattr(table.baseline, f"{column}_ratio"):
+                costs[f"{column}_ratio"] = f"{means[f'full_{key}'] / compact:.2f}"
+            if f"paper_{key}" in stds:
+                spreads[column] = f"{stds[f'paper_{key}'] / unit:.{len(costs[column].partition('.')[2])}f}"
+    for column, key in (("top1", "accuracy"), ("top5", "top5")):
+        costs |= {column: f"{100 * means[key]:.2f}"} if key in means else {}
+        spreads |= {column: f"{100 * stds[key]:.2f}"} if key in stds else {}
     weight = run.setting("architecture", "penalty_weight")
-    shown = weight_text(weight) if isinstance(weight, int | float) else ""
     return Row(
         method=OWN if label is None else OWNS,
-        penalty_weight=shown if label is None else label,
-        top1="" if top1 is None else f"{100 * top1:.2f}",
-        top5="" if top5 is None else f"{100 * top5:.2f}",
+        penalty_weight=label if label is not None else weight_text(weight) if isinstance(weight, int | float) else "",
         search="gradient" if "search" in table.columns else "",
         epochs=_epochs(run),
-        stds=spreads | {key: f"{100 * stds[key]:.2f}" for key in ("top1", "top5") if key in stds},
+        stds=spreads,
         **costs,
     )
 

@@ -47,8 +47,8 @@ def found_in(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
             inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     below = [run for name in inner for run in found_in(folder / name, depth - 1)]
     yield from below
-    # A run that was only submitted so far; not a sweep, which has its runs below.
-    if not below and (folder / "submit" / "jobs.jsonl").exists():
+    # A run that was only submitted so far, or has no record yet; not a sweep, which has its runs below.
+    if not below and any((folder / name).exists() for name in ("recipe.yaml", "submit/jobs.jsonl")):
         yield folder
 
 
