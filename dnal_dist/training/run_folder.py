@@ -138,12 +138,7 @@ def _decide(folder: Path, products: list[str], settings: recipe.Recipe, overwrit
     path, saved, damaged = (None, None, {}) if overwrite else checkpoint.latest(folder / "checkpoints")
     changed, faults = {}, [*damaged.values()]
     if saved is not None:
-        changed = _changed(folder, saved.state.recipe, settings, allowed)
-        if changed and saved.state.phase == "done":
-            raise InputError(
-                f"{folder}: this run is finished, and {', '.join(changed)} can no longer change; undo that, or name "
-                "another output=..."
-            )
+        changed = _changed(folder, saved.state.recipe, settings, allowed, saved.state.phase == "done")
     elif faults:
         raise InputError(f"key 'output': {faults[0]}; none is left, so {REMEDY}")
     elif products and not overwrite:
@@ -247,7 +242,7 @@ def _set_aside(path: Path, fault: str) -> str:
     return f"{fault}; it was skipped and renamed to {aside.name}"
 
 
-def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence[str]) -> dict[str, list]:
+def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence[str], finished: bool = False) -> dict[str, list]:
     """Keys that have another value now, with both values. Raises InputError with the difference for keys that may not change."""
     with contextlib.suppress(ValueError):
         # A key that came with a later release had its default.
@@ -258,12 +253,13 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
     changed = {key: values for key, values in changed.items() if not recipe.is_free(key, free)}
     if unused := [key for key in allowed if not any(recipe.is_free(other, {key}) for other in before | after)]:
         raise InputError(f"--allow-changed {unused[0]}: no such key in the recipe")
-    refused = [key for key in changed if key in FIXED or not recipe.is_free(key, set(allowed))]
+    # What can never change comes first: a key that is allowed would only lead to the next refusal.
+    never = "a finished run" if finished else ", ".join(key for key in changed if key in FIXED)
+    refused = [key for key in changed if never or not recipe.is_free(key, set(allowed))]
     if refused:
         diff = "".join(f"\n  - {key}: {changed[key][0]}\n  + {key}: {changed[key][1]}" for key in refused)
-        fixed = [key for key in refused if key in FIXED]
-        hint = " ".join(f"--allow-changed {key}" for key in refused)
-        options = f"--overwrite: {', '.join(fixed)} can never change" if fixed else f"{hint} or --overwrite"
+        allow = " ".join(f"--allow-changed {key}" for key in refused)
+        options = f"--overwrite; {never} can never change" if never else f"{allow} or --overwrite"
         raise InputError(
             f"{folder}: the recipe has changed since the run began:{diff}\n"
             f"undo that, or name another output=..., or remove the folder (outside of SLURM: {options})"

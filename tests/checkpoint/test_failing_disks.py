@@ -106,6 +106,34 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
     assert told(run) == told(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
 
 
+def test_a_run_folder_that_is_removed_ends_the_run(train_here, digits, tmp_path, monkeypatch):
+    run, save = tmp_path / "run", training_state.save
+
+    def vanish(found, *more):
+        if found.state.phase == "search":
+            found.writer.settle()
+            shutil.rmtree(run)
+        save(found, *more)
+
+    monkeypatch.setattr(training_state, "save", vanish)
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 2 and not run.exists()
+    assert ended.err.startswith(f"error: key 'output': {run} was removed while the run trained in it, "), ended.err
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(train_here, short, digits, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
+    # The fifth is that of the end.
+    failing(monkeypatch, range(4, 1000))
+    ended = train_here(*arguments(digits, run, *SHORT))
+    assert ended.code == 2 and "its last checkpoint cannot be written (see the warnings above)" in ended.err
+    assert not records(run, "end")
+    monkeypatch.undo()
+    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+    assert told(run) == told(short) and tensors(run) == tensors(short)
+
+
 def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch):
     """Nothing is lost, and no checkpoint counts on records that are not there."""
     run, flush, count = tmp_path / "run", run_log.RunLog._flush, iter(range(10_000))

@@ -69,6 +69,11 @@ def test_a_run_killed_before_its_last_record_gets_it(train_here, short, digits):
     assert told(short) == whole
 
 
+def unfinished(run) -> None:
+    """Remove the last checkpoint, that of the end."""
+    shutil.rmtree(checkpoint.found(run / "checkpoints")[0])
+
+
 @pytest.mark.parametrize(
     "change, key",
     [
@@ -80,6 +85,7 @@ def test_a_run_killed_before_its_last_record_gets_it(train_here, short, digits):
     ],
 )
 def test_another_recipe_is_shown_and_refused(train_here, short, digits, change, key):
+    unfinished(short)
     before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
     ended = train_here(*arguments(digits, short, *SHORT, change))
     assert ended.code == 2
@@ -97,8 +103,8 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
     longer = (*arguments(digits, short, *SHORT, "phases.finetune.steps=6"), "--allow-changed", "phases.finetune")
     ended = train_here(*longer)
     assert ended.code == 2 and (short / "recipe.yaml").read_bytes() == before
-    assert f"error: {short}: this run is finished, and phases.finetune.steps can no longer change; undo" in ended.err
-    shutil.rmtree(checkpoint.found(short / "checkpoints")[0])
+    assert "SLURM: --overwrite; a finished run can never change)" in ended.err and "--allow" not in ended.err
+    unfinished(short)
     ended = train_here(*longer)
     assert ended.code == 0 and "changed: phases.finetune.steps: 4 -> 6" in ended.out, ended
     assert records(short, "start")[-1]["changed"] == {"phases.finetune.steps": [4, 6]}
@@ -110,12 +116,17 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
 @pytest.mark.parametrize(
     "change, allowed, told",
     [
-        ("model.width=0.5", ["model.width"], r"- model\.width: 1\.0\n  \+ model\.width: 0\.5\nundo that, .*SLURM: --overwrite\)"),
+        (
+            "model.width=0.5",
+            ["model.width"],
+            r"- model\.width: 1\.0\n  \+ model\.width: 0\.5\nundo that, .*: --overwrite; model\.width can never change\)",
+        ),
         ("seed=1", ["sed"], r"--allow-changed sed: no such key in the recipe"),
         ("seed=1", ["phases"], r"undo that, or .*SLURM: --allow-changed seed or --overwrite\)"),
     ],
 )
 def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told):
+    unfinished(short)
     options = [word for key in allowed for word in ("--allow-changed", key)]
     ended = train_here(*arguments(digits, short, *SHORT, change), *options)
     assert ended.code == 2 and re.search(told, ended.err), ended.err

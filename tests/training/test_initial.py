@@ -53,6 +53,16 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("head", ["module.", "_orig_mod.module.", "model.", "ema.", "state_dict.", "state_dict.model."])
+def test_what_other_programs_put_before_all_names_is_left_out_and_told(head):
+    net, other = nets.build("resnet_digits"), nets.build("resnet_digits")
+    (line,) = filled(net, {f"{head}{name}": tensor for name, tensor in other.state_dict().items()}, "resnet_digits")
+    assert line == f"a test: all names begin with '{head}', which is left out" and same(net.state_dict(), other.state_dict())
+    mixed = {f"{head if number else ''}{name}": t for number, (name, t) in enumerate(other.state_dict().items())}
+    with pytest.raises(errors.InputError, match=r"lacks .* and has an unknown"):
+        filled(net, mixed, "resnet_digits")
+
+
 @pytest.mark.parametrize("name, model", NETWORKS)
 def test_every_name_of_torchvision_is_one_of_ours(name, model):
     with torch.device("meta"):
