@@ -25,6 +25,7 @@ from data_tools.make_shards import count
 from data_tools.survey import Survey, Surveyor, unread_line
 from data_tools.workers import cores, in_order
 from data_tools.writing import write_index
+from dnal_dist.common.paths import argument
 from dnal_dist.data.shardlist import Url, expand, read_index
 from dnal_dist.data.tar import LabelFormat
 
@@ -181,8 +182,8 @@ def _arguments() -> argparse.Namespace:
         prog="python -m data_tools.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(parser)
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line (else their numbers)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="path of the index, if not index.json beside the shards")
+    parser.add_argument("--classes", type=argument, metavar="FILE", help="names of the classes, one a line (else their numbers)")
+    parser.add_argument("--output", type=argument, metavar="FILE", help="path of the index, if not index.json beside the shards")
     return parser.parse_args()
 
 

@@ -33,6 +33,7 @@ from data_tools.imagenet import imagenet
 from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
 from data_tools.workers import cores
+from dnal_dist.common.paths import argument
 
 MORE = {
     "digits": "They come with scikit-learn. Every fifth image of a class is for validation.",
@@ -109,14 +110,14 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         one = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {MORE[name]}")
         one.set_defaults(make=make)
         if source:
-            one.add_argument("source", type=Path, metavar="SOURCE", help=source)
-        one.add_argument("folder", type=Path, metavar="FOLDER", help=f"folder for the shards, for example data/{name}")
+            one.add_argument("source", type=argument, metavar="SOURCE", help=source)
+        one.add_argument("folder", type=argument, metavar="FOLDER", help=f"folder for the shards, for example data/{name}")
         one.add_argument("--overwrite", action="store_true", help="remove the shards in FOLDER and make them again")
         return one
 
     kind("digits", digits, "scikit-learn's 1 797 scanned digits, 8x8 grey")
     fashion = kind("fashion_mnist", fashion_mnist, "70 000 images of clothes, 28x28 grey")
-    fashion.add_argument("--source", type=Path, default=FASHION_MNIST_SOURCE, help="folder of the four idx files (%(default)s)")
+    fashion.add_argument("--source", type=argument, default=FASHION_MNIST_SOURCE, help="folder of the four idx files (%(default)s)")
     cifar = kind("cifar10", cifar10, "60 000 images, 32x32 RGB", "cifar-10-binary.tar.gz, or its unpacked folder")
     tars = "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with train/ and val/"
     large = kind("imagenet", imagenet, "ImageNet-1K, from its tars or unpacked", tars)

@@ -17,7 +17,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +29,7 @@ from data_tools.findings import Finding
 from data_tools.index import add_common_arguments, are_numbers, find, folder_of, survey
 from data_tools.make_shards import count
 from data_tools.survey import Survey, unread_line
+from dnal_dist.common.paths import argument
 from dnal_dist.data.shardlist import class_names, read_index
 
 LISTED = 10
@@ -142,7 +142,7 @@ def _arguments() -> argparse.Namespace:
     )
     add_common_arguments(parser)
     parser.add_argument("--decode", action="store_true", help="decode every image, and report their sizes")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write an image of 64 samples drawn by --seed")
+    parser.add_argument("--contact-sheet", type=argument, metavar="PNG", help="write an image of 64 samples drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the contact sheet's samples (%(default)s)")
     parser.add_argument("--list", type=count, default=LISTED, metavar="N", help="findings of a kind to print (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
