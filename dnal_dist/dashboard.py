@@ -12,11 +12,13 @@ new view; the workspace and its other views stay unchanged.
 import argparse
 import importlib.util
 import json
-import sys
 
+from dnal_dist.common.door import door
+from dnal_dist.common.errors import InputError
 from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 
 
+@door
 def main() -> None:
     """Command line: exit code 2 and one line on stderr if the view cannot be built or saved."""
     parser = argparse.ArgumentParser(
@@ -34,7 +36,7 @@ def main() -> None:
             print(title, *(f"  {panel.title}: {', '.join(panel.metrics)}" for panel in panels), sep="\n")
         return
     if importlib.util.find_spec("wandb_workspaces") is None:
-        _fail("the package wandb-workspaces is missing: pip install 'dnal-dist[dashboard]'")
+        raise InputError("the package wandb-workspaces is missing: pip install 'dnal-dist[dashboard]'")
     view = workspace(args.entity, args.project, args.name)
     if args.json:
         print(json.dumps(spec(view), indent=2))
@@ -46,18 +48,13 @@ def _save(view) -> None:
     from dnal_dist.tracking.wandb import logged_in
 
     if not logged_in():
-        _fail("W&B finds no API key: use `wandb login`, or set WANDB_API_KEY; --dry-run and --json need none")
+        raise InputError("W&B finds no API key: use `wandb login`, or set WANDB_API_KEY; --dry-run and --json need none")
     try:
         view.save()
     except Exception as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        _fail(f"W&B did not take the view ({why}); see that {view.entity}/{view.project} exists and is yours")
+        raise InputError(f"W&B did not take the view ({why}); see that {view.entity}/{view.project} exists and is yours") from None
     print(view.url)
-
-
-def _fail(why: str) -> None:
-    print(f"error: {why}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

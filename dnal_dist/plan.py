@@ -115,10 +115,7 @@ def main() -> None:
     else:
         from dnal_dist.distributed.estimate import plan
 
-        try:
-            device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
         found = plan(settings, args.ranks, device_memory, args.precision)
         print(json.dumps(found, indent=1)) if args.json else _print(found)
 

@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.add_argument("--watch", action="store_true", help=f"repeat every {EVERY:.0f} s, until Ctrl-C")
     args = parser.parse_args()
+    if sys.stdout is None:
+        # Closed by whoever started this: there is nobody to list runs for.
+        return
     # A name that the terminal's encoding lacks is no reason to fail.
     sys.stdout.reconfigure(errors="replace")
     if not args.folder.is_dir():

@@ -15,24 +15,20 @@ from pathlib import Path
 
 from dnal_dist import recipe
 from dnal_dist.chaos import instrument
+from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import named
 
 
+@door
 def main() -> None:
     if sys.argv[1:2] == ["--instrument"]:
         instrument.main(Path(sys.argv[2]), sys.argv[3:])
         return
     args = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(_run(args))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(_run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

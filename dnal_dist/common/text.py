@@ -8,10 +8,12 @@ UNITS = {f"{prefix}{end}": base**power for end, base in (("B", 1000), ("iB", 102
 
 
 def bytes_of(text: str) -> int:
-    """80GB, 24GiB or 500MB as bytes. Raises ValueError for anything else."""
+    """80GB, 24GiB or 500MB as bytes. Raises InputError for anything else."""
     found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
     if not found or not float(found[1]):
-        raise ValueError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
+        from dnal_dist.common.errors import InputError  # which needs this module
+
+        raise InputError(f"--device-memory {text}: expected an amount such as 80GB, 24GiB or 500MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -13,6 +13,7 @@ import time
 
 import psutil
 
+from dnal_dist.common.door import door
 from dnal_dist.common.paths import argument
 
 
@@ -37,6 +38,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+@door
 def main() -> None:
     # Including the seconds of Python and its imports.
     begun = time.monotonic() - (time.time() - psutil.Process().create_time())

@@ -107,16 +107,12 @@ def show(findings: dict[str, Finding], seconds: float) -> None:
 
 
 def run(args: argparse.Namespace, begun: float) -> None:
-    """Check and print, and leave the process. begun: when it was started, on the monotonic clock."""
+    """Check and print, and leave the process. begun: when it was started, on the monotonic clock. Raises InputError."""
     # A name that the terminal's encoding lacks is no reason to fail.
     sys.stdout.reconfigure(errors="replace")
     # So that files are removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        case = case_of(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    case = case_of(args)
     # On a busy login node, threads that wait for one another take many times as long as one does.
     torch.set_num_threads(1)
     try:

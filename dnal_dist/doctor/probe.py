@@ -20,7 +20,6 @@ from dnal_dist.data import nvjpeg
 from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
-from dnal_dist.nets import cost
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training import preflight
@@ -116,20 +115,17 @@ def _steps(
     generator = torch.Generator().manual_seed(context.rank)
     images = torch.randn(IMAGES, 3, size, size, generator=generator).to(device)
     labels = torch.randint(settings.model.num_classes or network.num_classes, (IMAGES,), generator=generator).to(device)
-    fraction = None
-    # Channel costs take seconds for a large network, so only where the penalty needs them.
-    if options.penalty in ("expected_macs", "root_macs"):
-        full = cost.count(network, size).macs
-
-        def fraction(gates):
-            return cost.expected(network, size, gates).macs / full
 
     def architecture_only() -> Outcome:
-        weight, clip = options.penalty_weight or 0.0, options.optimizer.clip_norm
-        delta, kind, average = options.delta_start, options.penalty, context.average_
-        return architecture_step(
-            trained, architecture, optimizer, images, labels, IMAGES, delta, kind, weight, average, fraction, clip_norm=clip
+        # Costs of channels take seconds for a large network, so without the penalties that need them.
+        weight, clip, delta, average = (
+            options.penalty_weight or 0.0,
+            options.optimizer.clip_norm,
+            options.delta_start,
+            context.average_,
         )
+        batch = (images, labels, IMAGES)
+        return architecture_step(trained, architecture, optimizer, *batch, delta, "sigmoid", weight, average, None, clip_norm=clip)
 
     return {
         "pretrain": lambda: weight_step(trained, images, labels, IMAGES),

@@ -8,11 +8,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from dnal_dist.common.door import door
+from dnal_dist.common.errors import InputError
 from dnal_dist.report import comparison
 from dnal_dist.report.outputs import compare, print_table, write_all
 from dnal_dist.report.records import load
 
 
+@door
 def main() -> None:
     """Command line: exit code 2 and one line on stderr if a folder holds no run or cannot be written."""
     parser = argparse.ArgumentParser(
@@ -30,14 +33,13 @@ def main() -> None:
         if len(args.run) > 1 or comparison.is_sweep(Path(args.run[0])):
             compare(args.run, args.output)
         elif args.output:
-            raise ValueError("--output: goes with a comparison of runs; a single run's report is written into its own folder")
+            raise InputError("--output: goes with a comparison of runs; a single run's report is written into its own folder")
         else:
             run = load(args.run[0])
             write_all(run)
             print_table(run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from dnal_dist.common import text
+from dnal_dist.common.errors import InputError
 from dnal_dist.report import pareto, published, records, seeds
 from dnal_dist.report.pareto import Point
 from dnal_dist.report.records import NoRecord, Run
@@ -160,7 +161,7 @@ def _named(row: Row, keys: list[str], told: bool) -> str:
 def compare(given: list[str | Path]) -> Comparison:
     """Compare runs, each given by its own folder or by one of a sweep, whose runs lie within (at most two folders down).
 
-    Raises ValueError naming a folder that holds no run, or what of a run cannot be read.
+    Raises InputError naming a folder that holds no run, or what of a run cannot be read.
     """
     folders = gather([Path(path) for path in given])
     runs, waiting = [], []
@@ -169,13 +170,13 @@ def compare(given: list[str | Path]) -> Comparison:
             runs.append(records.load(folder))
         except NoRecord:
             waiting.append(folder)
-        except ValueError:
+        except InputError:
             if (folder / "metrics.jsonl").exists():
                 raise
             waiting.append(folder)
     if not runs:
         many, where = len(folders), given[0] if len(given) == 1 else _parent(folders)
-        raise ValueError(f"{where}: none of its {many} runs has begun; see python -m dnal_dist.runs {where}")
+        raise InputError(f"{where}: none of its {many} runs has begun; see python -m dnal_dist.runs {where}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(seeds.setting_of(run), []).append(run)
@@ -186,7 +187,7 @@ def compare(given: list[str | Path]) -> Comparison:
 
 
 def gather(given: list[Path]) -> list[Path]:
-    """The folders of runs that were given, each once. Raises ValueError naming what is, and holds, none."""
+    """The folders of runs that were given, each once. Raises InputError naming what is, and holds, none."""
     found: dict[Path, Path] = {}
     for path in given:
         if path.is_file() and path.parent.is_dir() and path.name in OUTPUTS:
@@ -197,11 +198,11 @@ def gather(given: list[Path]) -> list[Path]:
             # So does it what slurm/submit.py keeps of a sweep.
             continue
         if not within:
-            raise ValueError(f"{path}: no run folder, nor one that holds some; give folders that recipes name as 'output'")
+            raise InputError(f"{path}: no run folder, nor one that holds some; give folders that recipes name as 'output'")
         for folder in within:
             found.setdefault(folder.resolve(), folder)
     if not found:
-        raise ValueError(f"{given[0]}: no run folder; give folders that recipes name as 'output'")
+        raise InputError(f"{given[0]}: no run folder; give folders that recipes name as 'output'")
     return list(found.values())
 
 

@@ -4,62 +4,48 @@ import json
 from typing import NamedTuple
 
 
-class Lines(NamedTuple):
-    """Metrics over the steps of the run; each may be a regular expression."""
+class Panel(NamedTuple):
+    """kind: "lines" of metrics over the steps; "regex", likewise of all metrics that match; "points" or "log points", one a
+    run at two metrics of its summary; "table", the last one of each run under this name."""
 
     title: str
     metrics: tuple[str, ...]
-    regex: bool = False
+    kind: str = "lines"
 
 
-class Points(NamedTuple):
-    """One point a run: two metrics (x, y) of its summary."""
-
-    title: str
-    metrics: tuple[str, str]
-    log_x: bool = False
-
-
-class Table(NamedTuple):
-    """The last table of each run under this name."""
-
-    title: str
-    metrics: tuple[str]
-
-
-SECTIONS: dict[str, tuple[Lines | Points | Table, ...]] = {
+SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Accuracy": (
-        Lines("accuracy", ("eval/accuracy", "train/accuracy")),
-        Lines("accuracy after pruning", ("prune/accuracy",)),
-        Lines("top-5", ("eval/top5",)),
+        Panel("accuracy", ("eval/accuracy", "train/accuracy")),
+        Panel("accuracy after pruning", ("prune/accuracy",)),
+        Panel("top-5", ("eval/top5",)),
     ),
     "Loss": (
-        Lines("loss", ("train/loss",)),
-        Lines("cross-entropy", ("train/cross_entropy", "eval/cross_entropy")),
-        Lines("penalty", ("train/penalty",)),
-        Lines("learning rate", ("train/learning_rate",)),
+        Panel("loss", ("train/loss",)),
+        Panel("cross-entropy", ("train/cross_entropy", "eval/cross_entropy")),
+        Panel("penalty", ("train/penalty",)),
+        Panel("learning rate", ("train/learning_rate",)),
     ),
     "Cost against accuracy": (
-        Points("fraction of the MACs", ("result/macs_ratio", "result/accuracy_finetune")),
-        Points("MACs", ("result/macs_compact", "result/accuracy_finetune"), log_x=True),
-        Points("parameters", ("result/params_compact", "result/accuracy_finetune"), log_x=True),
-        Lines("MACs, expected in the search and compact", ("train/expected_macs", "prune/macs_compact")),
-        Lines("parameters, expected in the search and compact", ("train/expected_params", "prune/params_compact")),
+        Panel("fraction of the MACs", ("result/macs_ratio", "result/accuracy_finetune"), "points"),
+        Panel("MACs", ("result/macs_compact", "result/accuracy_finetune"), "log points"),
+        Panel("parameters", ("result/params_compact", "result/accuracy_finetune"), "log points"),
+        Panel("MACs, expected in the search and compact", ("train/expected_macs", "prune/macs_compact")),
+        Panel("parameters, expected in the search and compact", ("train/expected_params", "prune/params_compact")),
     ),
     "Gates": (
-        Lines("hardness", ("gates/histogram",)),
-        Lines("open fraction", ("train/open_share",)),
-        Lines("open fraction by site", ("gates/open_share/.*",), regex=True),
-        Lines("delta", ("train/delta",)),
-        Table("channels of each site", ("prune/sites",)),
+        Panel("hardness", ("gates/histogram",)),
+        Panel("open fraction", ("train/open_share",)),
+        Panel("open fraction by site", ("gates/open_share/.*",), "regex"),
+        Panel("delta", ("train/delta",)),
+        Panel("channels of each site", ("prune/sites",), "table"),
     ),
     "Speed and memory": (
-        Lines("images per second", ("train/images_per_second",)),
-        Lines("data wait, seconds", ("train/data_wait_seconds",)),
-        Lines("GPU memory, bytes", ("train/device_memory_bytes",)),
-        Lines("bytes sent by a step", ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step")),
-        Lines("pause for a checkpoint, seconds", ("checkpoint/pause_seconds",)),
-        Points("device time and accuracy", ("result/device_seconds", "result/accuracy_finetune")),
+        Panel("images per second", ("train/images_per_second",)),
+        Panel("data wait, seconds", ("train/data_wait_seconds",)),
+        Panel("GPU memory, bytes", ("train/device_memory_bytes",)),
+        Panel("bytes sent by a step", ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step")),
+        Panel("pause for a checkpoint, seconds", ("checkpoint/pause_seconds",)),
+        Panel("device time and accuracy", ("result/device_seconds", "result/accuracy_finetune"), "points"),
     ),
 }
 
@@ -73,17 +59,17 @@ def workspace(entity: str, project: str, name: str):
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)
 
 
-def _panel(panel: Lines | Points | Table):
+def _panel(panel: Panel):
     import wandb_workspaces.reports.v2 as wr
 
-    if isinstance(panel, Points):
-        x, y = map(wr.SummaryMetric, panel.metrics)
-        return wr.ScatterPlot(title=panel.title, x=x, y=y, log_x=panel.log_x or None)
-    if isinstance(panel, Table):
-        return wr.WeavePanelSummaryTable(table_name=panel.metrics[0])
-    if panel.regex:
-        return wr.LinePlot(title=panel.title, x="global_step", metric_regex="|".join(panel.metrics))
-    return wr.LinePlot(title=panel.title, x="global_step", y=list(panel.metrics))
+    title, metrics, kind = panel
+    if kind.endswith("points"):
+        x, y = map(wr.SummaryMetric, metrics)
+        return wr.ScatterPlot(title=title, x=x, y=y, log_x=kind.startswith("log") or None)
+    if kind == "table":
+        return wr.WeavePanelSummaryTable(table_name=metrics[0])
+    what = {"metric_regex": "|".join(metrics)} if kind == "regex" else {"y": list(metrics)}
+    return wr.LinePlot(title=title, x="global_step", **what)
 
 
 def spec(view) -> dict:
