@@ -17,7 +17,18 @@ def imported(code: str, *arguments: str) -> set[str]:
     return set(done.stderr.split())
 
 
-DOORS = ["train", "recipe.__main__", "cost", "plan", "runs", "report.__main__", "dashboard", "stream"]
+DOORS = [
+    "train",
+    "recipe.__main__",
+    "cost",
+    "plan",
+    "runs",
+    "report.__main__",
+    "dashboard",
+    "stream",
+    "doctor.__main__",
+    "chaos.__main__",
+]
 
 
 @pytest.mark.parametrize("door", [*(f"dnal_dist.{name}" for name in DOORS), "data_tools.make_shards", "data_tools.verify"])
