@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import gpus
 import psutil
 import pytest
@@ -108,9 +109,17 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ranks():
+def forks_server():
+    """Starts processes that need not import torch; see forks.py."""
+    found = forks.Server()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(forks_server):
     """Processes under `accelerate launch` that take one job after the other; see ranks.py."""
-    found = Ranks()
+    found = Ranks(lambda: {**os.environ, **forks_server.environment()})
     yield found
     found.close()
 
@@ -118,14 +127,19 @@ def ranks():
 class TrainCommand:
     """`python -m dnal_dist.train` in a process of its own, or under `accelerate launch` with several."""
 
+    def __init__(self, server: forks.Server):
+        self.server = server
+
     def start(self, *arguments: str, processes: int = 1, **environment: str) -> subprocess.Popen:
         """Started in a session of its own, so that a test can signal all of it without signalling itself."""
+        forked = forks.ENVIRONMENT in environment
+        start = forks.command("-m") if forked else [sys.executable, "-m"]
         launcher = []
         if processes > 1:
             launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
-            launcher += ["--num_processes", str(processes), "-m"]
+            launcher += ["--num_processes", str(processes), *start[1:]]
         return subprocess.Popen(
-            [sys.executable, "-m", *launcher, "dnal_dist.train", *map(str, arguments)],
+            [*start, *launcher, "dnal_dist.train", *map(str, arguments)],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
@@ -135,8 +149,9 @@ class TrainCommand:
         )
 
     def __call__(self, *arguments: str, processes: int = 1, timeout: float = 300, **environment: str):
-        """The CompletedProcess of these arguments."""
-        process = self.start(*arguments, processes=processes, PYTHONFAULTHANDLER="1", **environment)
+        """The CompletedProcess of these arguments. Its processes are forks, which have torch already."""
+        environment = {"PYTHONFAULTHANDLER": "1", **self.server.environment(), **environment}
+        process = self.start(*arguments, processes=processes, **environment)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -150,8 +165,8 @@ class TrainCommand:
 
 
 @pytest.fixture(scope="session")
-def train_command() -> TrainCommand:
-    return TrainCommand()
+def train_command(forks_server) -> TrainCommand:
+    return TrainCommand(forks_server)
 
 
 class Ended(NamedTuple):
@@ -162,20 +177,26 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="session")
 def train_here():
-    """`python -m dnal_dist.train` with these arguments in the test's own process, which spares the seconds of importing torch."""
+    """`python -m dnal_dist.train` with these arguments in the test's own process, which spares the seconds of importing torch.
+
+    A short run spends half its time on drawing its report, so that it is only written for `report=True`.
+    """
     import torch
 
     from dnal_dist import train
+    from dnal_dist.report import outputs
 
     assert torch.get_num_threads() == 1, "torch was imported before OMP_NUM_THREADS was set"
     # A run collects garbage before each of its phases, and would look through all that the modules hold.
     gc.freeze()
 
-    def run(*arguments: str) -> Ended:
+    def run(*arguments: str, report: bool = False) -> Ended:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         code, out, err = 0, io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["train", *map(str, arguments)])
+            if not report:
+                patch.setattr(outputs, "write_all", lambda *_, **__: None)
             patch.chdir(ROOT)
             try:
                 train.main()
@@ -191,10 +212,11 @@ def train_here():
     gc.unfreeze()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(train_here, digits, tmp_path_factory):
+    """A finished short run with its report, to be looked at only."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+    assert train_here(*arguments(digits, run, *SHORT), report=True).code == 0
     return run
 
 
@@ -216,9 +238,9 @@ def folder(tmp_path):
 def train(train_here, folder):
     """The command, on the shards in `folder`, into the run folder `folder`/run."""
 
-    def run(*changes: str, recipe: str | Path = "recipes/digits.yaml"):
+    def run(*changes: str, recipe: str | Path = "recipes/digits.yaml", report: bool = False):
         shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")
-        return train_here(recipe, *shards, *FEW, *changes)
+        return train_here(recipe, *shards, *FEW, *changes, report=report)
 
     return run
 

@@ -13,7 +13,7 @@ from dnal_dist.data.tar import boundaries
 
 FEW = (
     "phases.pretrain.steps=2", "phases.search.steps=2", "phases.finetune.steps=2", "tracking.log_every=1",
-    "tracking.tracker=none", "tracking.plots=false", "data.global_batch=8",
+    "tracking.tracker=none", "tracking.plots=false", "data.global_batch=8", "architecture.recalibration_batches=1",
 )  # fmt: skip
 
 

@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import psutil
 
 HERE = Path(__file__).parent
@@ -50,20 +52,19 @@ def _line(connection: socket.socket) -> bytes:
 class Pool:
     """The ranks of one launch."""
 
-    def __init__(self, backend: str, processes: int, environment: dict[str, str] | None = None, timeout: float = 300):
-        """environment: of the launch, in place of this process's."""
+    def __init__(self, backend: str, processes: int, environment: dict[str, str], timeout: float = 300):
+        """environment: of the launch; with that of a forks.Server, its processes are forks."""
         self.folder = tempfile.TemporaryDirectory(prefix="ranks")
         address = str(Path(self.folder.name) / "socket")
         self.log = Path(self.folder.name) / "log.txt"
         self.connections: list[socket.socket] = []
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml"]
-        command += ["--num_processes", str(processes), str(HERE / "ranks.py"), address]
+        command = forks.command("-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml")
+        command += ["--num_processes", str(processes), *forks.command(HERE / "ranks.py", address)[1:]]
         with socket.socket(socket.AF_UNIX) as listener, self.log.open("w") as log:
             listener.bind(address)
             listener.listen()
             listener.settimeout(0.5)
-            given = os.environ if environment is None else environment
-            environment = {**given, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            environment = {**environment, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
             self.launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=HERE.parent)
             until = time.monotonic() + timeout
             while len(self.connections) < processes:
@@ -74,10 +75,12 @@ class Pool:
                 if self.launcher.poll() is not None or time.monotonic() > until:
                     self.close()
                     raise RankError(f"the ranks of {backend} did not start\n{self.output()}")
-        for connection in self.connections:
-            # Sent once all ranks have met. One process alone has nothing to synchronise.
-            expected = "single" if (backend, processes) == ("ddp", 1) else backend
-            assert json.loads(_line(connection))["backend"] == expected
+        # Sent once all ranks have met.
+        greetings = [json.loads(_line(connection)) for connection in self.connections]
+        # One process alone has nothing to synchronise.
+        expected = "single" if (backend, processes) == ("ddp", 1) else backend
+        assert {greeting["backend"] for greeting in greetings} == {expected}
+        self.pids = [greeting["pid"] for greeting in greetings]
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")[-8000:]
@@ -110,7 +113,9 @@ class Pool:
                     until = min(until, time.monotonic() + 5)
         if waiting:
             # Each prints its stack as it dies of it, and the launcher ends.
-            self._signal(signal.SIGABRT)
+            for pid in self.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.launcher.wait(30)
             errors.append(f"{len(waiting)} of {len(self.connections)} ranks gave no answer within {timeout:g} s")
@@ -118,13 +123,13 @@ class Pool:
             raise RankError("\n".join([*errors, self.output()]))
         return sorted(answers, key=lambda answer: answer["rank"])
 
-    def _signal(self, number: int) -> None:
-        """To the launcher's processes, and last to itself."""
+    def _kill(self) -> None:
+        """The launcher's processes, and last itself."""
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(self.launcher.pid)
-            for process in [*launcher.children(recursive=True), *([launcher] if number == signal.SIGKILL else [])]:
+            for process in [*launcher.children(recursive=True), launcher]:
                 with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+                    process.kill()
 
     def close(self) -> None:
         """End the ranks: each leaves when its connection is closed, or else is killed."""
@@ -133,15 +138,15 @@ class Pool:
         try:
             self.launcher.wait(5)
         except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
+            self._kill()
             self.launcher.wait()
 
 
 class Ranks:
     """Pools by backend and number of processes, started when first asked for; those used longest ago are closed."""
 
-    def __init__(self, environment: dict[str, str] | None = None):
-        """environment: of the launches, in place of this process's."""
+    def __init__(self, environment: Callable[[], dict[str, str]]):
+        """environment: gives that of the launches."""
         self.pools: dict[tuple[str, int], Pool] = {}
         self.environment = environment
 
@@ -154,7 +159,7 @@ class Ranks:
         pool = self.pools.pop(key, None)
         while len(self.pools) >= POOLS:
             self.pools.pop(next(iter(self.pools))).close()
-        pool = pool or Pool(backend, processes, self.environment)
+        pool = pool or Pool(backend, processes, self.environment())
         result = pool.run(function, *arguments, **options)
         self.pools[key] = pool
         return result
@@ -190,7 +195,7 @@ def main(address: str) -> None:
             connection.sendall(json.dumps({"rank": context.rank, **values}, default=str).encode() + b"\n")
 
         context.wait()
-        answer(backend=context.backend)
+        answer(backend=context.backend, pid=os.getpid())
         while line := _line(connection):
             job = json.loads(line)
             # As the launcher sets it.

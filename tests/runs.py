@@ -10,7 +10,10 @@ import pytest
 from dnal_dist.chaos import equality
 
 # 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
-SMALL = ("data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false")
+SMALL = (
+    "data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false",
+    "architecture.recalibration_batches=2",
+)  # fmt: skip
 
 
 LONG = (*SMALL, "phases.pretrain.epochs=3", "phases.search.epochs=3", "phases.finetune.epochs=3")

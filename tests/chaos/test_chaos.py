@@ -17,7 +17,7 @@ from dnal_dist.chaos.instrument import AIMABLE
 
 SMALL = (
     "data.global_batch=16", "data.per_device_batch_limit=8", "tracking.log_every=1", "checkpoint.every_steps=1",
-    "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4",
+    "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4", "architecture.recalibration_batches=2",
 )  # fmt: skip
 # Takes (code, arguments) and forks a process for each, which runs the code and then the command: torch is imported once.
 HOST = """

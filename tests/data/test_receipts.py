@@ -16,7 +16,7 @@ from dnal_dist.data.audit import Taken, audit
 from dnal_dist.data.receipts import Receipt, tally, without
 
 SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
-SHORT += ("tracking.tracker=none", "data.global_batch=48", "tracking.plots=false")
+SHORT += ("tracking.tracker=none", "data.global_batch=48", "tracking.plots=false", "architecture.recalibration_batches=2")
 
 
 def receipts(run: Path) -> list[dict]:

@@ -152,6 +152,7 @@ def test_a_run_of_two_processes_from_a_bucket(digits, tmp_path, monkeypatch, tra
     """Its receipts are those of the same run from local files; no secret is in what it prints or leaves behind."""
     secret = "Secret-Of-A-Bucket"
     few = ("phases.pretrain.steps=10", "phases.search.epochs=1", "phases.finetune.steps=5", "tracking.tracker=none")
+    few += ("architecture.recalibration_batches=2", "tracking.plots=false")
     with s3_server(monkeypatch, secret) as client:
         client.create_bucket(Bucket="shards")
         for path in digits.iterdir():

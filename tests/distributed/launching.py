@@ -2,24 +2,12 @@
 
 import os
 import subprocess
-import sys
 
 
 def execute(*command, timeout: float = 900, **environment) -> subprocess.CompletedProcess:
     command = [str(word) for word in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-
-
-def launch(
-    backend: str, processes: int, *command, precision: str = "no", timeout: float = 900, **environment
-) -> subprocess.CompletedProcess:
-    """Run a script, or -m MODULE, on so many processes; `single` is without any launcher."""
-    start = [sys.executable]
-    if backend != "single":
-        start += ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{backend}.yaml"]
-        start += ["--num_processes", processes, "--mixed_precision", precision]
-    return execute(*start, *command, timeout=timeout, **environment)
 
 
 def succeed(found: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -1,9 +1,4 @@
-"""Jobs of test_resumes: runs that are stopped after given steps.
-
-[accelerate launch ...] tests/distributed/resumes_on_ranks.py STEP FOLDER [key=value ...]   a run that stops after it (0: never)
-"""
-
-import sys
+"""Jobs of test_resumes: runs that are stopped after given steps."""
 
 import pytest
 
@@ -62,12 +57,6 @@ def every(context: Context, folder: str, changes: list[str]) -> None:
 
 
 def until(context: Context, step: int, folder: str, changes: list[str]) -> None:
+    """A run in `folder` that stops after `step`; 0: never."""
     ended = go(context, folder, changes, (step,))
     assert ended == (step == 0)
-
-
-if __name__ == "__main__":
-    context = Context()
-    until(context, int(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    context.close()
-    context.leave(0)

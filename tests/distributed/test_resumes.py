@@ -5,19 +5,16 @@ import json
 
 import pytest
 import torch
-from launching import launch, succeed
 from runs import records, told
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.timeout(1000)
 
-SCRIPT = "tests/distributed/resumes_on_ranks.py"
 # Four iterations an epoch, so that phases begin and end within epochs.
 TINY = (
     "data.global_batch=90", "tracking.log_every=3", "tracking.tracker=none", "tracking.plots=false",
     "architecture.recalibration_batches=2",
     "phases.pretrain.steps=5", "phases.search.epochs=2", "phases.finetune.steps=6", "architecture.penalty_weight=0.2",
-    "model.name=resnet_digits",
 )  # fmt: skip
 
 
@@ -63,7 +60,7 @@ def test_a_run_resumes_on_another_backend_and_number_of_processes(ranks, shards,
     changes = [*shards, *TINY, "training.sync_batchnorm=true", "architecture.recalibration_batches=0"]
     ranks.run("single", 1, "resumes_on_ranks:until", 0, reference, changes)
     for backend, processes, step in (("single", 1, 3), ("fsdp2", 2, 8), ("zero2", 2, 10), ("zero3", 2, 15), ("ddp", 1, 0)):
-        succeed(launch(backend, processes, SCRIPT, step, run, *changes))
+        ranks.run(backend, processes, "resumes_on_ranks:until", step, run, changes)
     started = [(r["backend"], r["world_size"], r["resumed"]) for r in records(run, "start")]
     assert started == [("single", 1, False), ("fsdp2", 2, True), ("zero2", 2, True), ("zero3", 2, True), ("single", 1, True)]
     assert receipts(run) == receipts(reference)

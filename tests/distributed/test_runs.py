@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(1000)
 
 JOB = "runs_on_ranks:train"
 SHORT = (
-    "tracking.tracker=none", "tracking.plots=false", "tracking.log_every=4",
+    "tracking.tracker=none", "tracking.plots=false", "tracking.log_every=4", "architecture.recalibration_batches=2",
     "phases.pretrain.steps=8", "phases.search.steps=16", "phases.finetune.steps=8",
     "architecture.penalty_weight=0.05", "architecture.optimizer.lr=0.1",
 )  # fmt: skip

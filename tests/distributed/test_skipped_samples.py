@@ -17,6 +17,7 @@ SHORT = (
     "phases.finetune.steps=4",
     "tracking.tracker=none",
     "tracking.plots=false",
+    "architecture.recalibration_batches=2",
     "tracking.log_every=1",
 )
 

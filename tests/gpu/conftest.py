@@ -31,7 +31,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.fixture(scope="session")
 def gpu_ranks():
     """Pools of processes, one a GPU (see tests/ranks.py)."""
-    found = Ranks(gpus.environment())
+    found = Ranks(gpus.environment)
     yield found
     found.close()
 

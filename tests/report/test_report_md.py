@@ -205,7 +205,7 @@ def test_a_report_that_fails_does_not_fail_the_run(train_here, digits, tmp_path,
         raise RuntimeError("no such font")
 
     monkeypatch.setattr(figures, "curves", fail)
-    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT))
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), report=True)
     assert ended.code == 0, ended.err
     assert "no such font" in ended.out + ended.err and "python -m dnal_dist.report" in ended.out + ended.err
     assert (tmp_path / "run" / "compact" / "weights.safetensors").exists()

@@ -1,10 +1,15 @@
-"""Runs on a real SLURM: two nodes, submitted, preempted, requeued, chained, lost, and refused."""
+"""Runs on a real SLURM: two nodes, submitted, preempted, requeued, chained, lost, and refused.
+
+Three tests train for real. For the others, which are about SLURM and the batch script, stand_in.py takes the training's place.
+"""
 
 import json
 import re
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,26 +24,45 @@ pytestmark = [
     pytest.mark.xdist_group("slurm"),
 ]
 RECIPE = "recipes/digits.yaml"
-PHASES = ("phases.pretrain.epochs=2", "phases.search.epochs=3", "phases.finetune.epochs=3")
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    found = Cluster()
+    """With cgroup process tracking where there can be, as on real clusters: a signal to all of a job kills the launcher before any
+    process of the training has seen it."""
+    found = Cluster(cgroup=missing(cgroup=True) is None)
     yield found
     found.stop()
 
 
 @pytest.fixture(scope="module")
-def changes(digits, tmp_path_factory):
-    """Of the recipe: phases of some seconds in 22 iterations an epoch, and evaluations long enough to be stopped in."""
+def changes(digits):
+    """Of the recipe, for the stand-in: phases of 2 seconds."""
+    steps = (f"phases.{phase}.steps=40" for phase in ("pretrain", "search", "finetune"))
+    return (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", *steps)
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Options of slurm/submit.py with which a job starts the stand-in: in place of Apptainer, in a container that there is not."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "apptainer").write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("stand_in.py")} "$@"\n')
+    (folder / "apptainer").chmod(0o755)
+    return "--container", "none.sif", "--setup", f"export PATH={folder}:$PATH"
+
+
+@pytest.fixture(scope="module")
+def real(digits, tmp_path_factory):
+    """Of the recipe, for a real training: 22 iterations an epoch, and evaluations long enough to be stopped in."""
     folder = tmp_path_factory.mktemp("digits")
     shutil.copy(digits / "train-000000.tar", folder)
-    for number in range(20):
+    for number in range(4):
         shutil.copy(digits / "val-000000.tar", folder / f"val-{number:06d}.tar")
     index.make(index.find([str(folder)]), None, None, 1)
     data = (f"data.train={folder}/train-000000.tar", f"data.val={folder}/val-*.tar", "data.global_batch=16")
-    return (*data, "data.per_device_batch_limit=2", "tracking.log_every=1", "tracking.tracker=none", *PHASES)
+    epochs = ("phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.epochs=3")
+    tracking = ("tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false")
+    return (*data, "data.per_device_batch_limit=4", "architecture.recalibration_batches=2", *tracking, *epochs)
 
 
 class Job:
@@ -53,15 +77,15 @@ class Job:
         assert self.number.partition("_")[0] in self.printed
 
     def reach(self, *words: str) -> None:
-        """Wait until the record with these words is told."""
+        """Wait until the record with these words is there."""
         path = self.run / "metrics.jsonl"
 
-        def is_told() -> bool:
+        def is_there() -> bool:
             assert self.cluster.state(self.number) in ("PENDING", "RUNNING", "COMPLETING"), self.log
             lines = path.read_text().splitlines() if path.exists() else []
             return any(all(word in line for word in words) for line in lines)
 
-        self.cluster.wait(is_told, 120, f"{words} of {self.run}\n{self.log}")
+        self.cluster.wait(is_there, 120, f"{words} of {self.run}\n{self.log}")
 
     def signal(self, name: str = "USR1") -> None:
         """To the batch script alone, as SLURM does before it takes a job's nodes."""
@@ -97,17 +121,12 @@ def two_nodes(cluster, run, changes, *options, doctor: bool = False) -> Job:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, changes, tmp_path_factory):
+def whole(cluster, real, tmp_path_factory):
     """A run on both nodes that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    job = two_nodes(cluster, run, changes, doctor=True)
+    job = two_nodes(cluster, run, real, doctor=True)
     assert job.ended() == "COMPLETED", job.log
     return job
-
-
-def equals(run, whole) -> None:
-    assert tensors(run) == tensors(whole.run)
-    assert told(run) == told(whole.run)
 
 
 def test_two_nodes_train_one_run(whole):
@@ -115,52 +134,58 @@ def test_two_nodes_train_one_run(whole):
     assert (start["world_size"], start["backend"]) == (2, "ddp")
     assert whole.cluster.show(whole.number)["NumNodes"] == "2"
     assert f"rendezvous at {NODES[0]}:{10_000 + int(whole.number)}" in whole.log
-    assert "ddp on 2 of 2 processes" in whole.printed and " 0 failed" in whole.printed, "the doctor was asked first"
+    assert re.search(r"checks in \d+ s: .* 0 failed", whole.printed), "the doctor comes first"
     snapshot = whole.run / "submit" / "001"
     assert (snapshot / "0.yaml").read_text() == (whole.run / "recipe.yaml").read_text()
     assert (snapshot / "code.txt").read_text().startswith("commit: ")
     assert "torch==" in (snapshot / "code.txt").read_text()
 
 
-def test_preempted_in_every_phase_it_ends_as_if_it_had_not_been(cluster, changes, whole, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", changes)
-    moments = [("pretrain", '"step": 9,'), ("search", '"step": 9,'), ("prune", '"mask"'), ("finetune", '"step": 9,')]
-    for times, (phase, moment) in enumerate(moments, 1):
-        following = [name for name, _ in moments[times : times + 1]]
-        job.reach(*(('"kind": "prune"',) if phase == "prune" else (f'"phase": "{phase}"',)), moment)
+def test_a_preempted_run_ends_as_if_it_had_not_been(cluster, real, whole, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", real)
+    for times, phases in enumerate((("search", "prune", "finetune"), ("finetune",)), 1):
+        job.reach(f'"phase": "{phases[0]}"', '"step": 9,')
         job.signal()
-        # On a fast machine a phase may be over before the signal has come to all: pruning is one evaluation.
-        assert job.stopped(times) in (phase, *following)
+        # On a fast machine a phase may be over before the signal has come to all.
+        assert job.stopped(times) in phases
     assert job.ended() == "COMPLETED", job.log
-    assert cluster.show(job.number)["Restarts"] == "4"
-    assert job.log.count("requeued") == 4 and "attempt 5" in job.log, "the logs of all attempts stand in one file"
-    assert [record["resumed"] for record in records(job.run, "start")] == [False, True, True, True, True]
+    assert cluster.show(job.number)["Restarts"] == "2"
+    assert job.log.count("requeued") == 2 and "attempt 3" in job.log, "the logs of all attempts stand in one file"
+    assert [record["resumed"] for record in records(job.run, "start")] == [False, True, True]
     assert not (job.run / "stop").exists()
-    equals(job.run, whole)
+    assert tensors(job.run) == tensors(whole.run)
+    assert told(job.run) == told(whole.run)
 
 
-def test_a_node_that_goes_down_costs_what_came_after_the_last_checkpoint(cluster, changes, whole, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", changes, "checkpoint.every_steps=10")
+def test_preempted_by_a_job_of_more_weight_on_another_backend(cluster, real, tmp_path):
+    """SLURM sends TERM, and takes the nodes after the partition's grace time."""
+    few = ("phases.pretrain.epochs=4", "phases.search.steps=4", "phases.finetune.steps=4")
+    options = ("--partition", "scrap", "--config-file", "recipes/accelerate/fsdp2.yaml")
+    job = two_nodes(cluster, tmp_path / "run", [*real, *few], *options)
+    job.reach('"phase": "pretrain"', '"step": 9,')
+    other = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+    ).stdout.strip()
+    assert job.stopped(1) == "pretrain"
+    assert cluster.ended(other) == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.log
+    assert cluster.show(job.number)["Restarts"] == "1"
+    assert [(r["backend"], r["world_size"]) for r in records(job.run, "start")] == [("fsdp2", 2)] * 2
+
+
+def test_a_node_that_goes_down_costs_what_came_after_the_last_checkpoint(cluster, changes, stand_in, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "checkpoint.every_steps=10")
     job.reach('"phase": "search"', '"step": 15,')
     cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
     # It is taken back as soon as its daemon answers (ReturnToService).
     assert job.ended() == "COMPLETED", job.log
     assert cluster.show(job.number)["Restarts"] == "1"
-    equals(job.run, whole)
+    assert re.search(r"attempt 2 .* from step-000000[5-9]\d-", job.log), job.log
+    assert [record["resumed"] for record in records(job.run, "start")] == [False, True]
 
 
-SHORT = ("data.per_device_batch_limit=16", "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4")
-
-
-def test_another_backend_on_two_nodes(cluster, changes, tmp_path, backend="fsdp2"):
-    config = ("--config-file", f"recipes/accelerate/{backend}.yaml")
-    job = two_nodes(cluster, tmp_path / "run", [*changes, *SHORT], *config)
-    assert job.ended() == "COMPLETED", job.log
-    assert [(r["backend"], r["world_size"]) for r in records(job.run, "start")] == [(backend, 2)]
-
-
-def test_a_chain_goes_on_where_requeueing_is_not_allowed(cluster, changes, whole, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", changes, "--chain", "3")
+def test_a_chain_goes_on_where_requeueing_is_not_allowed(cluster, changes, stand_in, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "--chain", "3")
     first, second, third = (json.loads(line)["job"] for line in (job.run / "submit" / "jobs.jsonl").read_text().splitlines())
     assert cluster.show(second)["Dependency"].startswith(f"afterany:{first}")
     job.number = first
@@ -168,20 +193,18 @@ def test_a_chain_goes_on_where_requeueing_is_not_allowed(cluster, changes, whole
     job.signal()
     assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "75:0", job.log
     assert cluster.ended(second) == "COMPLETED", job.log
-    begun = time.monotonic()
-    assert cluster.ended(third) == "COMPLETED" and time.monotonic() - begun < 20, job.log
+    assert cluster.ended(third) == "COMPLETED", job.log
     assert "is finished" in job.log and cluster.show(first)["Restarts"] == "0"
-    assert len(records(job.run, "start")) == 2
-    equals(job.run, whole)
+    assert [record["resumed"] for record in records(job.run, "start")] == [False, True]
 
 
-def test_what_a_person_stops_or_cancels_stays_so(cluster, changes, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", changes)
+def test_a_run_that_a_person_stops_or_cancels_stays_so(cluster, changes, stand_in, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, *stand_in)
     job.reach('"phase": "pretrain"', '"step": 9,')
     (job.run / "stop").touch()
     assert job.ended() == "FAILED" and cluster.show(job.number)["ExitCode"] == "75:0", job.log
     assert "stopped on request" in job.log and cluster.show(job.number)["Restarts"] == "0"
-    again = two_nodes(cluster, job.run, changes)
+    again = two_nodes(cluster, job.run, changes, *stand_in)
     again.reach('"kind": "start"', '"resumed": true')
     again.reach('"phase": "pretrain"', '"step": 20,')
     cluster.run("scancel", again.number)
@@ -191,25 +214,12 @@ def test_what_a_person_stops_or_cancels_stays_so(cluster, changes, tmp_path):
     assert {path.name for path in (job.run / "submit").iterdir()} == {"001", "002", "jobs.jsonl"}
 
 
-def test_preempted_by_a_job_of_more_weight(cluster, changes, tmp_path):
-    """SLURM sends TERM, and takes the nodes after the partition's grace time."""
-    job = two_nodes(cluster, tmp_path / "run", [*changes, "phases.pretrain.epochs=4"], "--partition", "scrap")
-    job.reach('"phase": "pretrain"', '"step": 9,')
-    other = cluster.run(
-        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
-    ).stdout.strip()
-    assert job.stopped(1) == "pretrain"
-    assert cluster.ended(other) == "COMPLETED"
-    assert job.ended() == "COMPLETED", job.log
-    assert cluster.show(job.number)["Restarts"] == "1"
-
-
-def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, changes, tmp_path):
+def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, changes, stand_in, tmp_path):
     """The last task of an array has the array's own number, which stands for all of them."""
     sweep = tmp_path / "50%a seeds.yaml"
     output = tmp_path / "50%a"
     sweep.write_text(f"recipe: {RECIPE}\noutput: {output}\nvary: {{architecture.penalty_weight: [0.02], seed: [0, 1]}}\n")
-    cluster.submit("--skip-doctor", "--sweep", sweep, *changes, "phases.finetune.steps=4", "phases.search.steps=4")
+    cluster.submit("--skip-doctor", "--sweep", sweep, *changes, *stand_in)
     runs = [output / f"penalty_weight=0.02,seed={seed}" for seed in (0, 1)]
     jobs = [json.loads((run / "submit" / "jobs.jsonl").read_text())["job"] for run in runs]
     assert [job.rpartition("_")[2] for job in jobs] == ["0", "1"]
@@ -224,17 +234,16 @@ def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, ch
         assert f"seed: {number}\n" in (run / "recipe.yaml").read_text()
         assert cluster.show(job)["Restarts"] == str(number), log.read_text()
         assert f"job {job}: attempt 1" in log.read_text()
-    assert tensors(runs[0]) != tensors(runs[1])
     found = cluster.submit("--skip-doctor", "--sweep", sweep, *changes, check=False)
     assert found.returncode == 2 and "this run is finished" in found.stderr
 
 
-def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on_but_not_for_ever(cluster, changes, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", changes, "--grace", "20")
+def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on_but_not_for_ever(cluster, changes, stand_in, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "--grace", "20")
     for attempt in (1, 2):
         job.reach('"phase": "pretrain"', '"step": 9,')
         stuck = [p for p in processes("dnal_dist.train") if str(job.run) in " ".join(p.cmdline()) and p.name() != "srun"]
-        assert len(stuck) >= 4, "of each node the launcher and a process"
+        assert len(stuck) == 2, "one of each node"
         for process in stuck:
             process.suspend()
         if attempt == 2:
@@ -247,8 +256,8 @@ def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on_but_not_for
     assert cluster.show(job.number)["Restarts"] == "1"
 
 
-def test_a_controller_that_is_away_for_a_while_is_waited_for(cluster, changes, tmp_path):
-    job = two_nodes(cluster, tmp_path / "run", [*changes, "phases.search.steps=4", "phases.finetune.steps=4"])
+def test_a_controller_that_is_away_for_a_while_is_waited_for(cluster, changes, stand_in, tmp_path):
+    job = two_nodes(cluster, tmp_path / "run", changes, *stand_in)
     job.reach('"phase": "pretrain"', '"step": 9,')
     (script,) = [p for p in processes("slurm_script") if p.environ()["SLURM_JOB_ID"] == job.number]
     cluster.controller(False)
@@ -259,9 +268,9 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(cluster, changes, t
     assert cluster.show(job.number)["Restarts"] == "1"
 
 
-def test_a_run_that_fails_is_not_tried_again(cluster, changes, tmp_path):
+def test_a_run_that_fails_is_not_tried_again(cluster, changes, stand_in, tmp_path):
     run = tmp_path / "run"
-    job = two_nodes(cluster, run, [*changes, "data.train=nowhere/train-*.tar"], "--chain", "2")
+    job = two_nodes(cluster, run, [*changes, "data.train=nowhere/train-*.tar"], *stand_in, "--chain", "2")
     first, second = (json.loads(line)["job"] for line in (run / "submit" / "jobs.jsonl").read_text().splitlines())
     assert cluster.ended(first) == "FAILED" and cluster.ended(second) == "FAILED", job.log
     assert "nowhere" in job.log and "before it got any further" in job.log and "not started" in job.log
@@ -284,7 +293,7 @@ def test_a_launcher_that_is_not_there_ends_the_chain(cluster, changes, tmp_path)
         (["--nodes", "3"], ["sbatch", "Node count"]),
     ],
 )
-def test_what_slurm_refuses_is_told_and_leaves_nothing(cluster, changes, tmp_path, arguments, words):
+def test_a_refusal_of_slurm_is_reported_and_leaves_nothing(cluster, changes, tmp_path, arguments, words):
     found = cluster.submit("--skip-doctor", RECIPE, f"output={tmp_path}/run", *changes, *arguments, check=False)
     assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
     assert all(word in found.stderr for word in words), found.stderr
@@ -298,23 +307,7 @@ def test_a_run_is_in_the_queue_once(cluster, changes, tmp_path):
     assert found.returncode == 2 and f"job {first.number} for this run is in the queue" in found.stderr
 
 
-def test_what_the_doctor_finds_is_not_submitted(cluster, changes, tmp_path):
+def test_a_run_with_a_failing_check_of_the_doctor_is_not_submitted(cluster, changes, tmp_path):
     found = cluster.submit(RECIPE, f"output={tmp_path}/run", *changes, "model.num_classes=4", check=False)
     assert found.returncode == 2 and "a check of the doctor failed" in found.stderr
     assert "fail  labels" in found.stdout and not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(missing(cgroup=True) is not None, reason=f"SLURM with cgroups: {missing(cgroup=True)}")
-def test_under_cgroup_process_tracking(changes, whole, tmp_path):
-    """Where a signal to all of a job kills the launcher before any process of the training has seen it."""
-    cluster = Cluster(cgroup=True)
-    try:
-        job = two_nodes(cluster, tmp_path / "run", changes)
-        job.reach('"phase": "search"', '"step": 9,')
-        job.signal()
-        assert job.stopped(1) == "search"
-        assert job.ended() == "COMPLETED", job.log
-        assert cluster.show(job.number)["Restarts"] == "1"
-        equals(job.run, whole)
-    finally:
-        cluster.stop()

@@ -58,7 +58,7 @@ def run(train_here, digits, tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         first = train_here(*arguments(digits, run, *TRACKED), "--max-time=1s")
         assert first.code == STOPPED, first.err
-        second = train_here(*arguments(digits, run, *TRACKED))
+        second = train_here(*arguments(digits, run, *TRACKED), report=True)
         assert second.code == 0 and "warning" not in second.out + second.err, second.out + second.err
     return run
 

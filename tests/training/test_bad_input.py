@@ -5,9 +5,9 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from faulty import FEW, records, refused, samples, write_tar
 
@@ -132,7 +132,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_left_as_it_is(train, old
 
 
 def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(train, old):
-    assert train("--overwrite").code == 0
+    assert train("--overwrite", report=True).code == 0
     after = content(old)
     assert after.pop("notes/mine.txt") == b"mine"
     assert b"old" not in after.values() and "checkpoints/step-00000099/state.json" not in after
@@ -263,7 +263,7 @@ def test_processes_stay_in_step_when_their_parts_lose_samples(train_command, fol
         assert receipt["batches"] == 1
 
 
-def test_processes_that_find_other_shards_are_refused(train_command, folder, tmp_path):
+def test_processes_that_find_other_shards_are_refused(forks_server, folder, tmp_path):
     """Each process in a folder of its own, as with disks of their own: the second one's two shards have changed places."""
     program = tmp_path / "elsewhere.py"
     program.write_text(
@@ -274,10 +274,10 @@ def test_processes_that_find_other_shards_are_refused(train_command, folder, tmp
         for number, name in enumerate(names):
             write_tar(tmp_path / str(rank) / f"train-{number}.tar", {f"{name}{key}": content for key, content in samples().items()})
     given = ("data.train=train-*.tar", f"data.val={folder}/val-*.tar", f"output={tmp_path}/run", *FEW)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
-    command += ["--num_processes", "2", program, tmp_path, ROOT / "recipes/digits.yaml", *given]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+    command = forks.command("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml")
+    command += ["--num_processes", "2", *forks.command(program, tmp_path, ROOT / "recipes/digits.yaml", *given)[1:]]
+    environment = {**os.environ, **forks_server.environment()}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode != 0
     assert "error: key 'data.train': process 1 finds other shards than process 0 (train-0.tar, 16 samples" in ended.stderr
 

@@ -22,12 +22,13 @@ TINY = (
     "data.global_batch=90", "tracking.log_every=3", "tracking.tracker=none", "tracking.plots=false",
     "architecture.recalibration_batches=2",
     "phases.pretrain.steps=5", "phases.search.epochs=2", "phases.finetune.steps=6", "architecture.penalty_weight=0.2",
+    "model.width=0.5",
 )  # fmt: skip
 KINDS = {
     "plain": (),
     "micro-batches in channels_last": ("data.per_device_batch_limit=30", "training.memory_format=channels_last"),
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
-    "a supernet with noise": ("model.name=supernet_digits", "model.width=0.5", "data.global_batch=120"),
+    "a supernet with noise": ("model.name=supernet_digits", "model.width=0.25", "data.global_batch=120"),
 }
 
 
@@ -109,9 +110,9 @@ def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypat
     assert [r["resumed"] for r in records(run, "start")] == [False] + [True] * (len(codes) - 2)
 
 
-@pytest.mark.parametrize("kind", ["plain", "a target, a residual network"])
-def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkeypatch, kind):
-    """With a checkpoint of the step before; what the lost step told is told again, and once."""
+def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkeypatch):
+    """With a checkpoint of the step before; what the lost step recorded is recorded again, and once."""
+    kind = "a target, a residual network"
     run, taken, reference = tmp_path / "run", itertools.count(), whole(kind)
 
     def kill(edges, *of_a_step):
@@ -130,18 +131,20 @@ def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkey
     compare(run, reference)
 
 
-@pytest.mark.parametrize("which", range(7))
-def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monkeypatch, which):
-    """The whole run has seven, the fifth of them that of pruning. It is made anew, whatever it had done to running statistics."""
-    run, evaluations = tmp_path / "run", itertools.count()
-    original, reference = evaluate.evaluate, whole("plain")
+def test_stopped_within_every_evaluation(train_here, whole, digits, tmp_path, monkeypatch):
+    """The whole run has seven, the fifth of them that of pruning. One that was stopped is repeated, whatever it had done to running
+    statistics."""
+    run, original, reference = tmp_path / "run", evaluate.evaluate, whole("plain")
+    stopped: set[int] = set()
 
     def interrupted(*arguments):
         *others, edge = arguments
-        if next(evaluations) != which:
+        done = len(records(run, "eval"))
+        if done in stopped:
             return original(*arguments)
 
         def stop():
+            stopped.add(done)
             (run / "stop").touch()
             edge()
 
@@ -149,25 +152,27 @@ def test_stopped_within_an_evaluation(train_here, whole, digits, tmp_path, monke
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     monkeypatch.setattr(stopping, "POLL_EVERY", 0)
-    first = train_here(*arguments(digits, run, *TINY))
-    assert first.code == STOPPED and f"stopped ({run}/stop is there) in " in first.err, first.err
-    assert not (run / "stop").exists()
-    second = train_here(*arguments(digits, run, *TINY))
-    assert second.code == 0, second.err
+    for number in range(7):
+        ended = train_here(*arguments(digits, run, *TINY))
+        assert ended.code == STOPPED and f"stopped ({run}/stop is there) in " in ended.err, ended.err
+        assert not (run / "stop").exists() and len(stopped) == number + 1
+    last = train_here(*arguments(digits, run, *TINY))
+    assert last.code == 0, last.err
     compare(run, reference)
 
 
-@pytest.mark.parametrize("place", ["select_by_gates", "recalibrate", "evaluate_and_record"])
-def test_killed_within_pruning(train_here, whole, digits, tmp_path, monkeypatch, place):
-    run, original = tmp_path / "run", getattr(pruning, place)
+def test_killed_at_every_place_of_pruning(train_here, whole, digits, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for place in ("select_by_gates", "recalibrate", "evaluate_and_record"):
+        original = getattr(pruning, place)
 
-    def die(*arguments, **others):
-        original(*arguments, **others)
-        raise Killed
+        def die(*arguments, original=original, **others):
+            original(*arguments, **others)
+            raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pruning, place, die)
-        train_here(*arguments(digits, run, *TINY))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(pruning, place, die)
+            train_here(*arguments(digits, run, *TINY))
     ended = train_here(*arguments(digits, run, *TINY))
     assert ended.code == 0 and "resumed in prune after 0 steps" in ended.out
     compare(run, whole("plain"))

@@ -53,7 +53,7 @@ def test_a_run_killed_when_it_began_begins_anew(train_here, digits, tmp_path, le
 def test_a_finished_run_is_told_again_and_not_trained_again(train_here, short, digits):
     before, weights = (short / "metrics.jsonl").read_bytes(), tensors(short)
     (short / "report.html").unlink()
-    ended = train_here(*arguments(digits, short, *SHORT), "--resume")
+    ended = train_here(*arguments(digits, short, *SHORT), "--resume", report=True)
     assert ended.code == 0, ended.err
     assert "this run is finished" in ended.out and "accuracy after finetune" in ended.out
     assert (short / "metrics.jsonl").read_bytes() == before and tensors(short) == weights

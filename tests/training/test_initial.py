@@ -13,6 +13,7 @@ from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
 from dnal_dist.distributed.context import Context
+from dnal_dist.report import outputs
 from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, pretrained, setup
 
@@ -391,6 +392,7 @@ def test_a_run_without_pretrain_has_a_report(source, begins, tmp_path):
     assert records(tmp_path, "end")[0]["phase_seconds"].keys() == {"search", "prune", "finetune"}
     assert [r["phase"] for r in records(tmp_path, "phase")] == ["search", "prune", "finetune"]
     assert {r["phase"] for r in records(tmp_path, "train")} == {"search", "finetune"}
+    outputs.write_all(tmp_path / "run", draw=False)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "at the start" in page and "initial weights" in page and str(source[0]) in page
 

@@ -20,6 +20,7 @@ FEW = [
     "phases.finetune.steps=3",
     "tracking.tracker=none",
     "tracking.plots=false",
+    "architecture.recalibration_batches=5",
 ]
 
 
@@ -91,7 +92,7 @@ def test_a_run_starts_its_finetune_where_the_search_ended(digits, tmp_path):
     source = batches(0)
     assert taken == [next(source).keys for _ in range(12)]
     recalibrated = [keys for phase, keys in seen if phase == "prune"]
-    assert len(recalibrated) == 50 and recalibrated[:3] == taken[-3:]
+    assert len(recalibrated) == 5 and recalibrated[:3] == taken[-3:]
 
 
 def run_cost(*argv: str, capsys) -> str:

@@ -49,7 +49,7 @@ def test_other_threads_do_not_count():
 
 def test_the_breakdown_covers_a_phase(train_here, digits, tmp_path):
     changes = [*SMALL, *(f"phases.{phase}.epochs=1" for phase in ("pretrain", "search", "finetune"))]
-    ended = train_here(*arguments(digits, tmp_path / "run", *changes))
+    ended = train_here(*arguments(digits, tmp_path / "run", *changes), report=True)
     assert ended.code == 0, ended.err
     phases = records(tmp_path / "run", "phase")
     assert [record["phase"] for record in phases] == ["pretrain", "search", "prune", "finetune"]

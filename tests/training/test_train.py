@@ -22,6 +22,7 @@ from dnal_dist.training.evaluate import evaluate
 
 REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
+FEW += ["architecture.recalibration_batches=2"]
 
 
 def start(launcher: list[str], digits, output, *changes: str, **environment: str) -> subprocess.CompletedProcess:

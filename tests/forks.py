@@ -1,0 +1,206 @@
+"""Processes that start with torch already imported: forks of a server that has imported what a training imports, which takes 4 to 8
+seconds of a core in each new process.
+
+A command is started by way of this file: `python tests/forks.py run -m MODULE ...` or `... run SCRIPT ...` hands its arguments,
+environment, folder and open files to the server named by $FORKS, passes signals on to the fork, and ends as it ends. So
+`accelerate launch ... tests/forks.py run -m dnal_dist.train ...` starts its processes as it does any others. Without $FORKS, the
+command runs in this process.
+
+python tests/forks.py serve SOCKET      the server, started by Server
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__)
+ENVIRONMENT = "FORKS"
+# Imported before the first fork; DeepSpeed as soon as a launch asks for it.
+PRELOADED = ("accelerate.commands.launch", "dnal_dist.training.command", "torch.distributed.fsdp")
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGABRT)
+
+
+def command(*words) -> list[str]:
+    """The command `python WORDS`, as a fork of the server where $FORKS names one."""
+    return [sys.executable, str(HERE), "run", *map(str, words)]
+
+
+class Server:
+    """Started when it is first asked for its environment."""
+
+    def __init__(self):
+        self.folder, self.process = tempfile.TemporaryDirectory(prefix="forks"), None
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs beside its own environment to be forked from this server."""
+        address = f"{self.folder.name}/socket"
+        if self.process is None:
+            start = [sys.executable, str(HERE), "serve", address]
+            self.process = subprocess.Popen(start, stdin=subprocess.PIPE, cwd=HERE.parent.parent, start_new_session=True)
+            until = time.monotonic() + 300
+            while not os.path.exists(address):
+                assert self.process.poll() is None and time.monotonic() < until, "the server of forks did not start"
+                time.sleep(0.05)
+        return {ENVIRONMENT: address}
+
+    def close(self) -> None:
+        """End the server and all forks."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+        self.folder.cleanup()
+
+
+def run(words: list[str]) -> None:
+    """The command `python WORDS`, in a fork of the server."""
+    if not os.environ.get(ENVIRONMENT):
+        _execute(words)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    with socket.socket(socket.AF_UNIX) as server, server.makefile("r") as answers:
+        server.connect(os.environ[ENVIRONMENT])
+        request = json.dumps({"words": words, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+        socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+        server.sendall(request)
+        pid = int(answers.readline())
+
+        def pass_on(number, _) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+        for number in PASSED_ON:
+            signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        code = int(answers.readline() or -signal.SIGKILL)
+    if code < 0:
+        # As the fork did.
+        with contextlib.suppress(OSError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _execute(words: list[str]) -> None:
+    """`python WORDS`, in this process."""
+    if words[0] != "-m":
+        sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
+        return
+    _, name, *arguments = words
+    sys.path[0] = os.getcwd()
+    if name in sys.modules:
+        sys.argv = [sys.modules[name].__file__, *arguments]
+        sys.modules[name].main()
+    else:
+        sys.argv = [name, *arguments]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def serve(address: str) -> list[str]:
+    """Fork until stdin is closed. Returns, in each fork, what it is to execute."""
+    import gc
+
+    # As a context sets it where there is no GPU, before DeepSpeed is imported.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in PRELOADED:
+        importlib.import_module(name)
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    callers: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{address}.unready")
+        listener.listen(64)
+        os.rename(f"{address}.unready", address)
+        while True:
+            ready, _, _ = select.select([sys.stdin, listener, woken, *callers.values()], [], [])
+            if woken in ready:
+                woken.recv(4096)
+                _reap(callers)
+            for pid, caller in callers.items():
+                # The caller was killed.
+                if caller in ready and not caller.recv(1):
+                    _kill(pid)
+            if listener in ready:
+                caller, _ = listener.accept()
+                if request := _request(caller):
+                    words, environment, folder, files = request
+                    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+                        importlib.import_module("deepspeed")
+                    gc.collect()
+                    gc.freeze()
+                    if not (pid := os.fork()):
+                        signal.set_wakeup_fd(-1)
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        for one in (woken, wake, caller, *callers.values()):
+                            one.close()
+                        _become(environment, folder, files)
+                        return words
+                    for file in files:
+                        os.close(file)
+                    callers[pid] = caller
+                    caller.sendall(f"{pid}\n".encode())
+            if sys.stdin in ready:
+                for pid in callers:
+                    _kill(pid)
+                os._exit(0)
+
+
+def _request(caller: socket.socket):
+    head, files, _, _ = socket.recv_fds(caller, 4, 3)
+    if len(head) < 4:
+        return None
+    content, size = b"", int.from_bytes(head, "big")
+    while len(content) < size:
+        content += caller.recv(size - len(content))
+    request = json.loads(content)
+    return request["words"], request["environment"], request["folder"], files
+
+
+def _become(environment: dict[str, str], folder: str, files: list[int]) -> None:
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = open(0)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if environment.get("PYTHONFAULTHANDLER"):
+        import faulthandler
+
+        faulthandler.enable()
+
+
+def _reap(callers: dict[int, socket.socket]) -> None:
+    """Tell the callers of forks that have ended how they did."""
+    for pid in list(callers):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            caller = callers.pop(pid)
+            with caller, contextlib.suppress(OSError):
+                caller.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _kill(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+if __name__ == "__main__":
+    _execute(serve(sys.argv[2])) if sys.argv[1] == "serve" else run(sys.argv[2:])
