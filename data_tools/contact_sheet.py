@@ -1,6 +1,5 @@
 """A contact sheet: an image of samples with their labels, to check labels by eye."""
 
-import io
 import os
 import random
 from collections.abc import Sequence
@@ -8,9 +7,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.images import UNREADABLE, rgb, too_large
+from data_tools.images import MAX_PIXELS
 from data_tools.survey import Good, Survey
-from dnal_dist.data.tar import FORMATS
+from dnal_dist.data.decoding import ImageError, check_size, decode, read_header
+from dnal_dist.data.samples import Fault
 
 COLUMNS, ROWS = 8, 8
 TILE, CAPTION = 160, 20
@@ -41,14 +41,13 @@ def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path,
 
 
 def _tile(one: Survey, good: Good) -> Image.Image:
-    encoded, inner = one.image(good), TILE - 8
+    inner = TILE - 8
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if reason := too_large(image.size):
-                raise ValueError(reason)
-            image.load()
-            image = rgb(image)
-    except UNREADABLE:
+        encoded = one.image(good)
+        header = read_header(encoded)
+        check_size((header.height, header.width), MAX_PIXELS)
+        image = Image.fromarray(decode(encoded, header))
+    except (ImageError, Fault):
         # With its label, so that an image that cannot be decoded is seen too.
         return Image.new("RGB", (inner, inner), "red")
     scale = inner / max(image.size)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.index import are_numbers
 from data_tools.survey import Survey
 from dnal_dist.data.shardlist import Url
 
@@ -19,6 +18,8 @@ class Finding(NamedTuple):
     what: str
 
 
+# Samples of the largest class for one of the smallest, from which on a split is called imbalanced.
+IMBALANCE = 10
 # Words in a name that mark its split.
 TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 ANY_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -72,17 +73,6 @@ def _difference(name: str, known: dict, entry: dict) -> str:
         return "its samples begin at other bytes than index.json says; make the index again"
     unit = {"bytes": "bytes", "samples": "samples", "sha256": "as SHA-256"}[name]
     return f"has {entry[name]} {unit}, index.json says {known[name]}; copy or make it again"
-
-
-def class_name_findings(names: dict[str, list[str]]) -> Iterator[Finding]:
-    """Indices whose names of the classes differ from those of the first index that has names, not only numbers."""
-    first, *others = [item for item in names.items() if not are_numbers(item[1])] or [("", [])]
-    for where, found in others:
-        number = next((i for i, (a, b) in enumerate(zip(first[1], found, strict=False)) if a != b), None)
-        if number is not None:
-            yield Finding("class", where, f"calls class {number} {found[number]!r}, {first[0]} calls it {first[1][number]!r}")
-        elif len(found) != len(first[1]):
-            yield Finding("class", where, f"names {len(found)} classes, {first[0]} names {len(first[1])}")
 
 
 def label_findings(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> Iterator[Finding]:
@@ -140,7 +130,8 @@ def same_images(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
 
 def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """For each split: shards, samples, bytes, faulty samples, samples whose image it has twice, members without a reader by kind,
-    samples of a class as (least, median, most), and width and height of the decoded images likewise."""
+    samples of each class and as (least, median, most), and of the decoded images width and height likewise and how many have an
+    alpha channel."""
     repeated = defaultdict(int)
     for group in same_images(splits):
         for split in {member[0] for member in group}:
@@ -148,7 +139,9 @@ def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> d
     found = {}
     for split, surveys in splits.items():
         count = len(classes) if classes is not None else 1 + max((g.label for one in surveys for g in one.good), default=-1)
-        sizes = np.array([size for one in surveys for size in one.sizes])
+        headers = [header for one in surveys for header in one.headers]
+        sizes = np.array([(header.width, header.height) for header in headers])
+        per_class = _per_class(surveys, count)
         found[split] = {
             "shards": len(surveys),
             "samples": sum(one.entry["samples"] for one in surveys),
@@ -157,11 +150,25 @@ def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> d
             "same_picture": repeated[split],
             "unread": dict(sum((one.unread for one in surveys), Counter())),
             "classes": count,
-            "per_class": _spread(_per_class(surveys, count)),
+            "per_class": _spread(per_class),
+            "class_counts": per_class.tolist(),
+            "with_alpha": sum(header.alpha for header in headers) if headers else None,
             "width": _spread(sizes[:, 0]) if len(sizes) else None,
             "height": _spread(sizes[:, 1]) if len(sizes) else None,
         }
     return found
+
+
+def balance(summary: dict[str, dict[str, Any]], classes: Sequence[str]) -> Iterator[str]:
+    """A line for each split that has far more samples of one class than of another: accuracy alone then says little."""
+    for split, found in summary.items():
+        counts = found["class_counts"]
+        least, most = (min(counts), max(counts)) if counts else (0, 0)
+        if most >= IMBALANCE * max(least, 1):
+            few, many = (
+                f"{(at := counts.index(one))}" + (f" ({classes[at]})" if at < len(classes) else "") for one in (least, most)
+            )
+            yield f"{split}: {least:,} samples of class {few}, {most:,} of class {many}"
 
 
 def _spread(values: np.ndarray) -> tuple[int, float, int] | None:

@@ -1,21 +1,20 @@
 """Images in files and tars: found, checked, and made smaller."""
 
+import contextlib
 import io
 import os
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
-from dnal_dist.data.tar import FORMATS
+from dnal_dist.data.decoding import FORMATS, ImageError, has_alpha, opened, read_header, refusal, rgb, size_fault
 from dnal_dist.recipe import Data
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
@@ -35,11 +34,6 @@ MAGIC = {
     "tif": (b"II*\0", b"MM\0*"),
 }
 CHUNK = 2000
-# Raised for damaged images; struct.error and SyntaxError come from Pillow's parsers of headers.
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, Image.DecompressionBombError)
-
-# data.max_pixels replaces Pillow's own bound, here as in training.
-Image.MAX_IMAGE_PIXELS = None
 
 
 class ImageFile(NamedTuple):
@@ -98,62 +92,12 @@ def fault(image: ImageFile, decode: bool) -> str | None:
     if extension_of(head) is None:
         return f"it is none of {', '.join(FORMATS)} (it begins with {head[:4].hex(' ')})"
     # Damage within a PNG shows at neither end, and some decoders (torchvision 0.29) then end the whole process.
-    if decode or extension_of(head) != "jpg" or image.read(max(0, image.size - 2)) != END_OF_JPEG:
-        return decoding_fault(image.read())[0]
-    try:
-        with Image.open(io.BytesIO(head), formats=("JPEG",)) as decoded:
-            return too_large(decoded.size)
-    except UNREADABLE:
+    if not decode and extension_of(head) == "jpg" and image.read(max(0, image.size - 2)) == END_OF_JPEG:
         # Long comments and colour profiles come before the image's size.
-        return decoding_fault(image.read())[0]
-
-
-def too_large(size: tuple[int, int]) -> str | None:
-    """Why training refuses an image of this width and height, or None."""
-    if size[0] * size[1] <= MAX_PIXELS:
-        return None
-    return f"it has {size[0]} x {size[1]} pixels, more than data.max_pixels allows by default ({MAX_PIXELS})"
-
-
-def decoding_fault(encoded: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """Why an image cannot be decoded, or None; and its width and height, if they can be read."""
-    size = None
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
-            size = decoded.size
-            if reason := too_large(size):
-                return reason, size
-            if ends_early(encoded):
-                return "it is truncated, though it has an end", None
-            # An MPO is a JPEG with previews behind it.
-            if getattr(decoded, "is_animated", False) and decoded.format != "MPO":
-                return "it is animated, or has several pages", size
-            if decoded.mode == "F":
-                return "its pixels are floating-point numbers, whose range is not known", size
-            # An eighth of a JPEG's size takes a third of the time, and still reads the whole file.
-            decoded.draft(None, (1, 1))
-            decoded.load()
-            if decoded.format == "PNG":
-                with Image.open(io.BytesIO(encoded)) as again:  # loading does not check the checksums
-                    again.verify()
-    except UnidentifiedImageError:
-        return "its header cannot be read", None
-    except UNREADABLE as error:
-        return (str(error).splitlines() or [type(error).__name__])[0], size
-    return None, size
-
-
-def ends_early(encoded: bytes) -> bool:
-    """Whether a JPEG's data ends before its image does. If an end marker follows, Pillow accepts it and leaves the rest grey."""
-    if extension_of(encoded) != "jpg":
-        return False
-    try:
-        colours = simplejpeg.decode_jpeg_header(encoded)[2]
-        # An eighth of the size still reads all of the data.
-        simplejpeg.decode_jpeg(encoded, "CMYK" if colours in ("CMYK", "YCCK") else "RGB", min_height=1, min_width=1)
-    except ValueError as error:
-        return "premature end of data" in str(error)
-    return False
+        with contextlib.suppress(ImageError):
+            header = read_header(head)
+            return size_fault((header.height, header.width), MAX_PIXELS) or None
+    return refusal(image.read(), MAX_PIXELS)[0] or None
 
 
 class Check(NamedTuple):
@@ -222,23 +166,23 @@ class Draw(NamedTuple):
         if self.shorter:
             try:
                 smaller = resized(encoded, self.shorter, self.quality)
-            except UNREADABLE as error:
+            except ImageError as error:
                 raise ValueError(f"{image}: cannot be decoded ({error}); mend or remove it") from None
             if smaller is not None:
                 return key, smaller, "jpg", image.label
         if true in AS_PNG:
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
-                return key, png(np.asarray(rgb(decoded))), "png", image.label
+            with opened(encoded) as decoded:
+                return key, png(np.asarray(decoded.convert("RGBA") if has_alpha(decoded) else rgb(decoded))), "png", image.label
         return key, encoded, extension, image.label
 
 
 def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
     """A JPEG (RGB, 4:2:0) of the image whose shorter side is `shorter` pixels, or None if it is no larger than that already.
 
-    An EXIF orientation is not followed, as in common use of ImageNet; EXIF and colour profile are dropped. Raises one of UNREADABLE
-    for bytes that are no image.
+    An EXIF orientation is not followed, as in common use of ImageNet; EXIF and colour profile are dropped, and what is transparent
+    becomes white. Raises ImageError for bytes that are no image.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as decoded:
+    with opened(encoded) as decoded:
         width, height = decoded.size
         if min(width, height) <= shorter:
             return None
@@ -251,14 +195,6 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
     out = io.BytesIO()
     smaller.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
     return out.getvalue()
-
-
-def rgb(decoded: Image.Image) -> Image.Image:
-    """The image in RGB, as training sees it."""
-    if decoded.mode.startswith("I"):
-        # Grey of 16 bits: its upper byte is the value in 8 bits, as in training.
-        decoded = Image.fromarray((np.asarray(decoded, np.uint32) >> 8).astype(np.uint8))
-    return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
 
 
 def is_image(path: Path) -> bool:

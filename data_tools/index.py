@@ -1,9 +1,10 @@
 """Write index.json for webdataset shards that were made elsewhere.
 
-  python -m data_tools.index /data/own                                       all shards (*.tar) of a folder
+  python -m data_tools.index /data/own                                       all shards (*.tar) in a folder and below it
   python -m data_tools.index '/data/own/train-{000000..000146}.tar'          some of them
   python -m data_tools.index /data/own --classes names.txt --workers 16      with the names of the classes, one a line
   python -m data_tools.index /data/own --label-key label                     labels in .json members, under this key
+  python -m data_tools.index /data/own --image crop2.png --label cls         which members, where samples have several
   python -m data_tools.index 's3://BUCKET/own/{000..146}.tar' --output index.json     copy it beside the shards
 
 The index holds, for each shard, the number of samples, the byte at which each begins, and the SHA-256. Without one a training reads
@@ -15,21 +16,23 @@ other kinds are listed once, by kind.
 
 import argparse
 import glob
-import json
 import shlex
 import sys
-from collections import Counter
 from pathlib import Path
 
 from data_tools.make_shards import count
 from data_tools.survey import Survey, Surveyor, unread_line
-from data_tools.workers import cores, in_order
+from data_tools.workers import in_order
 from data_tools.writing import write_index
+from dnal_dist.common.cores import cores
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import argument
-from dnal_dist.data.shardlist import Url, expand, read_index
-from dnal_dist.data.tar import LabelFormat
+from dnal_dist.data.classes import are_numbers, class_names, class_numbers
+from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
+from dnal_dist.data.shardlist import Url, expand, index_content, read_index
 
 LISTED = 10
+MOST_NAMES = 64 << 20
 
 
 def folder_of(one: str) -> Path | Url | None:
@@ -40,31 +43,29 @@ def folder_of(one: str) -> Path | Url | None:
 
 
 def find(patterns: list[str]) -> list[Path | Url]:
-    """The shards of folders and patterns, in order and once each. Raises ValueError if one matches nothing."""
-    wanted = [f"{folder_of(one)}/*.tar" if folder_of(one) else one for one in patterns]
+    """The shards in folders and below them, and of patterns, in order and once each. Raises ValueError if one matches nothing."""
+    wanted = []
+    for one in patterns:
+        folder = folder_of(one)
+        below = "*.tar" if isinstance(folder, Url) else "**/*.tar"
+        wanted.append(f"{folder if isinstance(folder, Url) else glob.escape(str(folder))}/{below}" if folder else one)
     return list(dict.fromkeys(expand(shlex.join(wanted), "PATTERN")[1]))
 
 
 def survey(
-    paths: list[Path | Url], workers: int, names: dict[Path | Url, list[str]], label_key: str | None = None, decode: bool = False
+    paths: list[Path | Url], workers: int, names: dict[Path | Url, list[str]], form: SampleFormat, decode: bool = False
 ) -> list[Survey]:
-    """Surveys of all shards. names: of the classes, by folder; label_key: as data.label_key. Raises OSError or ValueError."""
+    """Surveys of all shards. names: of the classes, by folder. Raises OSError or ValueError."""
     total = None if any(isinstance(path, Url) for path in paths) else sum(path.stat().st_size for path in paths)
-    labels = {folder: LabelFormat(None, _numbers(found), label_key) for folder, found in names.items()}
-    return in_order(Surveyor(labels, decode), paths, workers, "bytes read", total)
-
-
-def _numbers(names: list[str]) -> dict[str, int]:
-    """The numbers of the classes by name, without names that two classes share."""
-    counts = Counter(names)
-    return {name: number for number, name in enumerate(names) if counts[name] == 1}
+    forms = {folder: form._replace(names=class_numbers(found)) for folder, found in names.items()}
+    return in_order(Surveyor(forms, decode), paths, workers, "bytes read", total)
 
 
 def make(
-    paths: list[Path | Url], classes: Path | None, output: Path | None, workers: int, label_key: str | None = None
+    paths: list[Path | Url], classes: Path | None, output: Path | None, workers: int, form: SampleFormat = ANY_FORMAT
 ) -> list[Survey]:
     """Write the index of these shards to `output`, or beside them. An existing index keeps its entries of other shards, and its
-    names of the classes unless the file `classes` has others. label_key: as data.label_key in a recipe.
+    names of the classes unless the file `classes` has others.
 
     Raises ValueError or OSError.
     """
@@ -75,7 +76,7 @@ def make(
     if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):
         raise ValueError(f"{away}: no index can be written there; write it with --output index.json and copy it beside the shards")
     known = {folder: ([], []) if output else _known(folder, set(paths)) for folder in folders}
-    found = survey(paths, workers, {folder: new_names or names for folder, (_, names) in known.items()}, label_key)
+    found = survey(paths, workers, {folder: new_names or names for folder, (_, names) in known.items()}, form)
     if empty := next((one for one in found if not one.entry["samples"]), None):
         reason = empty.damage[0][1] if empty.damage else "it holds no sample"
         raise ValueError(f"{empty.path}: not a shard ({reason}); leave it out")
@@ -98,11 +99,6 @@ def make(
     return found
 
 
-def are_numbers(names: list[str]) -> bool:
-    """Whether these names of classes are only their numbers."""
-    return names == list(map(str, range(len(names))))
-
-
 def _refuse_unnamed(one: Survey, names: list[str], where: Path) -> None:
     if wrong := next((good for good in one.good if good.label >= len(names)), None):
         raise ValueError(
@@ -118,21 +114,20 @@ def _known(folder: Path, paths: set[Path | Url]) -> tuple[list[dict], list[str]]
         if not read_index(folder):
             return [], []
     except ValueError as error:
-        if _is_foreign(where):
+        if _is_foreign(folder):
             raise ValueError(f"{where}: of another program; rename it, since an index of shards has this name") from None
         if not set(folder.glob("*.tar")) <= paths:
             raise ValueError(f"{error}, from all shards of the folder") from None
         print(f"{where}: damaged, and made again", file=sys.stderr)
         return [], []
-    content = json.loads(where.read_text())
-    there, names = [entry for entry in content["shards"] if (folder / entry["file"]).is_file()], content.get("classes")
-    return there, [str(name) for name in names] if isinstance(names, list) else []
+    there = [entry for entry in index_content(folder)["shards"] if (folder / entry["file"]).is_file()]
+    return there, class_names(folder)
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether the file is whole JSON, but not an index."""
+def _is_foreign(folder: Path) -> bool:
+    """Whether folder/index.json is whole JSON, but not an index."""
     try:
-        content = json.loads(path.read_text())
+        content = index_content(folder)
     except (ValueError, RecursionError):
         return False
     return not isinstance(content, dict) or "shards" not in content
@@ -141,7 +136,7 @@ def _is_foreign(path: Path) -> bool:
 def read_names(path: Path) -> list[str]:
     """The names of the classes, one a line. Raises ValueError if there are none, or a line between two of them is empty."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+        names = [line.strip() for line in read_regular(path, MOST_NAMES).decode("utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (at byte {error.start}); convert it, for example with iconv") from None
     if not names[-1]:
@@ -154,7 +149,7 @@ def read_names(path: Path) -> list[str]:
 def main() -> None:
     options = _arguments()
     try:
-        found = make(find(options.patterns), options.classes, options.output, options.workers, options.label_key)
+        found = make(find(options.patterns), options.classes, options.output, options.workers, form_of(options))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -173,8 +168,14 @@ def main() -> None:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both readers of shards, index and verify."""
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="folder or shards, by patterns as in data.train of a recipe")
+    parser.add_argument("--image", metavar="EXTENSION", help="extension of the image, as data.image of a recipe, such as crop2.png")
+    parser.add_argument("--label", metavar="EXTENSION", help="extension of the label, as data.label of a recipe")
     parser.add_argument("--label-key", metavar="KEY", help="key of the label in .json members, as data.label_key of a recipe")
     parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+
+
+def form_of(options: argparse.Namespace) -> SampleFormat:
+    return SampleFormat(json_key=options.label_key, image=options.image, label=options.label)
 
 
 def _arguments() -> argparse.Namespace:

@@ -32,7 +32,7 @@ from data_tools.folder import image_folder
 from data_tools.imagenet import imagenet
 from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
-from data_tools.workers import cores
+from dnal_dist.common.cores import cores
 from dnal_dist.common.paths import argument
 
 MORE = {

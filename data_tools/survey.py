@@ -9,23 +9,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_tools.images import decoding_fault
+from data_tools.images import MAX_PIXELS
 from data_tools.workers import Tick
 from dnal_dist.data import remote
+from dnal_dist.data.decoding import Header, refusal
+from dnal_dist.data.samples import MOST_BYTES, Fault, SampleFormat, parse
 from dnal_dist.data.shardlist import Url
-from dnal_dist.data.tar import Fault, LabelFormat, boundaries, parse
+from dnal_dist.data.tar import boundaries, compressed
 
-# A sample of more bytes is no image: the shard's headers are damaged, or harmful.
-MOST_BYTES = 1 << 28
 MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
+# Bytes of a remote shard.
+MOST_REMOTE = 4 << 30
 
 
 @contextlib.contextmanager
 def opened(path: Path | Url) -> Iterator[BinaryIO]:
     """A shard to read; a remote one is held in memory, since its headers lie all over it. Raises OSError."""
     if isinstance(path, Url):
-        yield io.BytesIO(remote.read(str(path)))
+        yield io.BytesIO(remote.read(str(path), most=MOST_REMOTE))
         return
     with path.open("rb") as file:
         yield file
@@ -44,7 +46,7 @@ class Good(NamedTuple):
 
 class Survey(NamedTuple):
     path: Path | Url
-    labels: LabelFormat
+    form: SampleFormat
     entry: dict
     """The shard's entry for the index."""
     damage: list[tuple[int, str]]
@@ -52,8 +54,8 @@ class Survey(NamedTuple):
     faults: list[tuple[str, str]]
     """(key or byte, reason) of samples that training would skip."""
     good: list[Good]
-    sizes: list[tuple[int, int]]
-    """Width and height of decoded images."""
+    headers: list[Header]
+    """Of decoded images."""
     unread: Counter[str]
     """Samples with a member that has no reader, by its extension."""
 
@@ -61,25 +63,25 @@ class Survey(NamedTuple):
         """The encoded image of a sample, read again. Raises OSError or Fault."""
         begin, end = self.entry["offsets"][good.row : good.row + 2]
         if isinstance(self.path, Url):
-            return parse(remote.read(str(self.path), begin, end), self.labels).image
+            return parse(remote.read(str(self.path), begin, end), self.form).image
         with self.path.open("rb") as file:
             file.seek(begin)
-            return parse(file.read(end - begin), self.labels).image
+            return parse(file.read(end - begin), self.form).image
 
 
 class Surveyor(NamedTuple):
-    """Surveys shards, in a worker process. labels: by folder; decode: every image is decoded too."""
+    """Surveys shards, in a worker process. forms: by folder; decode: every image is decoded too."""
 
-    labels: Mapping[Path | Url, LabelFormat]
+    forms: Mapping[Path | Url, SampleFormat]
     decode: bool = False
 
     def __call__(self, path: Path | Url, tick: Tick) -> Survey:
         """Raises OSError if the shard cannot be read."""
-        found = Survey(path, self.labels[path.parent], {}, [], [], [], [], Counter())
+        found = Survey(path, self.forms[path.parent], {}, [], [], [], [], Counter())
         with opened(path) as file:
             offsets, damage = boundaries(file)
-            if damage and _begins_as_gzip(file):
-                damage = [(0, "it is compressed; gunzip it")]
+            if damage and (remedy := compressed(file)):
+                damage = [(0, remedy)]
             size, digest = file.seek(0, io.SEEK_END), hashlib.sha256()
             file.seek(0)
             _skip(file, offsets[0], digest)
@@ -100,7 +102,7 @@ class Surveyor(NamedTuple):
         content = file.read(end - begin)
         digest.update(content)
         try:
-            sample = parse(content, found.labels)
+            sample = parse(content, found.form)
         except Fault as fault:
             found.unread.update(fault.unread)
             return found.faults.append((fault.key or f"at byte {begin}", fault.reason))
@@ -109,11 +111,11 @@ class Surveyor(NamedTuple):
             return found.faults.append((sample.key, f"label {sample.label} is larger than any network's"))
         found.good.append(Good(sample.key, sample.label, hashlib.blake2b(sample.image, digest_size=16).digest(), row))
         if self.decode:
-            reason, size = decoding_fault(sample.image) if sample.image else ("it is empty", None)
+            reason, header = refusal(sample.image, MAX_PIXELS)
             if reason:
                 found.faults.append((sample.key, reason))
-            elif size:
-                found.sizes.append(size)
+            else:
+                found.headers.append(header)
 
 
 def unread_line(surveys: list[Survey]) -> str:
@@ -121,11 +123,6 @@ def unread_line(surveys: list[Survey]) -> str:
     kinds = sum((one.unread for one in surveys), Counter())
     listed = ", ".join(f".{kind} ({number:,})" for kind, number in sorted(kinds.items()))
     return f"members without a reader, and the samples that have them: {listed}" if kinds else ""
-
-
-def _begins_as_gzip(file: BinaryIO) -> bool:
-    file.seek(0)
-    return file.read(2) == b"\x1f\x8b"
 
 
 def _skip(file: BinaryIO, count: int, digest) -> None:

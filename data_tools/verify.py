@@ -8,7 +8,8 @@
 
 Every sample is read as training reads it. Findings are: shards that are missing or differ from index.json, samples that training
 would skip, labels outside the classes, folders with other names for the classes, keys that a split has twice, and images that are,
-byte for byte, in two splits or under two labels. Members without a reader are listed once, by kind. The exit status is 0 without
+byte for byte, in two splits or under two labels. Members without a reader are listed once, by kind, and so are splits with ten
+times as many samples of one class as of another. Folders are taken with all below them. The exit status is 0 without
 findings, 1 with findings, 2 if the check or the contact sheet failed.
 """
 
@@ -17,6 +18,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,39 +28,45 @@ from rich.table import Table
 from data_tools import findings
 from data_tools.contact_sheet import contact_sheet, refuse_unwritable
 from data_tools.findings import Finding
-from data_tools.index import add_common_arguments, are_numbers, find, folder_of, survey
+from data_tools.index import add_common_arguments, find, folder_of, form_of, survey
 from data_tools.make_shards import count
 from data_tools.survey import Survey, unread_line
 from dnal_dist.common.paths import argument
-from dnal_dist.data.shardlist import class_names, read_index
+from dnal_dist.data.classes import are_numbers, class_names, conflicts
+from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
+from dnal_dist.data.shardlist import Url, read_index
 
 LISTED = 10
 
 
 def check(
-    patterns: list[str], workers: int = 1, decode: bool = False, label_key: str | None = None
+    patterns: list[str], workers: int = 1, decode: bool = False, form: SampleFormat = ANY_FORMAT
 ) -> tuple[dict[str, Any], list[Finding], list[Survey], list[str]]:
     """Summary of each split, findings, surveys, and the names of the classes. Raises ValueError or OSError."""
     paths = find(patterns)
     folders = dict.fromkeys(path.parent for path in paths)
     indices = {folder: read_index(folder) for folder in folders}
     # A whole folder must hold all shards of its index; a pattern need not match all.
-    whole = {folder_of(one) for one in patterns}
+    whole = {folder for folder in folders for one in patterns if _is_in(folder, folder_of(one))}
     there = {str(path) for path in paths}
     listed = [f"{folder}/{name}" for folder in folders if folder in whole for name in indices[folder]]
     missing = [path for path in listed if path not in there]
     by_folder = {folder: class_names(folder) for folder in folders}
-    surveys = survey(paths, workers, by_folder, label_key, decode)
+    surveys = survey(paths, workers, by_folder, form, decode)
     names = {f"{folder}/index.json": found for folder, found in by_folder.items() if found}
     classes, splits = _classes(names), findings.by_split(surveys)
     known = {path: indices[path.parent].get(path.name) for path in paths}
     found = [
         *findings.shard_findings(surveys, known, missing),
-        *findings.class_name_findings(names),
+        *(Finding("class", *one) for one in conflicts(names)),
         *findings.label_findings(splits, classes),
         *findings.duplicate_findings(splits),
     ]
     return findings.summary(splits, classes), found, surveys, classes or []
+
+
+def _is_in(folder: Path | Url, whole: Path | Url | None) -> bool:
+    return folder == whole or (isinstance(folder, Path) and isinstance(whole, Path) and whole in folder.parents)
 
 
 def _classes(names: dict[str, list[str]]) -> list[str] | None:
@@ -73,11 +81,12 @@ def main() -> None:
         if options.contact_sheet:
             # Before hours of reading.
             refuse_unwritable(options.contact_sheet)
-        summary, found, surveys, classes = check(options.patterns, options.workers, options.decode, options.label_key)
+        summary, found, surveys, classes = check(options.patterns, options.workers, options.decode, form_of(options))
         if options.json:
             print(json.dumps({"splits": summary, "findings": [one._asdict() for one in found]}, indent=1))
         else:
-            _print(summary, found, unread_line(surveys), options.list)
+            notes = [*findings.balance(summary, classes), *filter(None, [unread_line(surveys)])]
+            _print(summary, found, notes, options.list)
         if options.contact_sheet:
             contact_sheet(surveys, classes, options.contact_sheet, options.seed)
     except (OSError, ValueError) as error:
@@ -115,10 +124,11 @@ ROWS: dict[str, Callable[[Any], str]] = {
     "height": _as_spread,
     "faulty": _as_number,
     "same_picture": _as_number,
+    "with_alpha": _as_number,
 }
 
 
-def _print(summary: dict[str, Any], found: list[Finding], unread: str, listed: int) -> None:
+def _print(summary: dict[str, Any], found: list[Finding], notes: list[str], listed: int) -> None:
     console, table = Console(soft_wrap=True), Table("")
     for split in summary:
         table.add_column(escape(split), justify="right")
@@ -126,8 +136,8 @@ def _print(summary: dict[str, Any], found: list[Finding], unread: str, listed: i
         if any(row[name] is not None for row in summary.values()):
             table.add_row(name.replace("_", " "), *(shown(row[name]) for row in summary.values()))
     console.print(table)
-    if unread:
-        console.print(unread, markup=False, highlight=False)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
     for kind, number in Counter(one.kind for one in found).items():
         for one in [one for one in found if one.kind == kind][:listed]:
             console.print(f"{one.kind}: {one.where}: {one.what}", markup=False, highlight=False)

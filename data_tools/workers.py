@@ -27,11 +27,6 @@ class Stopped(Exception):
     """In a worker process: the main process has ended, and the task is to be left as it is."""
 
 
-def cores() -> int:
-    """Cores that this process may use; under a batch system fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_order(function: Callable[[Any, Tick], Any], tasks: list, workers: int, title: str, total: int | None) -> list[Any]:
     """The results of `function` for all tasks, in their order; see `as_finished`."""
     return [result for _, result in sorted(as_finished(function, tasks, workers, title, total), key=lambda found: found[0])]

@@ -11,8 +11,9 @@ import torch
 
 from data_tools import make_shards
 from dnal_dist.data import pipeline
+from dnal_dist.data.samples import Sample, parse
 from dnal_dist.data.shards import Shards
-from dnal_dist.data.tar import Sample, boundaries, parse
+from dnal_dist.data.tar import boundaries
 from dnal_dist.recipe import Data
 
 

@@ -34,7 +34,7 @@ def audit(run: Path) -> int:
     if not receipts:
         raise InputError(f"{run / 'metrics.jsonl'}: no receipt yet; the first is written at the end of the first epoch")
     console, data = Console(), settings.data
-    shards = Shards(data.train, "data.train", None, data.cache, data.cache_gb)
+    shards = Shards(data.train, "data.train", None, data)
     order = GlobalOrder(shards, data, settings.seed, True)
     bar = {"console": Console(stderr=True), "transient": True, "disable": not console.is_terminal}
     names = [shards.name(index) for index in track(range(shards.samples), "reading keys", **bar)]

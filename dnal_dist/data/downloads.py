@@ -5,9 +5,10 @@ import math
 from collections.abc import Iterator
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.data.files import OPEN_SHARDS
 from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.prefetch import Need, Prefetcher
-from dnal_dist.data.shards import OPEN_SHARDS, Shards
+from dnal_dist.data.shards import Shards
 
 
 def prefetcher(shards: Shards, order: GlobalOrder, workers: int) -> Prefetcher | None:

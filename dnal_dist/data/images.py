@@ -1,50 +1,20 @@
 """From an encoded image to a square of a batch: header, geometry, decode, crop and resize; uint8 throughout.
 
 The geometry follows from the header alone, before a pixel is decoded: an image of too many pixels is refused then, and a JPEG that
-will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. JPEGs go through simplejpeg; what it refuses
-(CMYK, small faults) and all other kinds go through Pillow. Mirroring is only decided here: `normalise` does it on the device.
+will shrink by 2, 4 or 8 anyway is decoded at that scale, for a fraction of the time. Mirroring is only decided here: `normalise`
+does it on the device.
 """
 
-import contextlib
-import io
 import math
-import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from dnal_dist.data.tar import FORMATS
-
-SMALLEST_REDUCED = 64
-
-
-class ImageError(ValueError):
-    """An image cannot be decoded; the message is the reason, one line."""
-
-
-class Header(NamedTuple):
-    height: int
-    width: int
-    colours: str
-    """YCbCr, Gray, RGB, CMYK or YCCK of a JPEG; empty for other kinds."""
-    orientation: int = 1
-    """How the stored pixels are turned, 1 to 8 as in EXIF; height and width are those after it."""
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        """Height and width of the pixels as they are stored."""
-        return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
-
-    @property
-    def plain(self) -> bool:
-        """Whether simplejpeg decodes it; Pillow decodes the rest."""
-        return self.colours in ("YCbCr", "Gray", "RGB")
+from dnal_dist.data.decoding import SMALLEST_REDUCED, WHITE, Header, check_size, decode, read_header
 
 
 class Geometry(NamedTuple):
@@ -82,21 +52,24 @@ class Transform:
         """
         header = self.header(encoded)
         geometry = self.plan(header, epoch, index)
-        return render(encoded, header, geometry, self.size), geometry.flip
+        return self.render(encoded, header, geometry), geometry.flip
 
     def header(self, encoded: bytes) -> Header:
         return read_header(encoded, self.data.exif)
 
+    def render(self, encoded: bytes, header: Header, geometry: Geometry) -> np.ndarray:
+        return render(encoded, header, geometry, self.size, self.data.background)
+
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
         """The geometry of an image with this header. Raises ImageError if it takes more than data.max_pixels pixels."""
         own, size, data, augmentation = (header.height, header.width), self.size, self.data, self.data.augmentation
-        _check_pixels(own, data.max_pixels, "")
+        check_size(own, data.max_pixels)
         whole, shift, rng = own, (0, 0), np.random.default_rng((self.seed, epoch, index)) if self.train else None
         shorter = {"none": data.resize or size, "pad_crop": size, "resized_crop": augmentation.resize}[self.kind]
         if shorter:
             whole = _with_shorter_side(own, shorter)
             # A line of one pixel by a thousand would grow to a thousand times its size.
-            _check_pixels(whole, data.max_pixels, f"resized from {own[1]} x {own[0]} to ")
+            check_size(whole, data.max_pixels, f"resized from {own[1]} x {own[0]} to ")
         part = _centre(whole, size)
         if self.kind == "pad_crop":
             places = rng.integers(0, 2 * augmentation.padding, size=2, endpoint=True)
@@ -107,16 +80,16 @@ class Transform:
         return Geometry(own, whole, part, shift, flip, exact=self.kind == "none")
 
 
-def render(encoded: bytes, header: Header, geometry: Geometry, size: int) -> np.ndarray:
+def render(encoded: bytes, header: Header, geometry: Geometry, size: int, background: tuple[int, int, int] = WHITE) -> np.ndarray:
     """Decode as much of an image as `geometry` needs; uint8 (size, size, 3). Raises ImageError."""
     reduction = reduction_of(header, geometry, size)
-    return _shifted(_cut(decode(encoded, header, reduction), geometry, reduction, size), *geometry.shift)
+    return _shifted(_cut(decode(encoded, header, reduction, background), geometry, reduction, size), *geometry.shift)
 
 
 def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
     """The largest of 8, 4, 2 and 1 that leaves at least as many pixels as the first resizing gives.
 
-    It is 1 where bits count, and for the smallest images, of which simplejpeg could mean another scale by the same size.
+    It is 1 where bits count, and for the smallest images.
     """
     own, whole = geometry.own, geometry.whole
     if geometry.exact or not header.plain or min(own) < SMALLEST_REDUCED:
@@ -159,107 +132,6 @@ def normalise(
     mean, std = ((255 * torch.tensor(v)).view(3, 1, 1).to(images.device, non_blocking=True) for v in (mean, std))
     # In float32 whatever the result's type: 255 times a mean is no number of bfloat16.
     return images.to(torch.float32).sub_(mean).div_(std).to(dtype)
-
-
-def read_header(encoded: bytes, exif: bool = False) -> Header:
-    """Size and kind of an image, without decoding it; exif: with the orientation in its EXIF. Raises ImageError."""
-    if not encoded:
-        raise ImageError("it is empty")
-    if encoded[:2] == b"\xff\xd8":
-        with contextlib.suppress(ValueError):
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            orientation = 1
-            # In a JPEG, EXIF is a segment that begins so; Pillow is asked only where there is one.
-            if exif and b"Exif\0\0" in encoded:
-                with contextlib.suppress(ImageError), _opened(encoded) as image:
-                    orientation = _orientation(image)
-            return _oriented_header(height, width, colours, orientation)
-    with _opened(encoded) as image:
-        # Pillow turns a TIFF itself while it decodes it, and its height and width are those after that.
-        return _oriented_header(image.height, image.width, "", _orientation(image) if exif and image.format != "TIFF" else 1)
-
-
-def _orientation(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # of many kinds: damaged EXIF is no reason to do without the image
-        found = image.getexif().get(ExifTags.Base.Orientation)
-        return found if found in range(1, 9) else 1
-    return 1
-
-
-def _oriented_header(height: int, width: int, colours: str, orientation: int) -> Header:
-    return Header(*((width, height) if orientation > 4 else (height, width)), colours, orientation)
-
-
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (height, width, 3) as they are to be seen; EXIF numbers the ways in which they may be stored from 1 to 8."""
-    if orientation > 4:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
-
-
-def decode(encoded: bytes, header: Header | None = None, reduction: int = 1) -> np.ndarray:
-    """uint8 (height, width, 3), height and width divided by `reduction` and rounded up. `header`: if it has been read already.
-
-    Raises ImageError for what is no image, an animation, or cut short.
-    """
-    header = header or read_header(encoded)
-    return _turned(_stored_pixels(encoded, header, reduction), header.orientation)
-
-
-def _stored_pixels(encoded: bytes, header: Header, reduction: int) -> np.ndarray:
-    height, width = header.stored
-    if header.colours:
-        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
-        try:
-            # Strict: it refuses whatever is wrong with a JPEG. Pillow then tells the harmless from the truncated.
-            pixels = simplejpeg.decode_jpeg(encoded, "RGB" if header.plain else "CMYK", **least if reduction > 1 else {})
-            if header.plain:
-                return pixels
-        except ValueError as error:
-            if "premature end of data" in str(error):
-                # With an end behind it, half an image is a whole one to Pillow, and the other half is grey.
-                raise ImageError("it is truncated, though it has an end") from None
-    with _opened(encoded) as image:
-        if (image.height, image.width) != (height, width):
-            raise ImageError("its headers contradict each other")
-        if image.mode == "F":
-            raise ImageError("its pixels are floating-point numbers, of which white and black are not known")
-        if image.mode.startswith("I"):
-            # Grey of 16 bits: the upper byte is what one of 8 bits would hold.
-            upper = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(upper[:, :, None], 3, axis=2)
-        return np.array(image.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The image in Pillow's hands, its pixels not decoded yet. Whatever Pillow raises in here is raised as ImageError."""
-    most = Image.MAX_IMAGE_PIXELS
-    try:
-        # data.max_pixels takes the place of Pillow's own bound, and a reason that of its warnings.
-        Image.MAX_IMAGE_PIXELS = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                if getattr(image, "is_animated", False) and image.format != "MPO":
-                    raise ImageError("it is animated, or has several pages")
-                yield image
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"it is no image of the kinds {', '.join(FORMATS)}, or its header is damaged") from None
-    except Exception as error:  # of many kinds: each of Pillow's readers has its own
-        line = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ImageError(line if line.isprintable() else repr(line)) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
-
-
-def _check_pixels(shape: tuple[int, int], most: int, how: str) -> None:
-    if shape[0] * shape[1] > most:
-        raise ImageError(f"{how}{shape[1]} x {shape[0]} pixels, more than data.max_pixels ({most}) allows")
 
 
 def _with_shorter_side(shape: tuple[int, int], shorter: int) -> tuple[int, int]:

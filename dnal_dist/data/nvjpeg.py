@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import receipts
-from dnal_dist.data.images import Geometry, Header, ImageError, read_header, render
+from dnal_dist.data.decoding import Header, ImageError, read_header
+from dnal_dist.data.images import Geometry, render
 from dnal_dist.data.shards import Origin
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.shardlist import Url
-from dnal_dist.data.tar import boundaries
+from dnal_dist.data.tar import boundaries, compressed
 
 
 def sample_offsets(path: Path | Url, entry: dict | None, key: str) -> tuple[np.ndarray, list[str]]:
@@ -47,6 +47,8 @@ def _indexed(path: Path, size: int, entry: dict) -> tuple[np.ndarray, list[str]]
 def _scanned(path: Path, file: BinaryIO, entry: dict | None) -> tuple[np.ndarray, list[str]]:
     offsets, faults = boundaries(file)
     count = len(offsets) - 1
+    if not count and (remedy := compressed(file)):
+        raise InputError(f"{path}: {remedy}")
     if not count and faults:
         raise InputError(f"{path}: not a readable tar shard ({faults[0][1]}); make or copy it again")
     if entry is not None and entry["samples"] not in (0, count):

@@ -7,29 +7,30 @@ Only the first stage is unlike any other webdataset pipeline: which sample comes
 are read by their number. Nothing goes through webdataset's own openers and decoders, which can run programs.
 """
 
-import atexit
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import webdataset
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dnal_dist.common.cores import cores
+from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg, receipts
 from dnal_dist.data.downloads import prefetcher
-from dnal_dist.data.images import Geometry, ImageError, Transform, render
+from dnal_dist.data.images import Geometry, Transform
+from dnal_dist.data.loader import loader_of, settled, shared
 from dnal_dist.data.nvjpeg import Encoded
 from dnal_dist.data.order import GlobalOrder, Place
 from dnal_dist.data.prefetch import Prefetcher
 from dnal_dist.data.remote import RemoteError
+from dnal_dist.data.samples import Fault
 from dnal_dist.data.shards import Origin, Shards
-from dnal_dist.data.tar import Fault
+from dnal_dist.data.tar import one_line
 from dnal_dist.recipe import Data
 
 
@@ -44,6 +45,8 @@ class Batch(NamedTuple):
     bad: list[Fault]
     tally: tuple[int, int]
     encoded: Encoded | None = None
+    with_alpha: int = 0
+    """Images with an alpha channel, which lie on the recipe's background."""
 
 
 class Item(NamedTuple):
@@ -57,6 +60,7 @@ class Item(NamedTuple):
     image: bytes | np.ndarray = b""
     """Encoded, or uint8 (H, W, 3)."""
     geometry: Geometry | None = None
+    alpha: bool = False
 
 
 class SamplesInOrder:
@@ -101,9 +105,10 @@ class Decoder:
             geometry = self.transform.plan(header, item.place.epoch, item.place.index)
             if self.on_device and nvjpeg.takes(header, item.image):
                 return item._replace(geometry=geometry)
-            return item._replace(image=render(item.image, header, geometry, self.transform.size), geometry=geometry)
-        except ImageError as error:
-            return Item(item.place, item.origin.fault(str(error)))
+            pixels = self.transform.render(item.image, header, geometry)
+            return item._replace(image=pixels, geometry=geometry, alpha=header.alpha)
+        except Exception as error:  # ImageError, and whatever else an image may do to a decoder
+            return Item(item.place, item.origin.fault(one_line(error)))
 
 
 class Batches:
@@ -134,14 +139,14 @@ class Batches:
             bad,
             receipts.tally(item.origin for item in good),
             self._encoded(good) if self.on_device else None,
+            sum(item.alpha for item in good),
         )
 
     def stacked(self, images: list[np.ndarray]) -> Tensor:
         """uint8 (n, 3, H, W), in channels_last memory."""
         stack = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
         if images and get_worker_info() is not None:
-            # What leaves a loader process goes through shared memory: there at once, it need not be copied.
-            stack = stack.share_memory_()
+            stack = shared(stack)
         for row, image in zip(stack.numpy(), images, strict=True):
             row[...] = image
         return stack.permute(0, 3, 1, 2)
@@ -183,9 +188,12 @@ class Stream:
                 f"key 'data.global_batch': a step takes {data.global_batch} images, but '{shards.key}' holds {self.samples}; "
                 f"lower it or add shards"
             )
-        # More loaders than cores only wait for each other, and torch warns of each start.
-        workers = min(data.workers, cores())
         order, on_device = GlobalOrder(shards, data, seed, train, rank, world_size), train and data.decode == "cuda"
+        workers, note = settled(data.workers)
+        self.notes = [*shards.notes, *([note] if note else [])]
+        """What is right but worth knowing, one line each."""
+        self.with_alpha, self.warned_of_alpha = 0, False
+        """Images with an alpha channel among those given so far."""
         self.ahead = prefetcher(shards, order, workers)
         self.first_stage = SamplesInOrder(shards, order, self.ahead)
         self.pipeline = webdataset.DataPipeline(
@@ -194,21 +202,13 @@ class Stream:
             Batches(data.image_size, train, on_device),
             *stages,
         )
-        self.loader = webdataset.WebLoader(
-            self.pipeline.compose(_error_as_value),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin,
-            persistent_workers=workers > 0,
-            worker_init_fn=_begin_loader,
-            # Torch's own generator is for networks: a resumed run starts its loaders again, and must not draw from it for that.
-            generator=torch.Generator().manual_seed(seed),
-        ).compose(_error_raised)
+        self.loader = loader_of(self.pipeline, workers, seed, pin)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         self.first_stage.start.value = start
-        yield from self.loader
+        for batch in self.loader:
+            self.with_alpha += batch.with_alpha
+            yield batch
 
 
 def stream(
@@ -230,43 +230,9 @@ def stream(
     augmentation={"kind": "resized_crop"}. The rest is as in Stream. Raises InputError."""
     try:
         settings = Data(train=shards, val=shards, image_size=image_size, global_batch=global_batch, **data)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    found = Shards(shards, "shards", num_classes, settings.cache, settings.cache_gb, settings.label_key)
+    except ValidationError as error:
+        raise InputError(recipe.faults(error, Data)) from None
+    found = Shards(shards, "shards", num_classes, settings)
     made = Stream(found, settings, seed, train, rank, world_size, stages=stages)
     made.first_stage.start.value = start
     return made.loader
-
-
-def _error_as_value(batches: Iterable[Batch]) -> Iterator[Batch | InputError]:
-    """An exception would come from a loader process as a page of traceback."""
-    try:
-        yield from batches
-    except InputError as error:
-        yield error
-
-
-def _error_raised(batches: Iterable[Batch | InputError]) -> Iterator[Batch]:
-    for batch in batches:
-        if isinstance(batch, InputError):
-            raise InputError(str(batch), local=True)
-        yield batch
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _begin_loader(_worker: int) -> None:
-    torch.set_num_threads(1)
-    # A terminal or a job may send them to all processes; the process that a loader works for decides when it ends.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_loaders() -> None:
-    """Python would ask them to end by SIGTERM and wait for that."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

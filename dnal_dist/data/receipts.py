@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-from dnal_dist.data.tar import Fault
+from dnal_dist.data.samples import Fault
 
 WIDTH = 16
 MODULUS = 1 << 8 * WIDTH

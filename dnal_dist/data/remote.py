@@ -16,45 +16,35 @@ import random
 import re
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.request import getproxies_environment, proxy_bypass
 
 import fsspec.asyn
 
-from dnal_dist.common.errors import CREDENTIALS as ENVIRONMENT
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import CREDENTIALS, InputError
+from dnal_dist.data.http import CONNECT_TIMEOUT, READ_TIMEOUT, BoundedHTTP, redirects
+from dnal_dist.data.remote_faults import classify
 
 SCHEMES = ("http", "https", "s3", "gs")
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 
 # Failures in a row before a read is given up, and the seconds between tries, which double: three quarters of a minute in all.
 TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.5, 16.0
-# Seconds: for a connection to be made, and without a byte from it.
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0
+# Failures of a host that has never been reached: a mistyped one, or a proxy that is not there.
+FIRST_TRIES = 4
+# Bytes of an index, which is read whole: offsets of some 25 million samples.
+MOST_WHOLE = 1 << 28
 # Bytes of one request, and parallel requests for one file. A dropped request is repeated in smaller pieces, so that the bytes
 # between two drops are kept.
 PIECE, SMALLEST_PIECE, IN_FLIGHT = 8 << 20, 64 << 10, 4
-
 
 retries: Counter[str] = Counter()
 """Retries of this process, by URL."""
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.,{}-]+)(:\d+)?")
-_TRANSIENT_CODES = {"SlowDown", "InternalError", "RequestTimeout", "ServiceUnavailable", "Throttling", "ThrottlingException"}
-# By name, since the libraries that define them (aiohttp, botocore, fsspec) may be absent.
-_CUT = {"ClientPayloadError", "IncompleteReadError", "ResponseStreamingError", "ConnectionResetError", "ServerDisconnectedError"}
-_CUT |= {"TimeoutError", "FSTimeoutError", "EOFError"}
-_TRANSIENT = _CUT | {"ClientConnectionError", "HTTPClientError", "ConnectionError"}
-_TEXTS = {"EOFError": "the body ends too soon", "gaierror": "no such host is known"}
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "PermissionError", "GoogleAuthError", "RefreshError"}
-_PERMANENT = {
-    "HTTP 404 Not Found": {"FileNotFoundError"},
-    f"no credentials, or none that are accepted; {ENVIRONMENT}": _NO_CREDENTIALS,
-    "the server's certificate does not verify": {"ClientConnectorCertificateError", "SSLCertVerificationError"},
-}
-
 _ranged: set[str] = set()
+_reached: set[str] = set()
 
 # The thread of fsspec's event loop does not survive a fork, and some of its releases do not handle that.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -62,12 +52,6 @@ os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 class RemoteError(OSError):
     """A remote file cannot be read, or its copy cannot be kept. The message is one line without any credential."""
-
-
-class _Fault(NamedTuple):
-    text: str
-    transient: bool = False
-    cut: bool = False
 
 
 def check(url: str, key: str) -> bool:
@@ -92,10 +76,10 @@ def _refusal(url: str) -> str | None:
         return f"shards are read from local paths, {allowed}, not from {name}; copy them to one of these"
     host, _, path = rest.partition("/")
     if "@" in host:
-        return f"a {scheme}:// URL with a user or password in it; remove them: {ENVIRONMENT}"
+        return f"a {scheme}:// URL with a user or password in it; remove them: {CREDENTIALS}"
     # In an object's name ? is also a wildcard.
     if re.search(r"\?.*=" if scheme in EXTRAS else r"[?#]", rest):
-        return f"a {scheme}:// URL with a query string, where secrets travel; remove it: {ENVIRONMENT}"
+        return f"a {scheme}:// URL with a query string, where secrets travel; remove it: {CREDENTIALS}"
     if not _HOST.fullmatch(host) or not path or "::" in path or not path.isprintable():
         return f"a {scheme}:// URL, expected {scheme}://{'BUCKET' if scheme in EXTRAS else 'HOST'}/PATH; correct it"
     if (library := EXTRAS.get(scheme)) and importlib.util.find_spec(library) is None:
@@ -122,16 +106,21 @@ def glob(url: str) -> list[str]:
     return sorted(f"{scheme}://{path}" for path in found)
 
 
-def read(url: str, begin: int | None = None, end: int | None = None) -> bytes:
-    """The whole file, or its bytes from `begin` up to, not including, `end`.
+def read(url: str, begin: int | None = None, end: int | None = None, most: int = MOST_WHOLE) -> bytes:
+    """The whole file, of `most` bytes at most, or its bytes from `begin` up to, not including, `end`.
 
     Raises RemoteError: at once for a permanent error, else after TRIES failures in a row.
     """
     system = _system(url)
     if begin is None:
-        return _wait_for(system, _retried(url, lambda: system._cat_file(url)))
-    first, body = _wait_for(system, _part(system, url, begin, end))
+        return _wait_for(system, _retried(url, lambda: _get(system, url, most=most)))
+    first, body = _wait_for(system, _part(system, url, begin, end, end))
     return body[begin - first : end - first]
+
+
+def _get(system: Any, url: str, most: int, **part: int) -> Awaitable[bytes]:
+    # The clients of s3 and gs hold a server to the range that they ask for.
+    return system._cat_file(url, **part, **({"most": most} if isinstance(system, BoundedHTTP) else {}))
 
 
 def fetch(url: str, size: int, path: Path) -> None:
@@ -149,22 +138,16 @@ def _system(url: str) -> Any:
 
 @functools.cache
 def _make_system(scheme: str, _pid: int) -> Any:
-    options: dict[str, Any] = {}
     if scheme == "gs":
         # The class behind gs:// in newer releases of gcsfs uses gRPC, which does not survive a fork.
         from gcsfs.core import GCSFileSystem
 
         return GCSFileSystem(skip_instance_cache=True)
     if scheme == "http":
-        import aiohttp
-
-        # Not compressed: ranges would count compressed bytes.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-    else:
-        timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
-        options["config_kwargs"] = timeouts | {"retries": {"total_max_attempts": 1}}
-    system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        return BoundedHTTP(skip_instance_cache=True)
+    timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+    settings = timeouts | {"retries": {"total_max_attempts": 1}}
+    system = fsspec.filesystem(scheme, skip_instance_cache=True, config_kwargs=settings)
     # Its own retries would multiply with ours.
     system.retries = 1
     return system
@@ -181,13 +164,13 @@ def _wait_for(system: Any, work: Awaitable) -> Any:
 
 
 async def _fill(system: Any, url: str, size: int, path: Path) -> None:
-    host, failed, pieces = url[: url.index("/", url.index("://") + 3)], None, deque(range(0, size, PIECE))
+    host, failed, pieces = _host(url), None, deque(range(0, size, PIECE))
     with path.open("r+b") as file:
 
         async def fetch_piece() -> None:
             begin = pieces.popleft()
             end = min(begin + PIECE, size)
-            first, body = await _part(system, url, begin, end)
+            first, body = await _part(system, url, begin, end, size)
             file.seek(first)
             file.write(body)
             if len(body) > end - begin:
@@ -212,13 +195,17 @@ async def _fill(system: Any, url: str, size: int, path: Path) -> None:
         raise failed
 
 
-async def _part(system: Any, url: str, begin: int, end: int) -> tuple[int, bytes]:
-    """`begin` and the bytes from there to `end`; or 0 and the whole file, from a server without ranges."""
+def _host(url: str) -> str:
+    return url[: url.index("/", url.index("://") + 3)]
+
+
+async def _part(system: Any, url: str, begin: int, end: int, most: int) -> tuple[int, bytes]:
+    """`begin` and the bytes from there to `end`; or 0 and the first `most` bytes, from a server without ranges."""
     parts, at, step = [], begin, end - begin
 
     async def request() -> bytes:
         wanted = min(step, end - at)
-        body = await system._cat_file(url, start=at, end=at + wanted)
+        body = await _get(system, url, most, start=at, end=at + wanted)
         if len(body) < wanted:
             raise EOFError
         return body
@@ -240,49 +227,27 @@ async def _retried(url: str, request: Callable[[], Awaitable], shrink: Callable[
     """The result of `request`. `shrink` is called before the retry of a request that was cut off. Raises RemoteError."""
     for failures in range(1, TRIES + 1):
         try:
-            return await request()
+            found = await request()
+            _reached.add(_host(url))
+            return found
         except Exception as error:
-            fault = _classify(error)
+            fault = classify(error)
         # Outside of the `except`, so that the library's exception with its text is not chained to ours.
-        if not fault.transient:
+        if not fault.transient or (fault.unreached and _host(url) not in _reached and failures >= FIRST_TRIES):
             break
         if failures < TRIES:
             retries[url] += 1
             if fault.cut and shrink:
                 shrink()
             await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1.5))
-    given_up = f"; given up after {TRIES} tries, try again later" if fault.transient else ""
-    raise RemoteError(f"{url}: cannot be read ({fault.text}){given_up}")
+    given_up = f"; given up after {failures} tries, try again later" if fault.transient else ""
+    told = f"; {redirects[url]}" if url in redirects else ""
+    raise RemoteError(f"{url}: cannot be read ({fault.text}{_proxy(url) if fault.unreached else ''}{told}){given_up}")
 
 
-def _classify(error: BaseException) -> _Fault:
-    """The fault behind an exception of fsspec or of the libraries below it."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    if answers := [found for one in chain if (found := _answer(one))]:
-        status, code = answers[-1]
-        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
-        text = " ".join(filter(None, (f"HTTP {status}", phrase, code)))
-        transient = status in (408, 425, 429) or (status >= 500 and status not in (501, 505)) or code in _TRANSIENT_CODES
-        return _Fault(text + (f"; {ENVIRONMENT}" if status in (401, 403) else ""), transient)
-    names = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    if permanent := next((text for text, kinds in _PERMANENT.items() if names & kinds), None):
-        return _Fault(permanent)
-    number = next((one.errno for one in reversed(chain) if isinstance(one, OSError) and isinstance(one.errno, int)), None)
-    text = type(chain[-1]).__name__ + (f": {os.strerror(number)}" if number else "")
-    text = next((text for name, text in _TEXTS.items() if name in names), text)
-    return _Fault(text, transient=bool(names & _TRANSIENT), cut=bool(names & _CUT))
-
-
-def _answer(error: BaseException) -> tuple[int, str] | None:
-    """Status and error code of the server's answer behind an exception of botocore, aiohttp or gcsfs; None for other exceptions."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status, code = response.get("ResponseMetadata", {}).get("HTTPStatusCode"), str(response.get("Error", {}).get("Code", ""))
-    else:
-        names, code = {kind.__name__ for kind in type(error).__mro__}, ""
-        # Other exceptions of these libraries have a status that no server sent.
-        status = error.status if "ClientResponseError" in names else error.code if "HttpError" in names else None
-    return (status, code if re.fullmatch(r"[A-Za-z]{1,60}", code) else "") if isinstance(status, int) else None
+def _proxy(url: str) -> str:
+    """The variable that sends requests for `url` through a proxy, whose address may hold a password; "" if there is none."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in getproxies_environment() or proxy_bypass(rest.partition("/")[0]):
+        return ""
+    return f" through the proxy that the environment's {scheme}_proxy names; correct or unset it, or add the host to no_proxy"

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
 
@@ -44,14 +44,18 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
             raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
         except ValueError as error:
             raise InputError(f"key '{key}': {error}") from None
+        if not is_remote:
+            each = [_literal(one) for one in each]
         found = {one: _matches(one, is_remote, key) for one in each}
         # A shard that is named in full must be there; of a pattern with wildcards, one match is enough.
         missing = [one for one in each if not found[one] and not glob.has_magic(one)]
         if missing or not any(found.values()):
+            one = missing[0] if missing else pattern
+            brackets = "; [ and ] are a wildcard for one character, [[] is a bracket itself" if "[" in one else ""
             raise InputError(
-                f"key '{key}': no shard matches {missing[0] if missing else pattern!r}; make shards with "
+                f"key '{key}': no shard matches {one}; make shards with "
                 f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
-                f"or correct the pattern (a path with blanks wants quotes of its own)"
+                f"or correct the pattern (a path with blanks wants quotes of its own{brackets})"
             )
         names += each
         paths += [path for one in each for path in found[one]]
@@ -64,13 +68,28 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
     return names, paths
 
 
+def _literal(pattern: str) -> str:
+    """The pattern with brackets that stand for themselves, if it matches something only so, as with a folder called [2024]."""
+    escaped = pattern.replace("[", "[[]")
+    if "[" in pattern and not _glob(pattern) and _glob(escaped):
+        return escaped if glob.has_magic(pattern.replace("[", "")) else glob.escape(pattern)
+    return pattern
+
+
+def _glob(pattern: str) -> list[str]:
+    """Files that match, sorted; ** is any number of folders, as in a shell."""
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+
+
 def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
     """The files, sorted. A remote shard that is named in full is taken to be there; its index or reading it shows otherwise."""
     if not is_remote:
-        return [Path(path) for path in sorted(glob.glob(pattern))]
+        return [Path(path) for path in _glob(pattern)]
     if not glob.has_magic(pattern):
         return [Url(pattern)]
     folder = Url(pattern).parent
+    if glob.has_magic(folder) and not remote.can_list(pattern):
+        raise InputError(f"key '{key}': {pattern}: no wildcard in a folder over http, which cannot list; name each with {{a,b}}")
     try:
         return [Url(f"{folder}/{file}") for file in sorted(read_index(folder)) if fnmatch(f"{folder}/{file}", pattern)]
     except InputError:
@@ -91,34 +110,37 @@ def _words(patterns: str, key: str) -> list[str]:
 
 def refuse_gaps(indices: dict[Path | Url, dict[str, dict]], names: list[str], paths: list[Path | Url]) -> None:
     """Raise InputError if an index lists a shard that `names` matches and that is not there."""
-    there = set(paths)
+    there, patterns = set(paths), [os.path.normpath(name).replace("**/", "*") for name in names]
     for folder, index in indices.items():
         if isinstance(folder, Url):
             continue
         for path in (folder / file for file in index):
-            if path not in there and any(fnmatch(str(path), str(Path(name))) for name in names):
+            if path not in there and any(fnmatch(str(path), pattern) for pattern in patterns):
                 raise InputError(f"{path}: no such shard, but index.json lists it; copy it here or make the index again")
 
 
 def read_index(folder: Path | Url) -> dict[str, dict]:
     """Entries of folder/index.json by the shard's name; {} if there is none. Raises InputError if it is damaged."""
-    where = f"{folder}/index.json"
     try:
-        content = _content(folder)
+        content = index_content(folder)
         return {entry["file"]: _entry(entry) for entry in content["shards"]}
     except FileNotFoundError:
         return {}
+    except InputError:
+        raise
     except remote.RemoteError as error:
         raise InputError(
             f"{error}; remote shards need their index: make it by `python -m data_tools.index`, and put it beside them"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise InputError(f"{where}: not an index of shards ({error!r}); remove it or make it again") from None
+    except Exception as error:  # of many kinds, for what JSON may hold
+        why = " ".join(repr(error).split())[:300]
+        raise InputError(f"{folder}/index.json: not an index of shards ({why}); remove it or make it again") from None
 
 
-def _content(folder: Path | Url):
+def index_content(folder: Path | Url):
+    """What the index holds. Raises InputError, OSError, ValueError or RecursionError."""
     where = f"{folder}/index.json"
-    return json.loads(_remote_index(where) if isinstance(folder, Url) else Path(where).read_text())
+    return json.loads(_remote_index(where) if isinstance(folder, Url) else read_regular(Path(where), remote.MOST_WHOLE))
 
 
 @functools.lru_cache(8)
@@ -142,19 +164,3 @@ def _entry(entry: dict) -> dict:
         if not rising or len(ends) != samples + 1 or ends[0] < 0 or ends[-1] > size:
             raise ValueError(f"offsets of {entry['file']} that are not those of {samples} samples in {size} bytes")
     return {"samples": samples, "bytes": size, "offsets": offsets, "sha256": entry.get("sha256")}
-
-
-def class_names(folder: Path | Url) -> list[str]:
-    """The names of the classes that folder/index.json has; [] if it or they are not there."""
-    try:
-        names = _content(folder).get("classes")
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def class_numbers(folder: Path | Url) -> dict[str, int]:
-    """The numbers of the classes by their names in folder/index.json, without names that two classes have."""
-    names = class_names(folder)
-    counts = Counter(names)
-    return {name: number for number, name in enumerate(names) if counts[name] == 1}

@@ -15,14 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.data import remote
 from dnal_dist.data.cache import Cache
-from dnal_dist.data.files import ShardFiles
+from dnal_dist.data.classes import class_names, class_numbers
+from dnal_dist.data.files import OPEN_SHARDS, ShardFiles
 from dnal_dist.data.offsets import sample_offsets
-from dnal_dist.data.shardlist import Url, class_names, class_numbers, expand, read_index, refuse_gaps
-from dnal_dist.data.tar import BLOCK, Fault, LabelFormat, Sample, first_key, parse, shown
+from dnal_dist.data.samples import MOST_BYTES, Fault, Sample, SampleFormat, parse
+from dnal_dist.data.shardlist import Url, expand, read_index, refuse_gaps
+from dnal_dist.data.tar import BLOCK, first_key, shown
+from dnal_dist.recipe import Data
 
-OPEN_SHARDS = 64
-# Samples of local shards that are read for kinds of members without a reader.
+# Samples of local shards that are read at the start, for the kinds of their members.
 SURVEYED = 16
 
 
@@ -47,26 +50,23 @@ class RemoteShard(NamedTuple):
 
 
 class Shards:
-    """The shards of one split, in the order of `patterns`; the samples of all of them are numbered through. Remote ones are read
-    from copies in the folder `cache`, which holds at most `cache_gb` GB. label_key: as in a recipe's data.label_key.
+    """The shards of one split, in the order of `patterns`; the samples of all of them are numbered through. data: how a recipe has
+    them read (members, cache); `patterns` is from there too, and `key` its key.
 
-    Raises InputError if there are none, or if they are not what index.json says of them.
+    Raises InputError if there are none, if they are not what index.json says of them, or if the recipe must name their members.
     """
 
-    def __init__(
-        self,
-        patterns: str,
-        key: str,
-        num_classes: int | None,
-        cache: str = "",
-        cache_gb: float = 100.0,
-        label_key: str | None = None,
-    ):
+    def __init__(self, patterns: str, key: str, num_classes: int | None = None, data: Data | None = None):
         self.key, self.num_classes = key, num_classes
+        data = data or Data(train=patterns, val=patterns, image_size=1, global_batch=1)
         names, self.paths = expand(patterns, key)
         indices = {folder: read_index(folder) for folder in dict.fromkeys(path.parent for path in self.paths)}
         refuse_gaps(indices, names, self.paths)
-        self.labels = {folder: LabelFormat(num_classes, class_numbers(folder), label_key) for folder in indices}
+        classes = {folder: class_names(folder) for folder in indices}
+        self.classes = {f"{folder}/index.json": found for folder, found in classes.items() if found}
+        """Names of the classes, by the index that has them."""
+        named = (data.label_key, data.image, data.label)
+        self.formats = {folder: SampleFormat(num_classes, class_numbers(found), *named) for folder, found in classes.items()}
         self.entries = [indices[path.parent].get(path.name) for path in self.paths]
         self.offsets, found = zip(*(sample_offsets(*one, key) for one in zip(self.paths, self.entries, strict=True)), strict=True)
         self.warnings: list[str] = [warning for warnings in found for warning in warnings]
@@ -86,8 +86,10 @@ class Shards:
         }
         """Remote shards, by their number."""
         self.remote_bytes = sum(shard.size for shard in self.remote.values())
-        self.cache = Cache(Path(cache), int(cache_gb * 1e9)) if self.remote else None
+        self.cache = Cache(Path(data.cache), int(data.cache_gb * 1e9)) if self.remote else None
         self.files = ShardFiles(functools.partial(_opened, self.paths, self.remote, self.cache), OPEN_SHARDS)
+        self.notes = [*self._surveyed(), *(f"{url}: {to}" for url, to in remote.redirects.items() if Url(url).parent in indices)]
+        """What is right but worth knowing, one line each."""
 
     def shard_of(self, indices: np.ndarray) -> np.ndarray:
         """The number of the shard that each of these samples is in."""
@@ -102,10 +104,12 @@ class Shards:
         shard, begin, end = self.locate(index)
         path = self.paths[shard]
         try:
+            if end - begin > MOST_BYTES:
+                raise Fault(f"it takes {end - begin} bytes, more than any image")
             chunk = self.files.read(shard, begin, end - begin)
             if len(chunk) < end - begin:
                 raise Fault("the shard is cut short before its end", first_key(chunk))
-            sample = parse(chunk, self.labels[path.parent])
+            sample = parse(chunk, self.formats[path.parent])
         except Fault as fault:
             fault.shard, fault.offset, fault.index = str(path), begin, index
             raise
@@ -134,20 +138,25 @@ class Shards:
 
     def class_names(self) -> int:
         """Classes that the indices of the shards name, the most of any; 0 if none names any."""
-        return max((len(class_names(folder)) for folder in self.labels), default=0)
+        return max(map(len, self.classes.values()), default=0)
 
-    def without_reader(self) -> list[str]:
-        """One line about members of a kind that has no reader, by kind and count in a few samples of local shards, if any have."""
+    def _surveyed(self) -> list[str]:
+        """A line about members of kinds that have no reader, in a few samples of local shards, if any have. Raises InputError if
+        most of these samples have several images or labels: then it is the recipe that is wrong, not a sample."""
         chosen = np.unique(np.linspace(0, self.samples - 1, min(SURVEYED, self.samples)).round().astype(int)).tolist()
         chosen = [index for index in chosen if self.locate(index)[0] not in self.remote]
         kinds: Counter[str] = Counter()
+        ambiguous = []
         for index in chosen:
             try:
                 kinds.update(set(self[index].unread))
             except Fault as fault:
                 kinds.update(fault.unread)
+                ambiguous += [fault] * fault.ambiguous
             except OSError:
                 continue
+        if 2 * len(ambiguous) > len(chosen):
+            raise InputError(f"{ambiguous[0]} (so in {len(ambiguous)} of {len(chosen)} samples read of '{self.key}')")
         if not kinds:
             return []
         found = ", ".join(f".{shown(kind)} in {count}" for kind, count in sorted(kinds.items()))

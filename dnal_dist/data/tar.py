@@ -1,97 +1,39 @@
-"""The content of a shard: samples of an ordinary webdataset tar, however damaged or malicious it may be.
+"""Tars as shards are made of: where samples begin and which members they have, however damaged or malicious the tar may be.
 
-Neighbouring members with one key, the path up to the first dot of its last component, are a sample. Its image and its label are
-read; members of other kinds are left alone and listed. Nothing that a shard holds is ever executed, unpickled, or written to disk
-under a name that it chose.
+Neighbouring members with one key, the path up to the first dot of its last component, are a sample.
 """
 
 import io
-import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO
 
-# In lower case; an image is what its content says, whatever its extension.
-IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
-# As Pillow calls them.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-# The first of them that a sample has holds its label.
-LABELS = ("cls", "cls.txt", "txt")
-# Members that readers of webdataset shards are known to run programs from. A sample that has one is not used.
-REFUSED = ("pyd", "pickle", "pkl", "pt", "pth", "dill")
+from dnal_dist.common.text import printable
+
 BLOCK = tarfile.BLOCKSIZE
+# First bytes of what compresses a tar, and what undoes it.
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
+# A header of more bytes is none: whoever reads it would only fill the memory.
+MOST_HEADER = 1 << 20
 
 
-class Fault(Exception):
-    """A sample that cannot be used, and why."""
+class _Headers:
+    """A tar for tarfile, which reads headers only, and would read a header of any size that it claims to have."""
 
-    def __init__(self, reason: str, key: str | None = None, shard: str = "", offset: int = 0, index: int = -1):
-        super().__init__(reason)
-        self.unread: set[str] = set()
-        """Extensions of members without a reader that were met before."""
-        self.reason, self.key, self.shard, self.offset, self.index = reason, key, shard, offset, index
+    def __init__(self, file: BinaryIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
 
-    def __reduce__(self):
-        return type(self), (self.reason, self.key, self.shard, self.offset, self.index)
-
-    def __str__(self) -> str:
-        return f"{self.shard}: sample {self.key or '?'} at byte {self.offset}: {self.reason}"
+    def read(self, size: int) -> bytes:
+        if size > MOST_HEADER:
+            raise tarfile.TarError(f"a header of {size} bytes")
+        return self._read(size)
 
 
-class Sample(NamedTuple):
-    key: str
-    image: bytes
-    extension: str
-    label: int
-    unread: tuple[str, ...] = ()
-    """Extensions of its other members, which have no reader."""
+class _Tar(tarfile.TarFile):
+    """Without what global headers say of all members behind them, which a sample by itself would not know."""
 
-
-class LabelFormat(NamedTuple):
-    """Where the label of a sample stands, and which labels there are."""
-
-    num_classes: int | None = None
-    """Labels are from 0 to num_classes - 1; any whole number if it is not known."""
-    names: Mapping[str, int] = {}
-    """Labels of the classes that may be given by name."""
-    json_key: str | None = None
-    """The label is the value of this key of the sample's .json; without one it is the text of a member in LABELS."""
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        return LABELS if self.json_key is None else ("json",)
-
-    def read(self, content: bytes) -> int:
-        """The label that a member holds. Raises Fault for what is none."""
-        text = content.strip() if self.json_key is None else self._value(content)
-        if text.isdigit() and len(text) <= 9 and (self.num_classes is None or int(text) < self.num_classes):
-            return int(text)
-        shown_text = text.decode("utf-8", "surrogateescape")
-        if shown_text in self.names:
-            return self.names[shown_text]
-        bound = f" from 0 to {self.num_classes - 1} (model.num_classes is {self.num_classes})" if self.num_classes else ""
-        named = f", or one of the {len(self.names)} names of classes in index.json" if self.names else ""
-        raise Fault(f"label {text[:80].decode('latin-1')!a} is out of range, expected a whole number{bound}{named}")
-
-    def _value(self, content: bytes) -> bytes:
-        try:
-            found = json.loads(content)
-            value = found[self.json_key]
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            what = f"no key {self.json_key!r}" if isinstance(error, KeyError) else "no object of JSON"
-            raise Fault(f"its .json has {what}, which data.label_key asks for") from None
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise Fault(f"the value of {self.json_key!r} in its .json is neither a whole number nor a text")
-        return str(value).encode("utf-8", "surrogatepass").strip()
-
-
-ANY_LABEL = LabelFormat()
-
-
-def unreadable(extensions: tuple[str, ...]) -> str:
-    """Text of the kinds of members that have no reader, such as ".json, .npy"."""
-    return ", ".join(sorted({f".{shown(extension)}" for extension in extensions}))
+    pax_headers = property(lambda _: {}, lambda *_: None)
 
 
 def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
@@ -99,29 +41,47 @@ def boundaries(file: BinaryIO) -> tuple[list[int], list[tuple[int, str]]]:
     reason). Only headers are read. Behind damage the next whole header is searched for; a damaged stretch counts as a sample."""
     offsets, faults, last, end = [], [], None, 0
     size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    try:
-        # ignore_zeros: damage, and the blocks of zeros at the end, are stepped over block by block.
-        tar = tarfile.TarFile(fileobj=file, ignore_zeros=True)
-        for member in tar:
-            if member.size < 0 or member.offset < end:
-                raise tarfile.TarError("a member of impossible size")
-            damaged = member.offset > end and not _is_padding(file, end, member.offset)
-            key = None if member.isdir() else key_of(member.name)
-            if damaged:
-                faults.append((end, "damaged"))
-                if key != last:
-                    offsets.append(end)
-            if key is not None and key != last:
-                offsets.append(member.offset)
-                last = key
-            # Not from its size: that of a sparse member is what it would unpack to.
-            end = tar.offset
-    except Exception as error:  # of many kinds, where a header means harm
-        faults.append((end, " ".join(str(error).split()) or type(error).__name__))
+    for begin, key, until, reason in _walk(file, size):
+        if begin > end and (reason or not _is_padding(file, end, begin)):
+            faults.append((end, reason or "damaged"))
+            if key != last:
+                offsets.append(end)
+                # A header that tarfile refuses belongs to the member behind it.
+                last = key if reason else last
+        if key is not None and key != last:
+            offsets.append(begin)
+            last = key
+        end = until
     if not faults and not _is_padding(file, end, end + BLOCK):
         faults.append((min(end, size), "cut short or damaged behind its last whole member"))
     return [*offsets, min(end, size)], faults
+
+
+def _walk(file: BinaryIO, size: int) -> Iterator[tuple[int, str | None, int, str]]:
+    """First byte, key and end of each member that tarfile finds, and why it refused what lies before it."""
+    at, reason = 0, ""
+    while at < size:
+        file.seek(at)
+        try:
+            # ignore_zeros: damage, and the blocks of zeros at the end, are stepped over block by block.
+            tar = _Tar(fileobj=_Headers(file), ignore_zeros=True)
+            while (member := tar.next()) is not None:
+                tar.members = []
+                if member.size < 0 or member.offset < at:
+                    raise tarfile.TarError("a member of impossible size")
+                # Not from its size: that of a sparse member is what it would unpack to.
+                at = tar.offset
+                yield member.offset, None if member.isdir() else key_of(member.name), at, reason
+                reason = ""
+            return
+        except Exception as error:  # of many kinds, where a header means harm
+            reason = one_line(error)
+            at = _padded(max(at + 1, min(file.tell(), size)))
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of a fault, as one short line that a terminal may show."""
+    return printable(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def _is_padding(file: BinaryIO, begin: int, end: int) -> bool:
@@ -140,6 +100,14 @@ def _is_padding(file: BinaryIO, begin: int, end: int) -> bool:
     return True
 
 
+def compressed(file: BinaryIO) -> str:
+    """What is to be said of a shard that is compressed, of which no sample could be read by itself; "" if it is not."""
+    file.seek(0)
+    head = file.read(8)
+    tool = next((tool for magic, tool in COMPRESSED.items() if head.startswith(magic)), "")
+    return f"it is compressed; {tool} it" if tool else ""
+
+
 def key_of(name: str) -> str | None:
     """The key of a tar's member: its path up to the first dot of the last component; None if it is of no sample."""
     folder, slash, last = name.rpartition("/")
@@ -147,43 +115,6 @@ def key_of(name: str) -> str | None:
     if not stem or not dot or (not slash and name.startswith("__") and name.endswith("__")):
         return None
     return folder + slash + stem
-
-
-def parse(chunk: bytes, labels: LabelFormat = ANY_LABEL) -> Sample:
-    """The sample that `chunk`, its members in tar format, holds. Raises Fault for anything else than one image and one label as
-    `labels` has them, and for members that mean harm."""
-    images, found, unread, key = [], {}, [], None
-    try:
-        for name, kind, begin, size in _members(chunk):
-            if kind == tarfile.DIRTYPE or (this := key_of(name)) is None:
-                continue
-            key = this if key is None else key
-            extension = name.rpartition("/")[2].partition(".")[2].lower()
-            if kind not in tarfile.REGULAR_TYPES or kind == tarfile.GNUTYPE_SPARSE:
-                raise Fault("it has a link or another special file, which is refused")
-            if name.startswith("/") or ".." in name.split("/"):
-                raise Fault("its name leads out of the shard, which is refused")
-            if extension.rpartition(".")[2] in REFUSED:
-                raise Fault(f"it has a .{extension}, which is refused: reading it could run any program")
-            if begin + size > len(chunk):
-                raise Fault("it is cut short")
-            if extension in IMAGES:
-                images.append((extension, begin, size))
-            elif extension in labels.extensions:
-                found.setdefault(extension, []).append(chunk[begin : begin + size])
-            else:
-                unread.append(extension)
-        first = next((found[extension] for extension in labels.extensions if extension in found), [])
-        if len(images) != 1 or len(first) != 1:
-            expected = f"expected one image ({', '.join(IMAGES)}) and one label ({', '.join(labels.extensions)})"
-            others = f", and {unreadable(tuple(unread))} without a reader" if unread else ""
-            raise Fault(f"{expected}, found {len(images)} and {len(first)}{others}")
-        label = labels.read(first[0])
-    except Fault as fault:
-        fault.key, fault.unread = shown(key), set(unread)
-        raise
-    extension, begin, size = images[0]
-    return Sample(shown(key), chunk[begin : begin + size], extension, label, tuple(unread))
 
 
 def shown(key: str | None) -> str | None:
@@ -194,14 +125,14 @@ def shown(key: str | None) -> str | None:
 def first_key(chunk: bytes) -> str | None:
     """The key of the sample that `chunk` begins with; None if its header does not hold it."""
     try:
-        names = (name for name, kind, *_ in _members(chunk) if kind != tarfile.DIRTYPE)
+        names = (name for name, kind, *_ in members(chunk) if kind != tarfile.DIRTYPE)
         return shown(next((key for name in names if (key := key_of(name)) is not None), None))
-    except Fault:
+    except Exception:  # as in `parse`
         return None
 
 
-def _members(chunk: bytes) -> Iterator[tuple[str, bytes, int, int]]:
-    """Name, type, first byte and size of each member. Raises Fault where a header is damaged."""
+def members(chunk: bytes) -> Iterator[tuple[str, bytes, int, int]]:
+    """Name, type, first byte and size of each member. Raises one of many errors where a header is damaged."""
     at = 0
     while at < len(chunk):
         member, begin, records = _plain(chunk[at : at + BLOCK]), at + BLOCK, {}
@@ -257,15 +188,11 @@ def _extended(chunk: bytes, at: int) -> tuple[dict, int]:
 
 def _by_tarfile(chunk: bytes, at: int) -> Iterator[tuple[str, bytes, int, int]]:
     end = at
-    try:
-        tar = tarfile.TarFile(fileobj=io.BytesIO(chunk[at:]))
-        for member in tar:
-            if member.size < 0:
-                raise tarfile.TarError("a member of negative size")
-            yield member.name, member.type, at + member.offset_data, member.size
-            end = at + tar.offset
-    except Exception as error:  # of many kinds, where a header means harm
-        raise Fault(f"its tar header is damaged ({' '.join(str(error).split())})") from None
+    for member in (tar := _Tar(fileobj=io.BytesIO(chunk[at:]))):
+        if member.size < 0:
+            raise tarfile.TarError("a member of negative size")
+        yield member.name, member.type, at + member.offset_data, member.size
+        end = at + tar.offset
     if end < len(chunk) and chunk[end : end + BLOCK].count(0) != len(chunk[end : end + BLOCK]):
         # tarfile takes a damaged header for the end of the archive.
-        raise Fault("its tar header is damaged")
+        raise tarfile.TarError("no header")

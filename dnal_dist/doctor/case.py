@@ -141,7 +141,7 @@ class Case:
     def _open(self, key: str) -> Shards | InputError:
         data = self.settings.data
         try:
-            return Shards(getattr(data, key), f"data.{key}", self.classes, str(self.scratch), data.cache_gb, data.label_key)
+            return Shards(getattr(data, key), f"data.{key}", self.classes, data.model_copy(update={"cache": str(self.scratch)}))
         except InputError as error:
             return error
 

@@ -11,10 +11,12 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import short
 from dnal_dist.data import remote
-from dnal_dist.data.images import ImageError, Transform
+from dnal_dist.data.classes import refuse_conflicts
+from dnal_dist.data.decoding import ImageError
+from dnal_dist.data.images import Transform
 from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.samples import Fault, Sample, parse
 from dnal_dist.data.shards import Shards
-from dnal_dist.data.tar import Fault, Sample, parse
 from dnal_dist.doctor.case import Case, Finding, fails, many, nearest, passes, warns
 from dnal_dist.training import preflight
 
@@ -63,6 +65,7 @@ def _shards(case: Case, key: str) -> Finding:
 def labels(case: Case) -> Finding:
     """Labels of some samples of both splits, and the class names of the index."""
     known, read, unlike = case.classes, [], []
+    refuse_conflicts(case.shards("train").classes | case.shards("val").classes)
     for key in ("train", "val"):
         shards = case.shards(key)
         unlike += preflight.class_warnings(shards, known)
@@ -126,7 +129,7 @@ def _sample(shards: Shards, index: int) -> Sample:
     # One range of the remote file, where `shards` would fetch all of it.
     url = shards.paths[shard]
     try:
-        return parse(remote.read(url, begin, end), shards.labels[url.parent])
+        return parse(remote.read(url, begin, end), shards.formats[url.parent])
     except Fault as fault:
         fault.shard, fault.offset, fault.index = url, begin, index
         raise

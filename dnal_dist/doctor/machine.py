@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
-from dnal_dist.data.shards import OPEN_SHARDS
+from dnal_dist.data.files import OPEN_SHARDS
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 

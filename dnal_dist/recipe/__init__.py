@@ -13,7 +13,7 @@ from dnal_dist.recipe.learning import (
     Target,
     amount,
 )  # fmt: skip
-from dnal_dist.recipe.loading import dump, load
+from dnal_dist.recipe.loading import dump, faults, load
 from dnal_dist.recipe.schema import (
     Augmentation,
     Checkpoints,
@@ -29,6 +29,6 @@ from dnal_dist.recipe.schema import (
 
 __all__ = [
     "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase",
-    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "free_keys",
-    "is_free", "load",
+    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "faults",
+    "free_keys", "is_free", "load",
 ]  # fmt: skip

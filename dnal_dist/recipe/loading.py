@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dnal_dist.common import errors
 from dnal_dist.common.errors import InputError
@@ -133,9 +133,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        raise InputError(f"{path}: " + "; ".join(map(_describe, faults[:LISTED])) + more) from None
+        raise InputError(f"{path}: {faults(error)}") from None
 
 
 def _override(tree: dict, override: str) -> None:
@@ -156,11 +154,18 @@ def _override(tree: dict, override: str) -> None:
     tree[last] = value
 
 
-def _describe(error: dict) -> str:
+def faults(error: ValidationError, section: type[BaseModel] = Recipe) -> str:
+    """One line about all that pydantic found wrong with a `section`."""
+    found = error.errors(include_url=False)
+    more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return "; ".join(_describe(one, section) for one in found[:LISTED]) + more
+
+
+def _describe(error: dict, section: type[BaseModel]) -> str:
     location = [part for part in error["loc"] if part not in ("constant", "steps", "cosine") or part == error["loc"][-1]]
     key = _short(".".join(map(str, location)))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(location)}; remove or rename it"
+        return f"unknown key {key}{_suggestion(location, section)}; remove or rename it"
     if error["type"] == "missing":
         return f"key {key} is missing; add it"
     message = error["msg"].removeprefix("Value error, ")
@@ -168,8 +173,8 @@ def _describe(error: dict) -> str:
     return f"key {key}: {message[0].lower()}{message[1:400]}{found}"
 
 
-def _suggestion(location: list[Any]) -> str:
-    model: Any = Recipe
+def _suggestion(location: list[Any], section: type[BaseModel]) -> str:
+    model: Any = section
     for part in location[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         model = field.annotation if field else None

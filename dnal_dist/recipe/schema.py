@@ -49,6 +49,9 @@ class Augmentation(Section):
         return self
 
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
 class Data(Section):
     train: OneLine = Field(json_schema_extra=FREE_AT_RESUME)
     """Training shards: a path with * ? [] and {000..007} patterns; several, separated by blanks; a path with
@@ -87,6 +90,13 @@ class Data(Section):
     label_key: OneLine | None = Field(None, min_length=1)
     """Key of the samples' .json members whose value is the label; by default the label is the text of .cls, .cls.txt or .txt, the
     first of them that a sample has. A label is the number of a class, or its name in the index of the shards."""
+    image: str | None = Field(None, min_length=1)
+    """What follows the key's dot in the name of a sample's image, such as crop2.png; by default png, jpg, jpeg, webp, bmp, tif or
+    tiff. With several images in a sample it must be named."""
+    label: str | None = Field(None, min_length=1)
+    """Likewise of its label, such as cls; by default the first of cls, cls.txt and txt (json with label_key)."""
+    background: tuple[Channel, Channel, Channel] = Field((255, 255, 255), strict=False)
+    """Colour (RGB, 0 to 255) that shows through where an image is transparent."""
     exif: bool = False
     """Turn images as the orientation in their EXIF says; by default pixels stay as they are stored."""
     decode: Literal["cpu", "cuda"] = "cpu"

@@ -93,6 +93,7 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
         accuracy = evaluate_and_record(run, position.step / run.train.steps_per_epoch, position.step == total)
         position.evaluated, position.accuracy = position.global_step, accuracy
         result = f"accuracy {accuracy:.2%}  {metrics.summary}"
+        warn_of_alpha(run)
         clock.record(metrics.bytes_sent() if position.step == total else None)
         if position.step < total:
             run.log.progress(position.step, result)
@@ -100,6 +101,18 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
         else:
             run.momentum = {name: buffer.cpu() for name, buffer in momentum.items()}
     return result
+
+
+def warn_of_alpha(run: Run) -> None:
+    """Tell once that images of a split have an alpha channel, and how many it was by then."""
+    for stream in (run.train, run.val):
+        if not stream.warned_of_alpha and (count := sum(run.context.gather([stream.with_alpha]))):
+            stream.warned_of_alpha = True
+            ground = "{}, {}, {}".format(*run.recipe.data.background)
+            run.log.warn(
+                f"key '{stream.shards.key}': {count} images so far have an alpha channel; what is transparent in them shows key "
+                f"'data.background' ({ground})"
+            )
 
 
 def _checkpoint_is_due(run: Run) -> bool:

@@ -3,10 +3,8 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing.util
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +17,7 @@ from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.lock import WITHOUT_LOCKS, Lock
 from dnal_dist.common.span import spanned
+from dnal_dist.data import loader
 from dnal_dist.distributed.context import Context
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last exists from start to end: a folder without
@@ -159,7 +158,7 @@ def private_temp(folder: Path, rank: int, world_size: int) -> None:
     """Give this process a temporary folder for the sockets of its loaders, always the same one for a run and rank, so that the next
     start of the run removes what a kill leaves."""
     head = f"dnal_dist-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}-"
-    own = Path(tempfile.gettempdir(), f"{head}{rank}")
+    own = Path(loader.socket_folder(), f"{head}{rank}")
     for old in own.parent.glob(f"{head}*"):
         number = old.name.removeprefix(head)
         # Those of other ranks of this run are theirs.
@@ -169,9 +168,7 @@ def private_temp(folder: Path, rank: int, world_size: int) -> None:
         own.mkdir(0o700)
     except OSError:
         return  # something else has that name
-    # multiprocessing uses this one instead of creating its own; removed at the same point of its exit, after the sockets.
-    multiprocessing.current_process()._config["tempdir"] = str(own)
-    multiprocessing.util.Finalize(None, shutil.rmtree, (own, True), exitpriority=-100)
+    loader.use_for_sockets(str(own))
 
 
 def _products(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from dnal_dist import nets, recipe
 from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data import nvjpeg
+from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
@@ -94,7 +95,7 @@ def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[St
     if context.idle_gpus:
         few = f"{context.idle_gpus} GPU for {context.world_size} processes"
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
-    own = [line for stream in streams for line in (*stream.shards.warnings, *stream.shards.without_reader())]
+    own = [line for stream in streams for line in (*stream.shards.warnings, *stream.notes)]
     own += [line for stream in streams for line in preflight.class_warnings(stream.shards, stream.shards.num_classes)]
     for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
@@ -116,15 +117,16 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
         nvjpeg.require(context.device)
 
     def stream(key: str, train: bool) -> Stream:
-        shards = Shards(getattr(data, key), f"data.{key}", classes, data.cache, data.cache_gb, data.label_key)
+        shards = Shards(getattr(data, key), f"data.{key}", classes, data)
         pin = context.device.type == "cuda"
         return Stream(shards, data, settings.seed, train, context.rank, context.world_size, pin)
 
-    found = stream("train", True), stream("val", False)
-    for one in found:
+    train, val = stream("train", True), stream("val", False)
+    for one in (train, val):
         preflight.class_warnings(one.shards, classes)
         preflight.check_shards_agree(one.shards, context)
-    return found
+    refuse_conflicts(train.shards.classes | val.shards.classes)
+    return train, val
 
 
 def _digests(train: Stream, val: Stream) -> dict[str, str]:

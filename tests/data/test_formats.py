@@ -11,11 +11,12 @@ from faulty import png, write_tar
 from PIL import Image, ImageOps
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.data.images import Header, Transform, decode, read_header
+from dnal_dist.data.decoding import Header, decode, read_header
+from dnal_dist.data.images import Transform
 from dnal_dist.data.nvjpeg import takes
 from dnal_dist.data.pipeline import stream
+from dnal_dist.data.samples import Fault
 from dnal_dist.data.shards import Shards
-from dnal_dist.data.tar import Fault
 from dnal_dist.recipe import Augmentation, Data
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
@@ -33,7 +34,7 @@ def opened(folder, members: dict[str, bytes], names: list[str] | None = None, la
     size = (folder / "s.tar").stat().st_size
     index = {"shards": [{"file": "s.tar", "samples": 0, "bytes": size}], "classes": names or []}
     (folder / "index.json").write_text(json.dumps(index))
-    return Shards(f"{folder}/s.tar", "data.train", 10, label_key=label_key)
+    return Shards(f"{folder}/s.tar", "data.train", 10, data(False, label_key=label_key))
 
 
 @pytest.mark.parametrize("extension", ["jpeg", "jpg", "JPG", "JPEG", "png", "PNG", "webp", "bmp", "tiff", "tif"])
@@ -94,10 +95,10 @@ def test_members_without_a_reader_are_reported_once_by_kind_and_count(tmp_path):
     for i in range(6):
         members |= {f"{i}.png": png(), f"{i}.cls": b"1", f"{i}.npy": b"\x93NUMPY"} | ({f"{i}.json": b"{}"} if i % 2 else {})
     told = ["key 'data.train': members without a reader are left alone: .json in 3, .npy in 6 of 6 samples read"]
-    assert opened(tmp_path, members).without_reader() == told
-    assert opened(tmp_path, {"a.png": png(), "a.cls": b"1", "a.txt": b"A dog."}).without_reader() == []
+    assert opened(tmp_path, members).notes == told
+    assert opened(tmp_path, {"a.png": png(), "a.cls": b"1", "a.txt": b"A dog."}).notes == []
     gifs = opened(tmp_path, {"a.gif": png(), "a.cls": b"1", "b.gif": png(), "b.cls": b"1"})
-    assert gifs.without_reader()[0].endswith(": .gif in 2 of 2 samples read")
+    assert gifs.notes[0].endswith(": .gif in 2 of 2 samples read")
     with pytest.raises(Fault, match=r"found 0 and 1, and \.gif without a reader"):
         gifs[0]
 

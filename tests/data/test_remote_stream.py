@@ -38,7 +38,7 @@ def data(where, cache, **changes) -> Data:
 
 
 def opened(settings: Data, rank: int = 0, world_size: int = 1, train: bool = True) -> Stream:
-    found = Shards(settings.train if train else settings.val, "data.train", 10, settings.cache, settings.cache_gb)
+    found = Shards(settings.train if train else settings.val, "data.train", 10, settings)
     return Stream(found, settings, 0, train, rank, world_size)
 
 

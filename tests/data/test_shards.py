@@ -8,8 +8,9 @@ import tarfile
 import pytest
 import webdataset
 
+from dnal_dist.data.samples import Fault, Sample, SampleFormat, parse
 from dnal_dist.data.shards import Shards
-from dnal_dist.data.tar import Fault, LabelFormat, Sample, boundaries, parse
+from dnal_dist.data.tar import boundaries
 
 
 def tar_of(*members, form: int = tarfile.PAX_FORMAT) -> bytes:
@@ -26,7 +27,7 @@ def tar_of(*members, form: int = tarfile.PAX_FORMAT) -> bytes:
     return out.getvalue()
 
 
-TEN = LabelFormat(10)
+TEN = SampleFormat(10)
 
 
 def samples(data: bytes) -> list[Sample | str]:

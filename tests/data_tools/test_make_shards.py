@@ -20,7 +20,8 @@ from data_tools import make_shards, writing
 from data_tools.record import Record
 from data_tools.workers import in_order
 from data_tools.writing import Split
-from dnal_dist.data.tar import LabelFormat, boundaries, parse
+from dnal_dist.data.samples import SampleFormat, parse
+from dnal_dist.data.tar import boundaries
 
 
 def test_the_same_bytes_every_time(digits, tmp_path):
@@ -78,7 +79,7 @@ def test_the_index_holds_the_offset_of_each_sample(tmp_path):
         assert entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert len(entry["offsets"]) == entry["samples"] + 1 and entry["offsets"][0] == 0
         for begin, end in itertools.pairwise(entry["offsets"]):
-            sample = parse(content[begin:end], LabelFormat(3))
+            sample = parse(content[begin:end], SampleFormat(3))
             assert (sample.key, sample.label) == (f"{number[split]:03d}", number[split] % 3)
             assert sample.image == f"image of {split[0]}{number[split]}".encode()
             number[split] += 1

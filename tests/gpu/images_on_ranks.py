@@ -10,7 +10,7 @@ from PIL import Image
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import device, nvjpeg
-from dnal_dist.data.images import decode, read_header
+from dnal_dist.data.decoding import decode, read_header
 from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context

@@ -1,0 +1,72 @@
+"""Bodies from a web server, bounded in size and time whatever the server sends."""
+
+import time
+from typing import Any
+
+import aiohttp
+from fsspec.implementations.http import HTTPFileSystem
+
+# Seconds: for a connection to be made, and without a byte from it.
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0
+# Bytes a second, in the mean, below which a body counts as stalled.
+SLOWEST = 10_000
+REDIRECTS = 5
+CHUNK = 1 << 18
+
+redirects: dict[str, str] = {}
+"""Other hosts that answered for a URL in this process."""
+
+
+class Refused(Exception):
+    """An answer that is not used. The message is one line, without anything that the server chose but a host."""
+
+
+class BoundedHTTP(HTTPFileSystem):
+    """fsspec's file system, whose bodies end where they are wanted to."""
+
+    def __init__(self, **options: Any):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+        # Not compressed: ranges would count compressed bytes, and few of them may become many.
+        client = {"timeout": timeout, "trust_env": True, "auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
+        super().__init__(client_kwargs=client, **options)
+
+    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, most: int = 0) -> bytes:
+        """Bytes `start` to `end` of a file, or the first `most` of it from a server without ranges; without `start` all of it, of
+        at most `most` bytes. Raises Refused and aiohttp's errors."""
+        ranged = {} if start is None else {"headers": {"Range": f"bytes={start}-{end - 1}"}}
+        session = await self.set_session()
+        try:
+            async with session.get(self.encode_url(url), max_redirects=REDIRECTS + 1, **ranged) as answer:
+                self._check(answer, url)
+                wanted = end - start if answer.status == 206 and ranged else most
+                body = await _body(answer, wanted if ranged else most + 1)
+        except aiohttp.TooManyRedirects:
+            raise Refused(f"more than {REDIRECTS} redirects") from None
+        if not ranged and len(body) > most:
+            raise Refused(f"more than {most / 1e6:,.0f} MB, the most that is taken for such a file")
+        return body
+
+    def _check(self, answer: aiohttp.ClientResponse, url: str) -> None:
+        if answer.history:
+            before, to = answer.history[0].url, answer.url
+            if before.scheme == "https" and to.scheme != "https":
+                raise Refused("redirected from https:// to an address that is not encrypted")
+            if (before.host, before.port) != (to.host, to.port):
+                redirects[url] = f"redirected to {to.scheme}://{to.host}"
+        self._raise_not_found_for_status(answer, url)
+        if (encoding := answer.headers.get("Content-Encoding", "identity").lower()) != "identity":
+            kind = encoding if encoding in ("gzip", "deflate", "br", "zstd") else "in some way"
+            raise Refused(f"the server compresses the body ({kind}), though it was asked not to")
+
+
+async def _body(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """Up to `most` bytes of a body; what comes behind them is not read. Raises TimeoutError for one that trickles."""
+    begun, parts, got = time.monotonic(), [], 0
+    async for part in answer.content.iter_chunked(CHUNK):
+        parts.append(part)
+        got += len(part)
+        if got >= most:
+            break
+        if time.monotonic() - begun > READ_TIMEOUT + got / SLOWEST:
+            raise TimeoutError
+    return b"".join(parts)[:most]
