@@ -174,7 +174,7 @@ def receipts(run: Run) -> tuple[str, Table, Table]:
     found = list({record.get("epoch"): record for record in run.of("receipt")}.values())
     rows = [
         [
-            f"{record.get('epoch', '')}",
+            f"{record['epoch']:g}" if "epoch" in record else "",
             *(f"{record.get(key, 0):,}" for key in ("batches", "samples")),
             f"{len(record.get('skipped', ())):,}",
             *(record.get(key, "") for key in ("digest", "ordered")),
