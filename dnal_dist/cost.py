@@ -49,7 +49,8 @@ def _load(path: Path, overrides: list[str]) -> "tuple[recipe.Recipe, GatedNetwor
 
 def _warn_of_classes(settings: recipe.Recipe, net: "GatedNetwork") -> None:
     """Warn if the index of local shards, where they are there, does not name as many classes as the network has."""
-    from dnal_dist.data.shardlist import class_names, expand
+    from dnal_dist.data.classes import class_names
+    from dnal_dist.data.shardlist import expand
 
     for key in ("train", "val"):
         words = getattr(settings.data, key)
