@@ -203,6 +203,11 @@ HOSTILE = {
     "an unknown phase": lambda path: rewritten(path, state=altered(phase="../../etc")),
     "a step below 0": lambda path: rewritten(path, state=altered(step=-1)),
     "a step that is text": lambda path: rewritten(path, state=altered(global_step="2")),
+    "a pipe": lambda path: ((path / "state.json").unlink(), os.mkfifo(path / "state.json")),
+    "a device": lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").symlink_to("/dev/zero")),
+    "a size that is text": lambda path: (path / "manifest.json").write_text(
+        '{"format": 1, "files": {"state.safetensors": {"bytes": "many"}}}'
+    ),
     "an unknown key": lambda path: rewritten(path, state=altered(run="rm -rf /")),
 }
 
@@ -217,6 +222,26 @@ def test_what_is_damaged_is_told_and_the_one_before_is_used(tmp_path, kind):
     assert same(found, older) and where.name == "step-00000001-search"
     (fault,) = damaged.values()
     assert fault.startswith(f"{path}: checkpoint is damaged (") and "\n" not in fault
+
+
+def test_no_state_breaks_the_reader(tmp_path):
+    """States with random values in random places, under a manifest that fits, are read or refused, and never anything else."""
+    draw, seen = random.Random(3), set()
+    write(tmp_path, made(2))
+    path = tmp_path / "step-00000002-search"
+    whole = json.loads((path / "state.json").read_bytes())
+    odd = [None, -1, 1 << 70, 1.5, float("nan"), "x", "", [], {}, [[]], {"a": {}}, True, "\ud800", "done"]
+    for _ in range(200):
+        tree = dict(whole)
+        for key in draw.sample(sorted(tree), 2):
+            tree[key] = draw.choice(odd)
+        rewritten(path, state=json.dumps(tree).encode())
+        try:
+            seen.add(type(checkpoint.read(path)))
+        except ValueError as error:
+            seen.add(ValueError)
+            assert str(error).startswith(f"{path}: checkpoint is damaged (") and "\n" not in str(error)
+    assert seen == {checkpoint.Checkpoint, ValueError}
 
 
 def test_random_damage_is_always_noticed(tmp_path):

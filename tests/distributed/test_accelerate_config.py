@@ -11,7 +11,7 @@ from accelerate.utils import write_basic_config
 from launching import execute, succeed
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.distributed.accelerate_config import read
+from dnal_dist.distributed.accelerate_config import check_launched, read
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import Data
 
@@ -53,6 +53,32 @@ def test_a_configuration_of_deepspeeds_own_is_heeded(monkeypatch, tmp_path):
     configured(monkeypatch, tmp_path, {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": text})
     found = read()
     assert (found.backend, found.dtype, found.accumulation) == ("zero2", torch.bfloat16, 4)
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "PMI_SIZE", "PMI_RANK", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, as a launcher does, but no MASTER_ADDR: unset WORLD_SIZE, or"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is set"),
+        ({"RANK": "1", "PMI_SIZE": "4"}, "PMI_SIZE=4, RANK=1 is set"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is set, as a launcher does, but no ACCELERATE_MIXED"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "PMI_SIZE": "1", "PMI_RANK": "0"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}, None),
+        ({}, None),
+    ],
+)
+def test_variables_that_another_launch_left_are_named(monkeypatch, left, told):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    if told is None:
+        return check_launched()
+    with pytest.raises(InputError, match=told):
+        check_launched()
 
 
 def test_settings_of_fsdp2(monkeypatch):

@@ -152,13 +152,16 @@ def test_what_is_no_time_is_refused(train_here, text):
     assert ended.code == 2 and ended.err.startswith("error: --max-time: expected a time such as 3h30m, 90m, 1d or 3:30:00, found ")
 
 
-def test_the_end_of_a_slurm_job_is_a_limit(monkeypatch, tmp_path):
+def test_the_end_of_a_slurm_job_is_a_limit(monkeypatch, tmp_path, capsys):
     for name in ("SLURM_JOB_END_TIME", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     assert stopping.limit(None) is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1900000000")
     assert stopping.limit(None) == 1_900_000_000
     assert stopping.limit("1h") < time.time() + 3600
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1700000000")
+    assert stopping.limit(None) is None
+    assert "SLURM_JOB_END_TIME=1700000000 is over, left by another job: it is ignored; unset it" in capsys.readouterr().err
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     # Older releases tell it only when they are asked.
     monkeypatch.setenv("SLURM_JOB_ID", "7")
