@@ -116,6 +116,8 @@ class Pool:
             for pid in self.pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGABRT)
+                # Two that print at a time mix their words.
+                time.sleep(0.1)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.launcher.wait(30)
             errors.append(f"{len(waiting)} of {len(self.connections)} ranks gave no answer within {timeout:g} s")
