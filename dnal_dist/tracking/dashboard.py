@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("accuracy", ("eval/accuracy", "train/accuracy")),
         Panel("accuracy after pruning", ("prune/accuracy",)),
         Panel("top-5", ("eval/top5",)),
+        Panel("mean over classes", ("eval/balanced_accuracy",)),
     ),
     "Loss": (
         Panel("loss", ("train/loss",)),
