@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -536,3 +537,79 @@ def test_the_index_of_remote_shards_goes_to_a_file(served, digits, monkeypatch, 
     arguments = (pattern, "--classes", names, "--output", tmp_path / "index.json", "--workers", 2)
     assert ended(index, monkeypatch, capsys, *arguments)[:2] == (0, "6 shards, 1797 samples\n")
     assert (tmp_path / "index.json").read_bytes() == (digits / "index.json").read_bytes()
+
+
+def several(number: int) -> list[tuple[str, bytes]]:
+    names = ("png", "cls", "crop.png", "crop.cls")
+    return [(f"{number}.{name}", image(number) if name.endswith("png") else b"0") for name in names]
+
+
+def test_samples_with_several_images_are_found_until_one_is_named(tmp_path, monkeypatch, capsys):
+    tar(tmp_path / "train-0.tar", *(member for number in range(3) for member in several(number)))
+    code, out, err = ended(index, monkeypatch, capsys, tmp_path)
+    assert code == 0 and "3 of them will be skipped" in out and err.count("of .crop.png, .png name one by key 'data.image'") == 3
+    code, out, _ = ended(verify, monkeypatch, capsys, tmp_path)
+    assert code == 1 and out.count("sample: ") == 3
+    for module in (index, verify):
+        code, out, err = ended(module, monkeypatch, capsys, tmp_path, "--image", "crop.png", "--label", "crop.cls")
+        assert code == 0 and "sample: " not in out and "skipped" not in out
+
+
+def test_a_folder_is_taken_with_all_below_it(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        tar(tmp_path / name / f"train-{name}.tar", *sample(name, ord(name), 0), *sample(f"{name}1", 9 + ord(name), 1))
+    code, out, _ = ended(index, monkeypatch, capsys, tmp_path)
+    assert (code, out) == (0, "2 shards, 4 samples\n") and all((tmp_path / name / "index.json").is_file() for name in ("a", "b"))
+    assert findings(monkeypatch, capsys, tmp_path) == []
+    tar(tmp_path / "b" / "train-c.tar", *sample("c", 1, 0))
+    ended(index, monkeypatch, capsys, tmp_path)
+    (tmp_path / "b" / "train-b.tar").unlink()
+    assert [kind for kind, *_ in findings(monkeypatch, capsys, tmp_path)] == ["index"]
+
+
+def test_classes_of_uneven_size_are_told_and_counted(tmp_path, monkeypatch, capsys):
+    members = [member for number in range(21) for member in sample(f"{number:02}", number, 1 if number else 0)]
+    made(tmp_path / "own", classes=2, train=members)
+    code, out, _ = ended(verify, monkeypatch, capsys, tmp_path / "own")
+    assert code == 0 and "train: 1 samples of class 0 (name 0), 20 of class 1 (name 1)" in out
+    _, out, _ = ended(verify, monkeypatch, capsys, tmp_path / "own", "--json")
+    assert json.loads(out)["splits"]["train"]["class_counts"] == [1, 20]
+
+
+def test_images_with_an_alpha_channel_are_counted(tmp_path, monkeypatch, capsys):
+    rgba = png(np.zeros((8, 8, 4), np.uint8))
+    tar(tmp_path / "own" / "train-0.tar", ("a.png", rgba), ("a.cls", b"0"), *sample("b", 1, 0))
+    ended(index, monkeypatch, capsys, tmp_path / "own")
+    _, out, _ = ended(verify, monkeypatch, capsys, tmp_path / "own", "--decode", "--json")
+    assert json.loads(out)["splits"]["train"]["with_alpha"] == 1
+
+
+def test_a_pipe_in_place_of_the_index_is_refused_or_replaced(tmp_path, monkeypatch, capsys):
+    tar(tmp_path / "own" / "train-0.tar", *sample("a", 1, 0))
+    os.mkfifo(tmp_path / "own" / "index.json")
+    code, _, err = ended(verify, monkeypatch, capsys, tmp_path / "own")
+    assert code == 2 and "not a regular file" in err and err.count("\n") == 1
+    assert ended(index, monkeypatch, capsys, tmp_path / "own")[0] == 0 and (tmp_path / "own" / "index.json").is_file()
+
+
+def test_names_of_classes_are_read_of_files_alone(tmp_path, monkeypatch, capsys):
+    tar(tmp_path / "own" / "train-0.tar", *sample("a", 1, "cat"))
+    code, _, err = ended(index, monkeypatch, capsys, tmp_path / "own", "--classes", "/dev/zero")
+    assert code == 2 and "/dev/zero: not a regular file" in err
+    (tmp_path / "names.txt").write_text("\ufeffcat\ndog\n")
+    assert ended(index, monkeypatch, capsys, tmp_path / "own", "--classes", tmp_path / "names.txt")[1] == "1 shards, 1 samples\n"
+
+
+def test_jpegs_with_further_images_behind_them_are_images_everywhere(tmp_path, monkeypatch, capsys):
+    file, draw = io.BytesIO(), np.random.default_rng(0)
+    pixels = [Image.fromarray(draw.integers(0, 256, (40, 60, 3), np.uint8)) for _ in range(3)]
+    pixels[0].save(file, "MPO", save_all=True, append_images=pixels[1:])
+    for split in ("train", "val"):
+        (tmp_path / "in" / split / "a").mkdir(parents=True)
+        (tmp_path / "in" / split / "a" / "x.jpg").write_bytes(file.getvalue() + split.encode())
+    for options in ({"check": True}, {"resize": 20}):
+        folder = tmp_path / str(options)
+        folder.mkdir()
+        assert make_shards.image_folder(tmp_path / "in", folder, **options) == {"train": 1, "val": 1}
+        out = ended(verify, monkeypatch, capsys, folder, "--decode")[1]
+        assert "sample: " not in out and ("40 / 40 / 40" if "check" in options else "20 / 20 / 20") in out
