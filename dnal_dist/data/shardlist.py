@@ -53,7 +53,7 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
             one = missing[0] if missing else pattern
             brackets = "; [ and ] are a wildcard for one character, [[] is a bracket itself" if "[" in one else ""
             raise InputError(
-                f"key '{key}': no shard matches {one}; make shards with "
+                f"key '{key}': no shard matches {one!r}; make shards with "
                 f"`python -m data_tools.make_shards` (for the demo: `python -m data_tools.make_shards digits data/digits`) "
                 f"or correct the pattern (a path with blanks wants quotes of its own{brackets})"
             )
@@ -77,8 +77,8 @@ def _literal(pattern: str) -> str:
 
 
 def _glob(pattern: str) -> list[str]:
-    """Files that match, sorted; ** is any number of folders, as in a shell."""
-    return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    """What matches, sorted; ** is any number of folders, as in a shell."""
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _matches(pattern: str, is_remote: bool, key: str) -> list[Path | Url]:
