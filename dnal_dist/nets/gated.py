@@ -185,6 +185,10 @@ class GatedNetwork(nn.Module):
                 found[_shared(last)] = None
         return [block for block in found if block]
 
+    def must_have(self) -> list[Tensor] | None:
+        """Groups of gates of which one must be open; None where the layers say it."""
+        return None
+
     def split(self, gates: Tensor | None) -> list[tuple[Tensor | None, ...]]:
         """One tuple of gates for each unit, views of the flat vector."""
         if gates is None:

@@ -18,6 +18,8 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
     their BatchNorm's weight. Returns the mask and the names of the sites that were rescued.
     """
     keep = keep.cpu().clone()
+    if (groups := net.must_have()) is not None:
+        return _rescue_groups(net, keep, groups, strength)
     parts, layers = net.by_site(keep), net.layers(1)  # the image size has no bearing on which channels connect
     if strength is None:
         norms = (net.get_submodule(site).norm for site in net.gate_sites)
@@ -38,6 +40,20 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
                 parts[site][ranks[site].argmax()] = True
                 rescued.append(site)
     return keep, rescued
+
+
+def _rescue_groups(
+    net: GatedNetwork, keep: Tensor, groups: list[Tensor], strength: Tensor | None
+) -> tuple[Tensor, list[str]]:
+    strength = torch.zeros(len(keep)) if strength is None else strength.detach().cpu()
+    opened = []
+    for group in groups:
+        if not keep[group].any():
+            opened.append(int(group[strength[group].argmax()]))
+            keep[opened[-1]] = True
+    ends = torch.tensor(list(net.gate_sites.values())).cumsum(0)
+    names = list(net.gate_sites)
+    return keep, list(dict.fromkeys(names[int((ends <= gate).sum())] for gate in opened))
 
 
 class Live(NamedTuple):

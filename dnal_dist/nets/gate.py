@@ -1,0 +1,260 @@
+"""Gates for any network: `gate(module, example)`."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dnal_dist.common.errors import InputError
+from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer
+from dnal_dist.nets.graph import Graph, read
+from dnal_dist.nets.narrow import Narrow, Narrowing
+from dnal_dist.nets.rules import RULES
+
+# Largest relative difference, in float64, between the network with closed gates and its compact one.
+EXACT = 1e-10
+
+
+class Gated:
+    """What a module becomes whose output channels have gates: `gate`, (channels,), multiplies them. None: no gates."""
+
+    gate: Tensor | None = None
+
+
+class GatedConv2d(Gated, nn.Conv2d):
+    """The gate in the weight and the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias * self.gate
+        return self._conv_forward(x, self.weight * self.gate.view(-1, 1, 1, 1), bias)
+
+
+class GatedLinear(Gated, nn.Linear):
+    """The gate in the weight and the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return super().forward(x)
+        return F.linear(x, self.weight * self.gate.view(-1, 1), None if self.bias is None else self.bias * self.gate)
+
+
+class GatedNorm(Gated, GatedBatchNorm):
+    """The gate in the affine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, self.gate)
+
+
+class GatedNormAct(GatedNorm):
+    """A BatchNorm with its dropout and activation, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class GatedOutput(Gated):
+    """Of a subclass that does more than its base: the gate multiplies the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.gate is None else out * self.gate.to(out.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+
+def _gated_kind(module: nn.Module) -> type:
+    plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
+    if type(module) in plain:
+        return plain[type(module)]
+    if isinstance(module, _BatchNorm) and {"act", "drop"} <= set(module._modules):
+        return GatedNormAct
+    return type(f"Gated{type(module).__name__}", (GatedOutput, type(module)), {})
+
+
+class Ungated(NamedTuple):
+    """Output channels of a layer that stay, and why."""
+
+    layer: str
+    channels: int
+    reason: str
+
+
+class AnyNetwork(GatedNetwork):
+    """Any module with gates: `net(images, gates)`. Parameters, buffers and modules are the module's own, under their names."""
+
+    def __init__(self, module: nn.Module, graph: Graph, image_size: int, ignore: tuple[str, ...] = ()):
+        super().__init__()
+        # Not registered: what it has, this has under the same names.
+        self.__dict__["_own"] = module
+        self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
+        self.image_size, self.graph = image_size, graph
+        for path, outputs in graph.points.items():
+            if any(path == name or path.startswith(f"{name}.") for name in ignore):
+                graph.classes.freeze(outputs, "it is in `ignore`")
+        self.gate_sites, self.gate_of = _sites(graph)
+        self.num_classes = graph.outputs.shape[-1]
+        self.ungated = _ungated(graph, self.gate_of)
+        self._places = {path: self.gate_of[graph.points[path]] for path in graph.points if path in graph.needed}
+        self._places = {path: place for path, place in self._places.items() if bool((place < self.num_gates).any())}
+        for path in self._places:
+            gated = self.get_submodule(path)
+            gated.__class__ = _gated_kind(gated)
+        for norm in self.modules():
+            if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                norm.__class__ = GatedBatchNorm
+            elif isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm) and {"act", "drop"} <= set(norm._modules):
+                norm.__class__ = GatedNormAct
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self._own.get_submodule(target)
+
+    def train(self, mode: bool = True) -> "AnyNetwork":
+        self._own.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
+        if gates is not None:
+            gates = torch.cat([gates, gates.new_ones(1)])
+        for path, place in self._places.items():
+            self.get_submodule(path).gate = None if gates is None else gates[place.to(gates.device)]
+        logits = self._own(images)
+        if isinstance(logits, tuple | list):  # of auxiliary classifiers
+            logits = logits[0]
+        return logits
+
+    def units(self) -> list[nn.Module]:
+        return blocks(self)
+
+    def layers(self, image_size: int) -> list[Layer]:
+        site_of = list(self.gate_sites)
+        starts = torch.tensor([0, *self.gate_sites.values()]).cumsum(0)
+        found = []
+        for layer in self.graph_at(image_size).layers.values():
+            first = int(self.gate_of[layer.outputs].min())
+            site = site_of[int((starts <= first).sum()) - 1] if first < self.num_gates else None
+            found.append(Layer(layer.path, None, site, (), layer.positions))
+        return found
+
+    def shortcuts(self) -> list[str]:
+        return []
+
+    def graph_at(self, image_size: int) -> Graph:
+        """The graph for images of another size."""
+        if image_size in (1, self.image_size):
+            return self.graph
+        raise InputError(f"the network was read for images of {self.image_size} pixels, not {image_size}")
+
+    def cut(self, keep: Tensor) -> Narrow:
+        """The network with the channels of `keep`, bool (N,)."""
+        stays = torch.cat([keep.cpu(), torch.ones(1, dtype=torch.bool)])[self.gate_of]
+        return Narrowing(self.graph, self, stays).build()
+
+    def must_have(self) -> list[Tensor]:
+        """Groups of gates of which one must be open: what a tensor of the network consists of."""
+        groups = {tuple(sorted(set(self.gate_of[list(part)].tolist()))) for part in self.graph.parts}
+        return [torch.tensor(group) for group in sorted(groups) if group and group[-1] < self.num_gates]
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """Modules with parameters that are called, none inside another, in the order of their definition: containers are opened."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            found.extend(blocks(child))
+        elif any(True for _ in child.parameters()):
+            found.append(child)
+    return found
+
+
+def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
+    """Sites with their number of gates, and for each label its gate; the number of gates stands for what is always open.
+
+    A site is the classes that the same modules write, in the order of their first channel; its name is the first module's path.
+    """
+    roots = torch.tensor([graph.classes.find(label) for label in range(len(graph.classes.parents))])
+    writers: dict[int, list[str]] = {}
+    for path, labels in graph.points.items():
+        if path in graph.needed:
+            for root in dict.fromkeys(roots[labels].tolist()):
+                if root not in graph.classes.reasons:
+                    writers.setdefault(root, []).append(path)
+    sites: dict[tuple[str, ...], list[int]] = {}
+    for root, paths in writers.items():
+        sites.setdefault(tuple(paths), []).append(root)
+    names: dict[str, int] = {}
+    number = sum(map(len, sites.values()))
+    gate_of, count = torch.full((len(roots),), number), 0
+    gate_of_root = {}
+    for paths, members in sites.items():
+        name = paths[0]
+        for i in range(2, 10_000):
+            if name not in names:
+                break
+            name = f"{paths[0]}#{i}"
+        names[name] = len(members)
+        for root in members:
+            gate_of_root[root] = count
+            count += 1
+    for label, root in enumerate(roots.tolist()):
+        gate_of[label] = gate_of_root.get(root, number)
+    return names, gate_of
+
+
+def _ungated(graph: Graph, gate_of: Tensor) -> list[Ungated]:
+    found = []
+    for layer in graph.layers.values():
+        whole = [label for label in layer.outputs.tolist() if gate_of[label] == gate_of.max()]
+        for reason in dict.fromkeys(graph.classes.reason(label) or "nothing is read of it" for label in whole):
+            count = sum((graph.classes.reason(label) or "nothing is read of it") == reason for label in whole)
+            found.append(Ungated(layer.path, count, reason))
+    return found
+
+
+def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...] = (), check: bool = True) -> AnyNetwork:
+    """A copy of `module`, any CNN, with a gate for every channel that can be closed.
+
+    example: images (n, 3, H, W) of the size that it will see. ignore: module paths whose outputs stay whole. `.ungated` of the result
+    says what stays whole, and why. Raises InputError if the module cannot be read, has no channel to close, or if the compact network
+    of a random mask differs from the network with those gates closed.
+    """
+    if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
+        raise InputError(f"the example must be images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
+    module = copy.deepcopy(module)
+    graph = read(module, example[:2] if len(example) > 1 else torch.cat([example, example]), RULES)
+    network = AnyNetwork(module, graph, example.shape[-1], tuple(ignore))
+    if not network.num_gates:
+        raise InputError(f"{type(module).__name__} has no channel that can be closed; .ungated of its layers says why")
+    if check:
+        check_exact(network)
+    return network
+
+
+@torch.no_grad()
+def check_exact(network: AnyNetwork, seed: int = 0) -> float:
+    """Close half of the gates at random, in float64, and compare with the compact network: returns the difference of the logits
+    relative to their size. Raises InputError if it is above EXACT. The network is left as it was."""
+    from dnal_dist.nets.masks import rescue
+
+    generator = torch.Generator().manual_seed(seed)
+    double = copy.deepcopy(network).cpu().double().eval()
+    for name, tensor in [*double.named_parameters(), *double.named_buffers()]:
+        # A weight of zero, as some networks begin with, would hide what it multiplies.
+        if tensor.is_floating_point() and "running_var" not in name and (tensor.dim() <= 1 or not tensor.any()):
+            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
+    keep, _ = rescue(double, torch.rand(network.num_gates, generator=generator) < 0.5)
+    images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
+    try:
+        masked, compact = double(images, keep.double()), double.cut(keep).double().eval()(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"{type(network._own).__name__} has no compact network: {str(error).splitlines()[0]}") from None
+    difference = float((masked - compact).abs().max() / masked.abs().max().clamp_min(1e-30))
+    if not difference <= EXACT:
+        raise InputError(
+            f"{type(network._own).__name__}: its compact network differs from the masked one by {difference:.1e}; name what is special "
+            "about it in `ignore`"
+        )
+    return difference
