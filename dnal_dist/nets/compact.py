@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common import atomic
 from dnal_dist.common.files import read_regular
+from dnal_dist.nets import narrow
+from dnal_dist.nets.gate import AnyNetwork
 from dnal_dist.nets.gated import GatedNetwork
 from dnal_dist.nets.masks import rescue
 from dnal_dist.nets.mobilenet import MobileNetV2, compact_mobilenet
@@ -24,12 +26,14 @@ from dnal_dist.nets.vgg import VGG, compact_vgg
 # What it takes to build each kind of module again, as its constructor's arguments.
 _ARGUMENTS = {
     nn.Conv2d: lambda m: [
-        *(m.in_channels, m.out_channels, list(m.kernel_size), list(m.stride), list(m.padding)),
+        *(m.in_channels, m.out_channels, list(m.kernel_size), list(m.stride)),
+        m.padding if isinstance(m.padding, str) else list(m.padding),
         *(list(m.dilation), m.groups, m.bias is not None),
     ],
     nn.Linear: lambda m: (m.in_features, m.out_features, m.bias is not None),
-    nn.BatchNorm2d: lambda m: (m.num_features, m.eps, m.momentum),
-    nn.BatchNorm1d: lambda m: (m.num_features, m.eps, m.momentum),
+    nn.BatchNorm2d: lambda m: _norm(m),
+    nn.BatchNorm1d: lambda m: _norm(m),
+    nn.Dropout: lambda m: (m.p,),
     nn.ReLU: lambda m: (m.inplace,),
     nn.ReLU6: lambda m: (m.inplace,),
     nn.MaxPool2d: lambda m: (m.kernel_size, m.stride, m.padding),
@@ -44,13 +48,33 @@ MOST_MODULES, MOST_BYTES, MOST_CHANNELS = 20_000, 64 << 20, 1 << 20
 _KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
 
 
-def describe(network: nn.Sequential) -> list:
-    """The structure of a compact network as JSON: one [kind, arguments] for each module."""
-    return [[type(module).__name__, list(_ARGUMENTS[type(module)](module))] for module in network]
+def _norm(module: nn.Module) -> tuple:
+    return (module.num_features, module.eps, module.momentum) + (() if module.affine else (False,))
 
 
-def build(description: list) -> nn.Sequential:
+def describe(network: nn.Sequential | narrow.Narrow) -> list:
+    """The structure of a compact network as JSON: one [kind, arguments] for each module; of one that runs steps a single item."""
+    if isinstance(network, narrow.Narrow):
+        return [["Narrow", narrow.described(network, _described)]]
+    return [_described(module) for module in network]
+
+
+def _described(module: nn.Module) -> list:
+    return [type(module).__name__, list(_ARGUMENTS[type(module)](module))]
+
+
+def _made(item: list) -> nn.Module:
+    kind, arguments = item
+    return _checked(_KINDS[kind](*arguments))
+
+
+def build(description: list) -> nn.Sequential | narrow.Narrow:
     """The network that `describe` described, freshly initialised. Raises ValueError if it is no such description."""
+    if len(description) == 1 and description[0][:1] == ["Narrow"]:
+        try:
+            return narrow.made(description[0][1], _made)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"not a compact network: {error}") from None
     network, modules = nn.Sequential(), 0
     for item in description:
         try:
@@ -87,7 +111,7 @@ def _pair(size) -> tuple:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
-def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
+def restored(description: list, tensors: dict[str, Tensor]) -> nn.Module:
     """The network of a `description`, with these weights and statistics. Raises ValueError if they do not fit, before
     memory is taken for whatever the description asks for."""
     with torch.device("meta"):
@@ -99,7 +123,7 @@ def restored(description: list, tensors: dict[str, Tensor]) -> nn.Sequential:
     return network
 
 
-def save(network: nn.Sequential, folder: Path, **facts) -> None:
+def save(network: nn.Module, folder: Path, **facts) -> None:
     """Write `folder`/architecture.json (the description, and `facts` for readers) and weights.safetensors, in place of what was
     there. Raises OSError."""
     with atomic.folder(folder) as unfinished:
@@ -109,7 +133,7 @@ def save(network: nn.Sequential, folder: Path, **facts) -> None:
         atomic.write(unfinished / "architecture.json", text.encode())
 
 
-def load(folder: Path | str) -> nn.Sequential:
+def load(folder: Path | str) -> nn.Module:
     """The compact network saved in `folder`, in eval mode. Raises ValueError naming the folder and what is missing or wrong."""
     folder = Path(folder)
     try:
@@ -123,7 +147,7 @@ def load(folder: Path | str) -> nn.Sequential:
     return network.eval()
 
 
-def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
+def compact(net: GatedNetwork, keep: Tensor) -> nn.Module:
     """A smaller network with the function of `net` when the gates of the channels not in `keep`, bool (N,), are 0 and the others 1.
 
     Equal in eval mode up to rounding; `.keep` of the result is the mask it was made with. A site that would close although there is
@@ -133,7 +157,7 @@ def compact(net: GatedNetwork, keep: Tensor) -> nn.Sequential:
     if rescued:
         warnings.warn(f"all channels of {', '.join(rescued)} would close; the strongest one of each stays", stacklevel=2)
     with torch.no_grad():
-        network = _FAMILIES[type(net)](net, Slicer(net, keep))
+        network = net.cut(keep) if isinstance(net, AnyNetwork) else _FAMILIES[type(net)](net, Slicer(net, keep))
     network.keep = keep
     return network.to(next(net.parameters()).device).train(net.training)
 

@@ -1,6 +1,8 @@
 """Gates for any network: `gate(module, example)`."""
 
 import copy
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer
+from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer, Streams
 from dnal_dist.nets.graph import Graph, read
 from dnal_dist.nets.narrow import Narrow, Narrowing
 from dnal_dist.nets.rules import RULES
@@ -97,6 +99,13 @@ class AnyNetwork(GatedNetwork):
         self.gate_sites, self.gate_of = _sites(graph)
         self.num_classes = graph.outputs.shape[-1]
         self.ungated = _ungated(graph, self.gate_of)
+        self._rows = self._layers()
+        self._groups = self._must_have()
+        self._costs = _streams(self)
+        # Whatever an image does not reach, such as auxiliary classifiers, does not train.
+        reached = {name for node in graph.nodes if node.users and (name := graph.tensor_of(node))}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in reached)
         self._places = {path: self.gate_of[graph.points[path]] for path in graph.points if path in graph.needed}
         self._places = {path: place for path, place in self._places.items() if bool((place < self.num_gates).any())}
         for path in self._places:
@@ -127,44 +136,53 @@ class AnyNetwork(GatedNetwork):
         return logits
 
     def units(self) -> list[nn.Module]:
-        return blocks(self)
+        return _blocks(self._own, "", self.graph.called)
 
     def layers(self, image_size: int) -> list[Layer]:
-        site_of = list(self.gate_sites)
-        starts = torch.tensor([0, *self.gate_sites.values()]).cumsum(0)
+        self._require(image_size)
+        return self._rows
+
+    def _layers(self) -> list[Layer]:
+        sites, ends = list(self.gate_sites), torch.tensor([*self.gate_sites.values()]).cumsum(0)
         found = []
-        for layer in self.graph_at(image_size).layers.values():
+        for layer in self.graph.layers.values():
             first = int(self.gate_of[layer.outputs].min())
-            site = site_of[int((starts <= first).sum()) - 1] if first < self.num_gates else None
-            found.append(Layer(layer.path, None, site, (), layer.positions))
+            site = sites[int((ends <= first).sum())] if first < self.num_gates else None
+            found.append(Layer(layer.path, self.graph.norms.get(layer.path), site, (), layer.positions))
         return found
 
     def shortcuts(self) -> list[str]:
         return []
 
-    def graph_at(self, image_size: int) -> Graph:
-        """The graph for images of another size."""
-        if image_size in (1, self.image_size):
-            return self.graph
-        raise InputError(f"the network was read for images of {self.image_size} pixels, not {image_size}")
+    def _require(self, image_size: int) -> None:
+        if image_size not in (1, self.image_size):
+            raise InputError(f"the network was read for images of {self.image_size} pixels, not {image_size}; read it for those")
 
     def cut(self, keep: Tensor) -> Narrow:
         """The network with the channels of `keep`, bool (N,)."""
         stays = torch.cat([keep.cpu(), torch.ones(1, dtype=torch.bool)])[self.gate_of]
         return Narrowing(self.graph, self, stays).build()
 
+    def streams(self, image_size: int) -> Streams:
+        self._require(image_size)
+        return self._costs
+
     def must_have(self) -> list[Tensor]:
-        """Groups of gates of which one must be open: what a tensor of the network consists of."""
+        return self._groups
+
+    def _must_have(self) -> list[Tensor]:
+        """What a tensor of the network consists of."""
         groups = {tuple(sorted(set(self.gate_of[list(part)].tolist()))) for part in self.graph.parts}
         return [torch.tensor(group) for group in sorted(groups) if group and group[-1] < self.num_gates]
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """Modules with parameters that are called, none inside another, in the order of their definition: containers are opened."""
+def _blocks(module: nn.Module, path: str, called: set[str]) -> list[nn.Module]:
+    """Modules with parameters that are called, none inside another; lists and sequences are opened."""
     found: list[nn.Module] = []
-    for child in network.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            found.extend(blocks(child))
+    for name, child in module.named_children():
+        own = f"{path}{name}"
+        if own not in called or isinstance(child, nn.Sequential):
+            found.extend(_blocks(child, f"{own}.", called))
         elif any(True for _ in child.parameters()):
             found.append(child)
     return found
@@ -173,7 +191,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
     """Sites with their number of gates, and for each label its gate; the number of gates stands for what is always open.
 
-    A site is the classes that the same modules write, in the order of their first channel; its name is the first module's path.
+    A site is the classes that the same modules write and the same tensors consist of, in the order of their first channel; its name is
+    the first module's path.
     """
     roots = torch.tensor([graph.classes.find(label) for label in range(len(graph.classes.parents))])
     writers: dict[int, list[str]] = {}
@@ -182,26 +201,19 @@ def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
             for root in dict.fromkeys(roots[labels].tolist()):
                 if root not in graph.classes.reasons:
                     writers.setdefault(root, []).append(path)
-    sites: dict[tuple[str, ...], list[int]] = {}
+    member: dict[int, list[int]] = {}
+    for number, part in enumerate(dict.fromkeys(tuple(dict.fromkeys(roots[list(part)].tolist())) for part in graph.parts)):
+        for root in part:
+            member.setdefault(root, []).append(number)
+    sites: dict[tuple, list[int]] = {}
     for root, paths in writers.items():
-        sites.setdefault(tuple(paths), []).append(root)
+        sites.setdefault((*paths, *member[root]), []).append(root)
     names: dict[str, int] = {}
-    number = sum(map(len, sites.values()))
-    gate_of, count = torch.full((len(roots),), number), 0
-    gate_of_root = {}
-    for paths, members in sites.items():
-        name = paths[0]
-        for i in range(2, 10_000):
-            if name not in names:
-                break
-            name = f"{paths[0]}#{i}"
-        names[name] = len(members)
-        for root in members:
-            gate_of_root[root] = count
-            count += 1
-    for label, root in enumerate(roots.tolist()):
-        gate_of[label] = gate_of_root.get(root, number)
-    return names, gate_of
+    for (first, *_), members in sites.items():
+        again = sum(name.partition("#")[0] == first for name in names)
+        names[f"{first}#{again + 1}" if again else first] = len(members)
+    gates = {root: gate for gate, root in enumerate(itertools.chain(*sites.values()))}
+    return names, torch.tensor([gates.get(root, len(gates)) for root in roots.tolist()])
 
 
 def _ungated(graph: Graph, gate_of: Tensor) -> list[Ungated]:
@@ -246,7 +258,7 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
         if tensor.is_floating_point() and "running_var" not in name and (tensor.dim() <= 1 or not tensor.any()):
             tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
     keep, _ = rescue(double, torch.rand(network.num_gates, generator=generator) < 0.5)
-    images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
+    images = torch.randn(1, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
     try:
         masked, compact = double(images, keep.double()), double.cut(keep).double().eval()(images)
     except (RuntimeError, ValueError, IndexError) as error:
@@ -258,3 +270,51 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
             "about it in `ignore`"
         )
     return difference
+
+
+def _streams(network: "AnyNetwork") -> Streams:
+    """The cost of the compact network by the gates. A weight that is computed counts as the plain one it becomes."""
+    graph, gate_of = network.graph, network.gate_of
+    known: dict[tuple[int, ...], int] = {}
+
+    def stream(labels: Tensor | None) -> int:
+        own = (network.num_gates,) if labels is None else tuple(gate_of[labels].tolist())
+        return known.setdefault(own, len(known))
+
+    one, rows = stream(None), []
+    layers = {layer.path: i for i, layer in enumerate(graph.layers.values())}
+    norms = {norm: layers[layer] for layer, norm in graph.norms.items()}
+    for i, layer in enumerate(graph.layers.values()):
+        weight = network.get_submodule(layer.path).weight
+        # Each output of a grouped convolution reads its group alone.
+        factor = weight[0].numel() / (1 if layer.whole_groups else len(layer.inputs))
+        inputs = one if layer.whole_groups else stream(layer.inputs)
+        rows.append((i, factor, stream(layer.outputs), inputs, layer.positions, layer.positions))
+    for name, parameter in network.named_parameters():
+        path, _, own = name.rpartition(".")
+        if (own == "weight" and path in layers) or (path in layers and own != "bias"):
+            continue
+        cut = [labels if labels.dim() == 1 else labels[:, 0] for labels in graph.tensors.get(name, {}).values()][:2]
+        factor = parameter.numel() / math.prod([len(labels) for labels in cut])
+        a, b = ([stream(labels) for labels in cut] + [one, one])[:2]
+        i = layers.get(path, norms.get(path, len(layers) - 1))
+        # Of a BatchNorm's two vectors one is counted, as the paper does.
+        rows.append((i, factor, a, b, 0, int(own == "bias")))
+    inputs = [stream(layer.inputs) for layer in graph.layers.values()]
+    outputs = [stream(layer.outputs) for layer in graph.layers.values()]
+    pairs = [(number, gate) for gates, number in known.items() for gate in gates]
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
+    layer, factor, first, second, positions, operations = columns
+    return Streams(
+        number=len(known),
+        stream=torch.tensor([number for number, _ in pairs]),
+        gate=torch.tensor([gate for _, gate in pairs]),
+        layer=layer.long(),
+        factor=factor,
+        rows=first.long(),
+        columns=second.long(),
+        positions=positions,
+        operations=operations,
+        inputs=torch.tensor(inputs),
+        outputs=torch.tensor(outputs),
+    )

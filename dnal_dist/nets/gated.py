@@ -140,6 +140,28 @@ class Layer(NamedTuple):
         return self.path == f"{self.site}.conv"
 
 
+class Streams(NamedTuple):
+    """What the cost of a network is computed from: each tensor of parameters has factor * rows * columns elements, where rows and
+    columns are sums of gates, one sum a stream."""
+
+    number: int
+    stream: Tensor
+    gate: Tensor
+    """Pairs: gate `gate` is counted in stream `stream`."""
+    layer: Tensor
+    """Row of the table of layers, (tensors,), likewise those that follow."""
+    factor: Tensor
+    rows: Tensor
+    columns: Tensor
+    positions: Tensor
+    """How often each element is multiplied."""
+    operations: Tensor
+    """Likewise by the paper's rule: once for the BatchNorm and the bias of a convolution's output."""
+    inputs: Tensor
+    """Stream of the input channels of each layer, (layers,)."""
+    outputs: Tensor
+
+
 class GatedNetwork(nn.Module):
     """A network whose prunable channels can be gated from outside: `net(images, gates)`.
 
@@ -187,6 +209,10 @@ class GatedNetwork(nn.Module):
 
     def must_have(self) -> list[Tensor] | None:
         """Groups of gates of which one must be open; None where the layers say it."""
+        return None
+
+    def streams(self, image_size: int) -> Streams | None:
+        """What costs are computed from; None where the layers say it."""
         return None
 
     def split(self, gates: Tensor | None) -> list[tuple[Tensor | None, ...]]:

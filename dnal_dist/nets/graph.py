@@ -115,6 +115,9 @@ class Graph:
         """Those of `points` whose gates are needed."""
         self.parts: dict[tuple[int, ...], None] = {}
         """Groups of labels of which one must stay."""
+        self.norms: dict[str, str] = {}
+        """The BatchNorm behind a layer, by paths."""
+        self.called = {path for node in self.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
         for node in self.nodes:
             self._visit(node)
 
@@ -219,8 +222,10 @@ def squeezed(labels: Tensor) -> Tensor:
 
 
 def read(module: nn.Module, example: Tensor, rules: dict[str, Rule]) -> Graph:
-    """The graph of `module`, in eval mode, for images like `example` (n, 3, H, W); rules: one for each operation. Raises InputError with the operation and the line
-    of the module's code that cannot be read."""
+    """The graph of `module`, in eval mode, for images like `example` (n, 3, H, W). rules: one for each operation.
+
+    Raises InputError with the operation and the line of the module's code that cannot be read.
+    """
     training = {m: m.training for m in module.modules()}
     try:
         with torch.no_grad():

@@ -42,9 +42,7 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
     return keep, rescued
 
 
-def _rescue_groups(
-    net: GatedNetwork, keep: Tensor, groups: list[Tensor], strength: Tensor | None
-) -> tuple[Tensor, list[str]]:
+def _rescue_groups(net: GatedNetwork, keep: Tensor, groups: list[Tensor], strength: Tensor | None) -> tuple[Tensor, list[str]]:
     strength = torch.zeros(len(keep)) if strength is None else strength.detach().cpu()
     opened = []
     for group in groups:

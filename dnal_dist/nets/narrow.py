@@ -2,6 +2,7 @@
 that the graph was read from."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,6 +33,9 @@ class Ref(NamedTuple):
     name: str
 
 
+OF_IMAGES = "images' device"
+
+
 def operation(name: str) -> Callable:
     """The operation of aten called `name`, with its overload. Raises ValueError if no rule names it."""
     plain, _, overload = name.partition(".")
@@ -43,9 +47,49 @@ def operation(name: str) -> Callable:
 # What a network may do beside what there are rules for: channels stay whole there.
 ALSO = {
     *("layer_norm", "group_norm", "instance_norm", "matmul", "bmm", "addmm", "conv1d", "conv3d", "conv_transpose2d", "einsum"),
-    *("scaled_dot_product_attention", "cumsum", "roll", "where", "gt", "lt", "ge", "le", "eq", "ne", "pow", "norm", "argmax", "topk"),
-    *("index_select", "gather", "max", "min", "logsumexp", "log_softmax", "lerp", "addcmul", "baddbmm", "im2col", "col2im", "outer"),
-    *("bitwise_not", "logical_not", "floor", "ceil", "round", "std", "var", "unfold", "glu", "linalg_vector_norm", "norm.ScalarOpt_dim"),
+    *(
+        "scaled_dot_product_attention",
+        "cumsum",
+        "roll",
+        "where",
+        "gt",
+        "lt",
+        "ge",
+        "le",
+        "eq",
+        "ne",
+        "pow",
+        "norm",
+        "argmax",
+        "topk",
+    ),
+    *(
+        "index_select",
+        "gather",
+        "max",
+        "min",
+        "logsumexp",
+        "log_softmax",
+        "lerp",
+        "addcmul",
+        "baddbmm",
+        "im2col",
+        "col2im",
+        "outer",
+    ),
+    *(
+        "bitwise_not",
+        "logical_not",
+        "floor",
+        "ceil",
+        "round",
+        "std",
+        "var",
+        "unfold",
+        "glu",
+        "linalg_vector_norm",
+        "norm.ScalarOpt_dim",
+    ),
 }
 
 
@@ -68,11 +112,19 @@ class Narrow(nn.Module):
             for name in _names([step.args, step.kwargs]):
                 last[name] = i
         self.ends = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
+        self.edges = [0, len(steps)]
         self.calls = [operation(step.target) if step.kind == "op" else None for step in steps]
 
     def forward(self, images: Tensor) -> Tensor:
         found: dict = {"images": images}
-        for step, call, ends in zip(self.steps, self.calls, self.ends, strict=True):
+        for first, last in itertools.pairwise(self.edges):
+            found = self.within(first, last, found, images.device)
+        return found[self.steps[-1].out]
+
+    def within(self, first: int, last: int, found: dict, device: torch.device) -> dict:
+        """The results of steps `first` to `last` that later ones read, from those of the steps before."""
+        found = dict(found)
+        for step, call, ends in list(zip(self.steps, self.calls, self.ends, strict=True))[first:last]:
             if step.kind == "tensor":
                 result = functools.reduce(getattr, step.target.split("."), self)
             elif step.kind == "module":
@@ -80,11 +132,19 @@ class Narrow(nn.Module):
             elif step.kind == "item":
                 result = found[step.args[0].name][step.args[1]]
             else:
-                result = call(*_filled(step.args, found), **_filled(step.kwargs, found))
+                result = call(*_filled(step.args, found, device), **_filled(step.kwargs, found, device))
             found[step.out] = result
             for name in ends:
                 del found[name]
-        return result
+        return found
+
+    def divide(self, every: int) -> None:
+        """Run about `every` steps at a time by `within`, which a caller may wrap."""
+        self.edges = [*range(0, len(self.steps), every), len(self.steps)]
+
+    def leaves(self) -> list[nn.Module]:
+        """The modules that steps call, in their order."""
+        return [self.get_submodule(path) for path in dict.fromkeys(step.target for step in self.steps if step.kind == "module")]
 
 
 def _holder(root: nn.Module, path: str) -> nn.Module:
@@ -96,14 +156,14 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
     return root
 
 
-def _filled(argument, found: dict):
+def _filled(argument, found: dict, device: torch.device):
     if isinstance(argument, Ref):
         return found[argument.name]
     if isinstance(argument, list):
-        return [_filled(a, found) for a in argument]
+        return [_filled(a, found, device) for a in argument]
     if isinstance(argument, dict):
-        return {k: _filled(a, found) for k, a in argument.items()}
-    return argument
+        return {k: _filled(a, found, device) for k, a in argument.items()}
+    return device if argument is OF_IMAGES else argument
 
 
 def _names(argument) -> set[str]:
@@ -125,6 +185,7 @@ class Narrowing:
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict = {}
         self.images = next(n for n in graph.nodes if n.op == "placeholder" and graph.tensor_of(n) is None)
 
     def build(self) -> Narrow:
@@ -163,9 +224,18 @@ class Narrowing:
             self.steps.append(Step(node.name, "item", "", [self._ref(node.args[0]), node.args[1]], {}))
         else:
             target, args = self._sized(node)
-            self.steps.append(Step(node.name, "op", target, self._refs(list(args)), self._refs(dict(node.kwargs))))
+            plain, _, overload = target.partition(".")
+            # Out of place, so that activations can be computed again.
+            step = Step(
+                node.name, "op", f"{plain.removesuffix('_')}.{overload}", self._refs(list(args)), self._refs(dict(node.kwargs))
+            )
+            self.steps.append(step)
+        if name_of(node).endswith("_") and not kind and node.op == "call_function":
+            self.aliases[node.args[0]] = node
 
     def _ref(self, node) -> Ref:
+        while node in self.aliases and self.aliases[node] is not node:
+            node = self.aliases[node]
         return Ref("images" if node is self.images else node.name)
 
     def _refs(self, argument):
@@ -174,7 +244,7 @@ class Narrowing:
         if isinstance(argument, list | tuple):
             return [self._refs(a) for a in argument]
         if isinstance(argument, dict):
-            return {k: self._refs(a) for k, a in argument.items()}
+            return {k: OF_IMAGES if isinstance(a, torch.device) else self._refs(a) for k, a in argument.items()}
         return argument
 
     def cut(self, name: str, dims: dict[int, Tensor] | None = None) -> Tensor:
@@ -203,7 +273,10 @@ class Narrowing:
     def _sized(self, node) -> tuple[str, list]:
         """The operation with sizes that fit the channels that stay."""
         name, args = str(node.target).removeprefix("aten."), list(node.args)
-        own, value = self.graph.values.get(node), self.graph.values.get(args[0]) if args and isinstance(args[0], torch.fx.Node) else None
+        own, value = (
+            self.graph.values.get(node),
+            self.graph.values.get(args[0]) if args and isinstance(args[0], torch.fx.Node) else None,
+        )
         plain = name_of(node)
         dim = argument_of(node, "dim", 0)
         if plain in ("view", "_unsafe_view", "reshape"):
@@ -325,3 +398,63 @@ def _with(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
 
 
 MODULES = {"conv2d": _conv, "linear": _linear, "batch_norm": _batch_norm, "dropout": _dropout}
+
+
+def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
+    """[steps, modules, tensors] as JSON; module: the description of one module."""
+    steps = [[step.out, step.kind, step.target, _encoded(step.args), _encoded(step.kwargs)] for step in network.steps]
+    layers = {step.target: network.get_submodule(step.target) for step in network.steps if step.kind == "module"}
+    names = {step.target for step in network.steps if step.kind == "tensor"}
+    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = {
+        name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), own[name].requires_grad] for name in names
+    }
+    return [steps, {path: module(layer) for path, layer in layers.items()}, dict(sorted(tensors.items()))]
+
+
+def made(description: list, module: Callable[[list], nn.Module]) -> Narrow:
+    """The network that `described` described. Raises ValueError, or whatever comes of another thing in its place."""
+    steps, layers, tensors = description
+    found = {}
+    for name, (shape, dtype, parameter) in tensors.items():
+        tensor = torch.zeros(shape, dtype=_dtype(dtype))
+        found[name] = nn.Parameter(tensor) if parameter else tensor
+    steps = [Step(out, kind, target, _decoded(args), _decoded(kwargs)) for out, kind, target, args, kwargs in steps]
+    return Narrow(steps, {path: module(item) for path, item in layers.items()}, found)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if not isinstance(found := getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"no type of numbers is called {name!r}")
+    return found
+
+
+# What is no JSON among the arguments of operations, by a key of its own.
+_FORMATS = {str(f): f for f in (torch.contiguous_format, torch.channels_last, torch.preserve_format, torch.strided)}
+
+
+def _encoded(argument):
+    if isinstance(argument, Ref):
+        return {"ref": argument.name}
+    if argument is OF_IMAGES:
+        return {"device": True}
+    if isinstance(argument, torch.dtype):
+        return {"dtype": str(argument).removeprefix("torch.")}
+    if isinstance(argument, torch.memory_format | torch.layout):
+        return {"format": str(argument)}
+    if isinstance(argument, list | tuple):
+        return [_encoded(a) for a in argument]
+    if isinstance(argument, dict):
+        return {"map": {k: _encoded(a) for k, a in argument.items()}}
+    return argument
+
+
+def _decoded(argument):
+    if isinstance(argument, list):
+        return [_decoded(a) for a in argument]
+    if not isinstance(argument, dict):
+        return argument
+    ((kind, value),) = argument.items()
+    if kind == "map":
+        return {k: _decoded(a) for k, a in value.items()}
+    return {"ref": Ref, "dtype": _dtype, "format": _FORMATS.__getitem__, "device": lambda _: OF_IMAGES}[kind](value)

@@ -72,6 +72,8 @@ def _batch_norm(graph: Graph, node) -> Value:
         return graph.unknown(node, f"{path or 'the network'} normalises what no BatchNorm of it holds")
     for name in tensors:
         graph.tensors[name] = {0: labels}
+    if (before := graph.where(node.args[0])) in graph.layers:
+        graph.norms[before] = path
     if path in graph.points:
         graph.classes.unite(graph.points[path], labels)
     graph.points[path] = labels
@@ -286,8 +288,36 @@ def _same(graph: Graph, node) -> Value:
 
 ELEMENTWISE = (
     *("relu", "relu6", "hardtanh", "silu", "gelu", "hardswish", "mish", "tanh", "leaky_relu", "elu", "celu", "selu", "abs", "neg"),
-    *("sqrt", "clamp", "clamp_min", "clamp_max", "sign", "sin", "square", "pow", "softshrink", "hardshrink", "sigmoid", "exp", "erf"),
-    *("hardsigmoid", "softplus", "reciprocal", "rsqrt", "log", "log_sigmoid", "add", "sub", "rsub", "mul", "div", "maximum", "minimum"),
+    *(
+        "sqrt",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "sign",
+        "sin",
+        "square",
+        "pow",
+        "softshrink",
+        "hardshrink",
+        "sigmoid",
+        "exp",
+        "erf",
+    ),
+    *(
+        "hardsigmoid",
+        "softplus",
+        "reciprocal",
+        "rsqrt",
+        "log",
+        "log_sigmoid",
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "maximum",
+        "minimum",
+    ),
 )
 POOLS = (
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices", "lp_pool2d"),
@@ -295,8 +325,8 @@ POOLS = (
 )
 MOVES = (
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "split", "split_with_sizes", "chunk", "slice", "select"),
-    *("expand", "unsqueeze", "squeeze", "flatten", "unflatten", "unbind", "stack", "narrow", "movedim", "swapaxes", "repeat", "flip"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("expand", "unsqueeze", "squeeze", "flatten", "unflatten", "unbind", "stack", "narrow", "movedim", "swapaxes", "repeat"),
+    *("flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 )
 SAME = ("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy")
 MADE = ("full", "zeros", "ones", "arange", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "scalar_tensor")
