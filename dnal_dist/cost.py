@@ -43,7 +43,7 @@ def _load(path: Path, overrides: list[str]) -> "tuple[recipe.Recipe, GatedNetwor
     settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, overrides)
     from dnal_dist import nets
 
-    net = nets.on_meta(*settings.model.network, settings.data.image_size)
+    net = nets.on_meta(**settings.network)
     return settings, net, _kept(path, net) if path.is_dir() else None
 
 

@@ -25,7 +25,7 @@ def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, preci
     from dnal_dist import nets
     from dnal_dist.distributed.estimate import BACKENDS, totals, traffic
 
-    net = nets.on_meta(*settings.model.network, settings.data.image_size)
+    net = nets.on_meta(**settings.network)
     operations = {(b, n): traffic(net, b, n, settings.data.image_size, precision) for b in BACKENDS for n in ranks}
     lines = ["| backend | step | " + " | ".join(f"{n} ranks" for n in ranks) + " |", "|---|---|" + "---:|" * len(ranks)]
     for backend in BACKENDS:

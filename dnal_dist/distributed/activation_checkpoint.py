@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.nets import GatedNetwork, computing_again
 from dnal_dist.nets.gated import segments
+from dnal_dist.nets.narrow import Narrow
 
 
 def checkpoint_activations(network: nn.Module) -> None:
@@ -29,6 +30,10 @@ def checkpoint_activations(network: nn.Module) -> None:
     if isinstance(network, GatedNetwork):
         for unit in network.units():
             unit.forward = within(unit.forward, [unit])
+        return
+    if isinstance(network, Narrow):
+        network.divide(max(1, round(len(network.steps) ** 0.5)))
+        network.within = within(network.within, [network])
         return
     parts = segments(network)
     firsts = {id(part[0]): part for part in parts}

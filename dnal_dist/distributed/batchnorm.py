@@ -5,37 +5,34 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.nets import GatedBatchNorm
 
 
-def replace_norms(module: nn.Module, across: bool) -> None:
+def replace_norms(network: nn.Module, across: bool) -> None:
     """Plain BatchNorms of a compact network become gated ones, which keep their statistics in float32 whatever the weights are in,
     let them rest while activations are computed again, and normalise with the statistics of all processes if `across`."""
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, GatedBatchNorm):
-            norm = GatedBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight)
-            norm.load_state_dict(child.state_dict())
-            child = norm.train(child.training)
-            module.register_module(name, child)
-        replace_norms(child, across)
-    if across and isinstance(module, GatedBatchNorm):
-        module.across = _normalise_across
+    for module in network.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = GatedBatchNorm
+        if across and isinstance(module, GatedBatchNorm):
+            module.across = _normalise_across
 
 
 def _normalise_across(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
     """F.batch_norm of x (n, C, ...) in training with the statistics of all processes' batches, which are equally large."""
     world_size, dtype = dist.get_world_size(), x.dtype
+    if weight is None:
+        weight, bias = x.new_ones(x.shape[1], dtype=torch.float32), x.new_zeros(x.shape[1], dtype=torch.float32)
     if x.device.type == "cuda":
         if running_mean is None:
             # Without any, torch's counts are of another type than a low-precision x, and its kernel refuses them.

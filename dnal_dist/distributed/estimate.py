@@ -237,7 +237,7 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
             f"key 'data.global_batch': {data.global_batch} images cannot be divided evenly among {ranks} ranks; the nearest that "
             f"can is {max(1, round(data.global_batch / ranks)) * ranks}"
         )
-    net = nets.on_meta(*settings.model.network, settings.data.image_size)
+    net = nets.on_meta(**settings.network)
     share, size = data.global_batch // ranks, data.image_size
     usable, limit = math.inf if device_memory is None else USABLE * device_memory, data.per_device_batch_limit or share
     kept, images = activations(net, size, precision, checkpointing), 12 * size**2 * share

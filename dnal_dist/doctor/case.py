@@ -127,7 +127,7 @@ class Case:
     @functools.cached_property
     def network(self) -> nets.GatedNetwork:
         """On the CPU. Raises InputError."""
-        return nets.build(*self.settings.model.network)
+        return nets.build(**self.settings.network)
 
     @functools.cached_property
     def scratch(self) -> Path:

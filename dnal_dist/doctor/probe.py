@@ -59,7 +59,7 @@ def probe(settings: Recipe, context: Context, largest: int) -> Iterator[dict]:
     if settings.data.decode == "cuda":
         nvjpeg.require(context.device)
     torch.manual_seed(settings.seed)
-    network, training = nets.build(*settings.model.network), settings.training
+    network, training = nets.build(**settings.network), settings.training
     size = _size(network, settings.data, largest)
     facts["reduced"] = [f"{IMAGES} random images of {size}x{size} in each process", *["without torch.compile"] * training.compile]
     network = network.to(context.device)

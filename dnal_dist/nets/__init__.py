@@ -1,9 +1,13 @@
 """Gated networks by name."""
 
+from collections.abc import Sequence
+
 import torch
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.nets.gate import AnyNetwork, gate
 from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, computing_again, frozen_statistics
+from dnal_dist.nets.libraries import make
 from dnal_dist.nets.mobilenet import mobilenetv2_cifar, mobilenetv2_imagenet
 from dnal_dist.nets.resnet import resnet50_imagenet, resnet56_cifar, resnet_digits
 from dnal_dist.nets.supernet import proxyless_supernet, supernet_digits
@@ -11,6 +15,7 @@ from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
 
 __all__ = [
     "NETWORKS",
+    "AnyNetwork",
     "Feed",
     "GatedBatchNorm",
     "GatedNetwork",
@@ -18,6 +23,7 @@ __all__ = [
     "build",
     "computing_again",
     "frozen_statistics",
+    "gate",
     "on_meta",
     "require_image_size",
 ]
@@ -32,13 +38,33 @@ NETWORKS = {
 }
 
 
-def build(name: str, num_classes: int | None = None, width: float = 1.0) -> GatedNetwork:
-    """The network called `name`, its channel counts times `width`, freshly initialised from torch's global generator.
+def build(
+    name: str,
+    num_classes: int | None = None,
+    width: float = 1.0,
+    image_size: int = 224,
+    arguments: dict | None = None,
+    ignore: Sequence[str] = (),
+    check: bool = False,
+) -> GatedNetwork:
+    """The network called `name`, freshly initialised from torch's global generator.
+
+    One of NETWORKS, its channel counts times `width`; or torchvision:NAME, timm:NAME or PACKAGE.MODULE:FUNCTION, made with
+    `arguments` and read for images of image_size x image_size pixels (see `gate` for ignore and check).
 
     Raises InputError for an unknown name, and for a width or number of classes that takes more memory than there is.
     """
+    if ":" in name:
+        if width != 1:
+            raise InputError(f"key 'model.width': {name} has no width; give what it takes by key 'model.arguments'")
+        return gate(make(name, num_classes, arguments), torch.zeros(2, 3, image_size, image_size), ignore, check)
     if name not in NETWORKS:
-        raise InputError(f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}")
+        raise InputError(
+            f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME and "
+            "PACKAGE.MODULE:FUNCTION"
+        )
+    if arguments or ignore:
+        raise InputError(f"key 'model.{'arguments' if arguments else 'ignore'}': {name} takes none; width scales its channels")
     try:
         return NETWORKS[name](width=width) if num_classes is None else NETWORKS[name](num_classes, width)
     except RuntimeError as error:
@@ -46,11 +72,13 @@ def build(name: str, num_classes: int | None = None, width: float = 1.0) -> Gate
         raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
 
 
-def on_meta(name: str, num_classes: int | None, width: float, image_size: int) -> GatedNetwork:
+def on_meta(name: str, num_classes: int | None, width: float, image_size: int, **others) -> GatedNetwork:
     """The same network on the meta device, where it has shapes and no memory. Raises InputError also if it cannot take images of
     image_size x image_size pixels."""
+    if ":" in name:  # it must have been read for this
+        return build(name, num_classes, width, image_size, **others).to("meta")
     with torch.device("meta"):
-        network = build(name, num_classes, width)
+        network = build(name, num_classes, width, image_size, **others)
     require_image_size(network, image_size)
     return network
 

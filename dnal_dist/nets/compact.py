@@ -94,11 +94,12 @@ def _checked(module: nn.Module) -> nn.Module:
     """Raise ValueError for what a constructor takes and no forward pass does, or only with more memory than there is."""
     if isinstance(module, nn.Conv2d | nn.MaxPool2d):
         names = ("kernel_size", "stride", "padding", "dilation")
-        for sizes in zip(*(_pair(getattr(module, name)) for name in names), strict=True):
+        own = [0 if (size := getattr(module, name)) in ("same", "valid") else size for name in names]
+        for sizes in zip(*map(_pair, own), strict=True):
             kernel, stride, padding, dilation = sizes
             if not (all(type(size) is int for size in sizes) and min(kernel, stride, dilation) > 0 <= padding <= kernel * dilation):
                 raise ValueError(f"{', '.join(names)} of {sizes}")
-    elif isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) != (1, 1):
+    elif isinstance(module, nn.AdaptiveAvgPool2d) and not all(type(n) is int and 0 < n <= 64 for n in _pair(module.output_size)):
         raise ValueError(f"output_size of {module.output_size}")
     elif isinstance(module, _BatchNorm) and not (module.eps > 0 and 0 <= (module.momentum or 0) <= 1):
         raise ValueError(f"eps, momentum of {module.eps}, {module.momentum}")

@@ -6,74 +6,19 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer, Streams
+from dnal_dist.nets.gated_modules import Gates, NormAct, gated_kind
 from dnal_dist.nets.graph import Graph, read
-from dnal_dist.nets.narrow import Narrow, Narrowing
+from dnal_dist.nets.narrow import Narrow
+from dnal_dist.nets.narrowing import Narrowing
 from dnal_dist.nets.rules import RULES
 
 # Largest relative difference, in float64, between the network with closed gates and its compact one.
 EXACT = 1e-10
-
-
-class Gated:
-    """What a module becomes whose output channels have gates: `gate`, (channels,), multiplies them. None: no gates."""
-
-    gate: Tensor | None = None
-
-
-class GatedConv2d(Gated, nn.Conv2d):
-    """The gate in the weight and the bias."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias * self.gate
-        return self._conv_forward(x, self.weight * self.gate.view(-1, 1, 1, 1), bias)
-
-
-class GatedLinear(Gated, nn.Linear):
-    """The gate in the weight and the bias."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return super().forward(x)
-        return F.linear(x, self.weight * self.gate.view(-1, 1), None if self.bias is None else self.bias * self.gate)
-
-
-class GatedNorm(Gated, GatedBatchNorm):
-    """The gate in the affine."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x, self.gate)
-
-
-class GatedNormAct(GatedNorm):
-    """A BatchNorm with its dropout and activation, as timm's BatchNormAct2d."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
-
-
-class GatedOutput(Gated):
-    """Of a subclass that does more than its base: the gate multiplies the output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        return out if self.gate is None else out * self.gate.to(out.dtype).view(-1, *(1,) * (x.dim() - 2))
-
-
-def _gated_kind(module: nn.Module) -> type:
-    plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
-    if type(module) in plain:
-        return plain[type(module)]
-    if isinstance(module, _BatchNorm) and {"act", "drop"} <= set(module._modules):
-        return GatedNormAct
-    return type(f"Gated{type(module).__name__}", (GatedOutput, type(module)), {})
 
 
 class Ungated(NamedTuple):
@@ -106,16 +51,19 @@ class AnyNetwork(GatedNetwork):
         reached = {name for node in graph.nodes if node.users and (name := graph.tensor_of(node))}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in reached)
-        self._places = {path: self.gate_of[graph.points[path]] for path in graph.points if path in graph.needed}
-        self._places = {path: place for path, place in self._places.items() if bool((place < self.num_gates).any())}
-        for path in self._places:
-            gated = self.get_submodule(path)
-            gated.__class__ = _gated_kind(gated)
+        self.gates = Gates()
+        for path in sorted(graph.needed):
+            places = self.gate_of[graph.points[path]]
+            if bool((places < self.num_gates).any()):
+                gated = self.get_submodule(path)
+                gated.__class__ = gated_kind(gated)
+                gated.gates = self.gates
+                gated.register_buffer("gate_places", places, persistent=False)
         for norm in self.modules():
             if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 norm.__class__ = GatedBatchNorm
             elif isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm) and {"act", "drop"} <= set(norm._modules):
-                norm.__class__ = GatedNormAct
+                norm.__class__ = NormAct
 
     def get_submodule(self, target: str) -> nn.Module:
         return self._own.get_submodule(target)
@@ -126,10 +74,8 @@ class AnyNetwork(GatedNetwork):
         return self
 
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
-        if gates is not None:
-            gates = torch.cat([gates, gates.new_ones(1)])
-        for path, place in self._places.items():
-            self.get_submodule(path).gate = None if gates is None else gates[place.to(gates.device)]
+        # They stay until the next pass: activations may be computed again in the backward pass.
+        self.gates.current = None if gates is None else torch.cat([gates, gates.new_ones(1)])
         logits = self._own(images)
         if isinstance(logits, tuple | list):  # of auxiliary classifiers
             logits = logits[0]
@@ -191,8 +137,8 @@ def _blocks(module: nn.Module, path: str, called: set[str]) -> list[nn.Module]:
 def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
     """Sites with their number of gates, and for each label its gate; the number of gates stands for what is always open.
 
-    A site is the classes that the same modules write and the same tensors consist of, in the order of their first channel; its name is
-    the first module's path.
+    A site is the classes that the same modules write and that the same tensors consist of, in the order of their first channel; its
+    name is the first module's path.
     """
     roots = torch.tensor([graph.classes.find(label) for label in range(len(graph.classes.parents))])
     writers: dict[int, list[str]] = {}
@@ -229,9 +175,9 @@ def _ungated(graph: Graph, gate_of: Tensor) -> list[Ungated]:
 def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...] = (), check: bool = True) -> AnyNetwork:
     """A copy of `module`, any CNN, with a gate for every channel that can be closed.
 
-    example: images (n, 3, H, W) of the size that it will see. ignore: module paths whose outputs stay whole. `.ungated` of the result
-    says what stays whole, and why. Raises InputError if the module cannot be read, has no channel to close, or if the compact network
-    of a random mask differs from the network with those gates closed.
+    example: images (n, 3, H, W) of the size it will see. ignore: module paths whose outputs stay whole. check: call check_exact.
+    `.ungated` says what else stays whole, and why. Raises InputError if the module cannot be read or has no channel to close, or if
+    the compact network of a random mask differs from the network with those gates closed.
     """
     if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
         raise InputError(f"the example must be images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
@@ -254,8 +200,9 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     double = copy.deepcopy(network).cpu().double().eval()
     for name, tensor in [*double.named_parameters(), *double.named_buffers()]:
-        # A weight of zero, as some networks begin with, would hide what it multiplies.
-        if tensor.is_floating_point() and "running_var" not in name and (tensor.dim() <= 1 or not tensor.any()):
+        # A weight near zero, as some networks begin with, would hide what it multiplies.
+        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
+        if small and "running_var" not in name:
             tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
     keep, _ = rescue(double, torch.rand(network.num_gates, generator=generator) < 0.5)
     images = torch.randn(1, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
@@ -266,8 +213,8 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
     difference = float((masked - compact).abs().max() / masked.abs().max().clamp_min(1e-30))
     if not difference <= EXACT:
         raise InputError(
-            f"{type(network._own).__name__}: its compact network differs from the masked one by {difference:.1e}; name what is special "
-            "about it in `ignore`"
+            f"{type(network._own).__name__}: its compact network differs from the masked one by {difference:.1e}; "
+            "name the modules that do something special in `ignore`"
         )
     return difference
 

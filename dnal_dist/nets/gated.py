@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,20 +31,22 @@ class GatedBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        weight, bias = self.weight, self.bias
+        weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
         if gate is not None:
-            weight, bias = weight * gate, bias * gate
-        elif self.running_mean.dtype != weight.dtype:
-            weight, bias = weight.to(self.running_mean.dtype), bias.to(self.running_mean.dtype)
-        running_mean, running_var = self.running_mean, self.running_var
+            weight, bias = (gate, torch.zeros_like(gate)) if weight is None else (weight * gate, bias * gate)
+        elif weight is not None and running_mean is not None and running_mean.dtype != weight.dtype:
+            weight, bias = weight.to(running_mean.dtype), bias.to(running_mean.dtype)
+        momentum, batch = self.momentum, self.training or running_mean is None
         if self.training and not self.updates_statistics:
             running_mean = running_var = None
-        elif self.training and self.again:
+        elif self.training and self.again and running_mean is not None:
             running_mean, running_var = running_mean.clone(), running_var.clone()
-        elif self.training:
+        elif self.training and running_mean is not None:
             self.num_batches_tracked.add_(1)
+        if momentum is None:  # a plain mean over all batches
+            momentum = 1 / max(1, int(self.num_batches_tracked)) if self.num_batches_tracked is not None else 0.0
         normalise = self.across if self.training and self.across is not None else F.batch_norm
-        return normalise(x, running_mean, running_var, weight, bias, self.training, self.momentum, self.eps)
+        return normalise(x, running_mean, running_var, weight, bias, batch, momentum, self.eps)
 
 
 class frozen_statistics:
@@ -254,6 +257,8 @@ def segments(network: nn.Module) -> list[list[nn.Module]]:
     gated network; in a compact one each Sum, or a convolution or Linear with what follows it. In forward order."""
     if isinstance(network, GatedNetwork):
         return [[unit] for unit in network.units()]
+    if not isinstance(network, nn.Sequential):
+        return [[leaf] for leaf in network.leaves()]
     found: list[list[nn.Module]] = []
     for child in network.children():
         if not found or isinstance(child, nn.Conv2d | nn.Linear) or any(True for _ in child.children()):

@@ -160,7 +160,7 @@ class Graph:
         elif node.op == "placeholder" and self.tensor_of(node) is None:
             if isinstance(found := node.meta.get("val"), Tensor):
                 self.values[node] = Value(torch.zeros((1,) * found.dim(), dtype=torch.long), tuple(found.shape), None)
-        elif node.op == "call_function" and any(argument in self.values for argument in node.all_input_nodes):
+        elif isinstance(node.meta.get("val"), Tensor | list | tuple) and any(a in self.values for a in node.all_input_nodes):
             self._apply(node)
 
     def _apply(self, node) -> None:
@@ -235,7 +235,29 @@ def read(module: nn.Module, example: Tensor, rules: dict[str, Rule]) -> Graph:
     finally:
         for m, was in training.items():
             m.training = was
+    _inline(program)
     return Graph(program, module, rules)
+
+
+def _inline(program: torch.export.ExportedProgram) -> None:
+    """Put the operations within `with torch.autocast(...)` blocks and the like among the others."""
+    for node in list(program.graph.nodes):
+        parts = [a for a in node.all_input_nodes if a.op == "get_attr"] if node.op == "call_function" else []
+        if len(parts) != 1 or not isinstance(inner := program.graph_module.get_submodule(parts[0].target), torch.fx.GraphModule):
+            continue
+        inputs = iter(node.args[node.args.index(parts[0]) + 1 :])
+        copied: dict = {}
+        with program.graph.inserting_before(node):
+            for own in inner.graph.nodes:
+                if own.op == "placeholder":
+                    copied[own] = next(inputs)
+                elif own.op != "output":
+                    copied[own] = program.graph.node_copy(own, copied.__getitem__)
+        (output,) = [own for own in inner.graph.nodes if own.op == "output"]
+        for user in list(node.users):
+            user.replace_all_uses_with(copied[output.args[0][user.args[1]]])
+            program.graph.erase_node(user)
+        program.graph.erase_node(node)
 
 
 def _first_line(error: Exception) -> str:

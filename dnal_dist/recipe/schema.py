@@ -14,19 +14,19 @@ Place = Annotated[OneLine, AfterValidator(expanded), Field(min_length=1)]
 
 class Network(Section):
     name: str
-    """Network to train, a name of dnal_dist.nets: vgg_digits, resnet_digits, vgg16_cifar, vgg16_imagenet, ..."""
+    """Network to train: a name of dnal_dist.nets (vgg_digits, resnet56_cifar, vgg16_imagenet, ...), torchvision:NAME, timm:NAME, or
+    PACKAGE.MODULE:FUNCTION, which returns a torch.nn.Module."""
     num_classes: int | None = Field(None, ge=2, le=1_000_000)
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
+    arguments: dict[str, bool | int | float | str | list | None] = Field({})
+    """What torchvision, timm or the function is called with, beside num_classes."""
+    ignore: list[str] = Field([])
+    """Module paths of such a network whose output channels all stay."""
     init_from: Place | None = None
     """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
     run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not read on a resume."""
-
-    @property
-    def network(self) -> tuple[str, int | None, float]:
-        """What nets.build takes."""
-        return self.name, self.num_classes, self.width
 
 
 class Augmentation(Section):
@@ -189,6 +189,13 @@ class Recipe(Section):
     """When where the run stands is saved."""
     tracking: Tracking = Field(Tracking(), json_schema_extra=FREE)
     """Where metrics go beside metrics.jsonl, and how often."""
+
+    @property
+    def network(self) -> dict:
+        """What nets.build takes."""
+        model = self.model
+        settings = {"name": model.name, "num_classes": model.num_classes, "width": model.width, "image_size": self.data.image_size}
+        return settings | {"arguments": model.arguments, "ignore": model.ignore}
 
 
 def free_keys(in_what: Literal["setting", "resume"], section: type[Section] = Recipe, head: str = "") -> set[str]:

@@ -1,0 +1,82 @@
+"""Modules whose output channels have gates, of the kinds that any network is made of."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dnal_dist.nets.gated import GatedBatchNorm
+
+
+class Gates:
+    """The gates of a forward pass, (N + 1,), the last one always open; None: no gates. A network's copy has its own."""
+
+    current: Tensor | None = None
+
+    def __deepcopy__(self, _) -> "Gates":
+        return Gates()
+
+
+class Gated:
+    """What a module becomes whose output channels have gates: `gate`, (channels,), multiplies them. None: no gates."""
+
+    gates: Gates
+    gate_places: Tensor
+    """The gate of each output channel, an index of `gates`."""
+
+    @property
+    def gate(self) -> Tensor | None:
+        return None if self.gates.current is None else self.gates.current[self.gate_places]
+
+
+class GatedConv2d(Gated, nn.Conv2d):
+    """The gate in the weight and the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (gate := self.gate) is None:
+            return super().forward(x)
+        return self._conv_forward(x, self.weight * gate.view(-1, 1, 1, 1), None if self.bias is None else self.bias * gate)
+
+
+class GatedLinear(Gated, nn.Linear):
+    """The gate in the weight and the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (gate := self.gate) is None:
+            return super().forward(x)
+        return F.linear(x, self.weight * gate.view(-1, 1), None if self.bias is None else self.bias * gate)
+
+
+class GatedNorm(Gated, GatedBatchNorm):
+    """The gate in the affine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, self.gate)
+
+
+class NormAct(GatedBatchNorm):
+    """A BatchNorm with its dropout and activation, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.act(self.drop(super().forward(x, gate)))
+
+
+class GatedNormAct(Gated, NormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, self.gate)
+
+
+class GatedOutput(Gated):
+    """Of a subclass that does more than its base: the gate multiplies the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, gate = super().forward(x), self.gate
+        return out if gate is None else out * gate.to(out.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+
+def gated_kind(module: nn.Module) -> type:
+    plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
+    if type(module) in plain:
+        return plain[type(module)]
+    if isinstance(module, _BatchNorm) and {"act", "drop"} <= set(module._modules):
+        return GatedNormAct
+    return type(f"Gated{type(module).__name__}", (GatedOutput, type(module)), {})
