@@ -9,6 +9,7 @@ from dnal_dist.common.shipped import shipped
 COMMANDS = {
     "train": ("dnal_dist.train", "train a recipe, from its shards to the compact network and the report"),
     "recipe": ("dnal_dist.recipe.__main__", "check a recipe, print the schema, copy the packaged recipes and Accelerate configs"),
+    "gate": ("dnal_dist.gate", "what can be gated in a network, what is coupled, and what stays whole and why"),
     "cost": ("dnal_dist.cost", "MACs and parameters of a recipe's network or of a run, layer by layer"),
     "plan": ("dnal_dist.plan", "memory and traffic of a recipe on each backend"),
     "doctor": ("dnal_dist.doctor.__main__", "check machine, data and recipe before a job is submitted"),

@@ -43,14 +43,13 @@ class AnyNetwork(GatedNetwork):
                 graph.classes.freeze(outputs, "it is in `ignore`")
         self.gate_sites, self.gate_of = _sites(graph)
         self.num_classes = graph.outputs.shape[-1]
-        self.ungated = _ungated(graph, self.gate_of)
+        self.ungated = _ungated(graph, self.gate_of, self.num_gates)
         self._rows = self._layers()
         self._groups = self._must_have()
         self._costs = _streams(self)
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
-        reached = {name for node in graph.nodes if node.users and (name := graph.tensor_of(node))}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in reached)
+            parameter.requires_grad_(parameter.requires_grad and name in graph.reached)
         self.gates = Gates()
         for path in sorted(graph.needed):
             places = self.gate_of[graph.points[path]]
@@ -95,6 +94,17 @@ class AnyNetwork(GatedNetwork):
             first = int(self.gate_of[layer.outputs].min())
             site = sites[int((ends <= first).sum())] if first < self.num_gates else None
             found.append(Layer(layer.path, self.graph.norms.get(layer.path), site, (), layer.positions))
+        return found
+
+    def coupled(self) -> dict[str, list[str]]:
+        """By site, the other layers whose output channels close with its own."""
+        ends, sites = torch.tensor([*self.gate_sites.values()]).cumsum(0), list(self.gate_sites)
+        found: dict[str, list[str]] = {site: [] for site in sites}
+        for layer in self.graph.layers.values():
+            gates = self.gate_of[layer.outputs].unique()
+            for i in sorted({int((ends <= gate).sum()) for gate in gates.tolist() if gate < self.num_gates}):
+                if sites[i].partition("#")[0] not in (layer.path, self.graph.norms.get(layer.path)):
+                    found[sites[i]].append(layer.path)
         return found
 
     def shortcuts(self) -> list[str]:
@@ -162,14 +172,13 @@ def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
     return names, torch.tensor([gates.get(root, len(gates)) for root in roots.tolist()])
 
 
-def _ungated(graph: Graph, gate_of: Tensor) -> list[Ungated]:
-    found = []
+def _ungated(graph: Graph, gate_of: Tensor, number: int) -> list[Ungated]:
+    found: dict[tuple[str, str], int] = {}
     for layer in graph.layers.values():
-        whole = [label for label in layer.outputs.tolist() if gate_of[label] == gate_of.max()]
-        for reason in dict.fromkeys(graph.classes.reason(label) or "nothing is read of it" for label in whole):
-            count = sum((graph.classes.reason(label) or "nothing is read of it") == reason for label in whole)
-            found.append(Ungated(layer.path, count, reason))
-    return found
+        for label in layer.outputs[gate_of[layer.outputs] == number].tolist():
+            key = layer.path, graph.classes.reason(label) or "nothing reads it that mixes channels"
+            found[key] = found.get(key, 0) + 1
+    return [Ungated(path, count, reason) for (path, reason), count in found.items()]
 
 
 def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...] = (), check: bool = True) -> AnyNetwork:
@@ -183,9 +192,14 @@ def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...]
         raise InputError(f"the example must be images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
     module = copy.deepcopy(module)
     graph = read(module, example[:2] if len(example) > 1 else torch.cat([example, example]), RULES)
+    if not graph.layers:
+        raise InputError(f"{type(module).__name__} has no channel that can be closed: there is no Conv2d or Linear")
     network = AnyNetwork(module, graph, example.shape[-1], tuple(ignore))
     if not network.num_gates:
-        raise InputError(f"{type(module).__name__} has no channel that can be closed; .ungated of its layers says why")
+        most = max(network.ungated, key=lambda row: row.channels)
+        raise InputError(
+            f"{type(module).__name__} has no channel that can be closed: {most.layer} stays whole, since {most.reason}"
+        )
     if check:
         check_exact(network)
     return network
@@ -239,7 +253,7 @@ def _streams(network: "AnyNetwork") -> Streams:
         rows.append((i, factor, stream(layer.outputs), inputs, layer.positions, layer.positions))
     for name, parameter in network.named_parameters():
         path, _, own = name.rpartition(".")
-        if (own == "weight" and path in layers) or (path in layers and own != "bias"):
+        if name not in graph.reached or (path in layers and own != "bias"):
             continue
         cut = [labels if labels.dim() == 1 else labels[:, 0] for labels in graph.tensors.get(name, {}).values()][:2]
         factor = parameter.numel() / math.prod([len(labels) for labels in cut])

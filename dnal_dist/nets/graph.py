@@ -104,6 +104,8 @@ class Graph:
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.names |= dict(signature.inputs_to_lifted_tensor_constants)
         self.constants = dict(program.constants)
+        self.reached = {self.names[node.name] for node in self.nodes if node.users and node.name in self.names}
+        """Parameters and buffers that images reach."""
         self.classes = Classes()
         self.values: dict = {}
         self.tensors: dict[str, dict[int, Tensor]] = {}
@@ -144,7 +146,7 @@ class Graph:
             labels = self.classes.new(math.prod(shape)).view(shape) if vary else torch.zeros(shape, dtype=torch.long)
             self.values[node] = Value(labels, shape, None)
             for d in vary:
-                self.tensors.setdefault(name, {})[d] = labels.movedim(d, 0).flatten(1)
+                self.tensors.setdefault(name, {})[d] = labels.movedim(d, 0).reshape(shape[d], -1)
         elif node.op == "call_function":
             for argument in node.all_input_nodes:
                 self.value(argument)

@@ -131,12 +131,12 @@ def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
     """[steps, modules, tensors] as JSON; module: the description of one module."""
     steps = [[step.out, step.kind, step.target, _encoded(step.args), _encoded(step.kwargs)] for step in network.steps]
     layers = {step.target: network.get_submodule(step.target) for step in network.steps if step.kind == "module"}
-    names = {step.target for step in network.steps if step.kind == "tensor"}
+    names = list(dict.fromkeys(step.target for step in network.steps if step.kind == "tensor"))
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {
         name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), own[name].requires_grad] for name in names
     }
-    return [steps, {path: module(layer) for path, layer in layers.items()}, dict(sorted(tensors.items()))]
+    return [steps, {path: module(layer) for path, layer in layers.items()}, tensors]
 
 
 def made(description: list, module: Callable[[list], nn.Module]) -> Narrow:

@@ -1,0 +1,397 @@
+"""Gates for any network: the compact network of any mask equals the masked one, whatever connects its channels."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dnal_dist import nets
+from dnal_dist.common.errors import InputError
+from dnal_dist.nets import compact, cost, masks
+from dnal_dist.nets.gate import EXACT, check_exact, gate
+
+SIZE = 16
+
+
+class Small(nn.Module):
+    """A stem, a body and a classifier."""
+
+    def __init__(self, channels: int = 8):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.add_body(channels)
+        self.head = nn.Linear(self.features(channels), 10)
+
+    def add_body(self, channels: int) -> None:
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def features(self, channels: int) -> int:
+        return channels
+
+    def body(self, x):
+        return F.relu(self.conv(x))
+
+    def forward(self, images):
+        x = self.body(F.relu(self.norm(self.stem(images))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Residual(Small):
+    """A sum, scaled, whose branch ends without a BatchNorm."""
+
+    def body(self, x):
+        return F.silu(x + 0.5 * self.conv(x))
+
+
+class Dense(Small):
+    """Concatenation, then a BatchNorm of what several layers wrote."""
+
+    def add_body(self, channels):
+        self.grow = nn.Conv2d(channels, 5, 3, padding=1)
+        self.after = nn.BatchNorm2d(channels + 5)
+        self.last = nn.Conv2d(channels + 5, channels, 1)
+
+    def body(self, x):
+        return self.last(F.gelu(self.after(torch.cat([x, self.grow(x)], 1))))
+
+
+class Squeeze(Small):
+    """Squeeze and excitation: a sigmoid of what closed is not zero, but what it scales is."""
+
+    def add_body(self, channels):
+        self.conv, self.down, self.up = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def body(self, x):
+        x = F.hardswish(self.conv(x))
+        return x * torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Depthwise(Small):
+    def add_body(self, channels):
+        self.deep, self.point = nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, 6, 1)
+
+    def features(self, channels):
+        return 6
+
+    def body(self, x):
+        return F.relu6(self.point(self.deep(x)))
+
+
+class Grouped(Small):
+    """Groups that close as a whole (four of two channels) and groups that each lose the same channels (two of four)."""
+
+    def add_body(self, channels):
+        self.many, self.few = nn.Conv2d(channels, 12, 3, padding=1, groups=4), nn.Conv2d(12, channels, 3, padding=1, groups=2)
+
+    def body(self, x):
+        return F.relu(self.few(F.relu(self.many(x))))
+
+
+class Shuffled(Small):
+    """Halves, of which one passes, and a shuffle whose sizes are numbers in the code."""
+
+    def add_body(self, channels):
+        self.changing = nn.Conv2d(channels // 2, channels // 2, 1)
+
+    def body(self, x):
+        kept, changed = x.chunk(2, 1)
+        x = torch.cat([kept, F.relu(self.changing(changed))], 1)
+        return x.view(len(x), 2, 4, SIZE, SIZE).transpose(1, 2).reshape(len(x), 8, SIZE, SIZE)
+
+
+class Split(Small):
+    """Parts that go their own ways, one after the other, as in Res2Net; a slice and a pad of channels."""
+
+    def add_body(self, channels):
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.join = nn.Conv2d(channels, channels, 1)
+
+    def body(self, x):
+        a, b, c = torch.split(x, [2, 2, 4], 1)
+        a = F.relu(self.first(a))
+        b = F.relu(self.second(a + b))
+        x = torch.cat([a, b, c], 1)
+        return F.relu(self.join(x) + F.pad(x[:, 2:], (0, 0, 0, 0, 1, 1)))
+
+
+class Twice(Small):
+    """One convolution called twice."""
+
+    def body(self, x):
+        return F.relu(self.conv(F.relu(self.conv(x))))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
+
+
+class WeightStandardised(Small):
+    def add_body(self, channels):
+        self.conv, self.next = Standardised(channels, 6, 3, padding=1), nn.Conv2d(6, channels, 1)
+
+    def body(self, x):
+        return F.relu(self.next(F.relu(self.conv(x))))
+
+
+class LayerNormed(Small):
+    """A stream that LayerNorm reads stays whole; what is hidden in a block closes. A scale for each channel."""
+
+    def add_body(self, channels):
+        self.layer_norm, self.scale = nn.LayerNorm(channels), nn.Parameter(torch.full((channels,), 0.3))
+        self.up, self.down = nn.Linear(channels, 16), nn.Linear(16, channels)
+
+    def body(self, x):
+        y = self.layer_norm(x.permute(0, 2, 3, 1))
+        return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
+
+
+class Flattened(Small):
+    """The classifier reads positions of each channel; a hidden Linear with a BatchNorm and a dropout."""
+
+    def add_body(self, channels):
+        self.hidden, self.hidden_norm = nn.Linear(channels * 16, 12), nn.BatchNorm1d(12)
+
+    def features(self, channels):
+        return 12
+
+    def forward(self, images):
+        x = F.adaptive_avg_pool2d(F.relu(self.norm(self.stem(images))), 4).view(len(images), -1)
+        return self.head(F.dropout(F.relu(self.hidden_norm(self.hidden(x))), 0.5, self.training))
+
+
+class Offset(Small):
+    """What a closed channel becomes is not zero where a convolution reads it, so it stays."""
+
+    def body(self, x):
+        return F.relu(self.conv(torch.sigmoid(x)))
+
+
+class Auxiliary(Small):
+    """A second classifier in training."""
+
+    def add_body(self, channels):
+        super().add_body(channels)
+        self.auxiliary = nn.Linear(channels, 10)
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return (logits, self.auxiliary(self.stem(images).mean((2, 3)))) if self.training else logits
+
+
+KINDS = [
+    *(Small, Residual, Dense, Squeeze, Depthwise, Grouped, Shuffled, Split, Twice, WeightStandardised, LayerNormed, Flattened),
+    *(Offset, Auxiliary),
+]
+
+
+def example(number: int = 2) -> torch.Tensor:
+    return torch.randn(number, 3, SIZE, SIZE)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def network(request):
+    torch.manual_seed(0)
+    return gate(request.param(), example())
+
+
+def random_mask(network, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(network.num_gates, generator=generator) < torch.rand((), generator=generator)
+    return masks.rescue(network, keep)[0]
+
+
+def test_the_compact_network_equals_the_masked_one(network):
+    assert max(check_exact(network, seed) for seed in range(3)) <= EXACT
+
+
+def test_open_gates_change_nothing(network):
+    images = example(4)
+    network.eval()
+    torch.testing.assert_close(network(images, torch.ones(network.num_gates)), network(images), rtol=1e-5, atol=1e-5)
+
+
+def test_every_gate_has_a_gradient(network):
+    network.train()
+    gates = torch.full((network.num_gates,), 0.5, requires_grad=True)
+    with nets.frozen_statistics(network):
+        before = copy.deepcopy(network.state_dict())
+        logits = network(example(4), gates)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), gates)
+    assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.7
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_costs_are_those_of_the_compact_network(network):
+    keep = random_mask(network, 1)
+    small, found = compact.compact(network, keep), []
+
+    def note(module, _, output):
+        found.append(output[0].numel() * module.weight[0].numel())
+
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(note)
+    small.eval()(example(1))
+    assert cost.count(network, SIZE, keep) == (sum(found), sum(p.numel() for p in small.parameters()))
+
+
+def test_costs_are_differentiable_and_monotone(network):
+    gates = torch.full((network.num_gates,), 0.5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cost.expected(network, SIZE, gates).macs, gates)
+    assert (gradient > 0).all()
+
+
+def test_a_description_gives_the_network_again(network):
+    small = compact.compact(network.eval(), random_mask(network, 2))
+    description = json.loads(json.dumps(compact.describe(small)))
+    again = compact.restored(description, small.state_dict()).eval()
+    images = example(5)
+    assert torch.equal(again(images), small(images))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), small.state_dict().values(), strict=True))
+
+
+def test_names_are_the_modules_own(network):
+    own = dict(network._own.state_dict())
+    assert list(network.state_dict()) == list(own)
+    kept = compact.compact(network, random_mask(network, 3)).state_dict()
+    assert set(kept) <= set(own)
+
+
+def test_a_copy_has_its_own_weights_and_gates(network):
+    network(example(), torch.full((network.num_gates,), 0.5, requires_grad=True))
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert not torch.equal(next(other.parameters()), next(network.parameters()))
+    other.eval(), network.eval()
+    assert not torch.equal(other(images := example()), network(images))
+
+
+def test_the_users_module_is_left_as_it_was():
+    module = Residual()
+    before = copy.deepcopy(module.state_dict())
+    kinds = [type(m) for m in module.modules()]
+    gate(module, example())
+    assert [type(m) for m in module.modules()] == kinds and module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_activations_computed_again_give_the_same_gradients():
+    from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
+
+    torch.manual_seed(0)
+    network = gate(Residual(), example()).double().train()
+    small, images = compact.compact(network, random_mask(network, 1)).double().train(), example(4).double()
+    for plain, inputs in ((network, (images, torch.full((network.num_gates,), 0.6, dtype=torch.float64))), (small, (images,))):
+        again = copy.deepcopy(plain)
+        checkpoint_activations(again)
+        gradients = []
+        for net in (plain, again):
+            net(*inputs).square().sum().backward()
+            gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+        assert len(gradients[0]) == len(gradients[1]) > 0
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_stays_whole_is_named_with_its_reason():
+    reasons = {row.layer: row.reason for row in gate(Offset(), example()).ungated}
+    assert "conv reads it where a closed channel is not zero" in reasons["stem"]
+    assert reasons["head"] == "it is the network's output"
+    reasons = {row.layer: row.reason for row in gate(LayerNormed(), example()).ungated}
+    assert "layer_norm" in reasons["stem"] and "up" not in reasons
+    reasons = {row.layer: row.reason for row in gate(Dense(), example(), ignore=["grow"]).ungated}
+    assert reasons == {"grow": "it is in `ignore`", "head": "it is the network's output"}
+
+
+def test_coupled_channels_close_together():
+    network = gate(Residual(), example())
+    assert network.gate_sites == {"norm": 8} and network.coupled() == {"norm": ["conv"]}
+    network = gate(Depthwise(), example())
+    assert network.coupled()["deep"] == ["stem"]
+
+
+class Counting(Small):
+    def forward(self, images):
+        return super().forward(images) * (2 if images.sum() > 0 else 1)
+
+
+class Complex(Small):
+    def body(self, x):
+        return F.relu(self.conv(torch.fft.fft2(x).real))
+
+
+class Plain(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "module, images, words",
+    [
+        (Counting(), example(), "test_gate.py"),
+        (Plain(), example(), "no channel that can be closed"),
+        (Small(), example()[:, :1], "images (n, 3, H, W)"),
+        (Small(), example().long(), "images (n, 3, H, W)"),
+        (Flattened(), torch.zeros(2, 3, 2, 2, 1), "images (n, 3, H, W)"),
+        (Small(6), torch.zeros(2, 3, 0, 0), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_gated_is_refused_in_one_line(module, images, words):
+    with pytest.raises(InputError) as caught:
+        gate(module, images)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_operation_without_a_rule_leaves_what_it_reads_whole():
+    network = gate(Complex(), example(), check=False)
+    assert any("fft" in row.reason for row in network.ungated if row.layer == "stem")
+
+
+def test_a_network_that_differs_from_its_compact_one_is_refused(monkeypatch):
+    from dnal_dist.nets import rules
+
+    # As if a sigmoid of zero were zero.
+    monkeypatch.setitem(rules.RULES, "sigmoid", rules.RULES["clone"])
+    with pytest.raises(InputError, match=r"differs from the masked one"):
+        gate(Offset(), example())
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("torchvision:resnet19", "list_models"),
+        ("nowhere.at.all:network", "PYTHONPATH"),
+        ("math:tau", "no function"),
+        ("collections:OrderedDict", "not a torch.nn.Module"),
+        ("torch.nn:Nothing", "has no 'Nothing'"),
+    ],
+)
+def test_a_name_that_gives_no_network_is_refused(name, words):
+    with pytest.raises(InputError, match=r"model\.name") as caught:
+        nets.build(name, image_size=SIZE)
+    assert words in str(caught.value)
+
+
+# Of the coverage table (docs/networks.md), the oddest parts: concatenation, shuffles, aggregation, splits, groups, weights that are
+# computed, LayerNorm.
+HARD = [
+    *("torchvision:shufflenet_v2_x0_5", "torchvision:regnet_y_400mf", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1"),
+    *("torchvision:convnext_tiny", "timm:res2net50_26w_4s", "timm:mixnet_s", "timm:cspresnet50", "timm:skresnet18"),
+    *("timm:nf_resnet50", "timm:dla34", "timm:gernet_s"),
+]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_networks_of_libraries_are_exact(name):
+    pytest.importorskip(name.partition(":")[0], reason="timm is not installed: pip install -e '.[timm]'")
+    network = nets.build(name, 10, image_size=64)
+    assert check_exact(network) <= EXACT
