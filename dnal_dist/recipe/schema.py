@@ -24,9 +24,24 @@ class Network(Section):
     """What torchvision, timm or the function is called with, beside num_classes."""
     ignore: list[str] = Field([])
     """Module paths of such a network whose output channels all stay."""
+    pretrained: bool = False
+    """Begin with the weights that torchvision or timm publishes for the network: init_from with its own name."""
     init_from: Place | None = None
-    """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:resnet50 (or vgg16_bn, mobilenet_v2), a
-    run folder, a checkpoint's folder, or a .safetensors file with our names or torchvision's. It is not read on a resume."""
+    """Weights and BatchNorm statistics to begin with, instead of random ones: torchvision:NAME or timm:NAME (of vgg16_imagenet,
+    resnet50_imagenet, mobilenetv2_imagenet: torchvision:vgg16_bn, :resnet50, :mobilenet_v2), a run folder, a checkpoint's folder,
+    or a .safetensors file with our names or torchvision's. It is not read on a resume."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrained_is_a_source(cls, values):
+        if isinstance(values, dict) and values.get("pretrained") is True:
+            name = values.get("name")
+            if not str(name).startswith(("torchvision:", "timm:")):
+                raise ValueError(f"pretrained: nobody publishes weights of {name}; give init_from")
+            if values.get("init_from") not in (None, name):
+                raise ValueError("pretrained and init_from name two sources of weights; give one")
+            return {**values, "init_from": name}
+        return values
 
 
 class Augmentation(Section):

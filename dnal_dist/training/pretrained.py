@@ -15,9 +15,11 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
+from dnal_dist.nets.libraries import make
 from dnal_dist.nets.mobilenet import MobileNetV2, torchvision_mobilenet
 from dnal_dist.nets.resnet import BottleneckResNet, torchvision_resnet
 from dnal_dist.nets.vgg import VGG, torchvision_vgg
+from dnal_dist.recipe import Network as NetworkSettings
 from dnal_dist.recipe import Recipe
 
 PREFIX = "torchvision:"
@@ -82,6 +84,8 @@ def _read(settings: Recipe) -> Source:
     source = settings.model.init_from
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)
+    if source.startswith("timm:"):
+        return _of_timm(source, settings.model)
     # os.path, unlike Path, answers for names that no file can have.
     path = Path(source)
     if os.path.isdir(path):
@@ -102,12 +106,14 @@ def _read(settings: Recipe) -> Source:
 def _published(name: str, model: str) -> Source:
     """torchvision's weights of its network `name`, downloaded into its cache unless they are there."""
     # Takes a second to import, so only where it is wanted.
-    from torchvision.models import get_model_weights
+    from torchvision import models
+    from torchvision.models import get_model_weights, list_models
 
-    if name not in TORCHVISION:
-        raise InputError(f"{KEY}: {PREFIX}{name} is not known; there are {', '.join(PREFIX + known for known in TORCHVISION)}")
-    if TORCHVISION[name] != model:
-        raise InputError(f"{KEY}: {PREFIX}{name} has the weights of {TORCHVISION[name]}, not of {model}; change one of the two")
+    if name not in list_models(module=models):
+        raise InputError(f"{KEY}: torchvision has no classifier {name!r}; `torchvision.models.list_models()` names what it has")
+    if model not in (TORCHVISION.get(name), PREFIX + name):
+        other = TORCHVISION.get(name, PREFIX + name)
+        raise InputError(f"{KEY}: {PREFIX}{name} has the weights of {other}, not of {model}; change one of the two")
     weights = get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     found = file.exists()
@@ -122,7 +128,23 @@ def _published(name: str, model: str) -> Source:
         else:
             why = f"{weights.url} cannot be downloaded ({_line(error)}); put it as {file.name} into {file.parent}"
         raise InputError(f"{KEY}: {why}") from None
+    # Auxiliary classifiers belong to another way of training.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2.", "AuxLogits."))}
     return Source(tensors, f"torchvision's {weights}", [])
+
+
+def _of_timm(source: str, model: NetworkSettings) -> Source:
+    """timm's weights of a network, downloaded into its cache unless they are there."""
+    if model.name != source:
+        raise InputError(f"{KEY}: {source} has weights of its own network, not of {model.name}; change one of the two")
+    arguments = {key: value for key, value in model.arguments.items() if key != "num_classes"}
+    try:
+        network = make(source, None, {**arguments, "pretrained": True})
+    except InputError:
+        raise
+    except Exception as error:  # whatever comes of a download
+        raise InputError(f"{KEY}: the weights of {source} cannot be downloaded ({_line(error)})") from None
+    return Source(network.state_dict(), source, [])
 
 
 def _saved(path: Path, output: Path) -> Source:
@@ -217,14 +239,14 @@ def _passing(network: GatedNetwork, names: set[str]) -> dict[str, Tensor]:
 
 
 def _without_other_classes(network: nn.Module, own: dict, found: dict, origin: str) -> list[str]:
-    """Remove the last Linear from `found` if it differs from the network's own in the number of classes alone; return a warning."""
-    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    weight, bias = (found[f"{head}.{part}"] for part in ("weight", "bias"))
-    classes, features = own[f"{head}.weight"].shape
-    if bias.dim() != 1 or len(bias) == classes or weight.shape != (len(bias), features):
+    """Remove the last layer from `found` if it differs from the network's own in the number of classes alone; return a warning."""
+    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    weight, classes = found[f"{head}.weight"], len(own[f"{head}.weight"])
+    if not weight.dim() or len(weight) == classes or weight.shape[1:] != own[f"{head}.weight"].shape[1:]:
         return []
-    del found[f"{head}.weight"], found[f"{head}.bias"]
-    return [f"{origin} has {len(bias)} classes, this network {classes}: its last layer, {head}, begins with random weights"]
+    for part in ("weight", "bias"):
+        found.pop(f"{head}.{part}", None)
+    return [f"{origin} has {len(weight)} classes, this network {classes}: its last layer, {head}, begins with random weights"]
 
 
 def _checked(name: str, tensor: Tensor, own: Tensor, origin: str) -> Tensor:

@@ -23,6 +23,9 @@ EXTRA = [
     "resnet_digits:1:1:batch:sync:checkpointing",
     "supernet_digits:2:1:fixed:checkpointing:shared",
     "vgg_digits:1:1:fixed:parts:shared",
+    # Of tests/user_networks.py.
+    "any_network:1:1:batch:sync:checkpointing",
+    "any_network:2:1:fixed:parts:shared",
 ]
 # All of these under DDP. On the other backends, whose steps take ten times as long, each network at one ratio.
 FEW = ["vgg_digits:1:1:fixed", "resnet_digits:0:1:fixed", "supernet_digits:2:1:fixed"]

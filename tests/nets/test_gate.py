@@ -384,7 +384,12 @@ def test_a_name_that_gives_no_network_is_refused(name, words):
 # Of the coverage table (docs/networks.md), the oddest parts: concatenation, shuffles, aggregation, splits, groups, weights that are
 # computed, LayerNorm.
 HARD = [
-    *("torchvision:shufflenet_v2_x0_5", "torchvision:regnet_y_400mf", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1"),
+    *(
+        "torchvision:shufflenet_v2_x0_5",
+        "torchvision:regnet_y_400mf",
+        "torchvision:mobilenet_v3_small",
+        "torchvision:squeezenet1_1",
+    ),
     *("torchvision:convnext_tiny", "timm:res2net50_26w_4s", "timm:mixnet_s", "timm:cspresnet50", "timm:skresnet18"),
     *("timm:nf_resnet50", "timm:dla34", "timm:gernet_s"),
 ]

@@ -274,7 +274,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
 @pytest.mark.parametrize(
     "source, model, told",
     [
-        ("torchvision:resnet18", "resnet50_imagenet", "not known; there are torchvision:vgg16_bn, torchvision:resnet50, tor"),
+        ("torchvision:resnet18", "resnet50_imagenet", "has the weights of torchvision:resnet18, not of resnet50_imagenet"),
         ("torchvision:resnet50", "vgg_digits", "has the weights of resnet50_imagenet, not of vgg_digits; change one"),
         ("nowhere/at all", "vgg_digits", "there is no nowhere/at all; give a run folder, .* or one of torchvision:vgg16_bn"),
         ("~nobody-here/x", "vgg_digits", "there is no ~nobody-here/x; give"),
