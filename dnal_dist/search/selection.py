@@ -53,7 +53,7 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
     value, relative = amount(text)
     full = getattr(count(net, image_size), unit)
     most = int(value * full if relative else value)
-    floor = getattr(count(net, image_size, cheapest(net, image_size, unit)), unit)
+    floor = getattr(count(net, image_size, cheapest(net, image_size, unit, settings.round_to)), unit)
     key = f"key 'architecture.target.{unit}': {text}"
     if most >= full:
         raise InputError(f"{key} is not below the {full:,} of the full network, so nothing would be learned; lower it")
@@ -65,22 +65,33 @@ def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
     return Budget(unit, max(floor, math.ceil(most * (1 - settings.tolerance))), most, full)
 
 
-def cheapest(net: GatedNetwork, image_size: int, unit: str) -> Tensor:
+def cheapest(net: GatedNetwork, image_size: int, unit: str, round_to: int = 1) -> Tensor:
     """The keep mask, bool (N,), of the least channels that the network works with, through the cheapest candidates of its cells."""
     gates = torch.full((net.num_gates,), 1e-3, dtype=torch.float64, requires_grad=True)
     (price,) = torch.autograd.grad(getattr(expected(net, image_size, gates), unit), gates)
-    return masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0]
+    return rounded(net, masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0], -price, round_to)
 
 
-def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget) -> Tensor:
+def rounded(net: GatedNetwork, keep: Tensor, strength: Tensor, round_to: int) -> Tensor:
+    """`keep` with the strongest closed channels opened that make the number of each site a multiple of `round_to`, or all."""
+    keep = keep.clone()
+    for part, rank in zip(net.by_site(keep).values(), net.by_site(strength.detach().cpu()).values(), strict=True):
+        missing = min(len(part), math.ceil(int(part.sum()) / round_to) * round_to) - int(part.sum())
+        closed = (~part).nonzero().flatten()
+        part[closed[rank[closed].argsort(descending=True, stable=True)[:missing]]] = True
+    return keep
+
+
+def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget, round_to: int = 1) -> Tensor:
     """The keep mask, bool (N,), of the strongest channels whose exact cost is `target`, or as near below it as was found.
 
     strength (N,) ranks the channels of the whole network, alpha for example. First the rank decides: as many as fit, with one
     channel in each site that no shortcut goes around. Then the strongest closed channels that still fit are added. If that leaves
     more than the tolerance unused, a few channels are exchanged: at each site the strongest closed one may come and the weakest
-    open one go. A branch is either closed altogether or has a channel in each of its sites, so that none is kept for nothing.
+    open one go. Each site keeps a multiple of `round_to`, or all. A branch is either closed altogether or has a channel in each of
+    its sites, so that none is kept for nothing.
     """
-    choice = _Choice(net, image_size, strength, target)
+    choice = _Choice(net, image_size, strength, target, round_to)
     counts = choice.by_rank()
     counts = choice.fill(counts)
     if choice.cost(counts) not in target:
@@ -91,14 +102,14 @@ def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget)
 class _Choice:
     """Keep masks as one number of channels for each site, the strongest ones of it."""
 
-    def __init__(self, net: GatedNetwork, image_size: int, strength: Tensor, target: Budget):
-        self.net, self.image_size, self.target = net, image_size, target
+    def __init__(self, net: GatedNetwork, image_size: int, strength: Tensor, target: Budget, round_to: int = 1):
+        self.net, self.image_size, self.target, self.round_to = net, image_size, target, round_to
         strength = strength.detach().cpu()
         self.orders = [part.argsort(descending=True, stable=True) for part in net.by_site(strength).values()]
         self.ranked = strength.argsort(descending=True, stable=True)
-        closed, _ = masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)
+        closed = rounded(net, masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)[0], strength, round_to)
         if target.of(count(net, image_size, closed)) > target.most:
-            closed = cheapest(net, image_size, target.unit)
+            closed = cheapest(net, image_size, target.unit, round_to)
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
         number = {site: i for i, site in enumerate(net.gate_sites)}
@@ -123,7 +134,7 @@ class _Choice:
 
         def first(number: int) -> tuple[int, ...]:
             open_ = torch.bincount(self.sites[self.ranked[:number]], minlength=len(self.least)).tolist()
-            counts = list(map(max, open_, self.least))
+            counts = [max(self._down(n, site), least) for site, (n, least) in enumerate(zip(open_, self.least, strict=True))]
             for branch in self.branches:
                 self._close_if_broken(counts, branch)
             return tuple(counts)
@@ -133,6 +144,16 @@ class _Choice:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.cost(first(middle)) <= self.target.most else (low, middle - 1)
         return first(low)
+
+    def _down(self, number: int, site: int) -> int:
+        """The largest number of channels up to `number` that `site` may have."""
+        return number if number >= len(self.orders[site]) else number // self.round_to * self.round_to
+
+    def _next(self, number: int, site: int, step: int) -> int:
+        """The number of channels that `site` may have beside `number`, above or below it."""
+        if step > 0:
+            return min(number // self.round_to * self.round_to + self.round_to, len(self.orders[site]))
+        return self._down(number - 1, site)
 
     def fill(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """`counts` with the strongest closed channels added that fit; a site whose next channel does not fit is left alone."""
@@ -172,12 +193,12 @@ class _Choice:
         return best
 
     def changed(self, counts: tuple[int, ...], site: int, step: int) -> tuple[int, ...]:
-        """`counts` with one channel more or less at `site`, and its branch opened or closed with it."""
-        changed = [*counts[:site], counts[site] + step, *counts[site + 1 :]]
+        """`counts` with more or fewer channels at `site`, as few as may be, and its branch opened or closed with it."""
+        changed = [*counts[:site], self._next(counts[site], site, step), *counts[site + 1 :]]
         branch = self.branch_of.get(site, [])
         if step > 0:
             for other in branch:
-                changed[other] = max(changed[other], 1)
+                changed[other] = changed[other] or self._next(0, other, 1)
         self._close_if_broken(changed, branch)
         return tuple(changed)
 

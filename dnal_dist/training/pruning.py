@@ -74,6 +74,7 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     keep = run.architecture.keep(settings.delta_final, settings.threshold).cpu()
     alpha = run.architecture.alpha.detach().cpu()
     keep, rescued = masks.rescue(supernet, keep, alpha)
+    keep = selection.rounded(supernet, keep, alpha, settings.round_to)
     if rescued:
         run.log.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
     keep, collapsed = selection.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
@@ -90,7 +91,7 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
 def select_by_budget(run: Run, target: selection.Budget) -> Tensor:
     """The keep mask of the strongest channels that meet the budget exactly; a warning if none was found that does."""
     image_size = run.recipe.data.image_size
-    keep = selection.select(run.supernet, image_size, run.architecture.alpha, target)
+    keep = selection.select(run.supernet, image_size, run.architecture.alpha, target, run.recipe.architecture.round_to)
     if message := target.missed(target.of(cost.count(run.supernet, image_size, keep))):
         run.log.warn(message)
     return keep

@@ -106,6 +106,21 @@ def test_the_exact_step_lands_inside_the_tolerance(name, width, share, unit):
         assert torch.equal(masks.present(net, keep), keep), kind
 
 
+@pytest.mark.parametrize("round_to", [4, 8])
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_sites_keep_multiples_of_what_they_are_rounded_to(name, round_to):
+    net = nets.build(name)
+    settings = asked("macs", "0.4x", round_to=round_to, tolerance=0.1)
+    target = selection.budget(settings, net, 8)
+    for kind, alpha in alphas(net).items():
+        keep = selection.select(net, 8, alpha, target, round_to)
+        assert target.of(cost.count(net, 8, keep)) in target, kind
+        for site, part in net.by_site(keep).items():
+            assert int(part.sum()) % round_to == 0 or part.all(), (kind, site)
+        opened = selection.rounded(net, keep & (torch.rand(net.num_gates) < 0.5), alpha, round_to)
+        assert all(int(part.sum()) % round_to == 0 or part.all() for part in net.by_site(opened).values())
+
+
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
 def test_what_rank_leaves_over_goes_to_the_strongest_that_fit(name):
     net = nets.build(name)
