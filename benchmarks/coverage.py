@@ -4,8 +4,8 @@ python benchmarks/coverage.py                             all of the list, a lin
 python benchmarks/coverage.py torchvision:resnet18        some of them
 
 Of each site half of the channels close, at random. `removed` is the share of the convolutions' outputs that are gone then,
-`MACs` what is left of them. `difference` is between the logits of the network with gates closed at random and of the compact one, in
-float64, relative to their size. Images have 224 pixels (299 for Inception and NASNet, which need them).
+`MACs` what is left of them. `difference` is between the logits of the network with gates closed at random and of the compact
+one, in float64, relative to their size. Images have 224 pixels (299 for Inception and NASNet, which need them).
 """
 
 import argparse

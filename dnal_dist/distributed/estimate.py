@@ -74,7 +74,7 @@ def _on_meta(net: GatedNetwork, dtype: torch.dtype = torch.float32) -> GatedNetw
     copied = copy.deepcopy(net, {key: nn.Parameter(t) if isinstance(known[key], nn.Parameter) else t for key, t in empty.items()})
     copied.to(dtype)
     for norm in copied.modules():
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
             norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
     return copied.train()
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer, Streams
-from dnal_dist.nets.gated_modules import Gates, NormAct, gated_kind
+from dnal_dist.nets.gated_modules import Gates, gated_kind, plain_norm
 from dnal_dist.nets.graph import Graph, read
 from dnal_dist.nets.narrow import Narrow
 from dnal_dist.nets.narrowing import Narrowing
@@ -58,11 +58,12 @@ class AnyNetwork(GatedNetwork):
                 gated.__class__ = gated_kind(gated)
                 gated.gates = self.gates
                 gated.register_buffer("gate_places", places, persistent=False)
-        for norm in self.modules():
-            if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                norm.__class__ = GatedBatchNorm
-            elif isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm) and {"act", "drop"} <= set(norm._modules):
-                norm.__class__ = NormAct
+        for path, norm in self.named_modules():
+            if isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm):
+                if (kind := plain_norm(norm)) is None:
+                    name = type(norm).__name__.removeprefix("Gated")
+                    raise InputError(f"{path} is a {name}, whose statistics would move in architecture steps; use nn.BatchNorm2d")
+                norm.__class__ = kind
 
     def get_submodule(self, target: str) -> nn.Module:
         return self._own.get_submodule(target)

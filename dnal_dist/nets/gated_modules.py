@@ -34,7 +34,9 @@ class GatedConv2d(Gated, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if (gate := self.gate) is None:
             return super().forward(x)
-        return self._conv_forward(x, self.weight * gate.view(-1, 1, 1, 1), None if self.bias is None else self.bias * gate)
+        # In the type of the weight: gates are float32, whatever the weights are in.
+        weight, bias = self.weight * gate.view(-1, 1, 1, 1), None if self.bias is None else (self.bias * gate).to(self.bias.dtype)
+        return self._conv_forward(x, weight.to(self.weight.dtype), bias)
 
 
 class GatedLinear(Gated, nn.Linear):
@@ -43,7 +45,8 @@ class GatedLinear(Gated, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if (gate := self.gate) is None:
             return super().forward(x)
-        return F.linear(x, self.weight * gate.view(-1, 1), None if self.bias is None else self.bias * gate)
+        bias = None if self.bias is None else (self.bias * gate).to(self.bias.dtype)
+        return F.linear(x, (self.weight * gate.view(-1, 1)).to(self.weight.dtype), bias)
 
 
 class GatedNorm(Gated, GatedBatchNorm):
@@ -70,13 +73,21 @@ class GatedOutput(Gated):
 
     def forward(self, x: Tensor) -> Tensor:
         out, gate = super().forward(x), self.gate
-        return out if gate is None else out * gate.to(out.dtype).view(-1, *(1,) * (x.dim() - 2))
+        behind = 0 if isinstance(self, nn.Linear) else out.dim() - 2  # dimensions behind the channels
+        return out if gate is None else out * gate.to(out.dtype).view(-1, *(1,) * behind)
+
+
+def plain_norm(module: nn.Module) -> type | None:
+    """The kind with frozen statistics of a BatchNorm without gates; None if its forward is its own."""
+    if type(module).forward in (_BatchNorm.forward, nn.BatchNorm2d.forward):
+        return GatedBatchNorm
+    return NormAct if {"act", "drop"} <= set(module._modules) else None
 
 
 def gated_kind(module: nn.Module) -> type:
     plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
     if type(module) in plain:
         return plain[type(module)]
-    if isinstance(module, _BatchNorm) and {"act", "drop"} <= set(module._modules):
-        return GatedNormAct
+    if isinstance(module, _BatchNorm) and (kind := plain_norm(module)) is not None:
+        return GatedNorm if kind is GatedBatchNorm else GatedNormAct
     return type(f"Gated{type(module).__name__}", (GatedOutput, type(module)), {})

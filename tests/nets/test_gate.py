@@ -117,6 +117,26 @@ class Split(Small):
         return F.relu(self.join(x) + F.pad(x[:, 2:], (0, 0, 0, 0, 1, 1)))
 
 
+class LinearOfItsOwn(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class NormOfItsOwn(nn.BatchNorm2d):
+    pass
+
+
+class Subclasses(Small):
+    """Layers of classes that a user derived."""
+
+    def add_body(self, channels):
+        self.norm = NormOfItsOwn(channels)
+        self.up, self.down = LinearOfItsOwn(channels, 12), nn.Linear(12, channels)
+
+    def body(self, x):
+        return self.down(F.relu(self.up(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+
 class Twice(Small):
     """One convolution called twice."""
 
@@ -187,7 +207,7 @@ class Auxiliary(Small):
 
 KINDS = [
     *(Small, Residual, Dense, Squeeze, Depthwise, Grouped, Shuffled, Split, Twice, WeightStandardised, LayerNormed, Flattened),
-    *(Offset, Auxiliary),
+    *(Offset, Auxiliary, Subclasses),
 ]
 
 
@@ -302,6 +322,15 @@ def test_activations_computed_again_give_the_same_gradients():
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Residual, Dense, LayerNormed])
+def test_weights_of_low_precision_stay_so_with_gates(kind):
+    network = gate(kind(), example()).bfloat16().train()
+    for norm in network.modules():
+        if isinstance(norm, nets.GatedBatchNorm):
+            norm.running_mean, norm.running_var = norm.running_mean.float(), norm.running_var.float()
+    assert network(example(4).bfloat16(), torch.full((network.num_gates,), 0.5)).dtype == torch.bfloat16
+
+
 def test_what_stays_whole_is_named_with_its_reason():
     reasons = {row.layer: row.reason for row in gate(Offset(), example()).ungated}
     assert "conv reads it where a closed channel is not zero" in reasons["stem"]
@@ -317,6 +346,17 @@ def test_coupled_channels_close_together():
     assert network.gate_sites == {"norm": 8} and network.coupled() == {"norm": ["conv"]}
     network = gate(Depthwise(), example())
     assert network.coupled()["deep"] == ["stem"]
+
+
+class NormWithForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 0
+
+
+class OwnNorm(Small):
+    def add_body(self, channels):
+        super().add_body(channels)
+        self.norm = NormWithForward(channels)
 
 
 class Counting(Small):
@@ -338,6 +378,7 @@ class Plain(nn.Module):
     "module, images, words",
     [
         (Counting(), example(), "test_gate.py"),
+        (OwnNorm(), example(), "norm is a NormWithForward"),
         (Plain(), example(), "no channel that can be closed"),
         (Small(), example()[:, :1], "images (n, 3, H, W)"),
         (Small(), example().long(), "images (n, 3, H, W)"),
