@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Layer, Streams
-from dnal_dist.nets.gated_modules import Gates, gated_kind, plain_norm
+from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Gates, Layer, Streams
+from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Graph, read
 from dnal_dist.nets.narrow import Narrow
 from dnal_dist.nets.narrowing import Narrowing
@@ -74,9 +74,11 @@ class AnyNetwork(GatedNetwork):
         return self
 
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
-        # They stay until the next pass: activations may be computed again in the backward pass.
         self.gates.current = None if gates is None else torch.cat([gates, gates.new_ones(1)])
-        logits = self._own(images)
+        try:
+            logits = self._own(images)
+        finally:
+            self.gates.current = None
         if isinstance(logits, tuple | list):  # of auxiliary classifiers
             logits = logits[0]
         return logits

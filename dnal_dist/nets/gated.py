@@ -49,6 +49,18 @@ class GatedBatchNorm(_BatchNorm):
         return normalise(x, running_mean, running_var, weight, bias, batch, momentum, self.eps)
 
 
+class Gates:
+    """The gates of the forward pass at hand, (N + 1,), the last one always open; None: no gates. A network's copy has its own.
+
+    Nothing is kept between passes: the gates' graph may hold what wraps the network.
+    """
+
+    current: Tensor | None = None
+
+    def __deepcopy__(self, _) -> "Gates":
+        return Gates()
+
+
 class frozen_statistics:
     """Context in which no running statistic of `networks` moves, while their BatchNorms normalise as before. May be nested."""
 
@@ -72,8 +84,12 @@ class computing_again:
     def __init__(self, *networks: nn.Module):
         self.norms = [m for network in networks for m in network.modules() if isinstance(m, GatedBatchNorm)]
         self.updated = [norm.updates_statistics for norm in self.norms]
+        modules = (module for network in networks for module in network.modules())
+        self.gates = {gates: gates.current for module in modules if isinstance(gates := getattr(module, "gates", None), Gates)}
 
     def __enter__(self) -> None:
+        for gates, current in self.gates.items():
+            gates.current = current
         self.before = [norm.updates_statistics for norm in self.norms]
         for norm, updates in zip(self.norms, self.updated, strict=True):
             norm.updates_statistics, norm.again = updates, True
@@ -81,6 +97,8 @@ class computing_again:
     def __exit__(self, *_) -> None:
         for norm, updates in zip(self.norms, self.before, strict=True):
             norm.updates_statistics, norm.again = updates, False
+        for gates in self.gates:
+            gates.current = None
 
 
 class ConvBN(nn.Module):

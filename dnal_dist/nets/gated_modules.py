@@ -4,16 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist.nets.gated import GatedBatchNorm
-
-
-class Gates:
-    """The gates of a forward pass, (N + 1,), the last one always open; None: no gates. A network's copy has its own."""
-
-    current: Tensor | None = None
-
-    def __deepcopy__(self, _) -> "Gates":
-        return Gates()
+from dnal_dist.nets.gated import GatedBatchNorm, Gates
 
 
 class Gated:
