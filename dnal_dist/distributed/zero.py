@@ -11,6 +11,8 @@ from dnal_dist.common.span import span
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
+LINEAR = nn.functional.linear
+
 
 class Zero(Trained):
     """DeepSpeed's ZeRO: stage 1 shares out the momentum, stage 2 also the gradients, stage 3 also the parameters."""
@@ -133,6 +135,8 @@ def _forget_stage_3() -> None:
     for cell in getattr(cached, "__closure__", None) or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
+    # It puts a function of its own in place of torch's, in which the graph of a network could not be read.
+    nn.functional.linear = LINEAR
 
 
 class _WithGradients(torch.autograd.Function):

@@ -116,12 +116,26 @@ def restored(description: list, tensors: dict[str, Tensor]) -> nn.Module:
     """The network of a `description`, with these weights and statistics. Raises ValueError if they do not fit, before
     memory is taken for whatever the description asks for."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build(description).state_dict().items()}
+        empty = build(description)
+        shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    if isinstance(empty, narrow.Narrow):
+        _try(empty.eval())
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("the weights do not fit the description of the network")
     network = build(description)
     network.load_state_dict(tensors)
     return network
+
+
+def _try(empty: narrow.Narrow) -> None:
+    """Run a network on the meta device. Raises ValueError if its steps do not fit one another."""
+    try:
+        with torch.no_grad():
+            found = empty(torch.empty(2, 3, empty.image_size, empty.image_size, device="meta"))
+        if not isinstance(found, Tensor) or len(found) != 2:
+            raise ValueError("it gives no logits")
+    except Exception as error:  # whatever an operation makes of what it is given
+        raise ValueError(f"not a compact network: {error}") from None
 
 
 def save(network: nn.Module, folder: Path, **facts) -> None:

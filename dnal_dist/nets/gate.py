@@ -193,6 +193,9 @@ def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...]
     """
     if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
         raise InputError(f"the example must be images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
+    paths = {path for path, _ in module.named_modules()}
+    if isinstance(ignore, str) or (unknown := [path for path in ignore if path not in paths]):
+        raise InputError(f"`ignore` is a list of module paths; there is no {ignore if isinstance(ignore, str) else unknown[0]!r}")
     module = copy.deepcopy(module)
     graph = read(module, example[:2] if len(example) > 1 else torch.cat([example, example]), RULES)
     if not graph.layers:
@@ -222,11 +225,15 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
         if small and "running_var" not in name:
             tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
     keep, _ = rescue(double, torch.rand(network.num_gates, generator=generator) < 0.5)
-    images = torch.randn(1, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
+    images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
     try:
         masked, compact = double(images, keep.double()), double.cut(keep).double().eval()(images)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InputError(f"{type(network._own).__name__} has no compact network: {str(error).splitlines()[0]}") from None
+        if masked.shape != compact.shape or masked.dim() != 2:
+            raise ValueError(f"it returns {tuple(masked.shape)}, not (n, classes)")
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(
+            f"{type(network._own).__name__} has no compact network: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
     difference = float((masked - compact).abs().max() / masked.abs().max().clamp_min(1e-30))
     if not difference <= EXACT:
         raise InputError(

@@ -70,15 +70,20 @@ class GatedOutput(Gated):
 
 def plain_norm(module: nn.Module) -> type | None:
     """The kind with frozen statistics of a BatchNorm without gates; None if its forward is its own."""
-    if type(module).forward in (_BatchNorm.forward, nn.BatchNorm2d.forward):
+    own = type(module)
+    if own in (nn.BatchNorm1d, nn.BatchNorm2d):
         return GatedBatchNorm
-    return NormAct if {"act", "drop"} <= set(module._modules) else None
+    if own.forward is _BatchNorm.forward:
+        return type(own.__name__, (GatedBatchNorm, own), {})
+    return type(own.__name__, (NormAct, own), {}) if {"act", "drop"} <= set(module._modules) else None
 
 
 def gated_kind(module: nn.Module) -> type:
     plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
     if type(module) in plain:
         return plain[type(module)]
-    if isinstance(module, _BatchNorm) and (kind := plain_norm(module)) is not None:
-        return GatedNorm if kind is GatedBatchNorm else GatedNormAct
+    if isinstance(module, _BatchNorm) and plain_norm(module) is not None:
+        kind = GatedNormAct if {"act", "drop"} <= set(module._modules) else GatedNorm
+        # What else a derived class does, such as staying in evaluation mode, it still does.
+        return type(f"Gated{type(module).__name__}", (kind, type(module)), {})
     return type(f"Gated{type(module).__name__}", (GatedOutput, type(module)), {})

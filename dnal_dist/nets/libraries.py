@@ -2,25 +2,35 @@
 
 import importlib
 import inspect
+import sys
+import typing
 
 from torch import nn
 
 from dnal_dist.common.errors import InputError
 
 KEY = "key 'model.name'"
+# Arguments by which libraries read weights in ways of their own, pickles among them.
+REFUSED = {"weights", "weights_backbone", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
-def make(name: str, num_classes: int | None = None, arguments: dict | None = None) -> nn.Module:
+def make(name: str, num_classes: int | None = None, arguments: dict | None = None, pretrained: bool = False) -> nn.Module:
     """The module called `name`, freshly initialised: torchvision:NAME, timm:NAME or PACKAGE.MODULE:FUNCTION, which gets `arguments`
     and num_classes, if that is given. Raises InputError that says what is not there."""
     library, _, own = name.partition(":")
     arguments = dict(arguments or {})
+    if refused := sorted(REFUSED & arguments.keys()):
+        raise InputError(
+            f"key 'model.arguments.{refused[0]}': weights come by key 'model.pretrained' or 'model.init_from'; remove it"
+        )
     if num_classes is not None:
         arguments["num_classes"] = num_classes
+    if pretrained:
+        arguments["pretrained"] = True
     maker = {"torchvision": _torchvision, "timm": _timm}.get(library, _function)(name, library, own, arguments)
     try:
         module = maker(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise InputError(f"{KEY}: {name} cannot be made with {arguments} ({_line(error)}); see key 'model.arguments'") from None
     if not isinstance(module, nn.Module):
         raise InputError(f"{KEY}: {name} gives a {type(module).__name__}, not a torch.nn.Module")
@@ -34,7 +44,7 @@ def _line(error: Exception) -> str:
 def _torchvision(name: str, library: str, own: str, arguments: dict):
     from torchvision import models
 
-    if own not in models.list_models():
+    if own not in models.list_models(module=models):  # its classifiers
         raise InputError(f"{KEY}: torchvision has no {own!r}; `torchvision.models.list_models()` names what it has")
     builder = models.get_model_builder(own)
     arguments.setdefault("weights", None)
@@ -59,12 +69,27 @@ def _timm(name: str, library: str, own: str, arguments: dict):
 
 
 def _function(name: str, library: str, own: str, arguments: dict):
+    """A class of modules, or a function that says by its annotation that it returns one: a recipe calls nothing else."""
+    if library.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(f"{KEY}: {name}: {library} is a module of Python itself; give your own, as PACKAGE.MODULE:FUNCTION")
     try:
         found = getattr(importlib.import_module(library), own)
     except ImportError as error:
         raise InputError(f"{KEY}: {name}: {_line(error)}; is the folder of {library} on PYTHONPATH?") from None
-    except AttributeError:
+    except (AttributeError, ValueError):
         raise InputError(f"{KEY}: {name}: module {library} has no {own!r}") from None
-    if not callable(found):
-        raise InputError(f"{KEY}: {name} is no function or class")
+    if not _gives_a_module(found):
+        raise InputError(
+            f"{KEY}: {name} is neither a class of torch.nn.Module nor a function annotated as returning one; write "
+            f"`def {own}(...) -> torch.nn.Module:`"
+        )
     return found
+
+
+def _gives_a_module(found) -> bool:
+    if not isinstance(found, type):
+        try:
+            found = typing.get_type_hints(found).get("return")
+        except Exception:  # annotations are anything
+            return False
+    return isinstance(found, type) and issubclass(found, nn.Module)

@@ -31,30 +31,37 @@ class Ref(NamedTuple):
 
 
 OF_IMAGES = "images' device"
+MOST_STEPS, MOST_PIXELS = 20_000, 1 << 14
 
 
 def operation(name: str) -> Callable:
-    """The operation of aten called `name`, with its overload. Raises ValueError if there is none, or if it takes text (which may be
-    the name of a file) and no rule names it."""
+    """The operation of aten called `name`, with its overload. Raises ValueError if there is none, and unless a rule names it or it
+    is plain: public, without text (which may be the name of a file), without effect on its arguments, checked for bounds."""
     plain, _, overload = name.partition(".")
     found = getattr(getattr(torch.ops.aten, plain, None), overload or "default", None)
     if not isinstance(found, torch._ops.OpOverload):
         raise ValueError(f"no operation is called {name!r}")
-    texts = [argument for argument in found._schema.arguments if "str" in str(argument.type)]
-    if texts and plain.removesuffix("_") not in RULES and plain != "einsum":
-        raise ValueError(f"operation {name!r} takes text")
+    schema = found._schema
+    text = plain != "einsum" and any("str" in str(argument.type) for argument in schema.arguments)
+    private = plain.startswith("_") or any(word in plain for word in ("unsafe", "strided", "resize", "set_", "sparse", "quantize"))
+    if plain.removesuffix("_") not in RULES and (text or private or schema.is_mutable):
+        raise ValueError(f"operation {name!r} is not among those that a network may have")
     return found
 
 
 class Narrow(nn.Module):
     """A network that runs `steps` one after the other on images (n, 3, H, W), and returns what the last one gives.
 
-    layers: modules by path, which keep the names of the network that it was made from.
+    layers: modules by path, which keep the names of the network that it was made from. image_size: H and W.
     """
 
-    def __init__(self, steps: list[Step], layers: dict[str, nn.Module], tensors: dict[str, Tensor | nn.Parameter]):
+    def __init__(self, steps: list[Step], layers: dict[str, nn.Module], tensors: dict[str, Tensor | nn.Parameter], image_size: int):
         super().__init__()
-        self.steps = steps
+        self.steps, self.image_size = steps, image_size
+        of_kind = {"module": layers, "tensor": tensors, "op": None, "item": None}
+        for step in steps:
+            if len(steps) > MOST_STEPS or (of_kind[step.kind] is not None and step.target not in of_kind[step.kind]):
+                raise ValueError(f"step {step.out} of {len(steps)}: nothing of it is called {step.target}")
         for path, layer in layers.items():
             _holder(self, path).register_module(path.rpartition(".")[2], layer)
         for name, tensor in tensors.items():
@@ -128,7 +135,7 @@ def _names(argument) -> set[str]:
 
 
 def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
-    """[steps, modules, tensors] as JSON; module: the description of one module."""
+    """[steps, modules, tensors, image size] as JSON; module: the description of one module."""
     steps = [[step.out, step.kind, step.target, _encoded(step.args), _encoded(step.kwargs)] for step in network.steps]
     layers = {step.target: network.get_submodule(step.target) for step in network.steps if step.kind == "module"}
     names = list(dict.fromkeys(step.target for step in network.steps if step.kind == "tensor"))
@@ -136,18 +143,20 @@ def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
     tensors = {
         name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), own[name].requires_grad] for name in names
     }
-    return [steps, {path: module(layer) for path, layer in layers.items()}, tensors]
+    return [steps, {path: module(layer) for path, layer in layers.items()}, tensors, network.image_size]
 
 
 def made(description: list, module: Callable[[list], nn.Module]) -> Narrow:
     """The network that `described` described. Raises ValueError, or whatever comes of another thing in its place."""
-    steps, layers, tensors = description
+    steps, layers, tensors, image_size = description
+    if type(image_size) is not int or not 0 < image_size <= MOST_PIXELS:
+        raise ValueError(f"images of {image_size} pixels")
     found = {}
     for name, (shape, dtype, parameter) in tensors.items():
         tensor = torch.zeros(shape, dtype=_dtype(dtype))
         found[name] = nn.Parameter(tensor) if parameter else tensor
     steps = [Step(out, kind, target, _decoded(args), _decoded(kwargs)) for out, kind, target, args, kwargs in steps]
-    return Narrow(steps, {path: module(item) for path, item in layers.items()}, found)
+    return Narrow(steps, {path: module(item) for path, item in layers.items()}, found, image_size)
 
 
 def _dtype(name: str) -> torch.dtype:

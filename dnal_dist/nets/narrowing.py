@@ -38,11 +38,11 @@ class Narrowing:
         for node in self.graph.nodes:
             if node in wanted and node is not self.images:
                 self._add(node)
-        return Narrow(self.steps, self.layers, self.tensors)
+        return Narrow(self.steps, self.layers, self.tensors, self.images.meta["val"].shape[-1])
 
     def _kind(self, node) -> str:
         """The operation, if a module of the compact network does it."""
-        name = name_of(node) if node.op == "call_function" else ""
+        name = name_of(node).removesuffix("_") if node.op == "call_function" else ""
         own = name in MODULES and isinstance(node.args[0], torch.fx.Node)
         return name if own and (name == "dropout" or self.graph.where(node) in (self.graph.layers | self.graph.points)) else ""
 
@@ -222,7 +222,9 @@ def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:
     names = [graph.tensor_of(argument) for argument in node.args[1:5]]
     weight, bias, mean, var = (None if name is None else narrowing.cut(name) for name in names)
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(node.meta["val"].shape)]
-    norm = kind(len(mean), eps=node.args[7], momentum=node.args[6], affine=weight is not None)
+    # A momentum of None is traced as a number.
+    momentum = narrowing.module.get_submodule(path).momentum
+    norm = kind(len(mean), eps=node.args[7], momentum=momentum, affine=weight is not None)
     return _with(norm, weight=weight, bias=bias, running_mean=mean, running_var=var)
 
 

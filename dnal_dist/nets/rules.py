@@ -11,7 +11,7 @@ def _elementwise(graph: Graph, node) -> Value:
     """Each element from the same element of each operand."""
     shape = tuple(node.meta["val"].shape)
     operands = [value for a in node.args if (value := graph.value(a)) is not None]
-    padded = [v.labels.view(*(1,) * (len(shape) - len(v.shape)), *v.labels.shape) for v in operands]
+    padded = [v.labels.reshape((1,) * (len(shape) - len(v.shape)) + tuple(v.labels.shape)) for v in operands]
     sizes = [(*(1,) * (len(shape) - len(v.shape)), *v.shape) for v in operands]
     varies = [any(p.shape[d] > 1 for p in padded) for d in range(len(shape))]
     labels, gates = None, []
@@ -42,12 +42,16 @@ def _zero(node, gates: list[frozenset | None]) -> frozenset | None:
         return gates[0] if gates[0] is not None else gates[1]
     if name == "div":
         return gates[0] if gates and isinstance(node.args[0], torch.fx.Node) else None
+    if all(g is None for g in gates):
+        return None
     found = iter(gates)
+    # Whatever is not zero may have any value.
+    others = torch.tensor([-2.3, -0.4, 0.7, 1.9])
 
     def stand_in(argument):
         if not isinstance(argument, torch.fx.Node):
             return argument
-        return torch.zeros(1) if next(found) is not None else torch.full((1,), 0.7)
+        return torch.zeros(4) if next(found) is not None else others
 
     try:
         zero = not bool(node.target(*(stand_in(a) for a in node.args), **node.kwargs).float().any())

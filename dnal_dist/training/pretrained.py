@@ -137,9 +137,8 @@ def _of_timm(source: str, model: NetworkSettings) -> Source:
     """timm's weights of a network, downloaded into its cache unless they are there."""
     if model.name != source:
         raise InputError(f"{KEY}: {source} has weights of its own network, not of {model.name}; change one of the two")
-    arguments = {key: value for key, value in model.arguments.items() if key != "num_classes"}
     try:
-        network = make(source, None, {**arguments, "pretrained": True})
+        network = make(source, None, model.arguments, pretrained=True)
     except InputError:
         raise
     except Exception as error:  # whatever comes of a download

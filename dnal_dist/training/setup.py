@@ -39,7 +39,7 @@ def prepare(
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
     context.tune(settings.training)
-    network = nets.build(**settings.network)
+    network = nets.build(**settings.network, check=True)
     train, val = _streams(settings, network, context)
     preflight.check_search_length(settings, train.steps_per_epoch)
     local_batch = settings.data.global_batch // context.world_size

@@ -411,15 +411,24 @@ def test_a_network_that_differs_from_its_compact_one_is_refused(monkeypatch):
     [
         ("torchvision:resnet19", "list_models"),
         ("nowhere.at.all:network", "PYTHONPATH"),
-        ("math:tau", "no function"),
-        ("collections:OrderedDict", "not a torch.nn.Module"),
+        ("os:system", "a module of Python itself"),
+        ("numpy:savez", "nor a function annotated"),
+        ("torch:hub", "nor a function annotated"),
         ("torch.nn:Nothing", "has no 'Nothing'"),
+        ("timm:hf-hub:someone/something", "timm has no"),
+        (":x", "has no 'x'"),
     ],
 )
 def test_a_name_that_gives_no_network_is_refused(name, words):
     with pytest.raises(InputError, match=r"model\.name") as caught:
         nets.build(name, image_size=SIZE)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["weights", "checkpoint_path", "pretrained_cfg_overlay"])
+def test_weights_do_not_come_by_an_argument(argument):
+    with pytest.raises(InputError, match=rf"model\.arguments\.{argument}"):
+        nets.build("torchvision:resnet18", image_size=SIZE, arguments={argument: "weights.pth"})
 
 
 # Of the coverage table (docs/networks.md), the oddest parts: concatenation, shuffles, aggregation, splits, groups, weights that are
