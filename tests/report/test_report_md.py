@@ -58,7 +58,7 @@ def test_the_report_tells_what_the_records_say(tmp_path):
         "whole run 1 min 30 s",
     ):
         assert part in text, part
-    assert tags.tags.count("h1") == 1 and tags.tags.count("details") == 2
+    assert tags.tags.count("h1") == 1 and tags.tags.count("details") == 3
     assert [value for name, value in tags.attributes if name == "src"] == [f"plots/{name}.png" for name in figures.TITLES]
 
 

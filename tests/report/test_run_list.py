@@ -188,8 +188,7 @@ def test_the_list_in_a_pipe_is_plain_and_uncut(tmp_path, short):
     shutil.copytree(short, tmp_path / name)
     cut(short, "end")
     ended = command(tmp_path)
-    # A short run is right for some classes only, which is a warning.
-    head, first, second, _ = ended.stdout.splitlines()
+    head, first, second = ended.stdout.splitlines()
     assert ended.returncode == 0 and re.split(" {2,}", head) == runs.HEAD
     assert first.startswith("short ") and "crashed or killed, goes on by the same command" in first and " 4/4 " in first
     assert second.startswith(name) and "finished" in second and not ended.stderr
@@ -202,7 +201,7 @@ def test_the_place_of_warnings_is_printed_once(tmp_path, short):
     rewrite(short, [*records, {"kind": "warning", "time": records[-1]["time"], "global_step": 12, "message": "a word"}])
     shutil.copytree(short, tmp_path / "other")
     _, *rows, last = command(tmp_path).stdout.splitlines()
-    assert len(rows) == 2 and all(row.endswith("  2") for row in rows) and last == runs.WARNINGS
+    assert len(rows) == 2 and all(row.endswith("  1") for row in rows) and last == runs.WARNINGS
 
 
 def test_a_pipe_that_is_closed_early_is_no_fault(tmp_path, short):
