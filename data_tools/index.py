@@ -25,8 +25,9 @@ from data_tools.survey import Survey, Surveyor, unread_line
 from data_tools.workers import in_order
 from data_tools.writing import write_index
 from dnal_dist.common.cores import cores
+from dnal_dist.common.door import door
 from dnal_dist.common.files import read_regular
-from dnal_dist.common.paths import argument
+from dnal_dist.common.paths import argument, expanded
 from dnal_dist.data.classes import are_numbers, class_names, class_numbers
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
 from dnal_dist.data.shardlist import Url, expand, index_content, read_index
@@ -36,7 +37,8 @@ MOST_NAMES = 64 << 20
 
 
 def folder_of(one: str) -> Path | Url | None:
-    """The folder that `one` names; None if it is a shard or a pattern of shards."""
+    """The folder that `one` names; None for a shard or a pattern of shards. Raises ValueError for a variable that is not set."""
+    one = expanded(one)
     if "://" in one:
         return None if one.endswith(".tar") or glob.has_magic(one) else Url(one.rstrip("/"))
     return Path(one) if Path(one).is_dir() else None
@@ -146,6 +148,7 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
+@door
 def main() -> None:
     options = _arguments()
     try:

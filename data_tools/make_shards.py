@@ -33,6 +33,7 @@ from data_tools.imagenet import imagenet
 from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
 from dnal_dist.common.cores import cores
+from dnal_dist.common.door import door
 from dnal_dist.common.paths import argument
 
 MORE = {
@@ -50,6 +51,7 @@ MORE = {
 """The text of --help for each kind."""
 
 
+@door
 def main() -> None:
     make, options = _arguments()
     folder = options["folder"]

@@ -31,6 +31,7 @@ from data_tools.findings import Finding
 from data_tools.index import add_common_arguments, find, folder_of, form_of, survey
 from data_tools.make_shards import count
 from data_tools.survey import Survey, unread_line
+from dnal_dist.common.door import door
 from dnal_dist.common.paths import argument
 from dnal_dist.data.classes import are_numbers, class_names, conflicts
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
@@ -75,6 +76,7 @@ def _classes(names: dict[str, list[str]]) -> list[str] | None:
     return given[0] if given else max(names.values(), key=len, default=None)
 
 
+@door
 def main() -> None:
     options = _arguments()
     try:

@@ -8,6 +8,8 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dnal_dist.common.paths import expanded
+
 SITE = Path("~/.config/dnal_dist/slurm.yaml")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d\d):(\d\d)")
 
@@ -116,7 +118,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def read(args: argparse.Namespace) -> Options:
     """The options of the command line and the site's file. Raises ValueError, naming the file or the option."""
-    path = Path(args.site) if args.site else SITE.expanduser()
+    path = Path(expanded(args.site)) if args.site else SITE.expanduser()
     found = {}
     if args.site or path.exists():
         try:

@@ -8,6 +8,7 @@ from string import Template
 import yaml
 from options import Options
 
+from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import printable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +107,7 @@ def _launcher(options: Options) -> list[str]:
 
 def config_file(options: Options) -> Path:
     """Path of the Accelerate config; those that ship with the project are found from any folder."""
-    own = Path(options.config_file).absolute()
+    own = Path(expanded(options.config_file)).absolute()
     shipped = ROOT / options.config_file
     return shipped if shipped.exists() and not own.exists() else own
 

@@ -29,6 +29,7 @@ from sweep import Member
 
 from dnal_dist import recipe
 from dnal_dist.common.commands import output_of
+from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.report.records import MOST_RECORDS
@@ -37,6 +38,7 @@ from dnal_dist.report.run_list import jobs_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@door
 def main() -> None:
     args = _arguments()
     try:

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dnal_dist import recipe as recipes
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
+from dnal_dist.common.paths import expanded
 from dnal_dist.recipe import Recipe
+from dnal_dist.recipe.schema import Place
 
 # Runs of one sweep; SLURM's arrays hold 1,000 tasks unless the site allows more.
 MOST = 1000
@@ -37,7 +39,7 @@ class Sweep(BaseModel):
 
     recipe: str
     """File of the recipe."""
-    output: str = Field(min_length=1)
+    output: Place
     """Folder of the run folders, each named after its values."""
     vary: dict[str, list[str]] = Field(min_length=1)
     """Keys of the recipe, each with its values; every combination is a run."""
@@ -49,8 +51,12 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest. overrides: of all runs.
     Raises InputError."""
     try:
+        path = expanded(path)
+    except ValueError as error:
+        raise InputError(f"--sweep {error}") from None
+    try:
         # As text: each value becomes an override of the recipe.
-        sweep = Sweep.model_validate(yaml.load(read_regular(Path(path), 1 << 20).decode(), yaml.BaseLoader))
+        sweep = Sweep.model_validate(yaml.load(read_regular(Path(path), 1 << 16).decode(), yaml.BaseLoader))
     except FileNotFoundError:
         raise InputError(f"{path}: no such sweep; those of the project are in recipes/sweeps/") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:

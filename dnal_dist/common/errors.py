@@ -10,12 +10,13 @@ CREDENTIALS = (
     "credentials come from the environment, ~/.aws, a netrc file or GOOGLE_APPLICATION_CREDENTIALS; an S3 endpoint from "
     "AWS_ENDPOINT_URL, and FSSPEC_S3_ANON=true goes without credentials"
 )
+# Runs are bounded, so that a long text takes no longer than its length.
 # user:password@ of a URL or of host:/path, with or without a scheme; and a query string with values, where signatures travel.
 _USER = re.compile(
-    r"(?<=//)(?:[^\s/'\"]*@|[^\s/'\":]*:(?!\d+/)[^\s'\"]*@)"
-    r"|(?<![^\s'\"=(\[{,])[^\s/'\"=(\[{,:]+:(?!//)[^\s'\"@]+@(?=[\w.-])"
+    r"(?<=//)(?:[^\s/'\"]{0,2048}@|[^\s/'\":]{0,2048}:(?!\d+/)[^\s'\"]{0,2048}@)"
+    r"|(?<![^\s'\"=(\[{,])[^\s/'\"=(\[{,:]{1,2048}:(?!//)[^\s'\"@]{1,2048}@(?=[\w.-])"
 )
-_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*=[^\s'\",;)\]]*")
+_QUERY = re.compile(r"(://[^\s'\"?]{0,2048})\?[^\s'\"]{0,2048}=[^\s'\",;)\]]*")
 
 
 class InputError(ValueError):

@@ -75,9 +75,9 @@ def check_launched() -> None:
     left = [name for name, harmless in alone.items() if os.environ.get(name, harmless) != harmless]
     if "LOCAL_RANK" in os.environ:
         left.append("LOCAL_RANK")
-    missing = "MASTER_ADDR"
-    if missing in os.environ:
-        left = []
+    # A launcher sets all of these; one that is missing would be waited for.
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE") if name not in os.environ]
+    left, missing = (left, lacking[0]) if lacking else ([], "")
     if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         on = [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if _is_on(name)]
         left, missing = (on, "ACCELERATE_MIXED_PRECISION") if on else (left, missing)

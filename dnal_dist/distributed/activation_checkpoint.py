@@ -19,11 +19,11 @@ def checkpoint_activations(network: nn.Module) -> None:
     def within(forward: Callable, modules: Sequence[nn.Module]) -> Callable:
         contexts = functools.partial(_first_and_again, modules)
 
-        def run(*args):
+        def run(*args, **kwargs):
             # Without a gradient to come there is nothing to compute again.
-            return (
-                checkpoint(forward, *args, use_reentrant=False, context_fn=contexts) if torch.is_grad_enabled() else forward(*args)
-            )
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
         return run
 

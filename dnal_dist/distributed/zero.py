@@ -24,6 +24,8 @@ class Zero(Trained):
         if self.options.device.type == "cpu":
             # An operation for inference that it would compile with g++ for a minute, and that training does not use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if frozen := [name for name, p in self.module.named_parameters() if not p.requires_grad]:
+            raise InputError(f"ZeRO cannot hold {frozen[0]}, which does not train; use DDP or FSDP2, or a network without it")
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
         optimizer = SGD(self.module.parameters(), **self.settings)

@@ -228,7 +228,7 @@ def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> 
         rows.append(
             {
                 "layer": layer.path,
-                "site": layer.site if layer.gated else None,
+                "site": layer.site if layer.gated or net.streams(image_size) is not None else None,
                 "inputs": [outputs if is_depthwise(module) else inputs * layer.spread, full_in],
                 "outputs": [outputs, full_out],
                 "macs": macs,

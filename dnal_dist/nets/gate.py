@@ -191,8 +191,10 @@ def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...]
     `.ungated` says what else stays whole, and why. Raises InputError if the module cannot be read or has no channel to close, or if
     the compact network of a random mask differs from the network with those gates closed.
     """
-    if example.dim() != 4 or example.shape[1] != 3 or not example.is_floating_point():
-        raise InputError(f"the example must be images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
+    if not isinstance(example, Tensor):
+        raise InputError(f"the example must be images (n, 3, H, W), not a {type(example).__name__}")
+    if example.dim() != 4 or example.shape[1] != 3 or example.shape[2] != example.shape[3] or not example.is_floating_point():
+        raise InputError(f"the example must be square images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
     paths = {path for path, _ in module.named_modules()}
     if isinstance(ignore, str) or (unknown := [path for path in ignore if path not in paths]):
         raise InputError(f"`ignore` is a list of module paths; there is no {ignore if isinstance(ignore, str) else unknown[0]!r}")
@@ -248,11 +250,13 @@ def _streams(network: "AnyNetwork") -> Streams:
     graph, gate_of = network.graph, network.gate_of
     known: dict[tuple[int, ...], int] = {}
 
-    def stream(labels: Tensor | None) -> int:
-        own = (network.num_gates,) if labels is None else tuple(gate_of[labels].tolist())
-        return known.setdefault(own, len(known))
+    def of_gates(gates: Tensor) -> int:
+        return known.setdefault(tuple(gates.tolist()), len(known))
 
-    one, rows = stream(None), []
+    def stream(labels: Tensor) -> int:
+        return of_gates(gate_of[labels])
+
+    one, rows = of_gates(torch.tensor([network.num_gates])), []
     layers = {layer.path: i for i, layer in enumerate(graph.layers.values())}
     norms = {norm: layers[layer] for layer, norm in graph.norms.items()}
     for i, layer in enumerate(graph.layers.values()):
@@ -263,11 +267,17 @@ def _streams(network: "AnyNetwork") -> Streams:
         rows.append((i, factor, stream(layer.outputs), inputs, layer.positions, layer.positions))
     for name, parameter in network.named_parameters():
         path, _, own = name.rpartition(".")
-        if name not in graph.reached or (path in layers and own != "bias"):
+        # Of a layer its bias is left; what its weight is computed from is not in the compact network.
+        within = any(name.startswith(f"{layer}.") for layer in layers)
+        if name not in graph.reached or (within and (path not in layers or own != "bias")):
             continue
-        cut = [labels if labels.dim() == 1 else labels[:, 0] for labels in graph.tensors.get(name, {}).values()][:2]
-        factor = parameter.numel() / math.prod([len(labels) for labels in cut])
-        a, b = ([stream(labels) for labels in cut] + [one, one])[:2]
+        held = (gate_of[labels] for labels in graph.tensors.get(name, {}).values())
+        held = (
+            gates if gates.dim() == 1 else gates[:, 0] for gates in held if gates.dim() == 1 or bool((gates == gates[:, :1]).all())
+        )
+        cut = [gates for gates in held if bool((gates < network.num_gates).any())][:2]
+        factor = parameter.numel() / math.prod([len(gates) for gates in cut])
+        a, b = ([of_gates(gates) for gates in cut] + [one, one])[:2]
         i = layers.get(path, norms.get(path, len(layers) - 1))
         # Of a BatchNorm's two vectors one is counted, as the paper does.
         rows.append((i, factor, a, b, 0, int(own == "bias")))

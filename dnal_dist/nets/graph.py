@@ -100,9 +100,14 @@ class Graph:
     def __init__(self, program: torch.export.ExportedProgram, module: nn.Module, rules: dict[str, "Rule"]):
         self.rules, self.nodes = rules, list(program.graph.nodes)
         self.kinds = {path: type(m) for path, m in module.named_modules()}
+        # What has several names goes by its first.
+        self.paths = _first_names(module.named_modules(remove_duplicate=False))
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        firsts = _first_names(tensors)
         signature = program.graph_signature
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.names |= dict(signature.inputs_to_lifted_tensor_constants)
+        self.names = {node: firsts.get(name, name) for node, name in self.names.items()}
         self.constants = dict(program.constants)
         self.reached = {self.names[node.name] for node in self.nodes if node.users and node.name in self.names}
         """Parameters and buffers that images reach."""
@@ -201,7 +206,13 @@ class Graph:
     def where(self, node) -> str:
         """The module that `node` belongs to."""
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        return stack[-1][0] if stack else ""
+        return self.paths.get(stack[-1][0], stack[-1][0]) if stack else ""
+
+    def hold(self, name: str, dims: dict[int, Tensor]) -> None:
+        """The parameter or buffer `name` is cut by these labels along its dimensions, wherever it is used."""
+        before = self.tensors.setdefault(name, dims)
+        for dim in before.keys() & dims.keys():
+            self.classes.unite(before[dim], dims[dim])
 
 
 def name_of(node) -> str:
@@ -211,6 +222,11 @@ def name_of(node) -> str:
 
 def _without_rule(graph: Graph, node) -> Value | list[Value]:
     return graph.unknown(node, f"no rule is known for {name_of(node)} in {graph.where(node) or 'the network'}")
+
+
+def _first_names(named: Iterable[tuple[str, object]]) -> dict[str, str]:
+    found: dict[int, str] = {}
+    return {name: found.setdefault(id(one), name) for name, one in named}
 
 
 def squeezed(labels: Tensor) -> Tensor:
@@ -232,13 +248,13 @@ def read(module: nn.Module, example: Tensor, rules: dict[str, Rule]) -> Graph:
     try:
         with torch.no_grad():
             program = torch.export.export(module.eval(), (example,), strict=False)
+        _inline(program)
+        return Graph(program, module, rules)
     except Exception as error:
         raise InputError(f"{type(module).__name__} cannot be read: {_first_line(error)}{_their_line(error)}") from None
     finally:
         for m, was in training.items():
             m.training = was
-    _inline(program)
-    return Graph(program, module, rules)
 
 
 def _inline(program: torch.export.ExportedProgram) -> None:

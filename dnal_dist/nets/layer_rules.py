@@ -22,6 +22,8 @@ def conv(graph: Graph, node) -> Value:
     x, path = graph.value(node.args[0]), graph.where(node)
     groups = argument_of(node, "groups", 1)
     weight = graph.tensor_of(node.args[1])
+    if weight is None and node.args[1] in graph.values:
+        return graph.unknown(node, f"the weight of {path} depends on the image")
     if not issubclass(graph.kinds[path], nn.Conv2d) or x is None or (inputs := x.along(1)) is None:
         return graph.unknown(node, f"{path or 'the network'} convolves what no nn.Conv2d of it holds")
     size_out, per_group, *_ = node.args[1].meta["val"].shape
@@ -48,9 +50,9 @@ def conv(graph: Graph, node) -> Value:
     graph.layers[path] = Weighted(path, inputs, outputs, groups, whole, positions, weight is None)
     graph.points[path] = outputs
     if weight is not None:
-        graph.tensors[weight] = {0: outputs} if groups > 1 and whole else {0: outputs, 1: inputs[:per_group]}
+        graph.hold(weight, {0: outputs} if groups > 1 and whole else {0: outputs, 1: inputs[:per_group]})
     if (bias := graph.tensor_of(argument_of(node, "bias"))) is not None:
-        graph.tensors[bias] = {0: outputs}
+        graph.hold(bias, {0: outputs})
     return graph.out(node, outputs.view(1, -1, 1, 1), {path})
 
 
@@ -66,9 +68,9 @@ def linear(graph: Graph, node) -> Value:
         positions += graph.layers[path].positions
     graph.layers[path] = Weighted(path, inputs, outputs, 1, False, positions, False)
     graph.points[path] = outputs
-    graph.tensors[weight] = {0: outputs, 1: inputs}
+    graph.hold(weight, {0: outputs, 1: inputs})
     if (bias := graph.tensor_of(argument_of(node, "bias"))) is not None:
-        graph.tensors[bias] = {0: outputs}
+        graph.hold(bias, {0: outputs})
     shape = node.meta["val"].shape
     return graph.out(node, outputs.view(*(1,) * (len(shape) - 1), -1), {path})
 
@@ -79,7 +81,7 @@ def batch_norm(graph: Graph, node) -> Value:
     if x is None or (labels := x.along(1)) is None or not issubclass(graph.kinds[path], _BatchNorm):
         return graph.unknown(node, f"{path or 'the network'} normalises what no BatchNorm of it holds")
     for name in tensors:
-        graph.tensors[name] = {0: labels}
+        graph.hold(name, {0: labels})
     if (before := graph.where(node.args[0])) in graph.layers:
         graph.norms[before] = path
     if path in graph.points:
@@ -94,5 +96,5 @@ def prelu(graph: Graph, node) -> Value:
     if slope is None or labels is None:
         return graph.unknown(node, "prelu without a parameter of the network")
     if math.prod(node.args[1].meta["val"].shape) > 1:
-        graph.tensors[slope] = {0: labels}
+        graph.hold(slope, {0: labels})
     return graph.out(node, x.labels, x.gates)

@@ -53,6 +53,7 @@ def _torchvision(name: str, library: str, own: str, arguments: dict):
     if own in ("googlenet", "inception_v3"):
         arguments.setdefault("aux_logits", False)
         arguments.setdefault("init_weights", False)
+        arguments.setdefault("transform_input", True)  # as their published weights expect
     elif "aux_logits" in known:
         arguments.setdefault("aux_logits", False)
     return builder

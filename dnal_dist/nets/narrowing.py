@@ -162,13 +162,15 @@ class Narrowing:
 
     def _of_images(self, node) -> bool:
         """Whether the first dimension is the images': a tensor made of parameters alone has none."""
-        if node not in self._depends:
-            self._depends[node] = node is self.images or any(self._of_images(n) for n in node.all_input_nodes)
-        return self._depends[node]
+        return node in self._depends
 
     @functools.cached_property
-    def _depends(self) -> dict:
-        return {}
+    def _depends(self) -> set:
+        found = {self.images}
+        for node in self.graph.nodes:
+            if found & set(node.all_input_nodes):
+                found.add(node)
+        return found
 
 
 def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
