@@ -55,7 +55,7 @@ def test_a_configuration_of_deepspeeds_own_is_heeded(monkeypatch, tmp_path):
     assert (found.backend, found.dtype, found.accumulation) == ("zero2", torch.bfloat16, 4)
 
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "PMI_SIZE", "PMI_RANK", "ACCELERATE_MIXED_PRECISION")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "PMI_SIZE", "PMI_
         ({"RANK": "1", "PMI_SIZE": "4"}, "PMI_SIZE=4, RANK=1 is set"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is set, as a launcher does, but no ACCELERATE_MIXED"),
         ({"WORLD_SIZE": "1", "RANK": "0", "PMI_SIZE": "1", "PMI_RANK": "0"}, None),
-        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, None),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE=2 is set, as a launcher does, but no MASTER_PORT"),
         ({}, None),
     ],
 )
