@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--audit", metavar="RUN", type=argument, required=True, help="check a run's receipts against its shards")
     args = parser.parse_args()
     # Torch is imported when the arguments have been parsed.
-    from dnal_dist.data.audit import audit
+    from dnal_dist.training.audit import audit
 
     sys.exit(audit(args.audit))
 

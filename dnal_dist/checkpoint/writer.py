@@ -16,8 +16,6 @@ from dnal_dist.common.span import spanned
 
 # How often a run that ends tries to write its last checkpoint, and seconds between the tries.
 TRIES, BETWEEN = 3, 1.0
-# Text that all warnings about a failed checkpoint contain.
-UNWRITTEN = "checkpoint cannot be written"
 
 
 class Writer:
@@ -127,7 +125,7 @@ class Writer:
             )
         why, todo = reason(error), remedy(error)
         minutes, limit = (time.monotonic() - self.safe) / 60, self.settings.give_up_hours
-        failure = f"{self.folder}: {UNWRITTEN} ({why})"
+        failure = f"{self.folder}: checkpoint cannot be written ({why})"
         if minutes > 60 * limit:
             raise InputError(
                 f"{failure}, and the last good one is {minutes:.0f} minutes old, more than checkpoint.give_up_hours={limit:g} "

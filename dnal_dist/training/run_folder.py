@@ -12,13 +12,13 @@ from typing import NamedTuple
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint
-from dnal_dist.checkpoint.writer import UNWRITTEN
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.lock import WITHOUT_LOCKS, Lock
 from dnal_dist.common.span import spanned
 from dnal_dist.data import loader
 from dnal_dist.distributed.context import Context
+from dnal_dist.report import records
 
 # What a run writes into its folder, and all that --overwrite removes from it. The last exists from start to end: a folder without
 # it holds no run, whatever else is in it.
@@ -192,16 +192,11 @@ def _start_again(folder: Path, products: list[str], settings: recipe.Recipe, all
     """The warning about a run that ended before its first checkpoint and starts again. Raises InputError if work would be lost."""
     if "compact" in products:
         raise InputError(f"key 'output': {folder} holds a run without a checkpoint to resume from; {REMEDY}")
-    records = _checkpoint_records(folder)
     # The one at step 0 costs no work.
-    if any(r.get("kind") == "checkpoint" and r.get("global_step") != 0 for r in records):
-        if _none_written(records):
-            raise InputError(
-                f"key 'output': none of the checkpoints of {folder} could be written, see the warnings in its metrics.jsonl; "
-                f"make room, and {REMEDY}"
-            )
+    if any(record.get("global_step") != 0 for record in _records(folder, "checkpoint")):
         raise InputError(
-            f"key 'output': the checkpoints of {folder} are gone, but its metrics.jsonl names some; put them back, or {REMEDY}"
+            f"key 'output': the checkpoints of {folder} are gone, or none could be written, but its metrics.jsonl names some (its "
+            f"warnings say which); put them back, or make room, and {REMEDY}"
         )
     try:
         old = recipe.load(folder / "recipe.yaml")
@@ -211,21 +206,12 @@ def _start_again(folder: Path, products: list[str], settings: recipe.Recipe, all
     return [f"{folder}: the run ended before its first checkpoint; it starts again"]
 
 
-def _checkpoint_records(folder: Path) -> list[dict]:
-    """The records about checkpoints: starts, checkpoints and warnings."""
-    found = []
-    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open(errors="replace") as lines:
-        for line in lines:
-            if any(f'"kind": "{kind}"' in line for kind in ("start", "checkpoint", "warning")):
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict)]
-
-
-def _none_written(records: list[dict]) -> bool:
-    # A checkpoint's record has the size of the one before, if that was written; a run that resumed had one.
-    written = any("bytes" in record or record.get("resumed") for record in records)
-    return not written and any(UNWRITTEN in str(record.get("message")) for record in records)
+def _records(folder: Path, kind: str) -> list[dict]:
+    """A run's records of a kind; none if nothing of metrics.jsonl can be read."""
+    try:
+        return records.load(folder).of(kind)
+    except InputError:
+        return []
 
 
 def _set_aside(path: Path, fault: str) -> str:

@@ -12,8 +12,8 @@ from faulty import png, samples, write_index, write_tar
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
-from dnal_dist.data.audit import Taken, audit
 from dnal_dist.data.receipts import Receipt, tally, without
+from dnal_dist.training.audit import Taken, audit
 
 SHORT = ("phases.pretrain.steps=35", "phases.search.epochs=1", "phases.finetune.steps=40")
 SHORT += ("tracking.tracker=none", "data.global_batch=48", "tracking.plots=false", "architecture.recalibration_batches=2")

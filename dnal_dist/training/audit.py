@@ -1,6 +1,5 @@
 """Does a run's record prove that every epoch had each sample once, in the order that its seed and number give?"""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.receipts import tally
 from dnal_dist.data.shards import Shards
+from dnal_dist.report import records
 
-TYPES = {"epoch": int, "batches": int, "samples": int, "digest": str, "ordered": str, "skipped": list}
+KEYS = ("epoch", "batches", "samples", "digest", "ordered", "skipped")
 
 
 class Taken(NamedTuple):
@@ -44,9 +44,8 @@ def audit(run: Path) -> int:
     for epoch, receipt in enumerate(track(receipts, "checking epochs", **bar)):
         fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, order)
         faults += bool(fault)
-        numbers = (str(receipt[key]) for key in ("epoch", "batches", "samples"))
-        told = f"[red]{escape(fault)}" if fault else "each sample once, in its turn"
-        table.add_row(*numbers, str(len(receipt["skipped"])), told)
+        numbers = (str(number) for number in (epoch, receipt["batches"], receipt["samples"], len(receipt["skipped"])))
+        table.add_row(*numbers, f"[red]{escape(fault)}" if fault else "each sample once, in its turn")
     console.print(table)
     _tell_skipped(console, receipts)
     covered = (len(receipts) - 1) * per_epoch + receipts[-1]["batches"]
@@ -62,22 +61,14 @@ def audit(run: Path) -> int:
 
 def _read(run: Path) -> tuple[list[dict], int, bool]:
     """A run's receipts, oldest first, the number of iterations that its record tells of, and whether it has ended."""
-    path = run / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        receipts, last = (
-            [one for one in records if one["kind"] == "receipt"],
-            max((one["global_step"] for one in records), default=0),
-        )
-        if not all(isinstance(one.get(key), kind) for one in receipts for key, kind in TYPES.items()) or not isinstance(last, int):
-            raise ValueError("a receipt that is none")
-        if not all(
-            isinstance(line, list) and len(line) == 5 and isinstance(line[0], int) for one in receipts for line in one["skipped"]
-        ):
-            raise ValueError("a receipt of what was skipped that is none")
-        return receipts, last, any(one["kind"] == "end" for one in records)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a run's record ({error}); name a run folder") from None
+    found = records.load(run)
+    receipts = found.of("receipt", has=KEYS)
+    rows = [row for one in receipts for row in one["skipped"]]
+    whole = len(receipts) == len(found.of("receipt")) and all(len(row) == 5 and isinstance(row[0], int) for row in rows)
+    if found.faults or not whole:
+        why = found.faults or "a receipt that is none"
+        raise InputError(f"{run / 'metrics.jsonl'}: not a run's record ({why}); name a run folder")
+    return receipts, max(one.get("global_step", 0) for one in found.records), bool(found.last("end"))
 
 
 def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], order: GlobalOrder) -> str:
