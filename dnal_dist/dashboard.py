@@ -14,7 +14,7 @@ import importlib.util
 import json
 
 from dnal_dist.common.door import door
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 
 
@@ -52,8 +52,8 @@ def _save(view) -> None:
     try:
         view.save()
     except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"W&B did not take the view ({why}); see that {view.entity}/{view.project} exists and is yours") from None
+        why = f"W&B did not take the view ({reason(error)})"
+        raise InputError(f"{why}; see that {view.entity}/{view.project} exists and is yours") from None
     print(view.url)
 
 

@@ -44,10 +44,10 @@ def without_secrets(words: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of an exception on one line: what the system says, and of which file."""
+    """The message of an exception as one line that a terminal may show: what the system says, and of which file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return text.printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def remedy(error: BaseException) -> str:

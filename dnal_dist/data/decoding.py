@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dnal_dist.data.tar import one_line
+from dnal_dist.common.errors import reason
 
 # As Pillow calls them. To it a JPEG with further images behind it, as phones and stereo cameras make them, is an MPO.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -170,7 +170,7 @@ def opened(encoded: bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise ImageError(f"it is no image of the kinds {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # of many kinds: each of Pillow's readers has its own
-        raise ImageError(one_line(error)) from None
+        raise ImageError(reason(error)) from None
     finally:
         Image.MAX_IMAGE_PIXELS = most
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from dnal_dist import recipe
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.data import nvjpeg, receipts
 from dnal_dist.data.downloads import prefetcher
 from dnal_dist.data.images import Geometry, Transform
@@ -30,7 +30,6 @@ from dnal_dist.data.prefetch import Prefetcher
 from dnal_dist.data.remote import RemoteError
 from dnal_dist.data.samples import Fault
 from dnal_dist.data.shards import Origin, Shards
-from dnal_dist.data.tar import one_line
 from dnal_dist.recipe import Data
 
 
@@ -108,7 +107,7 @@ class Decoder:
             pixels = self.transform.render(item.image, header, geometry)
             return item._replace(image=pixels, geometry=geometry, alpha=header.alpha)
         except Exception as error:  # ImageError, and whatever else an image may do to a decoder
-            return Item(item.place, item.origin.fault(one_line(error)))
+            return Item(item.place, item.origin.fault(reason(error)))
 
 
 class Batches:

@@ -11,7 +11,8 @@ import tarfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dnal_dist.data.tar import key_of, members, one_line, shown
+from dnal_dist.common.errors import reason
+from dnal_dist.data.tar import key_of, members, shown
 
 # In lower case; an image is what its content says, whatever its extension.
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
@@ -129,7 +130,7 @@ def parse(chunk: bytes, form: SampleFormat = ANY_FORMAT) -> Sample:
     try:
         return _parsed(chunk, form, unread, keys)
     except Exception as error:  # of many kinds, where a header means harm
-        fault = error if isinstance(error, Fault) else Fault(f"its tar header is damaged ({one_line(error)})")
+        fault = error if isinstance(error, Fault) else Fault(f"its tar header is damaged ({reason(error)})")
     fault.key, fault.unread = shown(keys[0] if keys else None), set(unread)
     raise fault from None
 

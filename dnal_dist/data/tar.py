@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from dnal_dist.common.text import printable
+from dnal_dist.common import errors
 
 BLOCK = tarfile.BLOCKSIZE
 # First bytes of what compresses a tar, and what undoes it.
@@ -75,13 +75,8 @@ def _walk(file: BinaryIO, size: int) -> Iterator[tuple[int, str | None, int, str
                 reason = ""
             return
         except Exception as error:  # of many kinds, where a header means harm
-            reason = one_line(error)
+            reason = errors.reason(error)
             at = _padded(max(at + 1, min(file.tell(), size)))
-
-
-def one_line(error: Exception) -> str:
-    """What a library says of a fault, as one short line that a terminal may show."""
-    return printable(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def _is_padding(file: BinaryIO, begin: int, end: int) -> bool:

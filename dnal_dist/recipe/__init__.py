@@ -23,6 +23,7 @@ from dnal_dist.recipe.schema import (
     Recipe,
     Tracking,
     Training,
+    flat,
     free_keys,
     is_free,
 )  # fmt: skip
@@ -30,5 +31,5 @@ from dnal_dist.recipe.schema import (
 __all__ = [
     "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase",
     "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "faults",
-    "free_keys", "is_free", "load",
+    "flat", "free_keys", "is_free", "load",
 ]  # fmt: skip

@@ -229,3 +229,11 @@ def is_free(key: str, free: set[str]) -> bool:
     """Whether the dotted `key`, or a section that it is in, is one of `free`."""
     parts = key.split(".")
     return any(".".join(parts[:number]) in free for number in range(1, len(parts) + 1))
+
+
+def flat(tree: dict, head: str = "") -> dict[str, object]:
+    """The values of a recipe, or of a part of one, by their dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{head}{key}.") if isinstance(value, dict) else {f"{head}{key}": value}
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.files import read_regular
 from dnal_dist.common.text import percent, printable
 
@@ -105,7 +105,7 @@ def _recipe(path: Path, text: str) -> dict:
         tree = _plain(yaml.load(text, _Loader))
     except Exception as error:
         # A value such as 2020-99-99 may raise anything.
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:300]}); mend it or move it away") from None
+        raise InputError(f"{path}: not valid YAML ({reason(error)}); mend it or move it away") from None
     return tree if isinstance(tree, dict) else {}
 
 

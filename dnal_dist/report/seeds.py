@@ -17,7 +17,7 @@ def settings(run: Run) -> dict[str, object]:
     lacked, the FACTS of its last start, and under CHANGED its `changes`, if any. Empty without a recipe."""
     from pydantic import ValidationError
 
-    from dnal_dist.recipe import Recipe, free_keys, is_free
+    from dnal_dist.recipe import Recipe, flat, free_keys, is_free
 
     if not run.recipe:
         return {}
@@ -26,7 +26,7 @@ def settings(run: Run) -> dict[str, object]:
     except ValidationError:
         tree = run.recipe
     free = free_keys("setting")
-    found = {key: value for key, value in _flat(tree) if not is_free(key, free)}
+    found = {key: value for key, value in flat(tree).items() if not is_free(key, free)}
     start = run.last("start")
     found |= {key: start[key] for key in FACTS if key in start}
     return found | ({CHANGED: "; ".join(changed)} if (changed := changes(run)) else {})
@@ -49,13 +49,6 @@ def setting_of(run: Run) -> str:
     another one; nor is one that was changed on the way."""
     own = settings(run)
     return json.dumps(own, sort_keys=True) if own and CHANGED not in own else str(run.folder.resolve())
-
-
-def _flat(tree: dict, above: str = "") -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{above}{key}.") if isinstance(value, dict) else [(f"{above}{key}", value)]
-    return pairs
 
 
 def value_text(value: object) -> str:

@@ -5,6 +5,8 @@ import queue
 import threading
 import time
 
+from dnal_dist.common.errors import reason
+
 # Records that may wait for a tracker; beyond these, records are left out there.
 WAITING = 1000
 # Seconds that a run waits for its tracker to start.
@@ -13,10 +15,6 @@ START_SECONDS = 20.0
 
 # What a tracker's library raises for a value or a name that it does not take; anything else is the tracker's own end.
 REFUSALS = (ValueError, TypeError, LookupError)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Sender:
@@ -83,7 +81,7 @@ class Sender:
         except REFUSALS as error:
             self.refused += 1
             if self.refused == 1:
-                self.faults.append(f"refused an item, and is sent the others ({one_line(error)})")
+                self.faults.append(f"refused an item, and is sent the others ({reason(error)})")
 
     def _try(self, fault: str, function, *arguments) -> None:
         try:
@@ -92,5 +90,5 @@ class Sender:
         except Exception as error:
             # An error after giving up has that as its cause.
             if not self._failed:
-                self.faults.append(f"{fault} ({one_line(error)})")
+                self.faults.append(f"{fault} ({reason(error)})")
             self._failed = True

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dnal_dist.common.errors import reason
 from dnal_dist.distributed.context import Context
-from dnal_dist.tracking.background import one_line
 from dnal_dist.tracking.values import outcome, sent, shown_name
 
 # Seconds that W&B tries to start; fewer than a run waits for it (background.START_SECONDS).
@@ -99,7 +99,7 @@ class Wandb:
             self.give_up()
             self._teardown()
             self._begin("offline")
-            remark = f"cannot be reached and runs offline, send the run later by `wandb sync` ({one_line(error)})"
+            remark = f"cannot be reached and runs offline, send the run later by `wandb sync` ({reason(error)})"
         # W&B's own step only grows, but a resumed run takes some steps again.
         self.run.define_metric("global_step", hidden=True)
         self.run.define_metric("*", step_metric="global_step")

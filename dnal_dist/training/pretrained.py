@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedBatchNorm, GatedNetwork
 from dnal_dist.nets.libraries import make
@@ -100,7 +100,7 @@ def _read(settings: Recipe) -> Source:
     try:
         return Source(load_file(path), str(path), [])
     except Exception as error:  # what a damaged file makes of its reader is not known beforehand
-        raise InputError(f"{KEY}: {path} cannot be read ({_line(error)}); give a whole .safetensors file") from None
+        raise InputError(f"{KEY}: {path} cannot be read ({reason(error)}); give a whole .safetensors file") from None
 
 
 def _published(name: str, model: str) -> Source:
@@ -126,7 +126,7 @@ def _published(name: str, model: str) -> Source:
             # Its own words may be advice to load the file without care.
             why = f"{file} is not the file that torchvision published ({type(error).__name__}); remove it"
         else:
-            why = f"{weights.url} cannot be downloaded ({_line(error)}); put it as {file.name} into {file.parent}"
+            why = f"{weights.url} cannot be downloaded ({reason(error)}); put it as {file.name} into {file.parent}"
         raise InputError(f"{KEY}: {why}") from None
     # Auxiliary classifiers belong to another way of training.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2.", "AuxLogits."))}
@@ -142,7 +142,7 @@ def _of_timm(source: str, model: NetworkSettings) -> Source:
     except InputError:
         raise
     except Exception as error:  # whatever comes of a download
-        raise InputError(f"{KEY}: the weights of {source} cannot be downloaded ({_line(error)})") from None
+        raise InputError(f"{KEY}: the weights of {source} cannot be downloaded ({reason(error)})") from None
     return Source(network.state_dict(), source, [])
 
 
@@ -217,11 +217,6 @@ def _without_prefixes(source: Source, known: Set[str]) -> Source:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _line(error: Exception) -> str:
-    """The message of an exception, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _passing(network: GatedNetwork, names: set[str]) -> dict[str, Tensor]:

@@ -230,7 +230,7 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
     with contextlib.suppress(ValueError):
         # A key that came with a later release had its default.
         old = recipe.Recipe.model_validate_json(json.dumps(old)).model_dump(mode="json")
-    before, after = _flat(old), _flat(settings.model_dump(mode="json"))
+    before, after = recipe.flat(old), recipe.flat(settings.model_dump(mode="json"))
     changed = {key: [before.get(key), after.get(key)] for key in before | after if before.get(key) != after.get(key)}
     free = recipe.free_keys("resume")
     changed = {key: values for key, values in changed.items() if not recipe.is_free(key, free)}
@@ -248,10 +248,3 @@ def _changed(folder: Path, old: dict, settings: recipe.Recipe, allowed: Sequence
             f"undo that, or name another output=..., or remove the folder (outside of SLURM: {options})"
         )
     return changed
-
-
-def _flat(tree: dict, head: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{head}{key}.") if isinstance(value, dict) else {f"{head}{key}": value}
-    return flat

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.checkpoint.format import Checkpoint, RunState, name
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.nets import compact
@@ -108,10 +108,9 @@ def restore(run: Run, saved: Checkpoint) -> None:
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        why = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{run.folder}: the checkpoint of step {saved.state.global_step} does not fit the recipe or itself ({why}); undo what "
-            "changed, or remove the folder to start again (outside of SLURM: --overwrite)"
+            f"{run.folder}: the checkpoint of step {saved.state.global_step} does not fit the recipe or itself ({reason(error)}); "
+            "undo what changed, or remove the folder to start again (outside of SLURM: --overwrite)"
         ) from None
 
 
