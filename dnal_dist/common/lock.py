@@ -5,27 +5,15 @@ import os
 import time
 from pathlib import Path
 
+import psutil
+
 # Errors of file systems without locks: ENOTSUPP, which Linux has no name for in Python, is one of some network file systems.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, 524)
 
 # Where a lock that is held on another machine may not be seen on this one.
 _SHARED = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "smb",
-    "9p",
-    "afs",
-    "panfs",
-    "pvfs",
-    "orangefs",
-    "ocfs",
-    "gfs",
-    "fuse",
-)
+    "nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "9p", "afs", "panfs", "pvfs", "orangefs", "ocfs", "gfs", "fuse",
+)  # fmt: skip
 
 
 class Lock:
@@ -91,16 +79,7 @@ def is_shared(folder: Path) -> bool:
 
 def file_system(folder: Path) -> str:
     """The kind of the file system that `folder` is on: ext4, nfs4, ...; empty where that is not told."""
-    place, best = os.path.realpath(folder), ("", "")
-    try:
-        lines = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        _, mounted, kind, *_ = line.split(" ")
-        mounted = mounted.replace("\\040", " ")
-        inside = mounted == "/" or place == mounted or place.startswith(f"{mounted}/")
-        # The last of those with one name lies on top.
-        if inside and len(mounted) >= len(best[0]):
-            best = mounted, kind
-    return best[1]
+    # The last of those with one name lies on top.
+    kinds = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    place = Path(os.path.realpath(folder))
+    return next((kinds[above] for above in (place, *place.parents) if above in kinds), "")

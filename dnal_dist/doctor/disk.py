@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import tempfile
 import time
 from shutil import disk_usage
@@ -78,28 +77,17 @@ def saving(case: Case) -> Finding:
     # Beside rather than in it, where that is the same disk.
     parent = case.existing.parent
     beside = os.access(parent, os.W_OK) and parent.stat().st_dev == case.existing.stat().st_dev
-    folder, sample = case.folder_in(parent if beside else case.existing), _sample(case)
-    try:
-        begun = time.monotonic()
-        size = checkpoint.write(folder / "checkpoints", sample, Kept(1, 0))
-        seconds = time.monotonic() - begun
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = case.folder_in(parent if beside else case.existing)
+    state = RunState(phase="search", step=1, global_step=1, recipe=case.settings.model_dump(mode="json"))
+    # Random numbers, which no file system can compress.
+    sample = Checkpoint({"sample": torch.rand(min(case.checkpoint_bytes, MEASURED) // 4)}, state)
+    begun = time.monotonic()
+    size = checkpoint.write(folder / "checkpoints", sample, Kept(1, 0))
+    seconds = time.monotonic() - begun
     whole = size > 0.9 * case.checkpoint_bytes
     which = f"one of {short(size)}" if whole else f"{short(size)} of a checkpoint's {short(case.checkpoint_bytes)}"
     found = f"{which} took {seconds:.2f} s to write and to read back"
     return within_limits(case, seconds if whole else seconds * case.checkpoint_bytes / size, found)
-
-
-def _sample(case: Case) -> Checkpoint:
-    """A checkpoint of the search, at most MEASURED bytes, of random numbers that no file system can compress."""
-    tensors, size = {"alpha": torch.rand(case.network.num_gates)}, 0
-    for name, p in case.network.named_parameters():
-        for part in ("network", "momentum"):
-            rows = max(1, min(len(p), (MEASURED - size) * len(p) // (4 * p.numel())))
-            tensors[f"{part}.{name}"] = torch.rand(p.shape)[:rows]
-            size += 4 * tensors[f"{part}.{name}"].numel()
-    return Checkpoint(tensors, RunState(phase="search", step=1, global_step=1, recipe=case.settings.model_dump(mode="json")))
 
 
 def within_limits(case: Case, seconds: float, found: str) -> Finding:

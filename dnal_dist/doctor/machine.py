@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from dnal_dist.common.cores import cores as common_cores
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
+from dnal_dist.data import loader
 from dnal_dist.data.files import OPEN_SHARDS
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.doctor.network import CHECKOUT, gpu_facts
 
-# Batches that each loader prepares (torch's prefetch_factor), and file descriptors of each of them and of a loader itself.
-PREFETCHED, TENSORS, PIPES = 2, 6, 8
-# File descriptors of Python, torch and the trackers.
-OTHERS = 128
+# Batches that each loader prepares, torch's prefetch_factor.
+PREFETCHED = 2
 SHM = Path("/dev/shm")
 BUSY_GPU = 1 << 30
 
@@ -88,8 +88,8 @@ def open_files(case: Case) -> Finding:
     shards = [min(OPEN_SHARDS, len(split.paths)) for split in case.usable]
     workers = case.settings.data.workers
     # The main process has the descriptors of the prefetched batches of both splits; without loaders, the shards.
-    main = OTHERS + 2 * workers * (PREFETCHED * TENSORS + PIPES) + (0 if workers else sum(shards))
-    needed = max(main, OTHERS + max(shards, default=OPEN_SHARDS))
+    main = loader.OTHERS + loader.EACH * workers + (0 if workers else sum(shards))
+    needed = max(main, loader.OTHERS + max(shards, default=OPEN_SHARDS))
     if soft == resource.RLIM_INFINITY:
         return passes(f"no limit, and one process of this run may need {needed}")
     found = f"a process may open {soft} files at a time, and one of this run may need {needed}"
@@ -120,9 +120,8 @@ def shared_memory(case: Case) -> Finding:
 
 
 def cores(case: Case) -> Finding:
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    here = min(here, int(allowed)) if allowed.isdigit() else here
+    here = min(common_cores(), int(allowed)) if allowed.isdigit() else common_cores()
     workers, wanted = case.settings.data.workers, case.processes * (1 + case.settings.data.workers)
     found = f"{many(here, 'core')} here; on a node, {case.processes} training {'process' if case.processes == 1 else 'processes'} "
     found += f"with {many(workers, 'loader')} each (data.workers) need {wanted}"

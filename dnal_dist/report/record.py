@@ -44,8 +44,9 @@ class Usage(TypedDict, total=False):
     energy_kwh: Quantity
 
 
-class Record(TypedDict, total=False):
-    """The keys of all kinds: each has one type, whatever the kind. Keys of later releases are left out."""
+class Record(Usage, total=False):
+    """The keys of all kinds, those of a phase's usage among them: each has one type, whatever the kind. Keys of later releases are
+    left out."""
 
     kind: Annotated[str, Field(min_length=1, max_length=40)]
     time: Seconds
@@ -111,11 +112,6 @@ class Record(TypedDict, total=False):
     ordered: Text
     skipped: list[list[Scalar]]
     # phase, end, warning
-    seconds: Seconds
-    images: Count
-    device_seconds: Seconds
-    bytes_sent: Quantity
-    energy_kwh: Quantity
     breakdown: dict[Text, Seconds]
     phase_seconds: dict[Phase, Seconds]
     ledger: dict[Phase, Usage]
