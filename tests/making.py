@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawing import draw
 
-from data_tools import make_shards
+from data_tools import make_shards, writing
+from data_tools.record import Record
+from data_tools.writing import Split
 from dnal_dist.data import pipeline
 from dnal_dist.data.samples import Sample, parse
 from dnal_dist.data.shards import Shards
@@ -85,3 +88,12 @@ def skipped(folder) -> dict[str, str]:
 
 def flipped(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+def splits(count: int = 10, shards: int = 3, draw=draw) -> dict[str, Split]:
+    return {"train": Split([f"t{i}" for i in range(count)], draw, shards), "val": Split(["v0", "v1"], draw, 1)}
+
+
+def made(folder, count=10, shards=3, draw=draw, options=None, overwrite=False, **how):
+    record = Record(folder, {"kind": "test", **(options or {})}, overwrite)
+    return writing.write(record, splits(count, shards, draw), ["a", "b", "c"], **how)

@@ -5,6 +5,11 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from comparing import ACCURACIES, MACS, recipe, run_of
+from made_up import save
+from paged import RUNS
+
+from dnal_dist.report import outputs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 QUIET = (
@@ -95,3 +100,23 @@ def opened(loaded) -> Opened:
     loaded.complaints, loaded.asked = [], []
     # What a figure makes an image of itself of is data, not asked for.
     assert complaints == [] and [url for url in asked if not url.startswith(("data:", "blob:"))] == []
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two penalty weights, three seeds each; the runs differ in what has no say in the result, too."""
+    for weight, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            told = recipe(weight, seed, output=f"runs/{seed}", tracking={"log_every": seed + 1}, name=f"vgg {seed}")
+            (tmp_path / "sweep").mkdir(exist_ok=True)
+            run_of(tmp_path / "sweep" / f"{weight}-{seed}", told, accuracy, MACS[weight][seed])
+    return tmp_path / "sweep"
+
+
+@pytest.fixture(scope="session")
+def pages(chromium, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("pages")
+    recipe = "name: digits\nmodel: {name: resnet56_cifar}\nphases: {search: {epochs: 3}}\narchitecture: {penalty_weight: 0.0001}\n"
+    for name, records in RUNS.items():
+        outputs.write_all(save(folder / name, records(), recipe=recipe), draw=False)
+    return {name: folder / name / "report.html" for name in RUNS}

@@ -1,69 +1,16 @@
 """Several runs in a row tell the mean and the spread over their seeds, each number of it computed anew here from the records."""
 
-import csv
-import io
 import json
 import math
-import re
-import subprocess
-import sys
 
 import pytest
 import yaml
-from markdown_it import MarkdownIt
-from rich.console import Console
-from test_report import COMPACT, FULL, HOSTILE, Tags, changed, made_up_run, save
+from comparing import ACCURACIES, MACS, command, recipe, run_of, told
+from made_up import changed, made_up_run, save
 
-from dnal_dist.common.text import spread
 from dnal_dist.recipe import dump, load
-from dnal_dist.report import comparison, comparison_files, outputs, pareto, style
+from dnal_dist.report import comparison, comparison_files, pareto
 from dnal_dist.report.pareto import Point
-
-ACCURACIES = {1e-4: (0.9375, 0.9381, 0.9369), 4e-4: (0.8990, 0.9012, 0.8995)}
-MACS = {1e-4: (160_000_000, 162_500_000, 161_000_000), 4e-4: (22_000_000, 22_500_000, 22_100_000)}
-
-
-def cost(macs: int) -> dict:
-    return {rule: {"macs": macs, "params": macs // 100} for rule in ("exact", "paper")}
-
-
-def recipe(weight: float = 1e-4, seed: int = 0, **more) -> dict:
-    data = {"image_size": 32, "val": "cifar/val.tar"}
-    return {
-        "name": "vgg",
-        "seed": seed,
-        "model": {"name": "vgg16_cifar"},
-        "architecture": {"penalty_weight": weight},
-        "data": data,
-    } | more
-
-
-def run_of(folder, told: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
-    """A made-up run of VGG16 on CIFAR-10, with this accuracy and cost at its end."""
-    records = made_up_run() if records is None else records
-    records = changed(records, "start", **{"full": cost(313_472_778), "train_samples": 50_000, "val_samples": val} | start)
-    records = changed(records, "prune", full=cost(313_472_778), compact=cost(macs))
-    records = [r | {"accuracy": accuracy} if r["kind"] == "eval" and r["phase"] == "finetune" else r for r in records]
-    return save(folder, records, recipe=yaml.safe_dump(told))
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """Two penalty weights, three seeds each; the runs differ in what has no say in the result, too."""
-    for weight, accuracies in ACCURACIES.items():
-        for seed, accuracy in enumerate(accuracies):
-            told = recipe(weight, seed, output=f"runs/{seed}", tracking={"log_every": seed + 1}, name=f"vgg {seed}")
-            (tmp_path / "sweep").mkdir(exist_ok=True)
-            run_of(tmp_path / "sweep" / f"{weight}-{seed}", told, accuracy, MACS[weight][seed])
-    return tmp_path / "sweep"
-
-
-def told(*given) -> tuple[str, list[dict]]:
-    """What is printed, and the lines of comparison.csv."""
-    found, out = comparison.compare(given), io.StringIO()
-    console = Console(file=out, width=80)
-    comparison_files.show(found, found.parent, outputs.printer(console))
-    return out.getvalue(), list(csv.DictReader(io.StringIO(comparison_files.as_csv(found))))
 
 
 def deviation(values) -> float:
@@ -215,16 +162,6 @@ def test_a_collapsed_row_is_marked_in_the_table(tmp_path):
     assert "3e-4 (collapsed)" in {point.label for point, _ in found.diagrams[0].marks}
 
 
-def test_the_legend_names_what_is_drawn(tmp_path):
-    # Equal results: nothing lies between them.
-    for weight in (1e-4, 2e-4):
-        run_of(tmp_path / str(weight), recipe(weight), 0.5, 10**6, val=500)
-    with style.drawing():
-        (legend,) = [part.legends for part in comparison_files.figure(comparison.compare([tmp_path])).figure.subfigs]
-    names = [text.get_text() for one in legend for text in one.get_texts()]
-    assert "not dominated" not in names and any("these runs" in name for name in names)
-
-
 def submitted(folder):
     (folder / "submit").mkdir(parents=True)
     (folder / "submit" / "jobs.jsonl").write_text('{"job": "1_0", "time": 1}\n')
@@ -248,30 +185,6 @@ def test_a_sweep_of_which_nothing_has_begun_says_where_to_look(tmp_path):
     assert done.returncode == 2 and not done.stdout
     place = tmp_path / "sweep"
     assert done.stderr == f"error: {place}: none of its 2 runs has begun; see python -m dnal_dist.runs {place}\n"
-
-
-def test_what_a_spreadsheet_would_compute_is_words():
-    told = {
-        "-2+3+cmd|' /C calc'!A0": True,
-        "=1": True,
-        "+a": True,
-        "@a": True,
-        "-": True,
-        "-2": False,
-        "1e-4": False,
-        "-inf": False,
-    }
-    assert {words: comparison_files._cell(words) == f"'{words}" for words in told} == told
-    assert all(comparison_files._cell(words) == words for words, formula in told.items() if not formula)
-
-
-@pytest.mark.parametrize(("mean", "std", "words"), [
-    (161.17e6, 3e5, "161.2 ± 0.3 M"), (161.17e6, 1.26e6, "161 ± 1 M"), (0.198e6, 0.012e6, "198 ± 12 k"),
-    (5e3, 0.0, "5.00 ± 0.00 k"),
-    (4.09e9, 2e6, "4.090 ± 0.002 G"), (100.0, 0.7, "100.0 ± 0.7"),
-])  # fmt: skip
-def test_a_deviation_keeps_a_digit(mean, std, words):
-    assert spread(mean, std) == words
 
 
 def test_other_networks_and_validation_sets_are_told(tmp_path):
@@ -304,68 +217,3 @@ def test_a_key_that_an_earlier_release_lacked_has_its_default(tmp_path):
     paths = [save(tmp_path / str(i), made_up_run(), recipe=yaml.safe_dump(tree)) for i, tree in enumerate((whole, new))]
     (row,) = comparison.compare(paths).rows
     assert len(row.finished) == 2
-
-
-def test_all_files_are_written_whole_and_offline(sweep):
-    outputs.compare([sweep])
-    for name in comparison.OUTPUTS:
-        assert (sweep / name).stat().st_size > 200, name
-    page = (sweep / "comparison.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "default-src 'none'" in page
-    assert page.count('<tr class="own">') == len(comparison.compare([sweep]).front) + 2
-    assert (sweep / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-    before = (sweep / "pareto.svg").read_bytes()
-    outputs.compare([sweep])
-    assert (sweep / "pareto.svg").read_bytes() == before and b"<dc:date>" not in before
-
-
-def test_hostile_names_stay_words(tmp_path):
-    formula = "=HYPERLINK(1)"
-    evil = [
-        run_of(tmp_path / f"$x_{i}^2$ <b>|`", recipe(1e-4, i) | {"model": {"name": name}})
-        for i, name in enumerate((HOSTILE, formula))
-    ]
-    outputs.compare(evil, str(tmp_path))
-    assert "\x1b" not in told(*evil)[0]
-    tags = Tags((tmp_path / "comparison.html").read_text()).tags
-    assert "script" not in tags and tags.count("img") == 1
-    html = MarkdownIt("commonmark", {"html": True}).enable("table").render((tmp_path / "comparison.md").read_text())
-    inner = Tags(html)
-    assert {"script", "b"}.isdisjoint(inner.tags) and inner.tags.count("img") == 1
-    assert "<script>alert(1)</script>" in "".join(inner.text)
-    head, *rows = csv.reader(io.StringIO((tmp_path / "comparison.csv").read_text()))
-    assert not [cell for row in [head, *rows] for cell in row if cell.startswith("=")]
-    assert "\x1b" not in (tmp_path / "pareto.svg").read_text()
-
-
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dnal_dist.report", *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_the_command_compares_and_refuses_in_a_line(sweep):
-    done = command(*sorted(sweep.iterdir()), "--output", sweep / "out")
-    assert done.returncode == 0 and "6 runs in 2 rows" in done.stdout and not done.stderr
-    assert sorted(path.name for path in (sweep / "out").iterdir()) == sorted(comparison.OUTPUTS)
-    done = command(*sorted(sweep.iterdir()))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {sweep / 'out'}: no run folder, nor one that holds some; give folders")
-
-
-def test_bad_input_is_named(sweep, tmp_path):
-    run = next(sweep.iterdir())
-    (run / "recipe.yaml").write_text("name: [")
-    with pytest.raises(ValueError, match=re.escape(f"{run / 'recipe.yaml'}: not valid YAML")):
-        comparison.compare([sweep])
-    with pytest.raises(ValueError, match="absent: no run folder"):
-        comparison.compare([sweep / "absent", run])
-    save(tmp_path / "a", [])
-    save(tmp_path / "b", [])
-    with pytest.raises(ValueError, match=f"none of its 2 runs has begun; see python -m dnal_dist.runs {tmp_path}$"):
-        comparison.compare([tmp_path / "a", tmp_path / "b"])
-
-
-def test_costs_of_the_digits_run_are_told_by_the_exact_rule(tmp_path):
-    save(tmp_path / "a", made_up_run(), recipe="model: {name: vgg_digits}\nseed: 0\n")
-    (row,) = comparison.compare([tmp_path / "a"]).rows
-    assert (row.mean("macs"), row.mean("params")) == (COMPACT["exact"]["macs"], COMPACT["exact"]["params"])
-    assert row.mean("macs_ratio") == COMPACT["exact"]["macs"] / FULL["exact"]["macs"] and row.std("macs") is None

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from made_up import SITES, Tags, changed, gates, made_up_run, numbers_in, page_of, save
 from runs import records
-from test_report import SITES, Tags, changed, gates, made_up_run, numbers_in, page_of, save
 
 from dnal_dist import nets
 from dnal_dist.nets import cost

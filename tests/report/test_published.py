@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_report import FIGURE, HOSTILE, Tags, changed, made_up_run, page_of, save, table_of, values_in
+from made_up import FIGURE, HOSTILE, Tags, changed, made_up_run, page_of, save, table_of, values_in
 
 from dnal_dist import nets
 from dnal_dist.nets import cost

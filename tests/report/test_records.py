@@ -7,8 +7,8 @@ import os
 import random
 
 import pytest
+from made_up import made_up_run, save, table_of
 from rich.console import Console
-from test_report import made_up_run, save, table_of
 
 from dnal_dist import runs
 from dnal_dist.report import comparison, comparison_files, outputs, page, records, run_list, tables

@@ -7,10 +7,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import yaml
+from made_up import HOSTILE, SITES, Tags, changed, made_up_run, save
 from markdown_it import MarkdownIt
 from PIL import Image
 from runs import SHORT, arguments
-from test_report import HOSTILE, SITES, Tags, changed, made_up_run, save
 
 from dnal_dist.common.text import printable
 from dnal_dist.report import figures, outputs, page, style

@@ -4,36 +4,25 @@ import base64
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
-import re
 import socket
-import sys
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
-from rich.console import Console
 from runs import SHORT, arguments, records, tensors, told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
 import dnal_dist.dashboard
 from dnal_dist.common.span import attached
-from dnal_dist.recipe import load
-from dnal_dist.tracking import background, dashboard, values
+from dnal_dist.tracking import dashboard, values
 from dnal_dist.tracking import wandb as wandb_tracker
-from dnal_dist.tracking.background import Sender
-from dnal_dist.tracking.progress import ProgressLine
-from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.tracking.wandb import wandb_mode
 from dnal_dist.training.stopping import STOPPED, Stopped
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
-
 TRACKED = [change for change in SHORT if "tracker" not in change]
 # Recorded only by runs on several processes, or on a GPU.
 ELSEWHERE = {"train/comm/bytes_weight_step", "train/comm/bytes_architecture_step", "train/device_memory_bytes"}
@@ -207,31 +196,6 @@ def test_names_are_safe_for_wandb(name, safe):
     wandb.Artifact(f"{safe}-report", "report")
 
 
-def test_a_refused_item_does_not_stop_the_others():
-    taken = []
-
-    def take(item):
-        if item == "bad":
-            raise ValueError("not\nthis")
-        taken.append(item)
-
-    tracker = SimpleNamespace(
-        start=lambda behind: None,
-        send=lambda kind, values, step, age: take(kind),
-        finish=lambda step: [lambda item=item: take(item) for item in ("summary", "bad", "report")],
-        stop=lambda: taken.append("stopped"),
-    )
-    thread = Sender(tracker, 0)
-    for kind in ("first", "bad", "second"):
-        thread.send(kind, {}, 0, 0)
-    thread.close(60, 3)
-    assert taken == ["first", "second", "summary", "report", "stopped"]
-    assert thread.faults == [
-        "refused an item, and is sent the others (not this)",
-        "refused 2 items in all; the run folder has them",
-    ]
-
-
 def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finished, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -294,96 +258,6 @@ def test_numbers_alone_are_sent_as_scalars():
     record = {"phase": "search", "step": 1, "device_memory_bytes": 5_000, "resumed": True, "breakdown": {"forward": 1.0}}
     assert values.sent("train", record, {}).scalars == {"train/step": 1, "train/device_memory_bytes": 5_000}
     assert values.sent("phase", record, {}).scalars["ledger/search/device_memory_bytes"] == 5_000
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_progress_line_fits_the_terminal(width):
-    file = io.StringIO()
-    line = ProgressLine(Console(file=file, force_terminal=True, width=width), "pretrain", 100_000, 99_000)
-    line.update(99_999, "loss 2.3022  gates open 54.2%  12345 images/s")
-    line.finish("accuracy 99.72%  loss 0.1234  gates open 54.2%  123 s")
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").split("\n")
-    assert max(map(len, lines)) <= width
-    last = next(line for line in reversed(lines) if line.strip())
-    assert "100000/100000" in last and "accuracy 99.72%" in last and ("gates open 5" in last) == (width >= 80)
-
-
-def test_without_a_terminal_a_phase_prints_one_line(capsys):
-    line = ProgressLine(Console(file=sys.stdout, force_terminal=False), "search", 100, 0)
-    line.update(50, "loss 2.3")
-    line.finish("accuracy 99.72%")
-    assert capsys.readouterr().out == "search    100/100  accuracy 99.72%\n"
-
-
-def test_nothing_is_recorded_after_the_end(tmp_path):
-    """Readers of metrics.jsonl rely on its last line."""
-    log = RunLog(tmp_path, load("recipes/digits.yaml", ["tracking.tracker=none"]), SimpleNamespace(main=True))
-    log.record("end", seconds=1.0)
-    log.warn("W&B stopped taking records")
-    assert [record["kind"] for record in records(tmp_path)] == ["end"]
-
-
-class Stuck:
-    """A tracker that hangs in its first record."""
-
-    def __init__(self):
-        self.taken, self.let_go, self.entered = [], threading.Event(), threading.Event()
-
-    def start(self, behind: int) -> None:
-        pass
-
-    def send(self, *record) -> None:
-        self.taken.append(record)
-        self.entered.set()
-        self.let_go.wait()
-
-    def finish(self, step: int) -> None:
-        self.taken.append(step)
-
-    def stop(self) -> None:
-        self.taken.append("stopped")
-
-    def give_up(self) -> None:
-        self.let_go.set()
-
-
-def test_a_hanging_tracker_is_abandoned(monkeypatch):
-    monkeypatch.setattr(background, "WAITING", 5)
-    tracker = Stuck()
-    thread = Sender(tracker, 0)
-    thread.send("train", {}, 0, 0)
-    tracker.entered.wait()
-    for step in range(1, 20):
-        thread.send("train", {}, step, step)
-    assert thread.faults == ["takes records more slowly than they come; some are left out there"] and thread.dropped == 14
-    thread.close(0.1, 20)
-    assert thread.faults[1].startswith("did not take the last records in 0.1 s")
-    assert thread.faults[2].startswith("was too slow for 14 records")
-    assert tracker.taken == [("train", {}, 0, 0), "stopped"]
-
-
-def test_waiting_records_are_sent_before_the_end():
-    tracker = Stuck()
-    tracker.let_go.set()
-    thread = Sender(tracker, 0)
-    for step in range(3):
-        thread.send("train", {}, step, step)
-    thread.close(60, 3)
-    assert tracker.taken == [("train", {}, step, step) for step in range(3)] + [3, "stopped"] and not thread.faults
-
-
-def test_a_tracker_that_does_not_start_gets_no_records():
-    tracker = Stuck()
-
-    def refuse(behind):
-        raise OSError("no\nroom")
-
-    tracker.start = refuse
-    thread = Sender(tracker, 0)
-    assert thread.faults == ["did not start; the run goes on without it (no room)"]
-    thread.send("train", {}, 0, 0)
-    thread.close(60, 1)
-    assert tracker.taken == ["stopped"] and len(thread.faults) == 1
 
 
 def test_tensorboard_receives_the_same_values(train_here, digits, tmp_path):
