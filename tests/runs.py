@@ -1,13 +1,17 @@
 """What tests do with whole runs of the digits: begin one, watch it, and compare what two of them tell."""
 
+import contextlib
+import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dnal_dist.chaos import equality
+from dnal_dist.common import span
 
 # 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
 SMALL = (
@@ -73,6 +77,32 @@ class Killed(BaseException):
 
 def die():
     raise Killed
+
+
+@contextlib.contextmanager
+def at(name: str, before: Callable[[int, object], None] | None = None, after: Callable[[int, object], None] | None = None):
+    """Calls `before` and `after` at the ends of each span `name` of a run, with the span's number, from 0 on, and its detail."""
+    numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def listener(found: str, detail: object):
+        if found != name:
+            yield
+            return
+        number = next(numbers)
+        if before is not None:
+            before(number, detail)
+        yield
+        if after is not None:
+            after(number, detail)
+
+    with span.attached(listener):
+        yield
+
+
+def killed(number: int, *_):
+    """For `at`: the run is killed at the span of this number."""
+    return lambda found, _: die() if found == number else None
 
 
 def flip(path: Path) -> None:

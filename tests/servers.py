@@ -139,6 +139,6 @@ def without_proxies(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
-    remote._make_system.cache_clear()
-    monkeypatch.setattr(remote, "_ranged", set())
+    remote.file_system.cache_clear()
+    remote.ranged.clear()
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)

@@ -14,6 +14,7 @@ CELL = [
 def test_a_cell_of_the_pareto_benchmark_meets_its_budget(digits, tmp_path, monkeypatch):
     shards = [f"data.{split}={digits}/{split}-*.tar" for split in ("train", "val")]
     monkeypatch.setattr(sys, "argv", ["pareto.py", *CELL, *shards, "--output", str(tmp_path)])
+    monkeypatch.syspath_prepend("benchmarks")
     runpy.run_path("benchmarks/pareto.py", run_name="__main__")
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in results] == ["full", "learned", "l1"]

@@ -136,7 +136,7 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
         TENSORS: save({key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}),
         STATE: (checkpoint.state.model_dump_json(indent=1) + "\n").encode(),
     }
-    facts = {"format": FORMAT, "accuracy": checkpoint.state.accuracy, "files": {k: _described(c) for k, c in contents.items()}}
+    facts = {"format": FORMAT, "accuracy": checkpoint.state.accuracy, "files": {k: described(c) for k, c in contents.items()}}
     # Only this one: a run folder that is gone does not come back by that.
     folder.mkdir(exist_ok=True)
     final = folder / name(checkpoint.state)
@@ -146,7 +146,7 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
         for file, told in facts["files"].items():
             # What the disk has, not what memory remembers of it.
             _forget(unfinished / file)
-            if _described((unfinished / file).read_bytes()) != told:
+            if described((unfinished / file).read_bytes()) != told:
                 raise OSError(errno.EIO, "what was read back is not what was written", str(unfinished / file))
         atomic.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
     with contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ def read(path: Path) -> Checkpoint:
         contents = {}
         for file in (TENSORS, STATE):
             contents[file] = read_regular(path / file, told["files"][file]["bytes"])
-            if _described(contents[file]) != told["files"][file]:
+            if described(contents[file]) != told["files"][file]:
                 raise ValueError(f"{file} is not what was saved")
         # The library gives them in another order on each process.
         return Checkpoint(dict(sorted(load(contents[TENSORS]).items())), RunState.model_validate_json(contents[STATE]))
@@ -230,7 +230,8 @@ def _accuracy(path: Path) -> float | None:
         return None
 
 
-def _described(content: bytes) -> dict:
+def described(content: bytes) -> dict:
+    """What the manifest says of a file with this content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

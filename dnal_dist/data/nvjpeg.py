@@ -49,7 +49,7 @@ def require(device: torch.device) -> None:
     if device.type != "cuda":
         raise InputError(f"key 'data.decode': cuda needs an NVIDIA GPU, and this run computes on the {device.type}; set it to cpu")
     try:
-        _decode([torch.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), dtype=torch.uint8)], device)
+        decode([torch.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), dtype=torch.uint8)], device)
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(f"key 'data.decode': this torchvision cannot decode JPEGs by nvJPEG ({reason}); set it to cpu") from None
@@ -66,7 +66,7 @@ def finish(batch, size: int, device: torch.device):
     waiting, bad, lost = set(encoded.rows), [], {}
     if done := [row for row in range(count) if row not in waiting]:
         images[torch.tensor(done, device=device)] = batch.images.to(device, non_blocking=True)
-    for i, image in enumerate(_decoded(jpegs, device)):
+    for i, image in enumerate(decoded(jpegs, device)):
         geometry, row = encoded.geometries[i], encoded.rows[i]
         try:
             if image is not None and tuple(image.shape[1:]) == tuple(geometry.own):
@@ -94,20 +94,20 @@ def cut(image: Tensor, geometry: Geometry, size: int) -> Tensor:
     return image if not down and not right else TF.crop(image, down, right, size, size)
 
 
-def _decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
+def decoded(jpegs: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """Each uint8 (3, height, width) on `device`, or None if it is refused."""
     if not jpegs:
         return []
     try:
-        return _decode(jpegs, device)
+        return decode(jpegs, device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         # It does not say which JPEG of the list it refuses.
-        return [_decoded([jpeg], device)[0] for jpeg in jpegs] if len(jpegs) > 1 else [None]
+        return [decoded([jpeg], device)[0] for jpeg in jpegs] if len(jpegs) > 1 else [None]
 
 
-def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+def decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     return decode_jpeg(jpegs, ImageReadMode.RGB, device)

@@ -43,7 +43,8 @@ retries: Counter[str] = Counter()
 """Retries of this process, by URL."""
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.,{}-]+)(:\d+)?")
-_ranged: set[str] = set()
+ranged: set[str] = set()
+"""Hosts that have served a part of a file to this process."""
 _reached: set[str] = set()
 
 # The thread of fsspec's event loop does not survive a fork, and some of its releases do not handle that.
@@ -133,11 +134,11 @@ def _system(url: str) -> Any:
     """The fsspec file system of this process, since event loop and connections do not survive a fork."""
     if fault := _refusal(url):
         raise RemoteError(fault)
-    return _make_system(url.partition("://")[0].replace("https", "http"), os.getpid())
+    return file_system(url.partition("://")[0].replace("https", "http"), os.getpid())
 
 
 @functools.cache
-def _make_system(scheme: str, _pid: int) -> Any:
+def file_system(scheme: str, _pid: int) -> Any:
     if scheme == "gs":
         # The class behind gs:// in newer releases of gcsfs uses gRPC, which does not survive a fork.
         from gcsfs.core import GCSFileSystem
@@ -176,14 +177,14 @@ async def _fill(system: Any, url: str, size: int, path: Path) -> None:
             if len(body) > end - begin:
                 pieces.clear()
             elif end - begin < size:
-                _ranged.add(host)
+                ranged.add(host)
 
         async def fetch_pieces() -> None:
             while pieces:
                 await fetch_piece()
 
         # A server without ranges sends the whole file each time, so the first request to a host goes alone.
-        if pieces and host not in _ranged:
+        if pieces and host not in ranged:
             await fetch_piece()
         try:
             async with asyncio.TaskGroup() as group:

@@ -140,11 +140,11 @@ def read_index(folder: Path | Url) -> dict[str, dict]:
 def index_content(folder: Path | Url):
     """What the index holds. Raises InputError, OSError, ValueError or RecursionError."""
     where = f"{folder}/index.json"
-    return json.loads(_remote_index(where) if isinstance(folder, Url) else read_regular(Path(where), remote.MOST_WHOLE))
+    return json.loads(remote_index(where) if isinstance(folder, Url) else read_regular(Path(where), remote.MOST_WHOLE))
 
 
 @functools.lru_cache(8)
-def _remote_index(url: str) -> bytes:
+def remote_index(url: str) -> bytes:
     """Each pattern and each split needs it; in the life of a process it does not change."""
     return remote.read(url)
 

@@ -86,7 +86,7 @@ class RunLog:
         self.records += 1
         self.ended = self.ended or kind == "end"
         try:
-            self._flush()
+            self.flush()
             self._warned = False
         except OSError as error:
             # Kept until there is room again; no checkpoint is written before (see to_disk).
@@ -98,7 +98,8 @@ class RunLog:
             while self._sender.faults:
                 self.warn(f"{self._tracker_name} {self._sender.faults.pop(0)}")
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what waits to be written. Raises OSError."""
         with self._lock:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -106,7 +107,7 @@ class RunLog:
     def to_disk(self) -> None:
         """Wait until all records so far are on disk. From any thread; raises OSError."""
         if self.main and not self._file.closed:
-            self._flush()
+            self.flush()
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name)):
                 raise FileNotFoundError(errno.ENOENT, "replaced while the run writes to it", self._file.name)

@@ -46,8 +46,8 @@ def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Sou
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     # The first process of a machine may have to download; the others then find the file.
-    source = _together(context, lambda: _read(settings) if first else None)
-    source = _together(context, lambda: source or _read(settings))
+    source = _together(context, lambda: read(settings) if first else None)
+    source = _together(context, lambda: source or read(settings))
     warnings = _together(context, lambda: fill(network, source, settings.model.name))
     if context.world_size > 1:
         digests = context.gather([_digest(network)])
@@ -80,7 +80,8 @@ def _digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(settings: Recipe) -> Source:
+def read(settings: Recipe) -> Source:
+    """The weights that the recipe's model.init_from names. Raises InputError."""
     source = settings.model.init_from
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)

@@ -82,7 +82,7 @@ def _prepare(folder: Path, settings: recipe.Recipe, overwrite: bool, allowed: Se
     try:
         _check_owned(folder, _products(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        lock, weaker = _lock(folder)
+        lock, weaker = lock_folder(folder)
         # Listed after locking: the previous holder may have written until then.
         products = _products(folder)
         for unclean in (folder, folder / "checkpoints"):
@@ -176,7 +176,7 @@ def _products(folder: Path) -> list[str]:
     return [name for name in PRODUCTS if os.path.lexists(folder / name)]
 
 
-def _lock(folder: Path) -> tuple[Lock | None, list[str]]:
+def lock_folder(folder: Path) -> tuple[Lock | None, list[str]]:
     """The lock of the folder, and what is to be said about its file system."""
     try:
         return Lock(folder / ".lock", LOCK_SECONDS), []

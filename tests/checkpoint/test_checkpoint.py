@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import at
 from safetensors.torch import save
 
 from dnal_dist.checkpoint import format as checkpoint
@@ -79,10 +80,9 @@ def test_the_last_and_the_best_of_the_newest_phase_stay(tmp_path):
     assert [int(name.split("-")[1]) for name in names(tmp_path)] == [8, 9]
 
 
-def test_none_is_removed_before_the_new_one_is_there(tmp_path, monkeypatch):
+def test_none_is_removed_before_the_new_one_is_there(tmp_path):
     write(tmp_path, made(1), made(2))
-    monkeypatch.setattr(checkpoint, "_forget", lambda path: os.truncate(path, 10))
-    with pytest.raises(OSError, match="read back"):
+    with at("write", after=lambda _, file: os.truncate(file[0], 10)), pytest.raises(OSError, match="read back"):
         write(tmp_path, made(3), last=1)
     assert names(tmp_path) == ["step-00000001-search", "step-00000002-search"]
 
@@ -173,7 +173,7 @@ def rewritten(path: Path, **changes) -> None:
     tensors = (path / "state.safetensors").read_bytes() if "tensors" not in changes else changes["tensors"]
     (path / "state.json").write_bytes(content)
     (path / "state.safetensors").write_bytes(tensors)
-    told = {"state.json": checkpoint._described(content), "state.safetensors": checkpoint._described(tensors)}
+    told = {"state.json": checkpoint.described(content), "state.safetensors": checkpoint.described(tensors)}
     (path / "manifest.json").write_text(json.dumps({"format": 1, "accuracy": None, "files": told}))
 
 

@@ -1,5 +1,6 @@
 """A checkpoint that is damaged, gone or cannot be written; records likewise: the run goes on, and nothing good is lost."""
 
+import itertools
 import json
 import os
 import re
@@ -7,14 +8,13 @@ import shutil
 import time
 
 import pytest
-from runs import SHORT, Killed, arguments, die, flip, records, tensors, told
+from runs import SHORT, Killed, arguments, at, flip, killed, records, tensors, told
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.common import atomic
 from dnal_dist.distributed.ddp import Replicated
 from dnal_dist.tracking import run_log
-from dnal_dist.training import loop, stopping
 from dnal_dist.training import state as training_state
+from dnal_dist.training import stopping
 
 DAMAGE = {
     "tensors altered": lambda step: flip(step / "state.safetensors"),
@@ -39,22 +39,21 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(train_here, sho
     assert checkpoint.latest(short / "checkpoints")[2] == {}
 
 
-def failing(monkeypatch, of, times=None):
-    """The disk is full for checkpoints (`times` of them, or all) whose number is in `of`."""
-    write, count = atomic.write, iter(range(10_000))
+def full_disk(of):
+    """Meanwhile the disk is full for checkpoints whose number is in `of`."""
+    count = itertools.count()
 
-    def full(path, content):
-        if path.name == checkpoint.TENSORS and next(count) in of:
+    def full(_, file):
+        if file[0].name == checkpoint.TENSORS and next(count) in of:
             raise OSError(28, "No space left on device")
-        write(path, content)
 
-    monkeypatch.setattr(atomic, "write", full)
+    return at("write", before=full)
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_written(train_here, short, digits, tmp_path, monkeypatch):
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(train_here, short, digits, tmp_path):
     run = tmp_path / "run"
-    failing(monkeypatch, {1, 2})
-    ended = train_here(*arguments(digits, run, *SHORT))
+    with full_disk({1, 2}):
+        ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
     warnings = [r["message"] for r in records(run, "warning")]
     told_of = (
@@ -67,10 +66,10 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(train_here, short
     assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-00000012-done", "step-00000008-finetune"]
 
 
-def test_a_disk_that_never_has_room_stops_the_run_after_a_while(train_here, digits, tmp_path, monkeypatch):
+def test_a_disk_that_never_has_room_stops_the_run_after_a_while(train_here, digits, tmp_path):
     run = tmp_path / "run"
-    failing(monkeypatch, range(1, 1000))
-    ended = train_here(*arguments(digits, run, *SHORT, "checkpoint.give_up_hours=1e-9"))
+    with full_disk(range(1, 1000)):
+        ended = train_here(*arguments(digits, run, *SHORT, "checkpoint.give_up_hours=1e-9"))
     assert ended.code == 2
     assert re.match(
         rf"error: {run}/checkpoints: checkpoint cannot be written \(No space left on device\), and the last good one is 0 minutes "
@@ -83,40 +82,26 @@ def test_a_last_checkpoint_is_tried_again(train_here, digits, tmp_path, monkeypa
     """A stop is the last chance to save; the room may come back within a moment."""
     run = tmp_path / "run"
     monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
-    failing(monkeypatch, {1, 2})
-    ended = train_here(*arguments(digits, run, *SHORT), "--max-time=1s")
+    with full_disk({1, 2}):
+        ended = train_here(*arguments(digits, run, *SHORT), "--max-time=1s")
     assert ended.code == stopping.STOPPED and "; the same command goes on from here" in ended.err
     assert checkpoint.latest(run / "checkpoints")[1].state.global_step == 1
-    failing(monkeypatch, range(1000))
-    ended = train_here(*arguments(digits, run, *SHORT), "--max-time=1s")
+    with full_disk(range(1000)):
+        ended = train_here(*arguments(digits, run, *SHORT), "--max-time=1s")
     assert ended.code == stopping.STOPPED and "; the same command goes on from step-00000001-pretrain" in ended.err
 
 
-def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, digits, tmp_path, monkeypatch):
-    run, save = tmp_path / "run", training_state.save
-
-    def vanish(found, *more):
-        if found.state.phase == "search":
-            found.writer.settle()
-            shutil.rmtree(run / "checkpoints")
-        save(found, *more)
-
-    monkeypatch.setattr(training_state, "save", vanish)
-    assert train_here(*arguments(digits, run, *SHORT)).code == 0
+def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, digits, tmp_path):
+    run = tmp_path / "run"
+    with at("checkpoint", before=lambda number, _: shutil.rmtree(run / "checkpoints") if number == 1 else None):
+        assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert told(run) == told(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
 
 
-def test_a_run_folder_that_is_removed_ends_the_run(train_here, digits, tmp_path, monkeypatch):
-    run, save = tmp_path / "run", training_state.save
-
-    def vanish(found, *more):
-        if found.state.phase == "search":
-            found.writer.settle()
-            shutil.rmtree(run)
-        save(found, *more)
-
-    monkeypatch.setattr(training_state, "save", vanish)
-    ended = train_here(*arguments(digits, run, *SHORT))
+def test_a_run_folder_that_is_removed_ends_the_run(train_here, digits, tmp_path):
+    run = tmp_path / "run"
+    with at("checkpoint", before=lambda number, _: shutil.rmtree(run) if number == 1 else None):
+        ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 2 and not run.exists()
     assert ended.err.startswith(f"error: key 'output': {run} was removed while the run trained in it, "), ended.err
 
@@ -125,25 +110,24 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(train_her
     run = tmp_path / "run"
     monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
     # The fifth is that of the end.
-    failing(monkeypatch, range(4, 1000))
-    ended = train_here(*arguments(digits, run, *SHORT))
+    with full_disk(range(4, 1000)):
+        ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 2 and "its last checkpoint cannot be written (see the warnings above)" in ended.err
     assert not records(run, "end")
-    monkeypatch.undo()
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert told(run) == told(short) and tensors(run) == tensors(short)
 
 
 def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch):
     """Nothing is lost, and no checkpoint counts on records that are not there."""
-    run, flush, count = tmp_path / "run", run_log.RunLog._flush, iter(range(10_000))
+    run, flush, count = tmp_path / "run", run_log.RunLog.flush, iter(range(10_000))
 
     def full(self):
         if 5 < next(count) < 20:
             raise OSError(28, "No space left on device")
         flush(self)
 
-    monkeypatch.setattr(run_log.RunLog, "_flush", full)
+    monkeypatch.setattr(run_log.RunLog, "flush", full)
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: cannot be written (No space left on device); training goes on, make room" in ended.out
@@ -191,9 +175,9 @@ def test_a_result_without_a_checkpoint_is_not_thrown_away(train_here, short, dig
 
 def test_a_run_none_of_whose_checkpoints_could_be_written_is_refused(train_here, digits, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    failing(monkeypatch, range(1000))
     monkeypatch.setattr("dnal_dist.checkpoint.writer.BETWEEN", 0.01)
-    ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--max-time=1s")
+    with full_disk(range(1000)):
+        ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--max-time=1s")
     assert ended.code == stopping.STOPPED, ended.err
     before = (run / "metrics.jsonl").read_bytes()
     ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"))
@@ -242,12 +226,10 @@ def test_records_of_a_lost_part_go(tmp_path):
     assert run_log.keep_records(tmp_path / "none.jsonl", 7) == []
 
 
-def test_records_that_are_missing_are_told(train_here, digits, tmp_path, monkeypatch):
+def test_records_that_are_missing_are_told(train_here, digits, tmp_path):
     run = tmp_path / "run"
-    monkeypatch.setattr(loop, "_checkpoint_is_due", lambda run: die() if run.state.step == 3 else True)
-    with pytest.raises(Killed):
-        train_here(*arguments(digits, run, *SHORT))
-    monkeypatch.undo()
+    with at("weight step", before=killed(2)), pytest.raises(Killed):
+        train_here(*arguments(digits, run, *SHORT, "checkpoint.every_steps=1"))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     ended = train_here(*arguments(digits, run, *SHORT))

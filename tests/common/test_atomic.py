@@ -45,7 +45,7 @@ def test_a_file_system_without_locks_is_used_and_told_of(tmp_path, monkeypatch, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    held, (remark,) = run_folder._lock(tmp_path)
+    held, (remark,) = run_folder.lock_folder(tmp_path)
     assert held is None and remark.startswith(f"{tmp_path}: its file system has no locks (")
 
 
@@ -53,7 +53,7 @@ def test_a_lock_has_one_holder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
     one = lock.Lock(tmp_path / ".lock", 0)
     with pytest.raises(InputError, match="another process trains in"):
-        run_folder._lock(tmp_path)
+        run_folder.lock_folder(tmp_path)
     one.release()
     one.release()
     lock.Lock(tmp_path / ".lock", 0).release()

@@ -1,14 +1,10 @@
 """Batches reach the device in order, none is taken ahead, and nvJPEG's path gives the images of the CPU's."""
 
-import io
-import json
-
+import jpegs
 import numpy as np
 import pytest
 import simplejpeg
 import torch
-import webdataset
-from PIL import Image
 from torchvision.transforms import v2
 
 from dnal_dist import recipe
@@ -108,21 +104,7 @@ def test_waiting_is_the_time_for_the_stream_alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A shard of JPEGs of many shapes, a grey one, a CMYK one, an RGB one, a PNG, and number 9 cut short."""
-    folder, rng = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
-    path = folder / "train-000000.tar"
-    with webdataset.TarWriter(str(path)) as tar:
-        for i in range(24):
-            height, width = rng.integers(20, 120, 2).tolist()
-            image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-            mode = {3: "L", 5: "CMYK"}.get(i, "RGB")
-            file = io.BytesIO()
-            image.convert(mode).save(file, "PNG" if i == 7 else "JPEG", **{"keep_rgb": True} if i == 8 else {})
-            encoded = file.getvalue()[: 300 if i == 9 else None]
-            tar.write({"__key__": f"{i:02d}", "jpg": encoded, "cls": str(i % 10).encode()})
-    index = {"shards": [{"file": path.name, "samples": 24, "bytes": path.stat().st_size}], "classes": []}
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
+    return jpegs.shard(tmp_path_factory.mktemp("jpegs"))
 
 
 def batches(folder, count: int = 2, train: bool = True, **changes):
@@ -151,7 +133,7 @@ class Decoder:
 @pytest.fixture
 def decoder(monkeypatch):
     decoder = Decoder()
-    monkeypatch.setattr(nvjpeg, "_decode", decoder)
+    monkeypatch.setattr(nvjpeg, "decode", decoder)
     return decoder
 
 
@@ -232,7 +214,7 @@ def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):
     def refuse(*_):
         raise RuntimeError("not compiled with nvJPEG support\nmore")
 
-    monkeypatch.setattr(nvjpeg, "_decode", refuse)
+    monkeypatch.setattr(nvjpeg, "decode", refuse)
     with pytest.raises(InputError, match=r"key 'data\.decode': .*\(not compiled with nvJPEG support\); set it to cpu"):
         nvjpeg.require(torch.device("cuda"))
 

@@ -109,12 +109,12 @@ def test_the_host_that_a_redirect_leads_to_is_told(server):
 def test_a_proxy_that_is_not_there_is_named_by_its_variable(server, monkeypatch):
     monkeypatch.delenv("NO_PROXY")
     monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
-    remote._make_system.cache_clear()
+    remote.file_system.cache_clear()
     monkeypatch.setattr(remote, "TRIES", 8)
     with pytest.raises(RemoteError, match=r"proxy that the environment's http_proxy names; .*given up after 4 tries") as failed:
         remote.read("http://shards.example/a.tar", 0, 10)
     assert "secret" not in str(failed.value)
-    remote._make_system.cache_clear()
+    remote.file_system.cache_clear()
 
 
 def test_random_answers_give_bytes_or_one_line(server):

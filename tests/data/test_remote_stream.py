@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 import time
 from collections import Counter
 
@@ -12,8 +13,7 @@ from test_receipts import receipts
 
 from data_tools import index
 from dnal_dist.common.errors import InputError
-from dnal_dist.data import shardlist
-from dnal_dist.data.cache import Cache
+from dnal_dist.data import remote, shardlist
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Data
@@ -22,7 +22,7 @@ from dnal_dist.recipe import Data
 @pytest.fixture(autouse=True)
 def direct_and_patient(monkeypatch):
     without_proxies(monkeypatch)
-    shardlist._remote_index.cache_clear()
+    shardlist.remote_index.cache_clear()
 
 
 @pytest.fixture
@@ -109,13 +109,13 @@ def test_a_set_that_is_there_is_not_fetched_ahead_for_ever(server, tmp_path):
 def test_shards_are_there_before_they_are_wanted(server, tmp_path, monkeypatch):
     """A link of 50 ms and steps of 100: after the first batch no reader has to fetch a shard itself."""
     waited = []
-    download = Cache._download
+    fetch = remote.fetch
 
-    def counting(self, url, size, sha256, path, wait):
-        waited.extend([url] if wait else [])
-        return download(self, url, size, sha256, path, wait)
+    def counting(url, size, path):
+        waited.extend([url] if threading.current_thread() is threading.main_thread() else [])
+        fetch(url, size, path)
 
-    monkeypatch.setattr(Cache, "_download", counting)
+    monkeypatch.setattr(remote, "fetch", counting)
     server.latency = 0.05
     batches = opened(data(server.url, tmp_path, shuffle_shards=1)).batches()
     next(batches)

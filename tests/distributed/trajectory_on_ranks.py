@@ -25,7 +25,7 @@ from dnal_dist.nets import compact, masks
 from dnal_dist.recipe import SGD, Training
 from dnal_dist.search import schedule
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.training.steps import architecture_step, weight_step
+from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 BATCH, DELTA = 12, 3.0
 STEPS = {"pretrain": 3, "search": 6, "finetune": 3}
@@ -89,71 +89,105 @@ def _keep(context: Context, net: nets.GatedNetwork, alpha: torch.Tensor) -> torc
     return keep
 
 
-def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
-    name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
-    fix_statistics(statistics == "fixed")
+def _configure(context: Context, extras: list[str]) -> None:
+    """The backend's own settings: with "shared" every parameter is shared out, else none of these small networks is."""
     if context.backend == "fsdp2":
         context.config.settings["min_params"] = 1 if "shared" in extras else 100_000
     if context.backend == "zero3":
         zero = context.config.settings["deepspeed"]["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
+
+
+class Alpha:
+    """The architecture with its optimiser, and all that a weight step must leave alone."""
+
+    def __init__(self, gates: int, context: Context, dtype: torch.dtype):
+        self.architecture = Architecture(gates).to(context.device, dtype)
+        self.optimizer = torch.optim.SGD(self.architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
+
+    def state(self) -> list[torch.Tensor]:
+        buffers = (state["momentum_buffer"] for state in self.optimizer.state.values())
+        return [tensor.detach().clone() for tensor in (self.architecture.alpha, *buffers)]
+
+
+def _weight_step(context: Context, case: str, trained, alpha: Alpha, batch: tuple, gates, parts: int) -> Outcome:
+    """A weight step, which moves the weights and leaves alpha."""
+    weights, others = local(trained), alpha.state()
+    outcome = weight_step(trained, *batch, len(batch[1]), gates, parts)
+    assert same(others, alpha.state()), f"{case}: frozen alpha moved"
+    # A step that overflows in float16 is left out.
+    assert context.precision == "float16" or not same(weights, local(trained))
+    return outcome
+
+
+def _architecture_step(context: Context, case: str, trained, alpha: Alpha, batch: tuple, **more) -> Outcome:
+    """An architecture step, which leaves the weights and computes no gradient of them."""
+    weights, penalty = local(trained), (DELTA, "sigmoid", 0.01, context.average_)
+    outcome = architecture_step(trained, alpha.architecture, alpha.optimizer, *batch, len(batch[1]), *penalty, **more)
+    assert same(weights, local(trained)), f"{case}: frozen weights moved"
+    assert all(p.grad is None for p in trained.module.parameters())
+    return outcome
+
+
+def _gathered(trained, network: torch.nn.Module, phase: str, statistics: bool) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The momentum, and all that `phase` left in the plain network: its momentum, weights and, if asked for, statistics."""
+    with trained.gathered() as momentum:
+        # As evaluation leaves it.
+        network.eval()
+        momentum = {name: buffer.clone() for name, buffer in momentum.items()}
+        found = {f"{phase}.momentum.{name}": buffer for name, buffer in momentum.items()}
+        found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
+        if statistics:
+            found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
+    return momentum, found
+
+
+def _left_in_memory(trained) -> int:
+    """Tensors of the wrap that are still in memory when it is closed."""
+    held = [weakref.ref(tensor) for tensor in (*trained.module.parameters(), *trained.module.buffers())]
+    held += [weakref.ref(tensor) for state in trained.optimizer.state.values() for tensor in state.values()]
+    trained.close()
+    gc.collect()
+    return sum(ref() is not None for ref in held)
+
+
+def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
+    name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
+    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
+    fix_statistics(statistics == "fixed")
+    _configure(context, extras)
     dtype = torch.float64 if "double" in extras else torch.float32
     net, training = _network(name, dtype), _training(extras)
     context.tune(training)
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
-    architecture = Architecture(net.num_gates).to(context.device, dtype)
-    alphas = torch.optim.SGD(architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
-    share = BATCH // context.world_size
+    alpha, share = Alpha(net.num_gates, context, dtype), BATCH // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)
     found, count, momentum, network = {}, 0, {}, net
     for phase, steps in STEPS.items():
         trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
-            images, labels = _batch(context, count, mine, dtype)
+            batch = _batch(context, count, mine, dtype)
             trained.set_rate(0.02 / (1 + count))
-            weights = local(trained)
-            others = [architecture.alpha.detach().clone(), *(s["momentum_buffer"].clone() for s in alphas.state.values())]
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
-                more = {"accumulation": parts, "clip_norm": clip}
-                outcome = architecture_step(
-                    trained, architecture, alphas, images, labels, share, DELTA, "sigmoid", 0.01, context.average_, **more
-                )
-                assert same(weights, local(trained)), f"{case}: frozen weights moved"
-                assert all(p.grad is None for p in trained.module.parameters())
+                outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)
             else:
-                gates = architecture.gates(DELTA) if phase == "search" else None
-                outcome = weight_step(trained, images, labels, share, gates, parts)
-                after = [architecture.alpha.detach(), *(s["momentum_buffer"] for s in alphas.state.values())]
-                assert same(others, after), f"{case}: frozen alpha moved"
-                # A step that overflows in float16 is left out.
-                assert context.precision == "float16" or not same(weights, local(trained))
+                gates = alpha.architecture.gates(DELTA) if phase == "search" else None
+                outcome = _weight_step(context, case, trained, alpha, batch, gates, parts)
             found[f"{count:02d}.cross_entropy"] = context.sum_(outcome.cross_entropy.clone())
             count += 1
-        with trained.gathered() as momentum:
-            # As evaluation leaves it.
-            network.eval()
-            momentum = {name: buffer.clone() for name, buffer in momentum.items()}
-            found |= {f"{phase}.momentum.{name}": buffer for name, buffer in momentum.items()}
-            found |= {f"{phase}.weights.{name}": p.detach().clone() for name, p in network.named_parameters()}
-            if "sync" in extras or context.world_size == 1:
-                found |= {f"{phase}.statistics.{name}": b.clone() for name, b in network.named_buffers() if "running" in name}
+        momentum, of_phase = _gathered(trained, network, phase, "sync" in extras or context.world_size == 1)
+        found |= of_phase
         assert None not in getattr(trained, "graphs", {}).values(), f"{case}: a step of {phase} cannot be captured in a CUDA graph"
-        held = [weakref.ref(tensor) for tensor in (*trained.module.parameters(), *trained.module.buffers())]
-        held += [weakref.ref(tensor) for state in trained.optimizer.state.values() for tensor in state.values()]
-        trained.close()
-        gc.collect()
-        left = sum(ref() is not None for ref in held)
+        left = _left_in_memory(trained)
         if context.device.type == "cuda":
             found[f"{phase}.left in memory"] = torch.tensor(float(left))
         else:
             assert not left, f"{case}: the wrap of {phase} is still in memory"
         if phase == "search":
-            found["alpha"] = architecture.alpha.detach().clone()
-            keep = _keep(context, net, found["alpha"])
-            network, momentum = compact.compact(net, keep), {}
+            found["alpha"] = alpha.architecture.alpha.detach().clone()
+            network, momentum = compact.compact(net, _keep(context, net, found["alpha"])), {}
     return found
 
 

@@ -1,12 +1,11 @@
 """Jobs of test_nvjpeg: nvJPEG against the CPU's decoder, and the stream that copies."""
 
 import contextlib
-import io
 import time
 
 import numpy as np
 import torch
-from PIL import Image
+from jpegs import drawn, jpeg
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import device, nvjpeg
@@ -19,18 +18,6 @@ from dnal_dist.recipe import Augmentation, Data
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 
 
-def drawn(rng: np.random.Generator, height: int, width: int, mode: str = "RGB", smooth: int = 16) -> Image.Image:
-    """Blobs of a few colours: as smooth as photographs are."""
-    grid = rng.integers(0, 256, (max(2, height // smooth), max(2, width // smooth), 3), np.uint8)
-    return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def jpeg(image: Image.Image, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 90} | options)
-    return file.getvalue()
-
-
 def decodes(context: Context, sizes: list[list[int]]) -> dict[str, dict[str, float]]:
     """Of nvJPEG's pixels against the CPU's: mean and largest absolute difference of 255, by kind of JPEG over all sizes. All
     sizes of a kind in a list; and how far that is from each JPEG alone."""
@@ -40,11 +27,11 @@ def decodes(context: Context, sizes: list[list[int]]) -> dict[str, dict[str, flo
         jpegs = [jpeg(drawn(rng, *size, "L" if kind == "gray" else "RGB"), **options) for size in sizes]
         assert all(nvjpeg.takes(read_header(encoded), encoded) for encoded in jpegs)
         waiting = [torch.frombuffer(bytearray(encoded), dtype=torch.uint8) for encoded in jpegs]
-        together = nvjpeg._decode(waiting, context.device)
+        together = nvjpeg.decode(waiting, context.device)
         means, largest, alone = [], 0, 0
         for encoded, own, image, size in zip(jpegs, waiting, together, sizes, strict=True):
             assert image.device.type == context.device.type and tuple(image.shape) == (3, *size), (kind, image.shape)
-            alone = max(alone, int((image.int() - nvjpeg._decode([own], context.device)[0].int()).abs().max()))
+            alone = max(alone, int((image.int() - nvjpeg.decode([own], context.device)[0].int()).abs().max()))
             off = (image.cpu().permute(1, 2, 0).int() - torch.from_numpy(decode(encoded)).int()).abs()
             means.append(float(off.float().mean()))
             largest = max(largest, int(off.max()))
@@ -97,13 +84,13 @@ def refused(context: Context) -> dict:
     """What becomes of JPEGs whose middle is missing although they have an end: the image of the CPU, or a fault."""
     rng = np.random.default_rng(1)
     whole = jpeg(drawn(rng, 64, 64))
-    [answer] = nvjpeg._decoded([torch.frombuffer(bytearray(b"\xff\xd8 no image \xff\xd9"), dtype=torch.uint8)], context.device)
+    [answer] = nvjpeg.decoded([torch.frombuffer(bytearray(b"\xff\xd8 no image \xff\xd9"), dtype=torch.uint8)], context.device)
     no_scan = whole[: whole.index(b"\xff\xda")] + b"\xff\xd9"
     # nvJPEG gives an image for it.
     found = {"no image": answer is None, "no scan is left to the CPU": not nvjpeg.takes(read_header(no_scan), no_scan)}
     good = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
     bad = torch.frombuffer(bytearray(b"\xff\xd8 no image \xff\xd9"), dtype=torch.uint8)
-    one, none, two = nvjpeg._decoded([good, bad, good], context.device)
+    one, none, two = nvjpeg.decoded([good, bad, good], context.device)
     found["others of the list"] = none is None and torch.equal(one, two) and tuple(one.shape) == (3, 64, 64)
     try:
         nvjpeg.require(context.device)

@@ -1,8 +1,5 @@
 """nvJPEG gives the CPU's images, and batches are copied beside the step that trains."""
 
-import io
-import json
-
 import gpus
 import pytest
 
@@ -17,29 +14,9 @@ ALLOWED = {"4:4:4": (1.5, 10), "gray": (1.5, 10), "4:2:2": (6.0, 60), "4:2:0": (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A shard of JPEGs of many shapes; among them gray, CMYK and RGB, two that EXIF turns, a PNG, and one cut short."""
-    import numpy as np
-    import webdataset
-    from images_on_ranks import drawn, jpeg
-    from PIL import Image
+    import jpegs
 
-    folder, rng = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
-    path = folder / "train-000000.tar"
-    with webdataset.TarWriter(str(path)) as tar:
-        for i in range(24):
-            height, width = rng.integers(40, 200, 2).tolist()
-            image = drawn(rng, height, width, {3: "L", 5: "CMYK"}.get(i, "RGB"))
-            exif = Image.Exif()
-            exif[0x0112] = {10: 6, 11: 3}.get(i, 1)
-            encoded = jpeg(image, exif=exif, **{"keep_rgb": True} if i == 8 else {})
-            if i == 7:
-                file = io.BytesIO()
-                image.save(file, "PNG")
-                encoded = file.getvalue()
-            tar.write({"__key__": f"{i:02d}", "jpg": encoded[: len(encoded) // 2 if i == 9 else None], "cls": str(i % 10).encode()})
-    index = {"shards": [{"file": path.name, "samples": 24, "bytes": path.stat().st_size}], "classes": []}
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
+    return jpegs.shard(tmp_path_factory.mktemp("jpegs"))
 
 
 @pytest.mark.cuda_only

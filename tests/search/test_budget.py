@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from runs import SHORT, Killed, arguments, records, tensors, told
+from runs import SHORT, Killed, arguments, at, killed, records, tensors, told
 
 from dnal_dist import nets, recipe
+from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Target
 from dnal_dist.search import controller, selection
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.training import state as training_state
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
 
@@ -250,21 +250,17 @@ def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, t
     assert len(weights) > 10, "it is driven, not given"
 
 
-def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path, monkeypatch):
+def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path):
     """Killed in the middle of its search, of 22 iterations an epoch."""
 
     longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
-    whole, run, save = tmp_path / "whole", tmp_path / "run", training_state.save
+    whole, run = tmp_path / "whole", tmp_path / "run"
     assert train_here(*arguments(digits, whole, *longer)).code == 0
 
-    def save_and_die(run, *more):
-        save(run, *more)
-        if run.state.phase == "search" and run.state.step == 22:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training_state, "save", save_and_die)
+    # The first is that of the start, the second that of the search's.
+    with at("checkpoint", after=killed(2)), pytest.raises(Killed):
         train_here(*arguments(digits, run, *longer))
+    assert checkpoint.latest(run / "checkpoints")[1].state.step == 22
     assert train_here(*arguments(digits, run, *longer)).code == 0
     assert told(run) == told(whole) and tensors(run) == tensors(whole)
 

@@ -4,30 +4,19 @@ import re
 import shutil
 
 import pytest
-from runs import SHORT, SMALL, Killed, arguments, die, reach, records, tensors, told
+from runs import SHORT, SMALL, Killed, arguments, at, killed, reach, records, tensors, told
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.training import loop, state, stopping
-from dnal_dist.training import state as training_state
+from dnal_dist.training import stopping
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("which", range(5))
-def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, monkeypatch, which, when):
+def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, which, when):
     """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
     are those at its start and at the ends of its phases; killed before the first, it starts again."""
-    count, save = iter(range(100)), training_state.save
-
-    def save_or_die(*state):
-        number = next(count)
-        if when == "after" or number != which:
-            save(*state)
-        if number == which:
-            raise Killed
-
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(state, "save", save_or_die)
+    with at("checkpoint", **{when: killed(which)}), pytest.raises(Killed):
         train_here(*arguments(digits, run, *SHORT))
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
@@ -132,11 +121,10 @@ def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told
     assert ended.code == 2 and re.search(told, ended.err), ended.err
 
 
-def test_a_phase_cannot_become_shorter_than_it_is(train_here, digits, tmp_path, monkeypatch):
+def test_a_phase_cannot_become_shorter_than_it_is(train_here, digits, tmp_path):
     run, longer = tmp_path / "run", (*SHORT, "phases.pretrain.steps=9")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_checkpoint_is_due", lambda run: die() if run.state.step == 6 else True)
-        train_here(*arguments(digits, run, *longer))
+    with at("weight step", before=killed(5)), pytest.raises(Killed):
+        train_here(*arguments(digits, run, *longer, "checkpoint.every_steps=1"))
     ended = train_here(*arguments(digits, run, *SHORT, "phases.pretrain.steps=3"), "--allow-changed", "phases.pretrain")
     assert ended.code == 2
     assert "key 'phases.pretrain': the run has taken 5 of its iterations already, so 3 are too few; make it longer" in ended.err

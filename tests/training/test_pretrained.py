@@ -183,7 +183,7 @@ def cache(folder: Path, name: str, content) -> Path:
 
 
 def published(name: str, model: str) -> pretrained.Source:
-    return pretrained._read(settings(f"torchvision:{name}", model))
+    return pretrained.read(settings(f"torchvision:{name}", model))
 
 
 def test_torchvisions_weights_come_from_its_cache(tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
 )  # fmt: skip
 def test_sources_that_are_none_are_refused(source, model, told):
     with pytest.raises(errors.InputError, match=told):
-        pretrained._read(settings(source, model))
+        pretrained.read(settings(source, model))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_damaged_file_is_refused(tmp_path, change):
     save_file(nets.build("vgg_digits").state_dict(), path)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(errors.InputError, match=rf"{path} cannot be read \(.+\); give a whole") as error:
-        pretrained._read(settings(str(path)))
+        pretrained.read(settings(str(path)))
     assert "\n" not in str(error.value)
 
 

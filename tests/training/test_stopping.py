@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import LONG, SHORT, SMALL, all_gone, arguments, family, reach, records, tensors, told
+from runs import LONG, SHORT, SMALL, all_gone, arguments, at, family, reach, records, tensors, told
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
-from dnal_dist.training import command, exit, state, stopping
-from dnal_dist.training import state as training_state
+from dnal_dist.training import command, exit, stopping
 
 
 @pytest.fixture
@@ -186,15 +185,14 @@ def test_a_stop_file_ends_it_politely_and_is_taken_away(train_command, digits, t
 def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits, tmp_path, monkeypatch):
     """As the kernel does where memory is short."""
 
-    def kill(_):
-        for loader in multiprocessing.active_children():
+    def kill(number, _):
+        for loader in multiprocessing.active_children() if number == 1 else ():
             loader.kill()
             loader.join()
 
-    save, count = training_state.save, iter(range(100))
     monkeypatch.setattr(exit, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(state, "save", lambda *state: save(*state) if next(count) != 1 else kill(state))
-    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "data.workers=1"))
+    with at("checkpoint", before=kill):
+        ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "data.workers=1"))
     assert ended.code == 2
     (line,) = ended.err.splitlines()
     assert re.match(r"error: key 'data\.workers': a loader process died \(DataLoader worker \(.*\) .*\); lower it, or give", line)
