@@ -56,11 +56,11 @@ def write_index(folder: Path, *names: str, count: int | None = None) -> None:
     (folder / "index.json").write_text(json.dumps({"shards": entries, "classes": []}))
 
 
-def refused(ended, told: str) -> None:
-    """Exit code 2, and one line that matches `told`."""
+def refused(ended, message: str) -> None:
+    """Exit code 2, and one line that matches `message`."""
     assert ended.code == 2, ended
     lines = ended.err.splitlines()
-    assert len(lines) == 1 and re.match(rf"error: .*{told}", lines[0]), f"{told!r} expected, found:\n{ended.err}"
+    assert len(lines) == 1 and re.match(rf"error: .*{message}", lines[0]), f"{message!r} expected, found:\n{ended.err}"
 
 
 def records(folder: Path, kind: str) -> list[dict]:

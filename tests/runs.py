@@ -1,4 +1,4 @@
-"""What tests do with whole runs of the digits: begin one, watch it, and compare what two of them tell."""
+"""What tests do with whole runs of the digits: begin one, watch it, and compare the records of two of them."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ import pytest
 from dnal_dist.chaos import equality
 from dnal_dist.common import span
 
-# 22 iterations are an epoch. Every iteration is told, so that a test can watch where a run stands.
+# 22 iterations are an epoch. Every iteration is recorded, so that a test can watch where a run stands.
 SMALL = (
     "data.global_batch=16", "tracking.log_every=1", "tracking.tracker=none", "tracking.plots=false",
     "architecture.recalibration_batches=2",
@@ -37,8 +37,8 @@ def records(run: Path, *kinds: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if not kinds or record["kind"] in kinds]
 
 
-def told(run: Path) -> list[dict]:
-    """What a run tells about its training, without what depends on the clock, and without the notes of starts and warnings."""
+def training_records(run: Path) -> list[dict]:
+    """A run's records of its training, without what depends on the clock, and without those of starts and warnings."""
     return [equality.timeless(record) for record in records(run, "train", "eval", "gates", "prune", "phase", "end")]
 
 

@@ -50,7 +50,7 @@ def test_a_step_of_the_formulation_moves_one_group():
             assert not any(same) if group == moving else all(same)
 
 
-def test_a_failure_costs_one_row_and_tells_why(monkeypatch):
+def test_a_failure_costs_one_row_with_its_reason(monkeypatch):
     # A contender sets them for its process.
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
@@ -63,7 +63,7 @@ def test_a_failure_costs_one_row_and_tells_why(monkeypatch):
     assert good["images_per_second"] > 0 and good["steps"] == 2
 
 
-def test_the_table_has_shares_of_the_machine_and_tells_what_failed(tmp_path):
+def test_the_table_has_fractions_of_the_machine_and_names_what_failed(tmp_path):
     case = {"network": "proxyless_supernet", "batch": 96, "image_size": 224, "width": 1.0, "step": "finetune"}
     ours = {**case, "who": "ours", "precision": "bf16", "layout": "channels_last", "mode": "eager", "cudnn_benchmark": False}
     theirs = {**ours, "who": "formulation", "precision": "tf32", "layout": "contiguous"}

@@ -131,7 +131,7 @@ campaign.draw_kill = draw
     assert sum(hits.values()) == len(PLAN) and len(hits) >= len(AIMABLE) - 3, hits
 
 
-def test_kills_at_random_on_two_processes(chaos, tmp_path):
+def test_random_kills_on_two_processes_change_nothing(chaos, tmp_path):
     ended = chaos("--kills", 4, "--seed", 3, "--ranks", 2, "--report", tmp_path / "report.md")
     assert ended.code == 0, ended
     assert (tmp_path / "report.md").read_text() == ended.out

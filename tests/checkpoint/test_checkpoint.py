@@ -40,7 +40,7 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     return a.state == b.state and a.tensors.keys() == b.tensors.keys() and all(a.tensors[k].equal(b.tensors[k]) for k in a.tensors)
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_a_written_checkpoint_is_read(tmp_path):
     ours = made(12)
     write(tmp_path, ours)
     path, found, damaged = checkpoint.latest(tmp_path)
@@ -62,7 +62,7 @@ def test_the_order_is_that_of_the_run_and_not_of_the_names(tmp_path):
 
 
 def test_the_last_and_the_best_of_the_newest_phase_stay(tmp_path):
-    told = [
+    cases = [
         (1, "pretrain", 0.99),
         (2, "search", 0.7),
         (3, "search", 0.9),
@@ -71,7 +71,7 @@ def test_the_last_and_the_best_of_the_newest_phase_stay(tmp_path):
         (6, "search", 0.9),
     ]
     kept = []
-    for step, phase, accuracy in told:
+    for step, phase, accuracy in cases:
         write(tmp_path, made(step, phase, accuracy), last=1, best=1)
         kept.append([int(name.split("-")[1]) for name in names(tmp_path)])
     # Of two equal ones the later.
@@ -128,7 +128,7 @@ def write_failing(folder: Path, new: Checkpoint, error: type, *where, **kept) ->
 
 
 @pytest.mark.parametrize("operation, when", [*MOMENTS, ("write", "half"), ("shutil.rmtree", "half")])
-def test_killed_within_a_save_the_newest_whole_one_is_found(tmp_path, operation, when):
+def test_a_kill_within_a_save_leaves_the_newest_whole_checkpoint(tmp_path, operation, when):
     """At each call of each operation that touches the disk: what is found is the one before or the new one, and whole."""
     older, newest, number = made(1), made(2), 0
     write(tmp_path / "0", older, last=1)
@@ -173,8 +173,8 @@ def rewritten(path: Path, **changes) -> None:
     tensors = (path / "state.safetensors").read_bytes() if "tensors" not in changes else changes["tensors"]
     (path / "state.json").write_bytes(content)
     (path / "state.safetensors").write_bytes(tensors)
-    told = {"state.json": checkpoint.described(content), "state.safetensors": checkpoint.described(tensors)}
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "accuracy": None, "files": told}))
+    files = {"state.json": checkpoint.described(content), "state.safetensors": checkpoint.described(tensors)}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "accuracy": None, "files": files}))
 
 
 def altered(**changes) -> bytes:
@@ -213,7 +213,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_is_damaged_is_told_and_the_one_before_is_used(tmp_path, kind):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_read(tmp_path, kind):
     older = made(1)
     write(tmp_path, older, made(2))
     path = tmp_path / "step-00000002-search"
@@ -260,7 +260,7 @@ def test_random_damage_is_always_noticed(tmp_path):
         (path / name).write_bytes(content)
         where, found, damaged = checkpoint.latest(tmp_path)
         if name == "manifest.json" and where == path:
-            # Blanks, or the accuracy that is told twice, may change without harm; never what the files are.
+            # Blanks, or the accuracy that stands there twice, may change without harm; never what the files are.
             assert json.loads(content)["files"] == json.loads(whole[name])["files"]
             assert found.state == made(2).state
         else:

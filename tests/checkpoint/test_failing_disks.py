@@ -8,7 +8,7 @@ import shutil
 import time
 
 import pytest
-from runs import SHORT, Killed, arguments, at, flip, killed, records, tensors, told
+from runs import SHORT, Killed, arguments, at, flip, killed, records, tensors, training_records
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.distributed.ddp import Replicated
@@ -24,9 +24,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("fault", DAMAGE)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(train_here, short, digits, fault):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(train_here, short, digits, fault):
     """The newest one is the run's end, the one before the end of its search and pruning."""
-    whole, weights = told(short), tensors(short)
+    whole, weights = training_records(short), tensors(short)
     newest, before = checkpoint.found(short / "checkpoints")
     assert (before.name, newest.name) == ("step-00000008-finetune", "step-00000012-done")
     DAMAGE[fault](newest)
@@ -35,7 +35,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(train_here, sho
     assert f"warning: {newest}: checkpoint is damaged (" in ended.out
     assert "; it was skipped and renamed to damaged-step-00000012-done" in ended.out
     assert "resumed in finetune after 0 steps (8 in all)" in ended.out
-    assert told(short) == whole and tensors(short) == weights
+    assert training_records(short) == whole and tensors(short) == weights
     assert checkpoint.latest(short / "checkpoints")[2] == {}
 
 
@@ -62,7 +62,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(train_here, short
     assert [w for w in warnings if "cannot be written" in w] == [
         f"{told_of}. Training goes on and the next save tries again: make room"
     ] * 2
-    assert told(run) == told(short) and tensors(run) == tensors(short)
+    assert training_records(run) == training_records(short) and tensors(run) == tensors(short)
     assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-00000012-done", "step-00000008-finetune"]
 
 
@@ -95,7 +95,7 @@ def test_a_folder_of_checkpoints_that_vanishes_is_made_again(train_here, short, 
     run = tmp_path / "run"
     with at("checkpoint", before=lambda number, _: shutil.rmtree(run / "checkpoints") if number == 1 else None):
         assert train_here(*arguments(digits, run, *SHORT)).code == 0
-    assert told(run) == told(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
+    assert training_records(run) == training_records(short) and checkpoint.latest(run / "checkpoints")[1].state.phase == "done"
 
 
 def test_a_run_folder_that_is_removed_ends_the_run(train_here, digits, tmp_path):
@@ -115,7 +115,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(train_her
     assert ended.code == 2 and "its last checkpoint cannot be written (see the warnings above)" in ended.err
     assert not records(run, "end")
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
-    assert told(run) == told(short) and tensors(run) == tensors(short)
+    assert training_records(run) == training_records(short) and tensors(run) == tensors(short)
 
 
 def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch):
@@ -131,10 +131,10 @@ def test_records_wait_for_room(train_here, short, digits, tmp_path, monkeypatch)
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
     assert "metrics.jsonl: cannot be written (No space left on device); training goes on, make room" in ended.out
-    assert told(run) == told(short)
+    assert training_records(run) == training_records(short)
 
 
-def test_a_pause_is_measured_and_told(train_here, digits, tmp_path, monkeypatch):
+def test_a_pause_is_measured_and_recorded(train_here, digits, tmp_path, monkeypatch):
     """With the gathering of what several processes share out."""
     gathered, take = Replicated.gathered, training_state.take
 
@@ -186,7 +186,7 @@ def test_a_run_none_of_whose_checkpoints_could_be_written_is_refused(train_here,
     assert f"the checkpoints of {run} are gone, or none could be written" in line and "or make room, and " in line
 
 
-def test_checkpoints_that_are_gone_are_told_before_a_run_begins_anew(train_here, digits, tmp_path):
+def test_missing_checkpoints_are_refused_before_a_run_starts_again(train_here, digits, tmp_path):
     run = tmp_path / "run"
     for _ in range(2):
         assert train_here(*arguments(digits, run, *SHORT), "--max-time=1s").code == stopping.STOPPED
@@ -216,7 +216,7 @@ def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(train_here, s
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
 
-def test_records_of_a_lost_part_go(tmp_path):
+def test_records_after_the_checkpoint_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"kind": "train", "global_step": step}) + "\n" for step in range(5)]
     path.write_text("".join(lines) + lines[0][:9])
@@ -226,7 +226,7 @@ def test_records_of_a_lost_part_go(tmp_path):
     assert run_log.keep_records(tmp_path / "none.jsonl", 7) == []
 
 
-def test_records_that_are_missing_are_told(train_here, digits, tmp_path):
+def test_missing_records_are_reported(train_here, digits, tmp_path):
     run = tmp_path / "run"
     with at("weight step", before=killed(2)), pytest.raises(Killed):
         train_here(*arguments(digits, run, *SHORT, "checkpoint.every_steps=1"))

@@ -11,7 +11,7 @@ from dnal_dist.training import run_folder
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_folder_that_cannot_be_synced_is_written_and_told_of(tmp_path, monkeypatch, number):
+def test_a_folder_that_cannot_be_synced_is_written_with_a_warning(tmp_path, monkeypatch, number):
     fsync = os.fsync
 
     def only_files(handle):
@@ -38,7 +38,7 @@ def test_an_fsync_that_fails_names_itself_and_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [37, 95, 524, errno.ENOSYS])
-def test_a_file_system_without_locks_is_used_and_told_of(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, number):
     import fcntl
 
     def refuse(*_):

@@ -22,5 +22,5 @@ def test_messages_never_hold_a_secret(words):
 
 
 @pytest.mark.parametrize("words", ["runs/me@host/x", "https://host:80/a@b.tar", "key 'x': a@b", "s3://bucket/a@b.tar", "a:b", "x?"])
-def test_what_is_no_secret_stays(words):
+def test_words_without_a_secret_stay(words):
     assert secret_in(words) is None and str(InputError(words)) == words

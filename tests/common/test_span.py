@@ -63,7 +63,7 @@ def test_errors_pass_through_a_span(attached):
         attached(Listener([], str(listeners)))
 
 
-def test_detached_listeners_hear_nothing():
+def test_detached_listeners_are_not_called():
     events = []
     with spans.attached(Listener(events)):
         pass

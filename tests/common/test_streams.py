@@ -28,7 +28,7 @@ def test_a_command_outlives_its_standard_streams(tmp_path, streams):
     assert code == 3 and (tmp_path / "result").read_text() == "all of it"
 
 
-def test_what_can_be_written_is(tmp_path):
+def test_a_folder_that_can_be_written_is_written(tmp_path):
     (tmp_path / "c.py").write_text(PRINTS)
     ended = subprocess.run([sys.executable, tmp_path / "c.py", tmp_path / "result"], capture_output=True, text=True)
     assert ended.stdout == ("x" * 100_000 + "\n") * 3 and ended.stderr == "e\n" * 3

@@ -50,13 +50,13 @@ def test_an_animation_is_refused(kind):
         decode(file.getvalue())
 
 
-def test_what_is_no_image_is_refused_with_a_reason():
+def test_files_that_are_no_image_are_refused_with_a_reason():
     transform = Transform(settings(), 0, False)
     cut = encode(scene(8, 8))[:100]
     for encoded, reason in ((b"", "it is empty"), (b"words", "no image"), (b"\xff\xd8", "no image"), (cut, ".")):
-        with pytest.raises(ImageError, match=reason) as told:
+        with pytest.raises(ImageError, match=reason) as refused:
             transform(encoded, 0, 0)
-        assert str(told.value).isprintable()
+        assert str(refused.value).isprintable()
 
 
 def bomb(kind: str) -> bytes:
@@ -71,7 +71,7 @@ def bomb(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_image_of_too_many_pixels_is_refused_by_its_header(kind, monkeypatch):
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(kind, monkeypatch):
     monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ImageError, match=r"^60000 x 60000 pixels, more than data\.max_pixels \(100000000\) allows$"):
         Transform(settings(), 0, False)(bomb(kind), 0, 0)
@@ -93,7 +93,7 @@ def test_a_line_that_would_grow_without_bounds_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "CMYK"}, {"mode": "L"}])
-def test_a_truncated_jpeg_is_an_error_and_not_half_a_image(options):
+def test_a_truncated_jpeg_is_an_error_and_not_half_an_image(options):
     whole = encode(scene(120, 160), **options)
     image = decode(whole)
     for length in range(len(whole) - 1, 0, -37):
@@ -115,7 +115,7 @@ def test_harmless_faults_of_a_jpeg_are_passed_over(mode):
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P")])
-def test_damaged_images_are_images_or_refused_and_say_nothing_else(kind, mode, capfd):
+def test_damaged_images_are_decoded_or_refused_without_other_output(kind, mode, capfd):
     whole, rng, refused = encode(scene(24, 36), kind, mode), np.random.default_rng(0), 0
     transform = Transform(settings(max_pixels=1_000_000), 0, False)
     with warnings.catch_warnings():

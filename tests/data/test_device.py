@@ -157,11 +157,11 @@ def test_the_device_gives_the_images_of_the_cpu(kind, augmentation, folder, deco
     same(ours, batches(folder, kind=kind, augmentation=augmentation), 2)
 
 
-def test_what_waits_for_the_device_comes_through_loader_processes(folder, decoder):
+def test_encoded_images_come_through_loader_processes(folder, decoder):
     same(batches(folder, decode="cuda", workers=1), batches(folder, decode="cuda"), 0)
 
 
-def test_a_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
+def test_an_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
     data = settings(folder)
     shards = Shards(data.train, "data.train", 10)
     decoder.refused = {shards[4].image, shards[11].image}
@@ -169,7 +169,7 @@ def test_a_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder):
     assert len(decoder.seen) == 18
 
 
-def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch):
+def test_an_image_that_neither_decodes_is_left_out_and_reported(folder, decoder, monkeypatch):
     whole = batches(folder, 1, decode="cuda")[0]
     stream = Stream(Shards(f"{folder}/train-*.tar", "data.train", 10), settings(folder, decode="cuda"), 0, True)
     batch = next(stream.batches())
@@ -182,8 +182,8 @@ def test_what_neither_decodes_is_left_out_and_told(folder, decoder, monkeypatch)
     kept = [place for place in range(len(batch.labels)) if place != lost]
     assert found.keys == [batch.keys[place] for place in kept] and torch.equal(found.labels, batch.labels[kept])
     assert torch.equal(found.flips, batch.flips[kept]) and torch.equal(found.images, whole.batch.images[kept])
-    (told,) = set(map(str, found.bad)) - set(map(str, batch.bad))
-    assert told.startswith(f"{folder}/train-000000.tar: sample {batch.keys[lost]} at byte ")
+    (fault,) = set(map(str, found.bad)) - set(map(str, batch.bad))
+    assert fault.startswith(f"{folder}/train-000000.tar: sample {batch.keys[lost]} at byte ")
     assert found.tally == receipts.without(batch.tally, [batch.encoded.origins[2]])
 
 
@@ -219,7 +219,7 @@ def test_a_torchvision_without_nvjpeg_is_refused_before_training(monkeypatch):
         nvjpeg.require(torch.device("cuda"))
 
 
-def test_a_batch_that_lost_samples_is_filled_with_what_counts_for_nothing():
+def test_a_batch_that_lost_samples_is_filled_with_images_of_no_weight():
     """The loss and its gradient are those of the images that there are, and all processes see the same number."""
     batch = batch_of(3)
     (fed,) = feed(iter_closing([batch]), settings(), CPU, fill=7)

@@ -18,7 +18,7 @@ ANY = "data.max_bad_fraction=1"
 
 
 @pytest.mark.parametrize("content", [b"no tar at all " * 1000, b"", b"x"], ids=["no tar", "no bytes", "one byte"])
-def test_a_file_that_is_no_shard(train, folder, content):
+def test_a_file_that_is_no_shard_is_refused(train, folder, content):
     (folder / "train-0.tar").write_bytes(content)
     refused(train(ANY), r".*/train-0\.tar: not a readable tar shard \(.+\); make or copy it again")
 
@@ -29,15 +29,17 @@ CUTS["between image and class"] = ("09.cls", 0)
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_of_a_shard_that_is_cut_short_the_rest_is_used_and_the_loss_is_told(train, folder, cut, indexed):
+def test_the_rest_of_a_truncated_shard_is_used_and_its_loss_is_reported(train, folder, cut, indexed):
     if indexed:
         write_index(folder, "train-0.tar", "val-0.tar")
     truncate(folder / "train-0.tar", *CUTS[cut])
     ended = train(ANY)
     assert ended.code == 0, ended.err
     warnings = [r["message"] for r in records(folder, "warning")]
-    told = r"its last 7 samples are lost: copy it again" if indexed else r"at byte \d+: .*; (9|10) samples were found: copy or make"
-    assert any(re.match(rf".*/train-0\.tar: .*{told}", message) for message in warnings), warnings
+    reason = (
+        r"its last 7 samples are lost: copy it again" if indexed else r"at byte \d+: .*; (9|10) samples were found: copy or make"
+    )
+    assert any(re.match(rf".*/train-0\.tar: .*{reason}", message) for message in warnings), warnings
     receipts = records(folder, "receipt")
     if indexed:
         # Each epoch asks for all 16, and the seven that are gone are skipped.
@@ -58,19 +60,19 @@ def test_a_damaged_header_costs_its_sample_alone(train, folder, indexed):
     assert len(skipped) <= (1 if indexed else 2) and skipped
 
 
-def test_a_shard_that_has_grown_is_another(train, folder):
+def test_a_shard_that_has_grown_is_refused(train, folder):
     write_index(folder, "train-0.tar", "val-0.tar")
     with (folder / "train-0.tar").open("ab") as file:
         file.write(bytes(512))
     refused(train(), r".*/train-0\.tar: holds \d+ bytes, index\.json says \d+; make or copy the shard again")
 
 
-def test_a_shard_without_a_sample(train, folder):
+def test_a_shard_without_a_sample_is_refused(train, folder):
     write_tar(folder / "val-0.tar", {})
     refused(train(), r"key 'data\.val': .* hold no sample")
 
 
-def test_a_shard_that_may_not_be_read(train, folder):
+def test_an_unreadable_shard_is_refused(train, folder):
     if os.geteuid() == 0:
         pytest.skip("root may read every file")
     (folder / "train-0.tar").chmod(0)
@@ -105,18 +107,18 @@ def test_a_shard_that_may_not_be_read(train, folder):
     ],
     ids=lambda text: text[-30:] or "empty",
 )
-def test_a_broken_index(train, folder, text):
+def test_a_broken_index_is_refused(train, folder, text):
     (folder / "index.json").write_text(text)
     refused(train(), r".*/index\.json: not an index of shards \(.*\); remove it or make it again")
 
 
 @pytest.mark.parametrize("count", [15, 17, 8])
-def test_an_index_with_a_wrong_count(train, folder, count):
+def test_an_index_with_a_wrong_count_is_refused(train, folder, count):
     write_index(folder, "train-0.tar", "val-0.tar", count=count)
     refused(train(), r".*/train-0\.tar: holds 16 samples, index\.json says \d+; make the index again")
 
 
-def test_an_index_that_tells_of_a_shard_that_is_not_there(train, folder):
+def test_an_index_with_a_missing_shard_is_refused(train, folder):
     shutil.copy(folder / "train-0.tar", folder / "train-1.tar")
     write_index(folder, "train-0.tar", "train-1.tar", "val-0.tar")
     (folder / "train-1.tar").unlink()
@@ -130,7 +132,7 @@ def test_an_index_that_tells_of_a_shard_that_is_not_there(train, folder):
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["without an index", "with an index"])
 @pytest.mark.parametrize(
-    "change, told",
+    "change, reason",
     [
         (
             {"_05_cls": b"10"},
@@ -148,22 +150,22 @@ def test_an_index_that_tells_of_a_shard_that_is_not_there(train, folder):
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value)[:20],
 )
-def test_a_sample_that_is_none(train, folder, change, told, indexed):
+def test_an_unusable_sample_is_skipped_or_refused(train, folder, change, reason, indexed):
     write_tar(folder / "train-0.tar", samples(**change))
     if indexed:
         write_index(folder, "train-0.tar", "val-0.tar")
     # Two batches of eight are an epoch.
-    refused(train(), rf".*/train-0\.tar: {told}.*; .* samples of data\.train cannot be used|.*/train-0\.tar: {told}")
+    refused(train(), rf".*/train-0\.tar: {reason}.*; .* samples of data\.train cannot be used|.*/train-0\.tar: {reason}")
     ended = train("data.max_bad_fraction=0.1", "--overwrite", "data.global_batch=4")
     assert ended.code == 0, ended.err
-    assert any(re.search(told, r["message"]) for r in records(folder, "warning"))
+    assert any(re.search(reason, r["message"]) for r in records(folder, "warning"))
 
 
 NO_IMAGES = {"cut": png()[:40], "words": b"words", "empty": b""}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_image_that_does_not_decode_is_skipped_and_named(train, folder, split):
+def test_an_image_that_does_not_decode_is_skipped_and_named(train, folder, split):
     write_tar(folder / f"{split}-0.tar", samples(_03_png=png()[:40]))
     ended = train("data.max_bad_fraction=0.1")
     assert ended.code == 0, ended.err
@@ -178,11 +180,11 @@ def test_a_image_that_does_not_decode_is_skipped_and_named(train, folder, split)
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_too_many_images_that_do_not_decode(train, folder, split, workers):
+def test_too_many_images_that_do_not_decode_end_the_run(train, folder, split, workers):
     changes = {f"_{i:02}_png": image for i, image in enumerate(NO_IMAGES.values(), 3)}
     write_tar(folder / f"{split}-0.tar", samples(**changes))
-    told = rf".*/{split}-0\.tar: sample 0\d at byte \d+: .*[123] of 16 samples of data\.{split} cannot be used, more than "
-    refused(train("data.max_bad_fraction=0.1", f"data.workers={workers}"), told + r"data\.max_bad_fraction=0\.1 allows")
+    reason = rf".*/{split}-0\.tar: sample 0\d at byte \d+: .*[123] of 16 samples of data\.{split} cannot be used, more than "
+    refused(train("data.max_bad_fraction=0.1", f"data.workers={workers}"), reason + r"data\.max_bad_fraction=0\.1 allows")
 
 
 def test_bad_images_at_an_epochs_end_are_not_forgotten(train, folder):
@@ -199,10 +201,10 @@ def test_bad_images_at_an_epochs_end_are_not_forgotten(train, folder):
     )
 
 
-def test_no_image_of_a_batch_decodes(train, folder):
+def test_a_batch_without_a_decodable_image_ends_the_run(train, folder):
     write_tar(folder / "train-0.tar", samples(**{f"_{i:02}_png": b"" for i in range(16)}))
-    told = r".*/train-0\.tar: sample \d\d at byte \d+: it is empty: no image of a batch of 8 can be used; mend the shards"
-    refused(train(ANY), told)
+    reason = r".*/train-0\.tar: sample \d\d at byte \d+: it is empty: no image of a batch of 8 can be used; mend the shards"
+    refused(train(ANY), reason)
 
 
 def test_images_of_other_kinds_are_images(train, folder):
@@ -286,7 +288,7 @@ def test_names_cannot_write_to_the_terminal(train, folder):
     assert "\x1b" not in ended.err
 
 
-def test_sizes_that_are_lies(train, folder):
+def test_false_sizes_of_members_are_refused(train, folder):
     sparse = tarfile.TarInfo("17.png")
     sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
     header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))

@@ -58,7 +58,7 @@ def test_classes_are_named_as_in_the_index(tmp_path):
     members = {"a.png": png(), "a.txt": b"tench\n", "b.png": png(), "b.txt": b"4", "c.png": png(), "c.txt": b"crane"}
     shards = opened(tmp_path, members, ["goldfish", "tench", "crane", "shark", "crane"])
     assert (shards[0].label, shards[1].label) == (1, 4)
-    # Two classes of one name cannot be told apart by it.
+    # Two classes of one name cannot be distinguished by it.
     with pytest.raises(Fault, match=r"label 'crane' is out of range, expected a whole number .*, or one of the 3 names of classes"):
         shards[2]
 
@@ -80,7 +80,7 @@ def test_classes_are_named_as_in_the_index(tmp_path):
     ],
     ids=range(11),
 )
-def test_the_recipes_key_is_read_of_json(tmp_path, content, found):
+def test_the_recipes_key_of_a_json_is_its_label(tmp_path, content, found):
     members = {"a.png": png(), "a.json": content, "a.cls": b"9"}
     shards = opened(tmp_path, members, ["goldfish", "tench"], "label")
     if isinstance(found, int):
@@ -94,8 +94,8 @@ def test_members_without_a_reader_are_reported_once_by_kind_and_count(tmp_path):
     members = {}
     for i in range(6):
         members |= {f"{i}.png": png(), f"{i}.cls": b"1", f"{i}.npy": b"\x93NUMPY"} | ({f"{i}.json": b"{}"} if i % 2 else {})
-    told = ["key 'data.train': members without a reader are left alone: .json in 3, .npy in 6 of 6 samples read"]
-    assert opened(tmp_path, members).notes == told
+    notes = ["key 'data.train': members without a reader are left alone: .json in 3, .npy in 6 of 6 samples read"]
+    assert opened(tmp_path, members).notes == notes
     assert opened(tmp_path, {"a.png": png(), "a.cls": b"1", "a.txt": b"A dog."}).notes == []
     gifs = opened(tmp_path, {"a.gif": png(), "a.cls": b"1", "b.gif": png(), "b.cls": b"1"})
     assert gifs.notes[0].endswith(": .gif in 2 of 2 samples read")
@@ -109,7 +109,7 @@ def data(exif: bool, kind: str = "none", **changes) -> Data:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_orientation_in_exif_is_followed_where_the_recipe_says_so(kind, orientation):
+def test_the_orientation_in_exif_is_followed_if_the_recipe_asks_for_it(kind, orientation):
     image = encoded(kind, orientation)
     stored = Image.open(io.BytesIO(image))
     turned = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
@@ -123,7 +123,7 @@ def test_the_orientation_in_exif_is_followed_where_the_recipe_says_so(kind, orie
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_parts_of_turned_images_are_those_of_the_image_as_it_is_seen(orientation):
+def test_crops_of_turned_images_are_those_of_the_upright_image(orientation):
     """At a reduced scale edges of a part may lie within a pixel."""
     coarse = Image.fromarray(PIXELS[:6, :8]).resize((640, 480), Image.Resampling.BICUBIC)
     image = encoded("JPEG", orientation, np.asarray(coarse), quality=95)
@@ -136,7 +136,7 @@ def test_parts_of_turned_images_are_those_of_the_image_as_it_is_seen(orientation
 
 
 @pytest.mark.parametrize("value", [0, 9, 300])
-def test_an_orientation_that_is_none_is_passed_over(value):
+def test_an_invalid_orientation_is_ignored(value):
     assert read_header(encoded("JPEG", value), exif=True).orientation == 1
 
 
@@ -170,7 +170,7 @@ def test_stages_can_be_appended_to_a_stream_without_a_recipe(digits):
     assert isinstance(stream(shards, image_size=8, global_batch=48), webdataset.DataPipeline)
 
 
-def test_a_stream_without_a_recipe_goes_on_from_any_batch_on_any_ranks(digits):
+def test_a_stream_without_a_recipe_starts_at_any_batch_on_any_ranks(digits):
     given = {"shards": f"{digits}/train-*.tar", "image_size": 8, "global_batch": 48}
     whole = [batch.keys for batch in stream(**given).slice(35)]
     ranks = [[batch.keys for batch in stream(**given, start=31, rank=rank, world_size=2).slice(4)] for rank in range(2)]

@@ -59,8 +59,8 @@ def test_an_endless_body_is_read_to_the_wanted_byte_only(server, status, tmp_pat
 @pytest.mark.parametrize("status", [200, 206, 403, 503])
 def test_a_whole_file_is_bounded_and_the_body_of_an_error_is_not_read(server, status):
     server.answer = endless(status)
-    told = "more than 1 MB, the most that is taken" if status < 300 else f"HTTP {status}"
-    with pytest.raises(RemoteError, match=told):
+    message = "more than 1 MB, the most that is taken" if status < 300 else f"HTTP {status}"
+    with pytest.raises(RemoteError, match=message):
         remote.read(f"{server.url}/index.json", most=MOST)
 
 
@@ -80,10 +80,10 @@ def test_a_body_that_trickles_is_given_up(server, monkeypatch):
     assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("encoding, told", [("gzip", r"\(gzip\)"), ("x\tsecret", r"\(in some way\)")])
-def test_a_compressed_body_is_refused(server, encoding, told):
+@pytest.mark.parametrize("encoding, message", [("gzip", r"\(gzip\)"), ("x\tsecret", r"\(in some way\)")])
+def test_a_compressed_body_is_refused(server, encoding, message):
     server.answer = endless(200, ("Content-Encoding", encoding))
-    with pytest.raises(RemoteError, match=rf"the server compresses the body {told}, though it was asked not to"):
+    with pytest.raises(RemoteError, match=rf"the server compresses the body {message}, though it was asked not to"):
         remote.read(f"{server.url}/index.json")
 
 
@@ -94,7 +94,7 @@ def test_redirects_are_limited(server):
     assert len(server.requests) == 6
 
 
-def test_the_host_that_a_redirect_leads_to_is_told(server):
+def test_the_host_of_a_redirect_is_reported(server):
     with FileServer() as other:
         other.files = {"b.tar": b"0123456789"}
         server.answer = endless(302, ("Location", f"{other.url}/b.tar?signature=secret"))

@@ -87,7 +87,7 @@ list(stream(shards, **few, workers=1, stages=[webdataset.map(unsendable)]).slice
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, message",
     [
         (OSError(24, "Too many open files"), "may open no more files"),
         (
@@ -96,16 +96,16 @@ list(stream(shards, **few, workers=1, stages=[webdataset.map(unsendable)]).slice
         ),
     ],
 )
-def test_what_a_loader_lacks_is_one_line(error, told):
+def test_a_loaders_missing_resource_is_one_line(error, message):
     class Tensor:
         def share_memory_(self):
             raise error
 
-    with pytest.raises(InputError, match=f"^key 'data.workers': .*{told}"):
+    with pytest.raises(InputError, match=f"^key 'data.workers': .*{message}"):
         loader.shared(Tensor())
 
 
-def test_what_is_wrong_with_a_streams_keys_is_one_line(shards):
+def test_wrong_keys_of_a_stream_are_one_line(shards):
     with pytest.raises(InputError, match=r"key 'image_size': .*; unknown key 'wokers' \(did you mean 'workers'\?\)") as error:
         stream(shards, 0, 4, wokers=2)
     assert "\n" not in str(error.value)

@@ -150,7 +150,7 @@ def rgba(alpha: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
-def test_what_is_transparent_shows_the_recipes_background(tmp_path):
+def test_transparent_pixels_show_the_recipes_background(tmp_path):
     write_tar(
         tmp_path / "s.tar", {"a.png": rgba(0), "a.cls": b"1", "b.png": rgba(255), "b.cls": b"1", "c.png": png(7), "c.cls": b"1"}
     )

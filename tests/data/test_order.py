@@ -68,7 +68,7 @@ def test_validation_drops_nothing_and_repeats_nothing(digits, world_size, worker
         assert len(seen) == len(set(seen)) == 355
 
 
-def test_one_shard_on_eight_ranks(tmp_path):
+def test_eight_ranks_divide_one_shard(tmp_path):
     members = {f"{i:02}.{kind}": content for i in range(35) for kind, content in (("png", png(i)), ("cls", b"1"))}
     write_tar(tmp_path / "only.tar", members)
     data = settings(tmp_path, train=f"{tmp_path}/only.tar", global_batch=16)
@@ -76,7 +76,7 @@ def test_one_shard_on_eight_ranks(tmp_path):
     assert one == eight and len({key for batch in one[:2] for key in batch}) == 32
 
 
-def test_resuming_at_every_batch_twice_in_a_row_with_other_numbers_of_ranks(digits, reference, monkeypatch):
+def test_a_stream_resumes_at_every_batch_on_any_number_of_ranks(digits, reference, monkeypatch):
     """4 ranks stop, 2 go on and stop, 8 go on to the epoch's end and beyond; nothing is decoded twice and no header is read."""
     decoded, scans = [], []
     decode = Decoder.__call__

@@ -100,7 +100,7 @@ def test_the_audit_proves_each_sample_once(run):
 
 
 @pytest.mark.parametrize(
-    "fault, told",
+    "fault, message",
     [
         (lambda r: [r[0], r[2], r[3]], "expected the receipt of epoch 1"),
         (lambda r: [r[0], r[0], *r[2:]], "expected the receipt of epoch 1"),
@@ -115,7 +115,7 @@ def test_the_audit_proves_each_sample_once(run):
         (lambda r: [r[0] | {"batches": 29}, *r[1:]], "29 batches, expected 30"),
     ],
 )
-def test_the_audit_sees_what_is_wrong(run, tmp_path, proven, fault, told):
+def test_the_audit_finds_every_fault(run, tmp_path, proven, fault, message):
     for name in ("recipe.yaml", "metrics.jsonl"):
         shutil.copy(run / name, tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -123,13 +123,13 @@ def test_the_audit_sees_what_is_wrong(run, tmp_path, proven, fault, told):
     changed = others + fault([one for one in records if one["kind"] == "receipt"])
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in changed))
     code, said = proven(tmp_path)
-    assert code == 1 and told in said
+    assert code == 1 and message in said
 
 
 @pytest.mark.parametrize(
     "changes", [{"batches": "5"}, {"batches": None}, {"skipped": None}, {"skipped": [[1]]}, {"digest": 3}, {"global_step": "x"}]
 )
-def test_a_damaged_record_is_told_in_one_line(run, tmp_path, changes):
+def test_a_damaged_record_is_one_line(run, tmp_path, changes):
     shutil.copy(run / "recipe.yaml", tmp_path)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     changed = [one | changes if one["kind"] == "receipt" else one for one in records]
@@ -138,7 +138,7 @@ def test_a_damaged_record_is_told_in_one_line(run, tmp_path, changes):
         audit(tmp_path)
 
 
-def test_shards_and_keys_of_one_name_are_told_apart(tmp_path, train_here, proven):
+def test_shards_and_keys_of_one_name_are_distinguished(tmp_path, train_here, proven):
     """Two folders of shards with the same names and keys, one bad sample in each, and a key that would be markup to a terminal."""
     for number, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
@@ -154,7 +154,7 @@ def test_shards_and_keys_of_one_name_are_told_apart(tmp_path, train_here, proven
     assert proven(tmp_path / "run")[0] == 0
 
 
-def test_the_audit_of_no_run(tmp_path):
+def test_the_audit_of_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"recipe\.yaml: no such recipe"):
         audit(tmp_path)
 

@@ -94,19 +94,19 @@ def test_few_shards_at_a_time_pass_through_a_small_cache(many, tmp_path, workers
 
 
 def test_a_cache_that_is_too_small_is_refused(server, tmp_path):
-    told = r"key 'data\.cache_gb': 0\.002 GB, but 4 shards of 'data\.train' may be in use at a time, .* raise it, or lower"
-    with pytest.raises(InputError, match=told):
+    message = r"key 'data\.cache_gb': 0\.002 GB, but 4 shards of 'data\.train' may be in use at a time, .* raise it, or lower"
+    with pytest.raises(InputError, match=message):
         opened(data(server.url, tmp_path, cache_gb=0.002))
 
 
-def test_a_set_that_is_there_is_not_fetched_ahead_for_ever(server, tmp_path):
+def test_a_set_that_fits_is_prefetched_once(server, tmp_path):
     """All needs of a set that fits are one pass over it, whatever the limit."""
     stream = opened(data(server.url, tmp_path))
     for start in (0, 7, 1000):
         assert sorted(need.url for need in stream.ahead.plan(start)) == [f"{server.url}/train-00000{i}.tar" for i in range(4)]
 
 
-def test_shards_are_there_before_they_are_wanted(server, tmp_path, monkeypatch):
+def test_shards_are_prefetched_before_they_are_read(server, tmp_path, monkeypatch):
     """A link of 50 ms and steps of 100: after the first batch no reader has to fetch a shard itself."""
     waited = []
     fetch = remote.fetch
@@ -148,7 +148,7 @@ def test_what_is_missing_or_wrong_is_named(server, digits, tmp_path):
         tallies(opened(data(server.url, tmp_path)), 1)
 
 
-def test_a_run_of_two_processes_from_a_bucket(digits, tmp_path, monkeypatch, train_command):
+def test_a_run_of_two_processes_trains_from_a_bucket(digits, tmp_path, monkeypatch, train_command):
     """Its receipts are those of the same run from local files; no secret is in what it prints or leaves behind."""
     secret = "Secret-Of-A-Bucket"
     few = ("phases.pretrain.steps=10", "phases.search.epochs=1", "phases.finetune.steps=5", "tracking.tracker=none")

@@ -53,7 +53,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
 
 
 @pytest.mark.parametrize("key", ["a", "n01/a", "k" * 90, "long/" * 40 + "a", "Ä/ö", "a=b c"])
-def test_what_webdatasets_own_writer_makes_is_read_without_tarfile(key, tmp_path, monkeypatch):
+def test_shards_of_webdatasets_own_writer_are_read_without_tarfile(key, tmp_path, monkeypatch):
     """It puts a pax header, with the time to the nanosecond, before each member."""
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         for number in range(3):
@@ -163,7 +163,7 @@ def test_a_label_is_checked_only_where_the_number_of_classes_is_known():
     assert parse(tar_of(*pair("a", label=b"10"))).label == 10
 
 
-def test_a_truncated_shard_gives_what_is_whole():
+def test_a_truncated_shard_gives_its_whole_samples():
     whole = tar_of(*(member for i in range(6) for member in pair(f"k{i}", bytes(700))))
     reference = samples(whole)
     for cut in range(0, len(whole), 256):
@@ -218,13 +218,13 @@ def test_hidden_files_of_a_mac_are_no_samples():
     assert [s.key for s in samples(tar_of(("._a.jpg", b"?"), *pair("a"), ("n/._b.jpg", b"?"), *pair("n/b")))] == ["a", "n/b"]
 
 
-def test_what_is_no_tar_has_no_samples():
+def test_a_file_that_is_no_tar_has_no_samples():
     for data in (b"", b"no tar at all", bytes(10240), random.Random(1).randbytes(5000)):
         offsets, _ = boundaries(io.BytesIO(data))
         assert len(offsets) == 1 or all(isinstance(sample, str) for sample in samples(data))
 
 
-def test_a_fault_says_where(tmp_path):
+def test_a_fault_names_its_place(tmp_path):
     data = tar_of(*pair("a"), *pair("b", label=b"x"))
     (tmp_path / "s.tar").write_bytes(data)
     shards = Shards(f"{tmp_path}/s.tar", "data.train", 10)

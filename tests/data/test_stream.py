@@ -60,7 +60,7 @@ def test_validation_sees_every_sample_once(digits, world_size):
 
 
 @pytest.mark.parametrize("start", [1, 29, 30, 61])
-def test_a_stream_goes_on_from_any_iteration(digits, start):
+def test_a_stream_resumes_at_any_iteration(digits, start):
     augmented = data_settings(digits, augmentation=Augmentation(kind="pad_crop", padding=2, flip=True))
     whole = take(opened(augmented).batches(), start + 3)[start:]
     for one, other in zip(take(opened(augmented).batches(start), 3), whole, strict=True):
@@ -99,7 +99,7 @@ def test_images_are_the_scans(digits):
     assert batch.labels.tolist() == load_digits().target[[int(key) for key in batch.keys]].tolist()
 
 
-def test_without_an_index_the_headers_tell_the_counts(digits, tmp_path):
+def test_without_an_index_the_headers_give_the_counts(digits, tmp_path):
     for path in digits.glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     one, other = (next(opened(data_settings(folder)).batches(5)) for folder in (digits, tmp_path))

@@ -50,7 +50,7 @@ def test_images_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_pa
     assert len(streamed(out, "train", 8, 2)) == 376
 
 
-def test_only_check_and_resize_decode_what_looks_whole(damaged, tmp_path):
+def test_only_check_and_resize_decode_images_that_look_whole(damaged, tmp_path):
     """A JPEG with a damaged table of codes, for one, begins and ends as a whole one does."""
     tables = damaged.whole.index(b"\xff\xc4") + 6
     (damaged.train / "000.jpg").write_bytes(damaged.whole[:tables] + b"\xff" * 12 + damaged.whole[tables + 12 :])

@@ -95,7 +95,7 @@ def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, monkeypatch, ca
     assert code == 2 and "index.json: names 3 classes, but" in err and "by --classes" in err
 
 
-def test_classes_of_uneven_size_are_told_and_counted(tmp_path, monkeypatch, capsys):
+def test_classes_of_uneven_size_are_reported_and_counted(tmp_path, monkeypatch, capsys):
     members = [member for number in range(21) for member in sample(f"{number:02}", number, 1 if number else 0)]
     made(tmp_path / "own", classes=2, train=members)
     code, out, _ = ended(verify, monkeypatch, capsys, tmp_path / "own")

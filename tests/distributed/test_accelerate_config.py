@@ -42,7 +42,7 @@ def configured(monkeypatch, tmp_path, change: dict) -> None:
         ({**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": '{"zero_optimization": {"stage": 1}}'}, "zero1", torch.float32),
     ],
 )
-def test_what_is_asked_is_understood(monkeypatch, tmp_path, change, backend, dtype):
+def test_the_accelerate_config_is_read(monkeypatch, tmp_path, change, backend, dtype):
     configured(monkeypatch, tmp_path, change)
     found = read()
     assert (found.backend, found.dtype, found.accumulation) == (backend, dtype, 1)
@@ -59,7 +59,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "P
 
 
 @pytest.mark.parametrize(
-    ("left", "told"),
+    ("left", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, as a launcher does, but no MASTER_ADDR: unset WORLD_SIZE, or"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 is set"),
@@ -71,18 +71,18 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "P
         ({}, None),
     ],
 )
-def test_variables_that_another_launch_left_are_named(monkeypatch, left, told):
+def test_variables_that_another_launch_left_are_named(monkeypatch, left, message):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    if told is None:
+    if message is None:
         return check_launched()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         check_launched()
 
 
-def test_settings_of_fsdp2(monkeypatch):
+def test_settings_of_fsdp2_are_read(monkeypatch):
     for name, value in {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}.items():
         monkeypatch.setenv(name, value)
     assert read().settings == {"reshard_after_forward": False, "min_params": float("inf")}
@@ -101,7 +101,7 @@ def test_deepspeed_does_not_clip_unasked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({**FSDP, "FSDP_VERSION": "1"}, "first version; set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
@@ -127,9 +127,9 @@ def test_deepspeed_does_not_clip_unasked(monkeypatch):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
     ],
 )
-def test_what_cannot_be_done_is_refused(monkeypatch, tmp_path, change, told):
+def test_unsupported_configs_are_refused(monkeypatch, tmp_path, change, message):
     configured(monkeypatch, tmp_path, change)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read()
 
 
@@ -161,14 +161,14 @@ def test_a_launch_that_drops_fsdp_is_refused(script):
         (["--config-file", "nowhere.yaml", "--num_processes", "4"], "the command line", 4),
     ],
 )
-def test_what_the_launcher_above_this_process_drops_is_refused(monkeypatch, options, config, processes):
+def test_options_that_the_launcher_drops_are_refused(monkeypatch, options, config, processes):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["accelerate", "launch", *options, "--cpu", "script.py"])
     with pytest.raises(InputError, match=REFUSED.format(config, processes)):
         read()
 
 
-def test_a_config_that_says_use_cpu_gets_what_it_asks_for(script, tmp_path):
+def test_a_config_with_use_cpu_trains_on_the_cpu(script, tmp_path):
     with open("recipes/accelerate/fsdp2.yaml") as file:
         config = {**yaml.safe_load(file), "use_cpu": True, "num_processes": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -191,7 +191,7 @@ def test_one_process_too_is_on_the_backend_of_the_config(ranks, backend):
     ("batch", "limit", "accumulation", "parts"),
     [(64, None, 1, 1), (64, 64, 1, 1), (64, 10, 1, 8), (60, 16, 1, 4), (64, 40, 2, 2), (7, 3, 1, 7)],
 )
-def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
+def test_micro_batches_are_the_fewest_that_fit(batch, limit, accumulation, parts):
     context = Context()
     context.config = context.config._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=batch, per_device_batch_limit=limit)
@@ -199,7 +199,7 @@ def test_parts_are_the_fewest_that_fit(batch, limit, accumulation, parts):
 
 
 @pytest.mark.parametrize(("limit", "accumulation"), [(None, 3), (8, 2)])
-def test_parts_that_do_not_fit_are_refused(limit, accumulation):
+def test_micro_batches_that_do_not_fit_are_refused(limit, accumulation):
     context = Context()
     context.config = context.config._replace(accumulation=accumulation)
     data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)

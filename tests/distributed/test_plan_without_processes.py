@@ -1,4 +1,4 @@
-"""What dnal_dist.plan says of a recipe, and how it is told. What it says of steps is measured in tests/distributed/test_plan.py."""
+"""What dnal_dist.plan computes for a recipe, and how it is printed; steps are measured in tests/distributed/test_plan.py."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def tell(monkeypatch, capsys, *words) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_tables(monkeypatch, capsys):
+def test_tables_are_printed_whole(monkeypatch, capsys):
     code, out, _ = tell(monkeypatch, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
     assert code == 0 and all(backend in out for backend in estimate.BACKENDS) and "1 x 6" in out
 
@@ -130,7 +130,7 @@ def test_a_planned_network_stays_as_it_is():
     )
 
 
-def test_the_page_holds_what_is_planned(tmp_path, monkeypatch, capsys):
+def test_the_docs_page_holds_the_planned_table(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     shipped = Path("docs/distributed.md").read_text(encoding="utf-8")
     page.write_text(shipped, encoding="utf-8")

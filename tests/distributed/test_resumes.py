@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from runs import records, told
+from runs import records, training_records
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.timeout(1000)
@@ -51,7 +51,7 @@ def test_saving_and_resuming_change_nothing(ranks, shards, tmp_path, backend):
 
 def without_traffic(run) -> list[dict]:
     """What the very first steps of a wrap communicate is not what later ones do, and there are more wraps in a run that stopped."""
-    return [{key: value for key, value in record.items() if not key.startswith("comm/")} for record in told(run)]
+    return [{key: value for key, value in record.items() if not key.startswith("comm/")} for record in training_records(run)]
 
 
 def test_a_run_resumes_on_another_backend_and_number_of_processes(ranks, shards, tmp_path):
@@ -64,7 +64,7 @@ def test_a_run_resumes_on_another_backend_and_number_of_processes(ranks, shards,
     started = [(r["backend"], r["world_size"], r["resumed"]) for r in records(run, "start")]
     assert started == [("single", 1, False), ("fsdp2", 2, True), ("zero2", 2, True), ("zero3", 2, True), ("single", 1, True)]
     assert receipts(run) == receipts(reference)
-    ours, theirs = told(run), told(reference)
+    ours, theirs = training_records(run), training_records(reference)
     assert [(r["kind"], r["global_step"]) for r in ours] == [(r["kind"], r["global_step"]) for r in theirs]
     (mask,), (other) = ({r["mask"] for r in records(one, "prune")} for one in (run, reference))
     assert {mask} == other

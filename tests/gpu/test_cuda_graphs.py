@@ -13,7 +13,7 @@ def test_steps_as_graphs_are_those_launched_kernel_by_kernel(on_gpu, name, clip)
     assert not (wrong := {key: off for key, off in found["off"].items() if off > 1e-4}), wrong
 
 
-def test_a_network_that_cannot_be_captured_trains_without_a_graph_and_says_so_once(on_gpu):
+def test_a_network_that_cannot_be_captured_trains_without_a_graph_and_warns_once(on_gpu):
     found = on_gpu("graphs_on_ranks:not_capturable")
     assert found["sums"][0] > found["sums"][1] > found["sums"][2] and found["moved"]
     # A capture that fails must leave the device's random numbers as they were, and usable.

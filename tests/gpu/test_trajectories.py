@@ -83,7 +83,7 @@ def found(gpu_ranks, tmp_path_factory):
     return find
 
 
-def test_reference(reference):
+def test_the_reference_has_all_cases(reference):
     """First, so that no test of a backend pays for it."""
     assert len(reference()) >= 8
 
@@ -118,7 +118,7 @@ def test_a_wrap_leaves_nothing_in_memory(found, backend):
 
 
 @pytest.mark.parametrize("precision, backend", [*(("bf16", backend) for backend in BACKENDS), ("fp16", "single"), ("fp16", "ddp")])
-def test_in_low_precision_losses_stay_near_and_the_frozen_group_rests(reference, found, backend, precision, request):
+def test_in_low_precision_losses_stay_near_and_the_frozen_group_stays(reference, found, backend, precision, request):
     """The job itself compares the frozen group bit for bit before and after each step."""
     if precision == "fp16" and gpus.DEVICE == "cpu":
         pytest.skip("float16 is for GPUs")

@@ -145,7 +145,7 @@ def test_readme_lists_every_published_row_with_its_figures_and_override(case):
     assert [name for name, *_ in expected if name.startswith("**")], "the recipe's own penalty weight is no published row"
 
 
-def test_overrides_of_the_readme_do_what_they_say(case):
+def test_overrides_of_the_readme_are_valid(case):
     for name, *_, override in rows_of_readme(case.path.stem):
         if override:
             changed = recipe.load(case.path, override.strip("`").split())

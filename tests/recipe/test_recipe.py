@@ -53,7 +53,7 @@ def test_recipes_are_frozen():
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("data.globl_batch=3", r"unknown key 'data\.globl_batch' \(did you mean 'global_batch'\?\)"),
         ("phases.search.schedule={kind: cosine, horizn: 3}", r"unknown key 'phases\.search\.schedule\.horizn'"),
@@ -74,14 +74,14 @@ def test_recipes_are_frozen():
         ("seed=[", r"not a YAML value"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_key(override, told):
-    with pytest.raises(errors.InputError, match=told) as caught:
+def test_a_wrong_value_is_reported_with_its_key(override, message):
+    with pytest.raises(errors.InputError, match=message) as caught:
         recipe.load(DIGITS, [override])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("", "expected keys"),
         ("- a\n", "expected keys"),
@@ -90,8 +90,8 @@ def test_what_is_wrong_is_told_with_its_key(override, told):
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
-def test_what_is_no_recipe_is_told_with_its_file(tmp_path, text, told):
-    with pytest.raises(errors.InputError, match=rf"r\.yaml.*{told}"):
+def test_an_invalid_recipe_is_reported_with_its_file(tmp_path, text, message):
+    with pytest.raises(errors.InputError, match=rf"r\.yaml.*{message}"):
         load(tmp_path, text)
 
 
@@ -121,7 +121,7 @@ BOMB = "x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("seed: 2020-99-99", r"month must be in 1\.\.12.* line 1"),
         ("seed: 0x_", r"invalid literal.* line 1"),
@@ -145,8 +145,8 @@ BOMB = "x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     ],
     ids=lambda _: "",
 )
-def test_whatever_a_file_holds_is_told_in_a_short_line(tmp_path, text, told):
-    with pytest.raises(errors.InputError, match=told) as caught:
+def test_whatever_a_file_holds_is_reported_in_a_short_line(tmp_path, text, message):
+    with pytest.raises(errors.InputError, match=message) as caught:
         load(tmp_path, text)
     assert len(str(caught.value)) < 2000 and "hunter" not in str(caught.value) and "\n" not in str(caught.value)
 

@@ -30,16 +30,16 @@ def recipe(weight: float = 1e-4, seed: int = 0, **more) -> dict:
     } | more
 
 
-def run_of(folder, told: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
+def run_of(folder, settings: dict, accuracy: float = 0.9, macs: int = 10**8, val: int = 10_000, records=None, **start):
     """A made-up run of VGG16 on CIFAR-10, with this accuracy and cost at its end."""
     records = made_up_run() if records is None else records
     records = changed(records, "start", **{"full": cost(313_472_778), "train_samples": 50_000, "val_samples": val} | start)
     records = changed(records, "prune", full=cost(313_472_778), compact=cost(macs))
     records = [r | {"accuracy": accuracy} if r["kind"] == "eval" and r["phase"] == "finetune" else r for r in records]
-    return save(folder, records, recipe=yaml.safe_dump(told))
+    return save(folder, records, recipe=yaml.safe_dump(settings))
 
 
-def told(*given) -> tuple[str, list[dict]]:
+def printed(*given) -> tuple[str, list[dict]]:
     """What is printed, and the lines of comparison.csv."""
     found, out = comparison.compare(given), io.StringIO()
     console = Console(file=out, width=80)

@@ -1,4 +1,4 @@
-"""Chromium as the system has it, without a network; pages that tell what they complain of."""
+"""Chromium as the system has it, without a network; pages whose complaints are kept."""
 
 import shutil
 from datetime import datetime
@@ -16,7 +16,7 @@ QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-# What the page's security policy forbids is told as an event, whoever listens.
+# What the page's security policy forbids comes as an event, whoever listens.
 LISTEN = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
@@ -107,9 +107,9 @@ def sweep(tmp_path):
     """Two penalty weights, three seeds each; the runs differ in what has no say in the result, too."""
     for weight, accuracies in ACCURACIES.items():
         for seed, accuracy in enumerate(accuracies):
-            told = recipe(weight, seed, output=f"runs/{seed}", tracking={"log_every": seed + 1}, name=f"vgg {seed}")
+            settings = recipe(weight, seed, output=f"runs/{seed}", tracking={"log_every": seed + 1}, name=f"vgg {seed}")
             (tmp_path / "sweep").mkdir(exist_ok=True)
-            run_of(tmp_path / "sweep" / f"{weight}-{seed}", told, accuracy, MACS[weight][seed])
+            run_of(tmp_path / "sweep" / f"{weight}-{seed}", settings, accuracy, MACS[weight][seed])
     return tmp_path / "sweep"
 
 

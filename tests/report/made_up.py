@@ -18,7 +18,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&$na
 
 
 def made_up_run() -> list[dict]:
-    """A finished run of 20, 30 and 40 iterations, told as docs/run-folder.md says; one second an iteration."""
+    """A finished run of 20, 30 and 40 iterations, recorded as docs/run-folder.md says; one second an iteration."""
     records = [
         {
             "kind": "start", "global_step": 0, "name": "digits", "resumed": False, "world_size": 2, "backend": "ddp",
@@ -52,8 +52,8 @@ def made_up_run() -> list[dict]:
             records.append({"kind": "prune", "global_step": begin, "rescued": ["conv0"], "collapsed": False} | cut)
             found = {"accuracy": 0.93, "top5": 0.99, "cross_entropy": 0.2, "samples": 355}
             records.append({"kind": "eval", "global_step": begin, "phase": "prune", "step": 0, "epoch": 0} | found)
-    told = {"pretrain": 20.0, "search": 30.0, "finetune": 40.0}
-    records.append({"kind": "end", "global_step": 90, "seconds": 90.0, "phase_seconds": told, "images": 5760})
+    seconds = {"pretrain": 20.0, "search": 30.0, "finetune": 40.0}
+    records.append({"kind": "end", "global_step": 90, "seconds": 90.0, "phase_seconds": seconds, "images": 5760})
     return [{"time": 1_790_000_000 + record["global_step"]} | record for record in records]
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import yaml
-from comparing import ACCURACIES, MACS, command, recipe, run_of, told
+from comparing import ACCURACIES, MACS, command, printed, recipe, run_of
 from made_up import changed, made_up_run, save
 
 from dnal_dist.recipe import dump, load
@@ -19,7 +19,7 @@ def deviation(values) -> float:
 
 
 def test_seeds_are_one_row_of_mean_and_deviation(sweep):
-    text, lines = told(sweep)
+    text, lines = printed(sweep)
     rows = {float(row["architecture.penalty_weight"]): row for row in lines}
     assert rows.keys() == ACCURACIES.keys()
     for weight, row in rows.items():
@@ -33,13 +33,13 @@ def test_seeds_are_one_row_of_mean_and_deviation(sweep):
     assert "93.75 ± 0.06 %" in line and "161 ± 1 M" in line and "51.4 ± 0.4 %" in line
 
 
-def test_rows_say_what_they_differ_in_and_only_that(sweep):
+def test_rows_are_named_by_what_they_differ_in(sweep):
     assert comparison.compare([sweep]).keys == ["architecture.penalty_weight"]
 
 
 def test_one_run_has_no_deviation(tmp_path):
     paths = [run_of(tmp_path / str(weight), recipe(weight), 0.9, 10**8) for weight in (1e-4, 2e-4)]
-    text, lines = told(*paths)
+    text, lines = printed(*paths)
     assert len(lines) == 2 and all(row["accuracy_std"] == "" and row["accuracy_mean"] == "0.9" for row in lines)
     assert "±" not in text
 
@@ -54,13 +54,13 @@ def test_a_sweeps_folder_stands_for_its_runs(sweep, deep):
     assert [len(row.finished) for row in again.rows] == [3, 3]
 
 
-def test_unfinished_runs_are_told_and_not_averaged(sweep):
+def test_unfinished_runs_are_listed_and_not_averaged(sweep):
     run_of(sweep / "dies", recipe(1e-4, 7), 0.1, records=made_up_run()[:-2])
     run_of(sweep / "alone", recipe(9e-4, 0), records=made_up_run()[:4])
     (sweep / "queued").mkdir()
     (sweep / "queued" / "recipe.yaml").write_text("name: queued\n")
     save(sweep / "empty", [], b'{"kind": "sta')
-    text, (first, _, last) = told(sweep)
+    text, (first, _, last) = printed(sweep)
     assert float(first["accuracy_mean"]) == pytest.approx(0.9375) and (first["finished"], first["unfinished"]) == ("3", "1")
     assert last["accuracy_mean"] == "" and last["finished"] == "0" and last["not_dominated"] == "0"
     assert "3 of 4" in text and "0 of 1" in text
@@ -69,7 +69,7 @@ def test_unfinished_runs_are_told_and_not_averaged(sweep):
 
 
 def test_rows_stand_among_the_published_ones(sweep):
-    text, _ = told(sweep)
+    text, _ = printed(sweep)
     own = [" ".join(line.split()) for line in text.splitlines() if line.startswith("> ours")]
     macs, params = [f"{deviation([value / scale for value in MACS[1e-4]]):.2f}" for scale in (1e6, 1e8)]
     assert own[0] == f"> ours 1e-4 161.17 ± {macs} (1.95x) 1.61 ± {params} (1.95x) 93.75 ± 0.06 99.90 ± 0.00 2+3+4"
@@ -80,15 +80,15 @@ def test_rows_stand_among_the_published_ones(sweep):
     assert "Not comparable" not in text
 
 
-def test_a_set_up_of_its_own_is_told_and_judged_apart(tmp_path):
+def test_another_set_up_is_reported_and_judged_apart(tmp_path):
     paths = [run_of(tmp_path / str(w), recipe(w), a, m, val=500) for w, a, m in ((1e-4, 0.5, 10**8), (2e-4, 0.4, 10**7))]
     found = comparison.compare(paths)
     # 10 M with 40 % would be dominated by many a published row.
     assert set(found.front) == set(found.rows)
-    assert "Not comparable with the published rows of VGG16 on CIFAR-10" in told(*paths)[0]
+    assert "Not comparable with the published rows of VGG16 on CIFAR-10" in printed(*paths)[0]
 
 
-def test_what_dominates_what():
+def test_dominance_needs_accuracy_and_cost():
     cheap, dear = Point("own", "", 1.0, 90.0), Point("own", "", 4.0, 95.0)
     worse, as_good = Point("own", "", 2.0, 89.0), Point("own", "", 4.0, 90.0)
     assert pareto.front([dear, worse, cheap, as_good]) == [cheap, dear]
@@ -106,7 +106,7 @@ def test_the_front_counts_published_rows(sweep):
 
 
 @pytest.mark.parametrize("fact", [{"precision": "bfloat16"}, {"train_samples": 5_000}, {"val": 500}])
-def test_runs_that_are_no_seeds_of_one_setting_are_no_row(tmp_path, fact):
+def test_runs_of_other_settings_share_no_row(tmp_path, fact):
     """Told by `start` alone: the recipe is the same."""
     one, two = (run_of(tmp_path / str(i), recipe(seed=i), **{"precision": "float32"} | more) for i, more in enumerate(({}, fact)))
     found = comparison.compare([one, two])
@@ -115,7 +115,7 @@ def test_runs_that_are_no_seeds_of_one_setting_are_no_row(tmp_path, fact):
     assert f"{key}=" in found.rows[1].label(found.keys)
 
 
-def test_a_run_that_was_changed_on_the_way_is_a_row_of_its_own(tmp_path):
+def test_a_run_changed_on_the_way_is_a_row_of_its_own(tmp_path):
     first, *rest = made_up_run()
     again = first | {"resumed": True}
     weight, logs = {"architecture.penalty_weight": [0.0, 1e-4]}, {"tracking.log_every": [1, 2]}
@@ -123,22 +123,22 @@ def test_a_run_that_was_changed_on_the_way_is_a_row_of_its_own(tmp_path):
         run_of(tmp_path / str(seed), recipe(seed=seed), records=[first | {"changed": begun}, again, *rest])
         for seed, begun in enumerate(({}, logs, weight))
     ]
-    # It is told by the start that went on; another precision there is no setting either.
+    # It is in the start that went on; another precision there is no setting either.
     paths.append(run_of(tmp_path / "both", recipe(seed=9), records=[first, *rest], precision="float32"))
     lines = (paths[-1] / "metrics.jsonl").read_text()
     (paths[-1] / "metrics.jsonl").write_text(json.dumps(again | {"precision": "bfloat16", "changed": None}) + "\n" + lines)
     found = comparison.compare(paths)
     assert sorted(len(row.finished) for row in found.rows) == [1, 1, 2] and "changed" in found.keys
-    told = "\n".join(comparison_files.remarks(found))
-    assert "(architecture.penalty_weight: 0 -> 1e-4)" in told and "precision: bfloat16 -> float32" in told
+    remarks = "\n".join(comparison_files.remarks(found))
+    assert "(architecture.penalty_weight: 0 -> 1e-4)" in remarks and "precision: bfloat16 -> float32" in remarks
 
 
-def test_other_code_and_backends_within_a_row_are_told(tmp_path):
+def test_other_code_and_backends_within_a_row_are_reported(tmp_path):
     paths = [
         run_of(tmp_path / str(i), recipe(seed=i), code=code, backend=backend)
         for i, (code, backend) in enumerate((("a" * 40, "ddp"), ("b" * 40 + "+", "zero3")))
     ]
-    text, lines = told(*paths)
+    text, lines = printed(*paths)
     assert len(lines) == 1
     assert "had different code: aaaaaaaaaaaa, bbbbbbbbbbbb+." in text and "had different backends: ddp, zero3." in text
 
@@ -158,7 +158,7 @@ def test_a_collapsed_row_is_marked_in_the_table(tmp_path):
         run_of(tmp_path / f"part{seed}", recipe(3e-4, seed), 0.9, 10**6, records=records)
     found = comparison.compare([tmp_path])
     assert [line[-1] for line in comparison_files.table(found).rows] == ["yes", "yes, 1 of 2 collapsed"]
-    assert [line["collapsed"] for line in told(tmp_path)[1]] == ["0", "1"]
+    assert [line["collapsed"] for line in printed(tmp_path)[1]] == ["0", "1"]
     assert "3e-4 (collapsed)" in {point.label for point, _ in found.diagrams[0].marks}
 
 
@@ -168,17 +168,17 @@ def submitted(folder):
     return folder
 
 
-def test_a_sweep_that_was_submitted_waits_in_part(sweep):
+def test_a_submitted_sweep_is_compared_as_far_as_it_has_begun(sweep):
     submitted(sweep / "waits")
     (sweep / "submit" / "001").mkdir(parents=True)
     (sweep / "submit" / "001" / "0.yaml").write_text("name: vgg\n")
     for given in ([sweep], sorted(sweep.iterdir())):
-        text, _ = told(*given)
+        text, _ = printed(*given)
         assert "Comparison of 6 runs in 2 rows; 1 more not begun" in text and "waits: has not begun." in text
         assert "submit: " not in text and "(> not dominated)" in text and "(> these runs)" in text
 
 
-def test_a_sweep_of_which_nothing_has_begun_says_where_to_look(tmp_path):
+def test_a_sweep_that_has_not_begun_names_the_run_list(tmp_path):
     for name in "ab":
         submitted(tmp_path / "sweep" / name)
     done = command(tmp_path / "sweep")
@@ -187,7 +187,7 @@ def test_a_sweep_of_which_nothing_has_begun_says_where_to_look(tmp_path):
     assert done.stderr == f"error: {place}: none of its 2 runs has begun; see python -m dnal_dist.runs {place}\n"
 
 
-def test_other_networks_and_validation_sets_are_told(tmp_path):
+def test_other_networks_and_validation_sets_are_reported(tmp_path):
     one = run_of(tmp_path / "one", recipe())
     other = recipe() | {"model": {"name": "vgg_digits"}, "data": {"val": "digits/val.tar"}}
     two = save(tmp_path / "two", made_up_run(), recipe=yaml.safe_dump(other))
@@ -198,7 +198,7 @@ def test_other_networks_and_validation_sets_are_told(tmp_path):
     assert warning.startswith("WARNING") and "cifar/val.tar (10,000)" in warning and "digits/val.tar (355)" in warning
 
 
-def test_what_may_mislead_is_told(tmp_path):
+def test_misleading_comparisons_are_reported(tmp_path):
     a = run_of(tmp_path / "a", recipe(seed=1), world_size=1)
     b = run_of(tmp_path / "b", recipe(seed=1), records=changed(made_up_run(), "prune", collapsed=True), world_size=2)
     text = "\n".join(comparison_files.remarks(comparison.compare([a, b])))

@@ -5,7 +5,7 @@ import io
 import re
 
 import pytest
-from comparing import command, recipe, run_of, told
+from comparing import command, printed, recipe, run_of
 from made_up import COMPACT, FULL, HOSTILE, Tags, made_up_run, save
 from markdown_it import MarkdownIt
 
@@ -23,8 +23,8 @@ def test_the_legend_names_what_is_drawn(tmp_path):
     assert "not dominated" not in names and any("these runs" in name for name in names)
 
 
-def test_what_a_spreadsheet_would_compute_is_words():
-    told = {
+def test_formulas_of_a_spreadsheet_are_written_as_words():
+    formulas = {
         "-2+3+cmd|' /C calc'!A0": True,
         "=1": True,
         "+a": True,
@@ -34,8 +34,8 @@ def test_what_a_spreadsheet_would_compute_is_words():
         "1e-4": False,
         "-inf": False,
     }
-    assert {words: comparison_files._cell(words) == f"'{words}" for words in told} == told
-    assert all(comparison_files._cell(words) == words for words, formula in told.items() if not formula)
+    assert {words: comparison_files._cell(words) == f"'{words}" for words in formulas} == formulas
+    assert all(comparison_files._cell(words) == words for words, formula in formulas.items() if not formula)
 
 
 @pytest.mark.parametrize(("mean", "std", "words"), [
@@ -67,7 +67,7 @@ def test_hostile_names_stay_words(tmp_path):
         for i, name in enumerate((HOSTILE, formula))
     ]
     outputs.compare(evil, str(tmp_path))
-    assert "\x1b" not in told(*evil)[0]
+    assert "\x1b" not in printed(*evil)[0]
     tags = Tags((tmp_path / "comparison.html").read_text()).tags
     assert "script" not in tags and tags.count("img") == 1
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render((tmp_path / "comparison.md").read_text())
@@ -101,7 +101,7 @@ def test_bad_input_is_named(sweep, tmp_path):
         comparison.compare([tmp_path / "a", tmp_path / "b"])
 
 
-def test_costs_of_the_digits_run_are_told_by_the_exact_rule(tmp_path):
+def test_costs_of_the_digits_run_are_by_the_exact_rule(tmp_path):
     save(tmp_path / "a", made_up_run(), recipe="model: {name: vgg_digits}\nseed: 0\n")
     (row,) = comparison.compare([tmp_path / "a"]).rows
     assert (row.mean("macs"), row.mean("params")) == (COMPACT["exact"]["macs"], COMPACT["exact"]["params"])

@@ -13,8 +13,8 @@ from dnal_dist.report.records import Run, load, result_of
 SMALL = ("vgg_digits", "resnet_digits", "supernet_digits")
 
 
-def run_of(folder, told: list[dict], recipe: str = "name: digits\n") -> Run:
-    return load(save(folder, told, recipe=recipe))
+def run_of(folder, records: list[dict], recipe: str = "name: digits\n") -> Run:
+    return load(save(folder, records, recipe=recipe))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -53,17 +53,17 @@ def test_every_site_is_in_one_box_of_the_image(name):
     assert sum(block.stacked for block in blocks) == cells
 
 
-def test_a_real_run_tells_all_that_the_page_shows(finished):
+def test_a_real_run_records_everything_the_page_shows(finished):
     prune, start = records(finished, "prune")[0], records(finished, "start")[0]
     assert start["shortcuts"] == []
     for which in ("full", "compact"):
         for key in ("macs", "params"):
             assert sum(layer[which][key] for layer in prune["layers"].values()) == prune[which]["exact"][key]
-    told = numbers_in((finished / "report.html").read_text("utf-8"))["explorer"]
-    assert told["channels"] == list(start["sites"].values())
-    assert told["frames"][-1]["open"] == list(prune["kept"].values())
-    for frame in told["frames"]:
-        assert [sum(counts) for counts in frame["counts"]] == told["channels"]
+    numbers = numbers_in((finished / "report.html").read_text("utf-8"))["explorer"]
+    assert numbers["channels"] == list(start["sites"].values())
+    assert numbers["frames"][-1]["open"] == list(prune["kept"].values())
+    for frame in numbers["frames"]:
+        assert [sum(counts) for counts in frame["counts"]] == numbers["channels"]
     text = " ".join(Tags((finished / "report.html").read_text("utf-8")).text)
     assert start["host"] in text and records(finished, "receipt")[-1]["digest"] in text
 
@@ -88,7 +88,7 @@ def test_a_histogram_that_is_not_whole_is_not_shown(tmp_path):
         assert len(found) == 4 and not any("counts" in frame for frame in found)
 
 
-def test_a_long_search_is_told_from_its_first_to_its_last_record(tmp_path):
+def test_a_long_search_is_shown_from_its_first_to_its_last_record(tmp_path):
     many = [gates(0, 0) | {"step": step, "epoch": step / 10, "open": {"conv0": step % 9}} for step in range(1001)]
     found = explorer.frames(run_of(tmp_path, [made_up_run()[0], *many]))
     assert len(found) == 240 and len({len(state["open"]) for state in found}) == 1
@@ -102,13 +102,13 @@ def test_before_the_search_every_channel_is_there(tmp_path):
     assert explorer.numbers(run_of(tmp_path / "bare", [{"kind": "warning", "message": "m"}])) is None
 
 
-def test_the_ledger_tells_each_phase_and_sums_what_all_tell(tmp_path):
-    told = {"images": 640, "device_seconds": 7200.0, "bytes_sent": 3_200_000}
-    records = changed(made_up_run(), "phase", **told)
+def test_the_usage_table_has_each_phase_and_sums_what_all_have(tmp_path):
+    used = {"images": 640, "device_seconds": 7200.0, "bytes_sent": 3_200_000}
+    records = changed(made_up_run(), "phase", **used)
     text = " ".join(Tags(page_of(save(tmp_path, records))).text)
     assert "energy" not in text and "2 h 00 min" in text.replace("\xa0", " ") and "9.6 MB" in text.replace("\xa0", " ")
     # The run's last word counts, and a column that one phase does not tell has no sum.
-    ledger = {"pretrain": told | {"energy_kwh": 0.5}, "search": told, "finetune": {"images": 1}}
+    ledger = {"pretrain": used | {"energy_kwh": 0.5}, "search": used, "finetune": {"images": 1}}
     run = run_of(tmp_path, changed(records, "end", ledger=ledger))
     result = result_of(run)
     assert tables.usage_of_phases(run, result)["finetune"] == {"seconds": 40.0, "images": 1}
@@ -117,14 +117,14 @@ def test_the_ledger_tells_each_phase_and_sums_what_all_tell(tmp_path):
     assert "1,281" in text
 
 
-def test_older_runs_tell_time_alone(tmp_path):
+def test_older_runs_have_times_alone(tmp_path):
     run = run_of(tmp_path, made_up_run())
     assert tables.usage_of_phases(run, result_of(run))["search"] == {"seconds": 30.0}
     text = " ".join(Tags(page_of(tmp_path)).text)
     assert "device time" not in text and "sent by each process" not in text and "30.0" in text
 
 
-def test_every_start_and_every_receipt_is_told(tmp_path):
+def test_every_start_and_every_receipt_is_shown(tmp_path):
     records = made_up_run()
     again = records[0] | {"resumed": True, "global_step": 50, "time": 1_790_086_400, "host": "node9", "world_size": 4}
     again |= {"slurm_job": "4711", "code": "0123456789abcdef" * 2 + "01234567+", "changed": {"training.compile": [False, True]}}

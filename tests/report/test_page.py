@@ -24,8 +24,8 @@ def shown(page) -> dict:
 
 def numbers(shapes: list) -> list[float]:
     """All of a drawing's numbers."""
-    told = " ".join(shape.get_attribute(key) or "" for shape in shapes for key in ("x", "y", "width", "height", "d"))
-    return [float(number) for number in re.findall(r"-?[\d.]+", told)]
+    values = " ".join(shape.get_attribute(key) or "" for shape in shapes for key in ("x", "y", "width", "height", "d"))
+    return [float(number) for number in re.findall(r"-?[\d.]+", values)]
 
 
 def visible(page) -> list[str]:

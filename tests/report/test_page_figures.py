@@ -8,7 +8,7 @@ from paged import RUNS
 pytestmark = pytest.mark.xdist_group("pages")
 
 
-def test_the_image_tells_numbers_by_pointer_and_keyboard(opened, pages):
+def test_the_image_shows_numbers_by_pointer_and_keyboard(opened, pages):
     page = opened(pages["supernet"])
     box = page.locator('.box[data-name="stages.1.cells.2.k5e6"]')
     box.hover()

@@ -81,8 +81,8 @@ def test_every_row_is_there():
 @pytest.mark.parametrize("network", DNAL)
 def test_dnal_rows_are_the_papers(network):
     rows = [row for row in tables()[network].rows if row.method == "DNAL"]
-    told = [[cell or "-" for cell in (row.penalty_weight, row.flops, row.params, row.top1)] for row in rows]
-    assert told == [line.split() for line in DNAL[network].strip().splitlines()]
+    cells = [[cell or "-" for cell in (row.penalty_weight, row.flops, row.params, row.top1)] for row in rows]
+    assert cells == [line.split() for line in DNAL[network].strip().splitlines()]
     phases = {"vgg16_imagenet": 110, "resnet50_imagenet": 110, "mobilenetv2_imagenet": 180, "proxyless_supernet": 220}
     assert {sum(map(int, row.epochs.split("+"))) if row.epochs else None for row in rows} == {phases.get(network)}
 
@@ -127,7 +127,7 @@ def test_recipes_of_published_set_ups_have_published_penalty_weights():
 
 
 def run_of(folder, network="vgg16_cifar", records=None, model="", size=32, train=50_000, val=10_000):
-    """A made-up run of a network of the paper, kept to the paper's set-up unless told otherwise."""
+    """A made-up run of a network of the paper, kept to the paper's set-up unless changed."""
     records = made_up_run() if records is None else records
     records = changed(records, "start", full=FULL, train_samples=train, val_samples=val)
     records = changed(records, "prune", full=FULL, compact=COMPACT)
@@ -198,7 +198,7 @@ def test_the_supernets_rows_go_by_parameters(tmp_path):
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
-def test_another_set_up_is_said_to_be_not_comparable(tmp_path, change, words):
+def test_another_set_up_is_marked_as_not_comparable(tmp_path, change, words):
     page, table = page_of(run_of(tmp_path, **change)), table_of(tmp_path)
     for shown in (" ".join("".join(Tags(page).text).split()), table):
         assert "Not comparable with the published rows" in shown and words in shown

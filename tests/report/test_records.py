@@ -37,15 +37,15 @@ def cases() -> list[tuple[str, tuple, object]]:
 
 def whole() -> list[dict]:
     by_site = {site: [1] * 10 for site in ("conv0", "conv1", "conv2")}
-    told = [record | {"by_site": by_site} if record["kind"] == "gates" else record for record in made_up_run()]
+    lines = [record | {"by_site": by_site} if record["kind"] == "gates" else record for record in made_up_run()]
     layers = {"conv0.conv": {which: {"macs": 2, "params": 1} for which in ("full", "compact")}}
     budget = {"unit": "macs", "least": 1, "most": 2, "full": 3}
-    told = [record | {"layers": layers, "budget": budget} if record["kind"] == "prune" else record for record in told]
+    lines = [record | {"layers": layers, "budget": budget} if record["kind"] == "prune" else record for record in lines]
     head = {"time": 1_790_000_089, "global_step": 89}
     receipt = {"kind": "receipt", "epoch": 0, "batches": 3, "samples": 9, "digest": "a", "skipped": [[1, "s", 2, "k", "why"]]}
     saved = {"kind": "checkpoint", "phase": "done", "step": 0, "name": "step", "pause_seconds": 0.1}
     stopped = {"kind": "stop", "phase": "search", "step": 1, "reason": "asked"}
-    return [*told[:-1], receipt | head, saved | head, stopped | head, {"kind": "warning", "message": "look"} | head, told[-1]]
+    return [*lines[:-1], receipt | head, saved | head, stopped | head, {"kind": "warning", "message": "look"} | head, lines[-1]]
 
 
 def spoilt(kind: str, path: tuple, wrong: object) -> list[dict]:
@@ -85,9 +85,9 @@ def test_figures_are_drawn_of_wrong_values(tmp_path):
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):
-    told = made_up_run()
-    told[2]["accuracy"], told[2]["loss"], told[3]["phase"] = "x", 1e300, "elsewhere"
-    run = save(tmp_path / "run", told)
+    lines = made_up_run()
+    lines[2]["accuracy"], lines[2]["loss"], lines[3]["phase"] = "x", 1e300, "elsewhere"
+    run = save(tmp_path / "run", lines)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([*lines[:5], "nonsense", "[1]", "[" * 9_000, *lines[5:], '{"kind": "tr']))
     faults = "3 damaged lines and 3 wrong values of metrics.jsonl were left out, the first in line 3, key loss"
@@ -111,7 +111,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [f"{BOMB}name: *i\n", "seed: 2020-99-99", "seed: 0x_", f"seed: {'9' * 5000}", "seed: !!int abc", "seed: !!map abc", "[" * 5000],
     ids=["aliases", "date", "hexadecimal", "digits", "int", "map", "deep"],
 )
-def test_a_recipe_that_is_none_is_one_line(tmp_path, recipe):
+def test_an_invalid_recipe_is_one_line(tmp_path, recipe):
     run = save(tmp_path, made_up_run(), recipe=recipe)
     with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML") as refused:
         records.load(run)
@@ -137,12 +137,12 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert not list(elsewhere.iterdir()) and (run / "report.html").is_file() and (run / "report.md").is_file()
 
 
-def test_what_top_1_accuracy_hides_is_told(tmp_path):
-    told = made_up_run()
-    for record in told:
+def test_imbalance_behind_top_1_accuracy_is_reported(tmp_path):
+    lines = made_up_run()
+    for record in lines:
         if "per_class" in record:
             record |= {"accuracy": 0.9775, "balanced_accuracy": 0.5, "per_class": [[347, 347], [0, 8]]}
-    run = records.load(save(tmp_path, told))
+    run = records.load(save(tmp_path, lines))
     words = "top-1 accuracy 97.75 % is 50.00 % as a mean over classes: the weakest, class 1, has 0.00 % of 8 images"
     assert words in table_of(tmp_path)
     assert tables.classes(run).rows == [["1", "0.00 %", "0 of 8"], ["0", "100.00 %", "347 of 347"]]

@@ -14,7 +14,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "dnal_dist.report", *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_summary_is_what_the_records_say(tmp_path):
+def test_the_summary_follows_from_the_records(tmp_path):
     result = report_records.summary(save(tmp_path, made_up_run()))
     assert result["accuracy"] == {"pretrain": 0.97, "search": 0.95, "prune": 0.93, "finetune": 0.9944}
     assert (result["full"], result["compact"]) == (FULL, COMPACT)
@@ -47,7 +47,7 @@ def test_a_run_may_end_after_any_record(tmp_path, count):
     assert ("curves" in numbers_in(page)["figures"]) == bool(phases)
 
 
-def test_a_phase_that_goes_on_is_not_told_as_done(tmp_path):
+def test_a_running_phase_is_not_shown_as_done(tmp_path):
     records = made_up_run()
     ends = next(i for i, r in enumerate(records) if r["kind"] == "phase" and r["phase"] == "search")
     assert "accuracy so far in search   95.00 %" in table_of(save(tmp_path, records[:ends]))

@@ -37,11 +37,11 @@ def words(tags: Tags) -> str:
 
 
 def ledgers(records: list[dict]) -> list[dict]:
-    told = {"images": 1280, "device_seconds": 7200.0, "bytes_sent": 4_000_000, "energy_kwh": 0.25}
-    return [record | told if record["kind"] == "phase" else record for record in records]
+    used = {"images": 1280, "device_seconds": 7200.0, "bytes_sent": 4_000_000, "energy_kwh": 0.25}
+    return [record | used if record["kind"] == "phase" else record for record in records]
 
 
-def test_the_report_tells_what_the_records_say(tmp_path):
+def test_the_report_follows_from_the_records(tmp_path):
     tags = rendered(save(tmp_path, made_up_run()))
     text = words(tags)
     for part in (
@@ -62,7 +62,7 @@ def test_the_report_tells_what_the_records_say(tmp_path):
     assert [value for name, value in tags.attributes if name == "src"] == [f"plots/{name}.png" for name in figures.TITLES]
 
 
-def test_the_ledger_has_the_columns_that_are_told(tmp_path):
+def test_the_usage_table_has_the_columns_that_are_recorded(tmp_path):
     text = words(rendered(save(tmp_path / "without", made_up_run())))
     assert "device time" not in text and "energy" not in text and "search 30.0 s" in text
     text = words(rendered(save(tmp_path / "with", ledgers(made_up_run()))))
@@ -82,7 +82,7 @@ def test_the_last_checkpoint_is_no_phase(tmp_path):
 
 
 @pytest.mark.parametrize("hostile", [HOSTILE, MARKUP, "`" * 5 + "\n```\n<b>x</b>"])
-def test_names_stay_words(tmp_path, hostile):
+def test_hostile_names_stay_words_in_markdown(tmp_path, hostile):
     plain = rendered(save(tmp_path / "plain", made_up_run(), recipe=yaml.safe_dump({"name": "x", "model": {"name": "y"}})))
     records = changed(made_up_run(), "start", name=hostile, sites={hostile: 8, "b": 2}, device=hostile, versions={hostile: hostile})
     records = changed(records, "prune", kept={hostile: 1, "b": 0}, rescued=[hostile])
@@ -177,13 +177,13 @@ def test_a_plot_without_records_goes(tmp_path):
 def test_a_run_on_more_processes_names_its_launcher(tmp_path):
     (start, *rest) = made_up_run()
     recipe = "name: digits\noutput: my runs/digits\n"
-    told = markdown_of(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe))
+    text = markdown_of(save(tmp_path, [start | {"code": "0123abc+"}, *rest], recipe=recipe))
     command = "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 -m dnal_dist.train "
-    assert f"{command}'my runs/digits/recipe.yaml' output='my runs/digits-again'\n" in told
-    assert "git checkout 0123abc   # and the uncommitted changes" in told
+    assert f"{command}'my runs/digits/recipe.yaml' output='my runs/digits-again'\n" in text
+    assert "git checkout 0123abc   # and the uncommitted changes" in text
     alone = [start | {"world_size": 1, "backend": "single", "code": "$(reboot)"}, *rest]
-    told = markdown_of(save(tmp_path, alone, recipe=recipe))
-    assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in told and "reboot" not in told.partition("```sh")[2]
+    text = markdown_of(save(tmp_path, alone, recipe=recipe))
+    assert "\npython -m dnal_dist.train 'my runs/digits/recipe.yaml'" in text and "reboot" not in text.partition("```sh")[2]
 
 
 def test_a_name_is_no_formula_and_warns_of_nothing(tmp_path):

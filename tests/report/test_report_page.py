@@ -97,7 +97,7 @@ def test_values_stand_where_they_are_drawn(tmp_path):
     assert held_out["y"][-1] == min(held_out["y"])
 
 
-def test_channels_of_every_layer_are_told(tmp_path):
+def test_channels_of_every_layer_are_listed(tmp_path):
     text = " ".join(Tags(page_of(save(tmp_path, made_up_run()))).text)
     assert re.search(r"conv0\s+1 of 8\s+rescued", text)
     assert re.search(r"conv1\s+4 of 16\s+25\s%", text)

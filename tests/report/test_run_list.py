@@ -42,7 +42,7 @@ def submit(run: Path, job: str) -> None:
     )
 
 
-def test_a_finished_run(short):
+def test_a_finished_run_is_listed_with_its_result(short):
     one = run_list.entry(short)
     last = [record for record in records_of(short) if record["kind"] == "eval"][-1]
     assert (one["state"], one["name"], one["phase"], one["accuracy"]) == ("finished", "digits", "finetune", last["accuracy"])
@@ -50,7 +50,7 @@ def test_a_finished_run(short):
     assert 0 <= one["checkpoint_age"] < 3600 and one["record_age"] >= 0 and "job" not in one
 
 
-def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, tmp_path):
+def test_a_stopped_run_is_listed_as_resumable(train_here, digits, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "stop").touch()
@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(train_here, digits, 
     assert run_list.entry(run)["state"] == "killed"
 
 
-def test_a_run_that_was_killed_in_its_search(short):
+def test_a_run_killed_in_its_search_is_listed_as_killed(short):
     records = records_of(short)
     last = max(i for i, record in enumerate(records) if record["kind"] == "train" and record["phase"] == "search")
     rewrite(short, records[: last + 1])
@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_in_its_search(short):
     assert one["macs_ratio"] == expected / full
 
 
-def test_a_run_that_goes_on_is_known_by_its_lock_which_is_not_taken(short):
+def test_a_running_run_is_known_by_its_lock_which_is_not_taken(short):
     cut(short, "end")
     before = {path: path.stat().st_mtime_ns for path in (short, *short.rglob("*"))}
     with FileLock(short / ".lock"):
@@ -115,7 +115,7 @@ def test_file_systems_are_distinguished(tmp_path):
 
 
 @pytest.mark.parametrize(("most", "state"), [(10**9, "finished"), (1, "missed")])
-def test_a_target_that_was_missed(short, most, state):
+def test_a_missed_target_is_listed(short, most, state):
     budget = {"unit": "macs", "least": 0, "most": most, "full": 10**9}
     rewrite(short, [record | ({"budget": budget} if record["kind"] == "prune" else {}) for record in records_of(short)])
     assert run_list.entry(short)["state"] == state
@@ -149,7 +149,7 @@ def test_runs_are_found_three_folders_deep_and_not_within_others(tmp_path, short
     assert list(run_list.found_in(short)) == [short]
 
 
-def test_jobs_that_wait_in_slurms_queue(tmp_path, short, monkeypatch):
+def test_jobs_in_slurms_queue_are_listed(tmp_path, short, monkeypatch):
     """squeue's part is played by a script."""
     (tmp_path / "bin").mkdir()
     squeue = tmp_path / "bin" / "squeue"
@@ -214,7 +214,7 @@ def test_a_pipe_that_is_closed_early_is_no_fault(tmp_path, short):
         assert (ended.returncode, ended.stderr) == (0, b"")
 
 
-def test_folders_without_runs_and_none(tmp_path):
+def test_folders_without_runs_are_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     ended = command(tmp_path / "empty")
     assert ended.returncode == 0 and "no run in it" in ended.stdout

@@ -80,7 +80,7 @@ def test_cosine_end_points_offset_and_horizon():
     assert schedule.learning_rate(late, 0.1, 90, 90) == pytest.approx(0, abs=1e-12)
 
 
-def test_cosine_rests_beyond_its_horizon():
+def test_a_cosine_stays_at_its_end_beyond_its_horizon():
     assert schedule.learning_rate(Cosine(kind="cosine", horizon=10), 0.1, 15, 20) == pytest.approx(0, abs=1e-12)
 
 

@@ -1,11 +1,11 @@
-"""A budget: what it may be, that the exact step meets it, that the loop drives the expected cost to it, and that a miss is told."""
+"""A budget: what it may be, that the exact step meets it, that the loop drives the expected cost to it, that a miss is an error."""
 
 import json
 import re
 
 import pytest
 import torch
-from runs import SHORT, Killed, arguments, at, killed, records, tensors, told
+from runs import SHORT, Killed, arguments, at, killed, records, tensors, training_records
 
 from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
@@ -31,7 +31,7 @@ def test_amounts(text, number, relative):
 
 
 @pytest.mark.parametrize("text", ["", "M", "-3M", "0x", "0", "3 apples", "nan", "inf", "1e999", "1e300T", "1e308x", True, [1]])
-def test_what_is_no_amount(text):
+def test_malformed_amounts_are_refused(text):
     with pytest.raises(ValueError, match="expected an amount such as 300M"):
         recipe.amount(text)
 
@@ -49,7 +49,7 @@ def test_what_is_no_amount(text):
         ("architecture.tolerance=0", r"'architecture\.tolerance'.*greater than 0"),
     ],
 )
-def test_a_target_that_makes_no_sense_is_told_with_its_key(override, words):
+def test_an_impossible_target_is_reported_with_its_key(override, words):
     with pytest.raises(InputError, match=words) as caught:
         recipe.load("recipes/digits.yaml", [override])
     assert "\n" not in str(caught.value)
@@ -122,7 +122,7 @@ def test_sites_keep_multiples_of_what_they_are_rounded_to(name, round_to):
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
-def test_what_rank_leaves_over_goes_to_the_strongest_that_fit(name):
+def test_the_rest_of_a_budget_goes_to_the_strongest_channels_that_fit(name):
     net = nets.build(name)
     target = selection.budget(asked("macs", "0.3x", tolerance=1e-5), net, 8)
     for alpha in list(alphas(net).values())[:2]:
@@ -140,7 +140,7 @@ def test_what_rank_leaves_over_goes_to_the_strongest_that_fit(name):
             assert all(choice.cost(choice.changed(filled, site, 1)) > target.most for site in left)
 
 
-def test_an_exchange_reaches_what_filling_cannot():
+def test_an_exchange_meets_budgets_that_filling_cannot():
     net = nets.build("vgg_digits", width=0.125)
     reached = 0
     for seed in range(40):
@@ -202,7 +202,7 @@ def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
         assert reached == pytest.approx(share, rel=0.15)
 
 
-def test_the_penalty_of_expected_macs_is_the_share_and_has_its_gradient():
+def test_the_penalty_of_expected_macs_is_the_fraction_with_its_gradient():
     net = nets.build("resnet_digits")
     architecture = Architecture(net.num_gates)
     full = cost.count(net, 8).macs
@@ -237,7 +237,7 @@ def test_the_penalty_of_root_macs_pushes_by_the_root_of_the_price():
 AFTER = ("architecture.target={macs: 0.2x}", "phases.search.steps=40")
 
 
-def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, tmp_path):
+def test_a_run_ends_inside_its_budget_and_records_its_weight(train_here, digits, tmp_path):
     ended = train_here(*arguments(digits, tmp_path, *SHORT, *AFTER))
     assert ended.code == 0, ended.err
     (prune,) = records(tmp_path, "prune")
@@ -250,7 +250,7 @@ def test_a_run_ends_inside_its_budget_and_tells_its_weight(train_here, digits, t
     assert len(weights) > 10, "it is driven, not given"
 
 
-def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path):
+def test_a_search_towards_a_budget_resumes_bit_equal(train_here, digits, tmp_path):
     """Killed in the middle of its search, of 22 iterations an epoch."""
 
     longer = (*SHORT, "architecture.target={macs: 0.2x}", "phases.search.epochs=3")
@@ -262,10 +262,10 @@ def test_a_search_after_a_budget_goes_on_bit_equal(train_here, digits, tmp_path)
         train_here(*arguments(digits, run, *longer))
     assert checkpoint.latest(run / "checkpoints")[1].state.step == 22
     assert train_here(*arguments(digits, run, *longer)).code == 0
-    assert told(run) == told(whole) and tensors(run) == tensors(whole)
+    assert training_records(run) == training_records(whole) and tensors(run) == tensors(whole)
 
 
-def test_a_target_out_of_reach_is_told_before_training(train_here, digits, tmp_path):
+def test_a_target_out_of_reach_is_refused_before_training(train_here, digits, tmp_path):
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, "architecture.target.macs=0.0001x"))
     assert ended.code == 2 and not (tmp_path / "run").exists()
     (line,) = ended.err.splitlines()

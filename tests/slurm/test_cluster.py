@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import NODES, Cluster, missing
-from runs import records, tensors, told
+from runs import records, tensors, training_records
 
 from data_tools import index
 
@@ -154,10 +154,10 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(cluster, real, whole, tmp_pa
     assert [record["resumed"] for record in records(job.run, "start")] == [False, True, True]
     assert not (job.run / "stop").exists()
     assert tensors(job.run) == tensors(whole.run)
-    assert told(job.run) == told(whole.run)
+    assert training_records(job.run) == training_records(whole.run)
 
 
-def test_preempted_by_a_job_of_more_weight_on_another_backend(cluster, real, tmp_path):
+def test_a_run_preempted_by_a_job_of_more_weight_resumes_on_another_backend(cluster, real, tmp_path):
     """SLURM sends TERM, and takes the nodes after the partition's grace time."""
     few = ("phases.pretrain.epochs=4", "phases.search.steps=4", "phases.finetune.steps=4")
     options = ("--partition", "scrap", "--config-file", "recipes/accelerate/fsdp2.yaml")
@@ -173,7 +173,7 @@ def test_preempted_by_a_job_of_more_weight_on_another_backend(cluster, real, tmp
     assert [(r["backend"], r["world_size"]) for r in records(job.run, "start")] == [("fsdp2", 2)] * 2
 
 
-def test_a_node_that_goes_down_costs_what_came_after_the_last_checkpoint(cluster, changes, stand_in, tmp_path):
+def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(cluster, changes, stand_in, tmp_path):
     job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "checkpoint.every_steps=10")
     job.reach('"phase": "search"', '"step": 15,')
     cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=test")
@@ -184,7 +184,7 @@ def test_a_node_that_goes_down_costs_what_came_after_the_last_checkpoint(cluster
     assert [record["resumed"] for record in records(job.run, "start")] == [False, True]
 
 
-def test_a_chain_goes_on_where_requeueing_is_not_allowed(cluster, changes, stand_in, tmp_path):
+def test_a_chain_continues_where_requeueing_is_not_allowed(cluster, changes, stand_in, tmp_path):
     job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "--chain", "3")
     first, second, third = (json.loads(line)["job"] for line in (job.run / "submit" / "jobs.jsonl").read_text().splitlines())
     assert cluster.show(second)["Dependency"].startswith(f"afterany:{first}")
@@ -238,7 +238,7 @@ def test_a_sweep_is_an_array_of_jobs_each_of_which_is_requeued_alone(cluster, ch
     assert found.returncode == 2 and "this run is finished" in found.stderr
 
 
-def test_a_training_that_does_not_save_in_time_is_killed_and_goes_on_but_not_for_ever(cluster, changes, stand_in, tmp_path):
+def test_a_run_that_does_not_save_in_time_is_killed_and_resumed_a_few_times(cluster, changes, stand_in, tmp_path):
     job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "--grace", "20")
     for attempt in (1, 2):
         job.reach('"phase": "pretrain"', '"step": 9,')

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import SHORT, arguments, records, tensors, told
+from runs import SHORT, arguments, records, tensors, training_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
 
@@ -184,7 +184,7 @@ def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):
     assert wandb_mode(None) == ("online", None)
 
 
-def test_wandb_is_off_where_the_environment_says_so(monkeypatch):
+def test_wandb_is_off_where_the_environment_disables_it(monkeypatch):
     monkeypatch.setenv("WANDB_DISABLED", "true")
     mode, remark = wandb_mode("online")
     assert mode == "disabled" and "WANDB_DISABLED" in remark
@@ -240,7 +240,7 @@ def test_a_run_survives_the_end_of_the_wandb_service(train_here, digits, finishe
     assert ended.code == 0, ended.err
     (warning,) = records(tmp_path / "run", "warning")
     assert warning["message"].startswith("W&B stopped taking records; the run goes on without it (")
-    assert told(tmp_path / "run") == told(finished) and tensors(tmp_path / "run") == tensors(finished)
+    assert training_records(tmp_path / "run") == training_records(finished) and tensors(tmp_path / "run") == tensors(finished)
     assert not services()
     rows = [row for row in offline(tmp_path / "run").history if "train/loss" in row]
     assert [row["global_step"] for row in rows][:4] == [1, 2, 3, 4], "all of the pretrain"

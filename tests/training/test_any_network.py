@@ -61,11 +61,11 @@ def test_a_network_of_torchvision_is_learned(digits, tmp_path):
 def test_pretrained_is_a_source_of_weights(tmp_path):
     changes = ["output=x", "model.name=torchvision:resnet18", "model.pretrained=true"]
     assert recipe.load("recipes/digits.yaml", changes).model.init_from == "torchvision:resnet18"
-    for wrong, told in (
+    for wrong, message in (
         (["model.pretrained=true"], "nobody publishes weights of vgg_digits"),
         ([*changes, "model.init_from=runs/x"], "two sources"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             recipe.load("recipes/digits.yaml", wrong)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with what a run was given is told in one line that names the file or key, with exit code 2 and no traceback."""
+"""What is wrong with what a run was given is one line that names the file or key, with exit code 2 and no traceback."""
 
 import os
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("", r"r\.yaml: expected keys such as 'name: \.\.\.'"),
         ("- a\n", r"r\.yaml: expected keys .* found list"),
@@ -30,27 +30,27 @@ ROOT = Path(__file__).parents[2]
         ("name: a\n", r"r\.yaml: key 'model' is missing; add it; key 'data\.image_size' is missing; add it; "),
     ],
 )
-def test_a_file_that_is_no_recipe(train, folder, text, told):
+def test_a_file_without_a_recipe_is_refused(train, folder, text, message):
     (folder / "r.yaml").write_text(text)
-    refused(train(recipe=folder / "r.yaml"), told)
+    refused(train(recipe=folder / "r.yaml"), message)
     assert not Path("executed").exists() and not (folder / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    "name, message",
     [
         ("no.yaml", "no such recipe; give a file, or the name of a packaged one: digits, "),
         ("", r"cannot be read \(.*directory"),
         ("b.yaml", r"cannot be read \("),
     ],
 )
-def test_a_recipe_that_cannot_be_read(train, folder, name, told):
+def test_an_unreadable_recipe_is_refused(train, folder, name, message):
     (folder / "b.yaml").write_bytes(b"\xff\xfe\x00name")
-    refused(train(recipe=folder / name), rf"{re.escape(str(folder / name))}: {told}")
+    refused(train(recipe=folder / name), rf"{re.escape(str(folder / name))}: {message}")
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         (["data.globl_batch=3"], r"digits\.yaml: unknown key 'data\.globl_batch' \(did you mean 'global_batch'\?\)"),
         (["nam=3"], r"unknown key 'nam' \(did you mean 'name'\?\); remove or rename it"),
@@ -77,8 +77,8 @@ def test_a_recipe_that_cannot_be_read(train, folder, name, told):
         (["data.train=/"], r"/: not a file; correct key 'data\.train'"),
     ],
 )
-def test_a_key_that_is_wrong(train, folder, changes, told):
-    refused(train(*changes), told)
+def test_a_wrong_key_is_refused(train, folder, changes, message):
+    refused(train(*changes), message)
     assert not (folder / "run").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_pipe_is_refused_and_not_run(train, folder):
     assert not (folder / "executed").exists()
 
 
-def test_one_of_several_named_shards_is_missing(train, folder):
+def test_a_missing_one_of_several_named_shards_is_refused(train, folder):
     refused(train(f"data.train={folder}/train-{{0..1}}.tar"), r"key 'data\.train': no shard matches '.*/train-1\.tar'")
 
 
@@ -126,8 +126,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_that_holds_another_run_is_refused_and_left_as_it_is(train, old):
     before = content(old)
-    told = rf"key 'output': {old}/checkpoints/step-00000099: checkpoint is damaged \(.*\); none is left, so name another output="
-    refused(train(), told)
+    message = rf"key 'output': {old}/checkpoints/step-00000099: checkpoint is damaged \(.*\); none is left, so name another output="
+    refused(train(), message)
     assert content(old) == before | {".lock": b""}
 
 
@@ -182,14 +182,14 @@ def test_a_folder_that_cannot_be_written(train, folder, output, why):
     assert (folder / "file").read_text() == "mine"
 
 
-def test_a_folder_that_may_not_be_written(train, folder):
+def test_a_folder_without_permission_is_refused(train, folder):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (folder / "run").mkdir(mode=0o500)
     refused(train(), r"key 'output': .*/run cannot be written \(Permission denied\); name another folder")
 
 
-def test_a_disk_that_is_full(train, folder):
+def test_a_full_disk_is_refused(train, folder):
     """Stood in for by a limit on the size of files, which the tensors of checkpoints with momentum exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
@@ -215,18 +215,18 @@ def test_the_command_ends_with_code_2_and_one_line(train_command):
     assert ended.stderr.count("\n") == 1
 
 
-def told_by_one(ended, told: str) -> None:
+def assert_reported_once(ended, message: str) -> None:
     """Under the launcher, whose own code is 1 and whose own traceback ends with a page about the process that failed."""
     assert ended.returncode != 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert errors and len(set(errors)) == 1 and re.match(f"error: {told}", errors[0]), ended.stderr
+    assert errors and len(set(errors)) == 1 and re.match(f"error: {message}", errors[0]), ended.stderr
     assert "/train.py" not in ended.stderr and "RuntimeError" not in ended.stderr, ended.stderr
     # The page gives the code of each process, and the reason.
     assert re.search(r"exitcode +: 2 ", ended.stderr) and f"traceback : {errors[0]}" in ended.stderr
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (
             ["data.global_batch=7"],
@@ -236,10 +236,10 @@ def told_by_one(ended, told: str) -> None:
     ],
     ids=["batch", "folder"],
 )
-def test_two_processes_refuse_as_one(train_command, folder, change, told):
+def test_two_processes_refuse_as_one(train_command, folder, change, message):
     shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")
     ended = train_command("recipes/digits.yaml", *shards, *FEW, *change, processes=2)
-    told_by_one(ended, told)
+    assert_reported_once(ended, message)
     assert ended.stderr.count("\nerror: ") + ended.stderr.startswith("error: ") == 1
 
 
@@ -248,10 +248,10 @@ def test_a_fault_that_one_of_two_processes_meets_ends_both(train_command, folder
     write_tar(folder / "train-0.tar", samples(_09_png=b""))
     shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")
     ended = train_command("recipes/digits.yaml", *shards, *FEW, "data.global_batch=2", "phases.pretrain.steps=64", processes=2)
-    told_by_one(ended, r".*/train-0\.tar: sample 09 at byte \d+: it is empty: no image of a batch of 1 can be used")
+    assert_reported_once(ended, r".*/train-0\.tar: sample 09 at byte \d+: it is empty: no image of a batch of 1 can be used")
 
 
-def test_processes_stay_in_step_when_their_parts_lose_samples(train_command, folder):
+def test_processes_stay_in_step_when_their_local_batches_lose_samples(train_command, folder):
     """Parts of other sizes on each process, none empty: the run goes on to its end, and its receipts tell every sample once."""
     write_tar(folder / "train-0.tar", samples(_09_png=b"", _10_cls=b"77", _11_pyd=b"x"))
     shards = (f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar", f"output={folder}/run")

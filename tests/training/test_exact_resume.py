@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from runs import Killed, arguments, records, tensors, told
+from runs import Killed, arguments, records, tensors, training_records
 
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
@@ -68,7 +68,7 @@ def whole(train_here, digits, tmp_path_factory):
 
 
 def compare(run, reference) -> None:
-    assert told(run) == told(reference)
+    assert training_records(run) == training_records(reference)
     assert tensors(run) == tensors(reference)
     assert [r["digest"] for r in records(run, "receipt")] == [r["digest"] for r in records(reference, "receipt")]
     (ours, theirs) = (checkpoint.latest(one / "checkpoints")[1] for one in (run, reference))
@@ -92,7 +92,7 @@ def test_saving_after_every_step_changes_nothing(train_here, whole, digits, tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypatch, kind):
+def test_a_run_stopped_after_every_step_ends_bit_equal(train_here, whole, digits, tmp_path, monkeypatch, kind):
     """Politely: with a checkpoint of that very step. The same command goes on."""
     run, look, reference = tmp_path / "run", stopping.StopPoll.poll, whole(kind)
 
@@ -110,7 +110,7 @@ def test_stopped_after_every_step(train_here, whole, digits, tmp_path, monkeypat
     assert [r["resumed"] for r in records(run, "start")] == [False] + [True] * (len(codes) - 2)
 
 
-def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkeypatch):
+def test_a_run_killed_in_every_second_step_ends_bit_equal(train_here, whole, digits, tmp_path, monkeypatch):
     """With a checkpoint of the step before; what the lost step recorded is recorded again, and once."""
     kind = "a target, a residual network"
     run, taken, reference = tmp_path / "run", itertools.count(), whole(kind)
@@ -131,7 +131,7 @@ def test_killed_in_every_second_step(train_here, whole, digits, tmp_path, monkey
     compare(run, reference)
 
 
-def test_stopped_within_every_evaluation(train_here, whole, digits, tmp_path, monkeypatch):
+def test_a_run_stopped_within_every_evaluation_ends_bit_equal(train_here, whole, digits, tmp_path, monkeypatch):
     """The whole run has seven, the fifth of them that of pruning. One that was stopped is repeated, whatever it had done to running
     statistics."""
     run, original, reference = tmp_path / "run", evaluate.evaluate, whole("plain")
@@ -161,7 +161,7 @@ def test_stopped_within_every_evaluation(train_here, whole, digits, tmp_path, mo
     compare(run, reference)
 
 
-def test_killed_at_every_place_of_pruning(train_here, whole, digits, tmp_path, monkeypatch):
+def test_a_run_killed_at_every_place_of_pruning_ends_bit_equal(train_here, whole, digits, tmp_path, monkeypatch):
     run = tmp_path / "run"
     for place in ("select_by_gates", "recalibrate", "evaluate_and_record"):
         original = getattr(pruning, place)
@@ -178,17 +178,17 @@ def test_killed_at_every_place_of_pruning(train_here, whole, digits, tmp_path, m
     compare(run, whole("plain"))
 
 
-def test_all_that_is_saved_comes_back(digits, tmp_path):
+def test_everything_saved_is_restored(digits, tmp_path):
     """Also what the runs above do not come to: a guard that has acted, samples that were skipped."""
     settings = recipe.load("recipes/digits.yaml", [*arguments(digits, tmp_path / "run", *TINY)[1:]])
     run = setup.prepare(settings, Context())
-    told = {
+    values = {
         "phase": "search", "step": 3, "global_step": 8, "evaluated": 8, "accuracy": 0.5, "penalty_frozen": True,
         "penalty_weight": -0.25, "penalty_lag": 1.5, "mask": "AAAA", "seconds": {"pretrain": 2.5},
         "usage": {"pretrain": Usage(images=80, device_seconds=5.0, energy_kwh=0.25, bytes_sent=7)},
         "skipped": {"an image", "another"},
     }  # fmt: skip
-    for key, value in told.items():
+    for key, value in values.items():
         assert getattr(run.state, key) != value
         setattr(run.state, key, value)
     torch.nn.init.normal_(run.architecture.alpha)
@@ -205,7 +205,7 @@ def test_all_that_is_saved_comes_back(digits, tmp_path):
     run.close()
 
     again = setup.prepare(settings, Context())
-    assert {key: getattr(again.state, key) for key in told} == told
+    assert {key: getattr(again.state, key) for key in values} == values
     assert again.architecture.alpha.equal(run.architecture.alpha)
     assert again.momentum.keys() == momentum.keys() and all(again.momentum[key].equal(momentum[key]) for key in momentum)
     assert again.receipt == run.receipt and again.receipt.samples == 90

@@ -113,7 +113,7 @@ def test_random_weights_need_no_pretrain_either(begins, tmp_path, none):
     assert "pretrain" not in ended.out
 
 
-def test_pretrain_goes_on_from_given_weights(source, begins, tmp_path):
+def test_pretrain_starts_from_given_weights(source, begins, tmp_path):
     ended, found = begins("--init-from", source[0], "phases.pretrain.optimizer.lr=1e-9")
     assert ended.code == 0, ended.err
     for name, tensor in found.items():
@@ -132,7 +132,7 @@ def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
     assert f"warning: {warning}" in ended.out
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_taken(source, begins, tmp_path):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_taken(source, begins, tmp_path):
     broken = tmp_path / "broken" / "checkpoints"
     broken.mkdir(parents=True)
     saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20-search")))
@@ -163,7 +163,7 @@ def test_a_pruned_network_is_refused_and_the_old_run_stays(source, begins, tmp_p
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_resume_does_not_look_at_it(digits, tmp_path, train_here, source, monkeypatch):
+def test_a_resume_does_not_read_init_from(digits, tmp_path, train_here, source, monkeypatch):
     weights = as_file(tmp_path, source[1])
     shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/run")
     arguments = ("recipes/digits.yaml", *shards, *FEW, SKIP, "--init-from", weights)
@@ -179,13 +179,13 @@ def test_a_resume_does_not_look_at_it(digits, tmp_path, train_here, source, monk
     assert changed.code == 2 and "\n  + model.init_from: elsewhere.safetensors\n" in changed.err
 
 
-def test_weights_that_give_no_loss_are_blamed(source, begins, tmp_path):
+def test_weights_without_a_finite_loss_are_named(source, begins, tmp_path):
     tensors = {name: tensor * (1e30 if name.endswith(("conv.weight", "norm.weight")) else 1) for name, tensor in source[1].items()}
     ended, _ = begins("--init-from", as_file(tmp_path, tensors), SKIP)
     refused(ended, r"key 'model\.init_from': with the weights of .*w\.safetensors the loss on data\.val is (nan|inf); give others")
 
 
-def test_a_published_row_tells_that_a_run_began_with_given_weights(tmp_path):
+def test_a_published_row_states_that_a_run_began_with_given_weights(tmp_path):
     """Such a run had more training than its epochs tell."""
     from dnal_dist.report import published, records
 

@@ -102,29 +102,29 @@ def run_cost(*argv: str, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_cost_of_a_recipe_is_told_layer_by_layer(capsys):
+def test_cost_of_a_recipe_is_printed_layer_by_layer(capsys):
     text = run_cost("recipes/proxyless.yaml", capsys=capsys)
     for words in ("2 260 347 776", "16 034 168", "2 260 456 600", "60704 gates", "stages.2.cells.1.k5e6.depthwise *"):
         assert words in text, words
-    told = json.loads(run_cost("recipes/proxyless.yaml", "--json", capsys=capsys))
-    assert told["full"] == {"exact": {"macs": 2260347776, "params": 16034168}, "paper": {"macs": 2260456600, "params": 16034168}}
-    assert sum(layer["macs"] for layer in told["layers"]) == 2260347776
-    assert sum(layer["params"] for layer in told["layers"]) == 16034168
+    printed = json.loads(run_cost("recipes/proxyless.yaml", "--json", capsys=capsys))
+    assert printed["full"] == {"exact": {"macs": 2260347776, "params": 16034168}, "paper": {"macs": 2260456600, "params": 16034168}}
+    assert sum(layer["macs"] for layer in printed["layers"]) == 2260347776
+    assert sum(layer["params"] for layer in printed["layers"]) == 16034168
     narrow = json.loads(run_cost("recipes/proxyless.yaml", "--json", "model.width=0.5", capsys=capsys))
     assert narrow["full"]["exact"]["macs"] < 2260347776 / 2
 
 
 def test_cost_of_a_run_is_that_of_its_compact_network(finished, capsys):
-    told = json.loads(run_cost(str(finished[0]), "--json", capsys=capsys))
+    printed = json.loads(run_cost(str(finished[0]), "--json", capsys=capsys))
     found = report_records.summary(finished[0])
-    assert (told["full"], told["kept"]) == (found["full"], found["compact"])
-    assert sum(layer["macs"] for layer in told["layers"]) == found["compact"]["exact"]["macs"]
+    assert (printed["full"], printed["kept"]) == (found["full"], found["compact"])
+    assert sum(layer["macs"] for layer in printed["layers"]) == found["compact"]["exact"]["macs"]
     parameters = sum(p.numel() for p in compact.load(finished[0] / "compact").parameters())
-    assert sum(layer["params"] for layer in told["layers"]) == parameters
+    assert sum(layer["params"] for layer in printed["layers"]) == parameters
     assert f"{parameters:,}".replace(",", " ") in run_cost(str(finished[0]), capsys=capsys)
 
 
-def test_cost_of_what_is_not_there_is_one_line(tmp_path, capsys):
+def test_cost_of_a_missing_recipe_is_one_line(tmp_path, capsys):
     for argv, words in (
         ([str(tmp_path)], "holds no recipe.yaml"),
         (["recipes/none.yaml"], "no such recipe"),

@@ -16,8 +16,8 @@ def named(folder, number: int) -> None:
 def test_more_classes_than_the_index_names_are_a_warning_of_training_and_costs(train, folder):
     named(folder, 10)
     assert train("model.num_classes=12").code == 0
-    told = "names 10 classes, the network has 12"
-    assert [r["message"].count(told) for r in records(folder, "warning")].count(1) == 2
+    message = "names 10 classes, the network has 12"
+    assert [r["message"].count(message) for r in records(folder, "warning")].count(1) == 2
     shards = [f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar"]
     words = [sys.executable, "-m", "dnal_dist.cost", "digits", *shards, "model.num_classes=1000", "--json"]
     ended = subprocess.run(words, capture_output=True, text=True)

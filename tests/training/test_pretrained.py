@@ -20,7 +20,7 @@ NETWORKS = list(pretrained.TORCHVISION.items())
 
 
 @pytest.mark.parametrize("head", ["module.", "_orig_mod.module.", "model.", "ema.", "state_dict.", "state_dict.model."])
-def test_what_other_programs_put_before_all_names_is_left_out_and_told(head):
+def test_prefixes_of_other_programs_are_removed_with_a_warning(head):
     net, other = nets.build("resnet_digits"), nets.build("resnet_digits")
     (line,) = filled(net, {f"{head}{name}": tensor for name, tensor in other.state_dict().items()}, "resnet_digits")
     assert line == f"a test: all names begin with '{head}', which is left out" and same(net.state_dict(), other.state_dict())
@@ -57,7 +57,7 @@ def test_logits_are_those_of_torchvision(name, model):
         assert filled(net, tensors, model) == []
         expected, found = reference(images), net(images)
     scale = float(expected.abs().max())
-    # The two images are told apart, so more than biases are compared.
+    # The two images are distinguished, so more than biases are compared.
     assert (expected[0] - expected[1]).abs().max() > 1e-3 * scale
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale)
 
@@ -83,7 +83,7 @@ def test_for_other_classes_the_last_layer_stays_random(model):
         assert torch.equal(tensor, (before if name.startswith(f"{head}.") else source.state_dict())[name]), name
 
 
-def test_torchvision_for_other_classes():
+def test_torchvisions_last_layer_for_other_classes_is_left_out():
     reference, net = theirs("mobilenet_v2"), nets.build("mobilenetv2_imagenet", 10)
     (warning,) = filled(net, reference.state_dict(), "mobilenetv2_imagenet")
     assert "has 1000 classes, this network 10" in warning
@@ -99,7 +99,7 @@ def put(name: str, tensor):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (without("stages.0.0.conv.weight"), r"a test lacks stages\.0\.0\.conv\.weight; give weights of the same network"),
         (put("stem.x", torch.zeros(1)), r"a test has an unknown stem\.x; give"),
@@ -122,12 +122,12 @@ def put(name: str, tensor):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, told):
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, message):
     torch.manual_seed(0)
     net, tensors = nets.build("vgg_digits"), nets.build("vgg_digits").state_dict()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     change(tensors)
-    with pytest.raises(errors.InputError, match=r"key 'model\.init_from': .*" + told) as error:
+    with pytest.raises(errors.InputError, match=r"key 'model\.init_from': .*" + message) as error:
         filled(net, tensors, "vgg_digits")
     assert "\n" not in str(error.value)
     assert same(before, net.state_dict())
@@ -148,7 +148,7 @@ class Stub:
         return [*items, self.others.pop(0)]
 
 
-def test_processes_that_read_other_weights_are_told(tmp_path):
+def test_processes_that_read_other_weights_are_refused(tmp_path):
     save_file(nets.build("vgg_digits").state_dict(), tmp_path / "w.safetensors")
     net = nets.build("vgg_digits")
     with pytest.raises(errors.InputError, match=r"process 1 reads other weights from .*w\.safetensors than process 0; copy"):
@@ -161,7 +161,7 @@ def test_what_one_process_cannot_read_stops_all(tmp_path):
         pretrained.start_from(nets.build("vgg_digits"), settings(f"{tmp_path}/w.safetensors"), Stub(None, "key 'x': no"))
 
 
-def test_all_hear_what_a_later_process_of_a_machine_cannot_read(monkeypatch):
+def test_all_processes_are_refused_what_a_later_one_cannot_read(monkeypatch):
     """It reads in its turn, when the machine's first one has, and nobody waits for it in vain."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     context = Stub(None, None)
@@ -197,7 +197,7 @@ def test_torchvisions_weights_come_from_its_cache(tmp_path, monkeypatch):
     assert "MobileNet_V2_Weights" in found.origin and not found.warnings
 
 
-def test_without_a_network_the_file_and_its_place_are_told(tmp_path, monkeypatch):
+def test_without_a_network_the_file_and_its_place_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def offline(*_, **__):
@@ -205,8 +205,8 @@ def test_without_a_network_the_file_and_its_place_are_told(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     where = f"{tmp_path}/hub/checkpoints"
-    told = rf"cannot be downloaded \(no route to host\); put it as resnet50-\w+\.pth into {where}$"
-    with pytest.raises(errors.InputError, match=told):
+    message = rf"cannot be downloaded \(no route to host\); put it as resnet50-\w+\.pth into {where}$"
+    with pytest.raises(errors.InputError, match=message):
         published("resnet50", "resnet50_imagenet")
 
 
@@ -233,7 +233,7 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "source, model, told",
+    "source, model, message",
     [
         ("torchvision:resnet18", "resnet50_imagenet", "has the weights of torchvision:resnet18, not of resnet50_imagenet"),
         ("torchvision:resnet50", "vgg_digits", "has the weights of resnet50_imagenet, not of vgg_digits; change one"),
@@ -245,8 +245,8 @@ def test_a_cached_file_that_is_not_torchvisions_is_refused_unrun(tmp_path, monke
         ("docs", "vgg_digits", "docs is neither a run folder nor a checkpoint's"),
     ],
 )  # fmt: skip
-def test_sources_that_are_none_are_refused(source, model, told):
-    with pytest.raises(errors.InputError, match=told):
+def test_unknown_sources_are_refused(source, model, message):
+    with pytest.raises(errors.InputError, match=message):
         pretrained.read(settings(source, model))
 
 

@@ -110,7 +110,7 @@ def test_weight_step_is_plain_sgd_on_the_mean_cross_entropy():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_outcome_counts():
+def test_an_outcome_counts_correct_answers():
     setting = Setting()
     outcome = setting.step_weights()
     assert 0 <= int(outcome.correct) <= 8

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import LONG, SHORT, SMALL, all_gone, arguments, at, family, reach, records, tensors, told
+from runs import LONG, SHORT, SMALL, all_gone, arguments, at, family, reach, records, tensors, training_records
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
@@ -58,13 +58,13 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, o
 
     assert train_here(*arguments(digits, whole, *LONG)).code == 0
     assert [r["global_step"] for r in records(run, "train")] == list(range(1, 199))
-    assert told(run) == told(whole)
+    assert training_records(run) == training_records(whole)
     assert tensors(run) == tensors(whole)
     assert [r["resumed"] for r in records(run, "start")] == [False, True, True, True, True]
     assert len({r["tracker_run"] for r in records(run, "start")}) == 1
 
 
-def test_a_second_ctrl_c_is_heeded_at_once(train_command, digits, tmp_path):
+def test_a_second_ctrl_c_ends_the_run_at_once(train_command, digits, tmp_path):
     """Where it does not come to an edge: here it waits for a batch, since its loader stands still."""
     process = train_command.start(*arguments(digits, tmp_path / "run", *SMALL, "data.workers=1", "phases.pretrain.epochs=1000"))
     reach(process, tmp_path / "run", "pretrain", 3)
@@ -72,8 +72,8 @@ def test_a_second_ctrl_c_is_heeded_at_once(train_command, digits, tmp_path):
     for loader in processes[1:]:
         loader.suspend()
     # What was loaded ahead is used up.
-    told = -1
-    while told != (told := len(records(tmp_path / "run"))):
+    count = -1
+    while count != (count := len(records(tmp_path / "run"))):
         time.sleep(2)
     process.send_signal(signal.SIGINT)
     time.sleep(stopping.IMPATIENT + 1)
@@ -146,7 +146,7 @@ def test_times_are_read(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "3", "soon", "0s", "3h 30m x", "-1h", "30m3h"])
-def test_what_is_no_time_is_refused(train_here, text):
+def test_malformed_times_are_refused(train_here, text):
     ended = train_here("recipes/digits.yaml", f"--max-time={text}")
     assert ended.code == 2 and ended.err.startswith("error: --max-time: expected a time such as 3h30m, 90m, 1d or 3:30:00, found ")
 
@@ -172,7 +172,7 @@ def test_the_end_of_a_slurm_job_is_a_limit(monkeypatch, tmp_path, capsys):
     assert stopping.limit(None) is None
 
 
-def test_a_stop_file_ends_it_politely_and_is_taken_away(train_command, digits, tmp_path):
+def test_a_stop_file_stops_the_run_and_is_removed(train_command, digits, tmp_path):
     run = tmp_path / "run"
     process = train_command.start(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=1000"))
     reach(process, run, "pretrain", 25)

@@ -54,7 +54,7 @@ def test_reduced_demo_learns_a_smaller_network(demo):
     assert records(output, "start")[0]["world_size"] == 2
 
 
-def test_demo_tells_a_line_a_phase_and_the_table(demo):
+def test_demo_prints_a_line_for_each_phase_and_the_table(demo):
     lines = demo[1].stdout.splitlines()
     for phase in ("pretrain", "search", "prune", "finetune"):
         # One at its end; in a phase longer than half a minute, others before.
@@ -78,9 +78,9 @@ def test_records_are_complete(demo):
     steps = records(output, "start")[0]["steps_per_epoch"]
     assert [r["phase"] for r in records(output, "eval")] == ["pretrain"] * 4 + ["search"] * 8 + ["prune"] + ["finetune"] * 6
     for phase, epochs in (("pretrain", 4), ("search", 8), ("finetune", 6)):
-        told = [r for r in records(output, "train") if r["phase"] == phase]
-        assert told[-1]["step"] == told[-1]["phase_steps"] == epochs * steps
-        for r in told:
+        recorded = [r for r in records(output, "train") if r["phase"] == phase]
+        assert recorded[-1]["step"] == recorded[-1]["phase_steps"] == epochs * steps
+        for r in recorded:
             assert {"loss", "cross_entropy", "accuracy", "learning_rate", "images_per_second", "data_wait_seconds"} <= r.keys()
             assert ({"delta", "open_share", "expected_macs", "penalty"} <= r.keys()) == (phase == "search")
     gates = records(output, "gates")
@@ -116,23 +116,23 @@ def test_accelerate_launch_without_a_config_file(digits, tmp_path):
     assert report_records.summary(tmp_path / "run")["finished"]
 
 
-def test_only_the_main_process_tells_wandb_what_all_communicate(demo):
+def test_only_the_main_process_logs_to_wandb_the_traffic_of_all(demo):
     found = offline(demo[0])
     assert len(found.ids) == 1
     for name in ("train/comm/bytes_weight_step", "train/comm/bytes_architecture_step"):
         kind, _, key = name.partition("/")
         assert found.series(name) == [r[key] for r in records(demo[0], kind) if key in r] != []
-    told = {r["phase"]: r for r in records(demo[0], "phase")}
+    recorded = {r["phase"]: r for r in records(demo[0], "phase")}
     gates = 4 * sum(records(demo[0], "start")[0]["sites"].values())
     for phase in ("pretrain", "search", "finetune"):
-        assert found.series(f"ledger/{phase}/bytes_sent") == [told[phase]["bytes_sent"]]
-        assert told[phase]["device_seconds"] == pytest.approx(2 * told[phase]["seconds"], abs=0.01)
+        assert found.series(f"ledger/{phase}/bytes_sent") == [recorded[phase]["bytes_sent"]]
+        assert recorded[phase]["device_seconds"] == pytest.approx(2 * recorded[phase]["seconds"], abs=0.01)
     # A weight step and an architecture step in turn.
     last = [r for r in records(demo[0], "train") if r["phase"] == "search"][-1]
     assert last["comm/bytes_architecture_step"] == gates
     steps = last["phase_steps"]
-    assert told["search"]["bytes_sent"] == (steps + 1) // 2 * last["comm/bytes_weight_step"] + steps // 2 * gates
-    assert found.summary["result/bytes_sent"] == sum(r.get("bytes_sent", 0) for r in told.values())
+    assert recorded["search"]["bytes_sent"] == (steps + 1) // 2 * last["comm/bytes_weight_step"] + steps // 2 * gates
+    assert found.summary["result/bytes_sent"] == sum(r.get("bytes_sent", 0) for r in recorded.values())
 
 
 def run_here(digits, output, *changes: str):
@@ -141,7 +141,7 @@ def run_here(digits, output, *changes: str):
     return setup.prepare(recipe.load("recipes/digits.yaml", [*shards, *changes]), Context())
 
 
-def test_frozen_weights_rest_through_the_whole_search(digits, tmp_path):
+def test_frozen_weights_stay_equal_through_the_whole_search(digits, tmp_path):
     """weight_steps: 0 is the authors' own way: nothing of the network moves while the architecture does."""
     run = run_here(digits, tmp_path, *FEW, "phases.search.weight_steps=0")
     batches = phases.training_batches(run)
@@ -163,7 +163,7 @@ def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
         assert all(torch.equal(momentum[name], buffer) for name, buffer in run.momentum.items())
 
 
-def test_collapse_is_stopped_at_the_floor_and_said(digits, tmp_path):
+def test_collapse_is_stopped_at_the_floor_with_a_warning(digits, tmp_path):
     run = run_here(
         digits, tmp_path, "phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.steps=4",
         "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",

@@ -19,25 +19,25 @@ from dnal_dist.training.profiling import Breakdown
 from dnal_dist.training.stopping import STOPPED
 
 
-def test_each_phase_tells_what_it_took_and_the_end_all_of_it(finished):
-    told = {r["phase"]: r for r in records(finished, "phase")}
-    assert list(told) == ["pretrain", "search", "prune", "finetune"]
-    assert {phase: r["images"] for phase, r in told.items()} == {"pretrain": 64, "search": 64, "prune": 0, "finetune": 64}
-    for record in told.values():
+def test_each_phase_and_the_end_record_their_usage(finished):
+    recorded = {r["phase"]: r for r in records(finished, "phase")}
+    assert list(recorded) == ["pretrain", "search", "prune", "finetune"]
+    assert {phase: r["images"] for phase, r in recorded.items()} == {"pretrain": 64, "search": 64, "prune": 0, "finetune": 64}
+    for record in recorded.values():
         # One process on a CPU: nothing is sent, and no device tells its energy.
         assert record["device_seconds"] == pytest.approx(record["seconds"], abs=0.002)
         assert record.keys().isdisjoint(("bytes_sent", "energy_kwh"))
     (end,) = records(finished, "end")
     kept = ("seconds", "images", "device_seconds")
-    assert end["ledger"] == {phase: {key: r[key] for key in kept} for phase, r in told.items()}
-    assert end["phase_seconds"] == {phase: r["seconds"] for phase, r in told.items()}
+    assert end["ledger"] == {phase: {key: r[key] for key in kept} for phase, r in recorded.items()}
+    assert end["phase_seconds"] == {phase: r["seconds"] for phase, r in recorded.items()}
 
 
 def test_gates_are_counted_site_by_site(finished):
     (start,) = records(finished, "start")
-    told = records(finished, "gates")
-    assert told
-    for record in told:
+    recorded = records(finished, "gates")
+    assert recorded
+    for record in recorded:
         assert list(record["by_site"]) == list(start["sites"])
         assert {site: sum(counts) for site, counts in record["by_site"].items()} == start["sites"]
         # Two of the 20 bins of all sites together are one of each site's.
@@ -45,7 +45,7 @@ def test_gates_are_counted_site_by_site(finished):
         assert [sum(column) for column in zip(*record["by_site"].values(), strict=True)] == pairs
 
 
-def test_the_start_tells_where_it_was(finished, monkeypatch):
+def test_the_start_records_its_environment(finished, monkeypatch):
     (start,) = records(finished, "start")
     assert start["host"] and start["environment"]["os"]
     assert "slurm_job" not in start and "cuda" not in start["environment"]
@@ -72,7 +72,7 @@ def test_the_code_is_the_commit_of_its_own_checkout(tmp_path):
     assert environment.code(tmp_path) == f"{commit}+"
 
 
-def test_energy_is_of_all_devices_or_not_told(monkeypatch):
+def test_energy_is_that_of_all_devices_or_absent(monkeypatch):
     device = SimpleNamespace(type="cuda")
     context = SimpleNamespace(device=device, sum_=lambda tensor: 2 * tensor)
     tensor = torch.tensor
@@ -90,7 +90,7 @@ def test_energy_is_of_all_devices_or_not_told(monkeypatch):
     assert usage.joules(context) is None
 
 
-def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
+def test_a_clock_continues_the_usage_before_a_resume(monkeypatch):
     recipe = SimpleNamespace(data=SimpleNamespace(global_batch=10))
     state = RunState(phase="search", step=0, global_step=0)
     run = SimpleNamespace(state=state, recipe=recipe, context=SimpleNamespace(world_size=2, device=None), breakdown=Breakdown())
@@ -119,15 +119,15 @@ def test_a_clock_goes_on_with_what_was_spent(monkeypatch):
     assert "energy_kwh" not in usage.summary(run.state, "search") and run.state.seconds["search"] == 16
 
 
-def test_bytes_are_those_of_all_steps_or_not_told():
+def test_bytes_are_those_of_all_steps_or_absent():
     assert total_bytes(100, {"weight": 3, "architecture": 1}, {"weight": 20, "architecture": 4, "more": 1}) == 164
     assert total_bytes(0, {}, {}) == 0
     assert total_bytes(0, {"weight": 3}, {}) is None
     assert total_bytes(None, {}, {}) is None
 
 
-def test_a_checkpoint_of_an_earlier_release_is_gone_on_with(train_here, digits, tmp_path, monkeypatch):
-    """It lacks what came later; the phases that it has behind it are not told of, and the one it stands in from its images on."""
+def test_a_checkpoint_of_an_earlier_release_is_resumed(train_here, digits, tmp_path, monkeypatch):
+    """It lacks what came later; the phases that it has behind it have no usage, and the one it stands in from its images on."""
     run = tmp_path / "run"
     assert train_here(*arguments(digits, run, *SHORT), "checkpoint.every_steps=1", "--max-time=1s").code == STOPPED
     path, (tensors, state), _ = checkpoint.latest(run / "checkpoints")

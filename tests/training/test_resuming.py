@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from runs import SHORT, SMALL, Killed, arguments, at, killed, reach, records, tensors, told
+from runs import SHORT, SMALL, Killed, arguments, at, killed, reach, records, tensors, training_records
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.training import stopping
@@ -12,7 +12,7 @@ from dnal_dist.training import stopping
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("which", range(5))
-def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short, digits, tmp_path, which, when):
+def test_a_run_killed_around_a_checkpoint_records_nothing_twice(train_here, short, digits, tmp_path, which, when):
     """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
     are those at its start and at the ends of its phases; killed before the first, it starts again."""
     run = tmp_path / "run"
@@ -20,14 +20,14 @@ def test_a_run_killed_around_a_checkpoint_tells_nothing_twice(train_here, short,
         train_here(*arguments(digits, run, *SHORT))
     ended = train_here(*arguments(digits, run, *SHORT))
     assert ended.code == 0, ended.err
-    assert told(run) == told(short)
+    assert training_records(run) == training_records(short)
     assert tensors(run) == tensors(short)
     anew = f"{run}: the run ended before its first checkpoint; it starts again"
     assert (anew in ended.out) == (which == 0 and when == "before")
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "metrics.jsonl and an empty recipe.yaml", "half a recipe.yaml"])
-def test_a_run_killed_when_it_began_begins_anew(train_here, digits, tmp_path, left):
+def test_a_run_killed_at_its_start_starts_again(train_here, digits, tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").touch()
@@ -39,7 +39,7 @@ def test_a_run_killed_when_it_began_begins_anew(train_here, digits, tmp_path, le
     assert not list(run.glob(".*.unfinished"))
 
 
-def test_a_finished_run_is_told_again_and_not_trained_again(train_here, short, digits):
+def test_a_finished_run_is_reported_again_and_not_trained_again(train_here, short, digits):
     before, weights = (short / "metrics.jsonl").read_bytes(), tensors(short)
     (short / "report.html").unlink()
     ended = train_here(*arguments(digits, short, *SHORT), "--resume", report=True)
@@ -50,12 +50,12 @@ def test_a_finished_run_is_told_again_and_not_trained_again(train_here, short, d
 
 
 def test_a_run_killed_before_its_last_record_gets_it(train_here, short, digits):
-    whole = told(short)
+    whole = training_records(short)
     lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert '"kind": "end"' in lines[-1]
     (short / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     assert train_here(*arguments(digits, short, *SHORT), "--resume").code == 0
-    assert told(short) == whole
+    assert training_records(short) == whole
 
 
 def unfinished(run) -> None:
@@ -86,7 +86,7 @@ def test_another_recipe_is_shown_and_refused(train_here, short, digits, change, 
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
 
 
-def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
+def test_an_allowed_change_is_made_and_recorded(train_here, short, digits):
     """The finetune is made longer; not that of a run that is finished."""
     before = (short / "recipe.yaml").read_bytes()
     longer = (*arguments(digits, short, *SHORT, "phases.finetune.steps=6"), "--allow-changed", "phases.finetune")
@@ -103,7 +103,7 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
 
 
 @pytest.mark.parametrize(
-    "change, allowed, told",
+    "change, allowed, message",
     [
         (
             "model.width=0.5",
@@ -114,11 +114,11 @@ def test_a_change_that_is_allowed_is_made_and_told(train_here, short, digits):
         ("seed=1", ["phases"], r"undo that, or .*SLURM: --allow-changed seed or --overwrite\)"),
     ],
 )
-def test_what_cannot_be_allowed(train_here, short, digits, change, allowed, told):
+def test_other_changes_cannot_be_allowed(train_here, short, digits, change, allowed, message):
     unfinished(short)
     options = [word for key in allowed for word in ("--allow-changed", key)]
     ended = train_here(*arguments(digits, short, *SHORT, change), *options)
-    assert ended.code == 2 and re.search(told, ended.err), ended.err
+    assert ended.code == 2 and re.search(message, ended.err), ended.err
 
 
 def test_a_phase_cannot_become_shorter_than_it_is(train_here, digits, tmp_path):
@@ -144,7 +144,7 @@ def test_shards_may_move_but_not_change(train_here, short, digits, tmp_path):
     assert train_here(*arguments(moved, short, *SHORT), "--allow-changed", "data").code == 0
 
 
-def test_what_has_no_say_in_the_result_may_change(train_here, short, digits):
+def test_keys_without_effect_on_the_result_may_change(train_here, short, digits):
     moved = short.rename(short.parent / "moved")
     others = ("data.workers=1", "data.cache_gb=5", "tracking.log_every=3")
     assert train_here(*arguments(digits, moved, *SHORT, *others), "--resume").code == 0
@@ -167,7 +167,7 @@ def test_two_runs_do_not_share_a_folder(train_command, train_here, digits, tmp_p
     assert checkpoint.latest(run / "checkpoints")[1].state.phase == "pretrain"
 
 
-def test_resuming_what_never_began_begins_it(train_here, digits, tmp_path):
+def test_resuming_a_run_that_never_began_starts_it(train_here, digits, tmp_path):
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT), "--resume")
     assert ended.code == 0, ended.err
     assert [r["resumed"] for r in records(tmp_path / "run", "start")] == [False]
