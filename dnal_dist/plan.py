@@ -1,51 +1,17 @@
 """What a recipe needs of memory and of the network between processes, for each backend, before anything is started.
 
 python -m dnal_dist.plan recipes/proxyless.yaml --ranks 64 --device-memory 80GB     what a rank keeps, what a step sends, what fits
-python -m dnal_dist.plan recipes/proxyless.yaml --docs docs/distributed.md           write the table of what steps send
 
 Everything is computed on meta tensors, which have a shape and no memory. Backends are configured as in recipes/accelerate.
 """
 
 import argparse
 import json
-from pathlib import Path
 
 from dnal_dist import recipe
 from dnal_dist.common.door import door
-from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 from dnal_dist.common.text import bytes_of, short, spaced
-
-MARKS = ("<!-- traffic -->", "<!-- end of traffic -->")
-RANKS_IN_DOCS = (2, 8, 64, 1024)
-
-
-def table(settings: recipe.Recipe, ranks: tuple[int, ...] = RANKS_IN_DOCS, precision: str = "no") -> str:
-    """Collectives and bytes of each step as Markdown, a column for each number of ranks. Raises InputError as `plan` does."""
-    from dnal_dist import nets
-    from dnal_dist.distributed.estimate import BACKENDS, totals, traffic
-
-    net = nets.on_meta(**settings.network)
-    operations = {(b, n): traffic(net, b, n, settings.data.image_size, precision) for b in BACKENDS for n in ranks}
-    lines = ["| backend | step | " + " | ".join(f"{n} ranks" for n in ranks) + " |", "|---|---|" + "---:|" * len(ranks)]
-    for backend in BACKENDS:
-        for number, step in enumerate(("weight", "architecture")):
-            counts = [totals(operations[backend, n][number]) for n in ranks]
-            cells = [f"{c['collectives']}: {spaced(c['bytes'])}" for c in counts]
-            lines.append(f"| {backend} | {step} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def write(settings: recipe.Recipe, page: Path) -> None:
-    """Put the table between the marks of a Markdown page. Raises InputError if it has none."""
-    try:
-        before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-    except FileNotFoundError:
-        raise InputError(f"--docs {page}: no such page") from None
-    except (ValueError, IndexError):
-        raise InputError(f"--docs {page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each and in this order") from None
-    page.write_text(f"{before}{MARKS[0]}\n{table(settings)}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def _print(found: dict) -> None:
@@ -102,22 +68,13 @@ def main() -> None:
     parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device: 80GB, 24GiB, 500MB; a part of it is left free")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default no: float32)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--table", action="store_true", help=f"print what steps send at {RANKS_IN_DOCS} ranks, as Markdown")
-    parser.add_argument(
-        "--docs", type=argument, metavar="PAGE", help=f"write that table into a page, between {MARKS[0]} and {MARKS[1]}"
-    )
     args = parser.parse_intermixed_args()
     settings = recipe.load(args.recipe, args.overrides)
-    if args.docs:
-        write(settings, args.docs)
-    elif args.table:
-        print(table(settings, precision=args.precision))
-    else:
-        from dnal_dist.distributed.estimate import plan
+    from dnal_dist.distributed.estimate import plan
 
-        device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
-        found = plan(settings, args.ranks, device_memory, args.precision)
-        print(json.dumps(found, indent=1)) if args.json else _print(found)
+    device_memory = None if args.device_memory is None else bytes_of(args.device_memory)
+    found = plan(settings, args.ranks, device_memory, args.precision)
+    print(json.dumps(found, indent=1)) if args.json else _print(found)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,6 @@ class Published:
         unit = self.columns.get(column)
         return f"{HEADS[column]} ({unit})" if unit in ("G", "M", "%") else HEADS[column]
 
-    def among(self, own: list[Row]) -> list[Row]:
-        """All its rows with those of runs, largest first; the sort is stable: among equals a run comes last."""
-        return sorted([*self.rows, *own], key=lambda row: -self.size(row))
-
     def size(self, row: Row) -> float:
         """A row's FLOPs, or its parameters where the table has no FLOPs, in the table's unit; 0 if it has none."""
         return float(getattr(row, self.axis) or 0)
@@ -135,7 +131,8 @@ def place(run: Run, result: dict) -> Place | None:
     if table is None:
         return None
     own = own_row(run, table, measures(run, result), {}) if _priced(result) else None
-    rows = table.among([own] if own else [])
+    # Among equals the run comes last.
+    rows = sorted([*table.rows, *([own] if own else [])], key=lambda row: -table.size(row))
     found = differences(run, table)
     return Place(table, rows, own, found, _remarks(run, result, table, found))
 
