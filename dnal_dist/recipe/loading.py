@@ -86,7 +86,7 @@ def _values(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
     return known[node]
 
 
-def _parsed(text: str, what: str) -> Any:
+def parsed(text: str, what: str) -> Any:
     """The value of a YAML text. Raises InputError, whatever the text is."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -125,7 +125,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise InputError(f"{path}: cannot be read ({error})") from None
     if len(content) > LARGEST:
         raise InputError(f"{path}: larger than the {LARGEST >> 10} kB that a recipe may be; give another file")
-    tree = _parsed(text, f"{path}: not valid YAML")
+    tree = parsed(text, f"{path}: not valid YAML")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
     for override in overrides:
@@ -141,7 +141,7 @@ def _override(tree: dict, override: str) -> None:
     shown = _short(override)
     if not equals or not key:
         raise InputError(f"override {shown}: expected key=value, for example architecture.penalty_weight=0.02")
-    value = _parsed(text[: LARGEST + 1], f"override {shown}: not a YAML value")
+    value = parsed(text[: LARGEST + 1], f"override {shown}: not a YAML value")
     *parents, last = key.split(".")
     for parent in parents:
         tree.pop(_EITHER.get(parent), None)

@@ -9,9 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
-from dnal_dist.common.errors import InputError, reason
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.common.text import percent, printable
 
@@ -91,21 +89,14 @@ def load(run: str | Path) -> Run:
     return Run(folder, recipe, recipe_text, *_records(path, content.split(b"\n")))
 
 
-class _Loader(yaml.SafeLoader):
-    """Without aliases, which make a short file long; a run writes none."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read here")
-        return super().compose_node(parent, index)
-
-
 def _recipe(path: Path, text: str) -> dict:
+    # Not at the top: the list of runs has to begin at once.
+    from dnal_dist.recipe.loading import parsed
+
     try:
-        tree = _plain(yaml.load(text, _Loader))
-    except Exception as error:
-        # A value such as 2020-99-99 may raise anything.
-        raise InputError(f"{path}: not valid YAML ({reason(error)}); mend it or move it away") from None
+        tree = _plain(parsed(text, f"{path}: not valid YAML"))
+    except InputError as error:
+        raise InputError(f"{error}; mend it or move it away") from None
     return tree if isinstance(tree, dict) else {}
 
 
@@ -122,7 +113,6 @@ def _plain(value: Any) -> Any:
 
 def _records(path: Path, lines: list[bytes]) -> tuple[list[dict], str]:
     """The records, and in words what was left out."""
-    # Not at the top: the list of runs has to begin at once.
     from dnal_dist.report.record import typed
 
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

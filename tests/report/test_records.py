@@ -113,7 +113,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_an_invalid_recipe_is_one_line(tmp_path, recipe):
     run = save(tmp_path, made_up_run(), recipe=recipe)
-    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML") as refused:
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML.*; mend it") as refused:
         records.load(run)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
