@@ -21,14 +21,14 @@ def _print(found: dict) -> None:
     console = Console()
     # Long lines wrap; cut numbers would be wrong numbers.
     console.width = max(console.width, 120)
-    columns = ("parameters", "gradients", "optimizer", "other", "working", "pictures", "activations", "total")
+    columns = ("parameters", "gradients", "optimizer", "other", "working", "images", "activations", "total")
     kept, sent = (Table(box=None, pad_edge=False, header_style="bold") for _ in range(2))
     for name in ("memory of a rank", *columns, "accumulation"):
         kept.add_column(name, justify="left" if " " in name else "right", no_wrap=True)
     for name in ("sent in a step", "weight: collectives", "bytes", "architecture: collectives", "bytes"):
         sent.add_column(name, justify="left" if " in " in name else "right", no_wrap=True)
     for backend, one in found["backends"].items():
-        fitting = f"{one['parts']} x {one['pictures_at_a_time']}" if one["fits"] else "does not fit"
+        fitting = f"{one['parts']} x {one['images_at_a_time']}" if one["fits"] else "does not fit"
         kept.add_row(backend, *(short(one["memory"][name]) for name in columns), fitting)
         steps = [one["weight_step"], one["architecture_step"]]
         sent.add_row(backend, *(spaced(step[what]) for step in steps for what in ("collectives", "bytes")))

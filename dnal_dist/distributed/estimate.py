@@ -243,7 +243,7 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
     kept, images = activations(net, size, precision, checkpointing), 12 * size**2 * share
 
     def needed(backend: str, parts: int) -> dict[str, int]:
-        found = memory(net, backend, ranks, precision, parts)._asdict() | {"pictures": images}
+        found = memory(net, backend, ranks, precision, parts)._asdict() | {"images": images}
         found["activations"] = kept.fixed + kept.each * (share // parts)
         return found | {"total": sum(found.values())}
 
@@ -253,7 +253,7 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
         best = next((p for p in parts if needed(backend, p)["total"] <= usable), None)
         shown = best or parts[-1]
         steps = zip(("weight", "architecture"), traffic(net, backend, ranks, size, precision, shown), strict=True)
-        found = {"fits": best is not None, "parts": shown, "pictures_at_a_time": share // shown, "memory": needed(backend, shown)}
+        found = {"fits": best is not None, "parts": shown, "images_at_a_time": share // shown, "memory": needed(backend, shown)}
         return found | {f"{step}_step": totals(operations) for step, operations in steps}
 
     facts = {"network": settings.model.name, "image_size": size, "parameters": sum(_sizes(net)), "gates": net.num_gates}

@@ -31,7 +31,7 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "training shards": data.train_shards,
     "validation shards": data.val_shards,
     "labels": data.labels,
-    "pictures": data.images,
+    "images": data.images,
     "shard cache": data.cache,
     "run folder": disk.run_folder,
     "disk space": disk.disk,

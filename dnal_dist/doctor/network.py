@@ -77,7 +77,7 @@ def memory(case: Case) -> Finding:
     if not plan["fits"]:
         remedy = "more processes, training.activation_checkpointing=true, or fsdp2"
         return fails(f"{found}; one image at a time does not fit", remedy)
-    return fails(found, f"data.per_device_batch_limit={plan['pictures_at_a_time']}, or more processes")
+    return fails(found, f"data.per_device_batch_limit={plan['images_at_a_time']}, or more processes")
 
 
 def gpu_facts() -> list[dict]:

@@ -92,7 +92,7 @@ def test_folders_that_do_not_fit_are_refused(images, tmp_path, monkeypatch, caps
     flat = tmp_path / "flat"
     for split in ("train", "val"):
         (flat / split).mkdir(parents=True)
-        (flat / split / "one.jpg").write_bytes(b"picture")
+        (flat / split / "one.jpg").write_bytes(b"image")
     assert "flat/train: holds no folders" in line(flat)
 
 

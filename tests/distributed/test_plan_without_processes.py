@@ -38,7 +38,7 @@ def test_json_adds_up(monkeypatch, capsys):
     assert found["device_memory"] == 24 * 2**30 and list(found["backends"]) == list(estimate.BACKENDS)
     for one in found["backends"].values():
         assert one["memory"].pop("total") == sum(one["memory"].values())
-        assert one["fits"] and one["parts"] * one["pictures_at_a_time"] == found["share"]
+        assert one["fits"] and one["parts"] * one["images_at_a_time"] == found["share"]
         assert one["architecture_step"]["by_operation"]["all-reduce"] == {"collectives": 1, "bytes": 4 * found["gates"]}
 
 
@@ -73,14 +73,14 @@ def test_accumulation_grows_as_memory_shrinks():
         own = [one[backend] for one in found]
         assert [one["fits"] for one in own] == [True, True, True, False]
         parts = [one["parts"] for one in own]
-        assert parts == sorted(set(parts)) and parts[0] == 1 and own[-1]["pictures_at_a_time"] == 1
+        assert parts == sorted(set(parts)) and parts[0] == 1 and own[-1]["images_at_a_time"] == 1
         assert all(one["memory"]["total"] <= estimate.USABLE * device for one, device in zip(own[:-1], devices[:-1], strict=True))
 
 
 def test_the_limit_of_the_recipe_is_kept():
     settings = recipe.load(DIGITS, ["data.global_batch=384", "data.per_device_batch_limit=10"])
     found = estimate.plan(settings, 4)["backends"]["ddp"]
-    assert (found["parts"], found["pictures_at_a_time"]) == (12, 8)
+    assert (found["parts"], found["images_at_a_time"]) == (12, 8)
 
 
 def test_activations_shrink_with_precision_and_checkpointing():

@@ -44,13 +44,13 @@ def shards(tmp_path_factory, digits):
         folder.mkdir(exist_ok=True)
     sources.fashion_mnist(root / "idx")
     sources.cifar10(root / "cifar-10-batches-bin")
-    sources.imagenet(root / "pictures")
+    sources.imagenet(root / "images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "FILES", sources.FASHION_MNIST)
         patch.setattr(cifar10, "RECORDS", sources.CIFAR10_RECORDS)
         make_shards.fashion_mnist(folders["data/fashion_mnist"], root / "idx")
         make_shards.cifar10(sources.archived(root / "cifar-10-batches-bin"), folders["data/cifar10"])
-        make_shards.image_folder(root / "pictures", folders["data/imagenet"])
+        make_shards.image_folder(root / "images", folders["data/imagenet"])
     return folders
 
 

@@ -28,8 +28,8 @@ function resize(rect, { x, y, width, height }, shares) {
   for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value.toFixed(2));
 }
 
-// The picture; gives the function that draws the state at hand.
-function picture() {
+// The image of the network; gives the function that draws the state at hand.
+function networkImage() {
   const boxes = [...document.querySelectorAll(".network .box")].map((group) => {
     const [hull, pale, fill, title, count] = [".hull", ".pale", ".fill", "title", ".count"].map((part) => group.querySelector(part));
     const place = Object.fromEntries(["x", "y", "width", "height"].map((key) => [key, Number(hull.getAttribute(key))]));
@@ -40,7 +40,7 @@ function picture() {
     pointed = box;
     byId("readout").textContent = told(box);
   }
-  // One stop of the tab key for the whole picture; the arrows go on from there.
+  // One stop of the tab key for the whole image; the arrows go on from there.
   boxes.forEach(({ group }, i) => {
     group.tabIndex = i ? -1 : 0;
     group.addEventListener("pointerenter", () => point(boxes[i]));
@@ -143,7 +143,7 @@ function play(show) {
   let timer = null;
   function turn(plays) {
     clearInterval(timer);
-    // Whoever asked for little motion gets single pictures.
+    // Whoever asked for little motion gets single images.
     const slow = matchMedia("(prefers-reduced-motion: reduce)").matches;
     const pause = slow ? 1000 : Math.min(Math.max(8000 / (last + 1), 60), 500);
     timer = plays ? setInterval(() => (at < last ? show(at + 1) : turn(false)), pause) : null;
@@ -161,7 +161,7 @@ function play(show) {
 }
 
 function explore() {
-  const slider = byId("position"), draw = picture(), write = table();
+  const slider = byId("position"), draw = networkImage(), write = table();
   function show(state) {
     at = state;
     if (slider) {
