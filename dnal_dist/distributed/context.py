@@ -107,19 +107,8 @@ class Context:
         return training.cuda_graphs and able and not eager
 
     def accumulation_steps(self, data) -> int:
-        """Micro-batches, taken one after the other, into which a process divides its local batch. Raises InputError if it cannot be
-        divided so. data: that part of the recipe."""
-        local_batch, steps = data.global_batch // self.world_size, self.config.accumulation
-        limit = data.per_device_batch_limit or local_batch
-        if steps > 1:
-            if local_batch % steps or local_batch // steps > limit:
-                raise InputError(
-                    f"the Accelerate config asks for gradient_accumulation_steps {steps}, which does not divide the {local_batch} "
-                    f"images of a process into equal parts of at most {limit}; leave it out and set key "
-                    "'data.per_device_batch_limit'"
-                )
-            return steps
-        return next(n for n in range(1, local_batch + 1) if local_batch % n == 0 and local_batch // n <= limit)
+        """Micro-batches of a local batch; see the function of this name. data: that part of the recipe."""
+        return accumulation_steps(data.global_batch // self.world_size, data.per_device_batch_limit, self.config.accumulation)
 
     def average_(self, tensor: Tensor) -> Tensor:
         """Mean over processes, in place, in one collective; nothing is sent by a single process."""
@@ -218,6 +207,20 @@ class Context:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def accumulation_steps(local_batch: int, limit: int | None, steps: int = 1) -> int:
+    """Micro-batches of at most `limit` images, taken one after the other, into which a process divides its local batch: as many as
+    the Accelerate config says, if `steps` is above 1, else the fewest. Raises InputError if it cannot be divided so."""
+    limit = limit or local_batch
+    if steps == 1:
+        return next(n for n in range(1, local_batch + 1) if local_batch % n == 0 and local_batch // n <= limit)
+    if local_batch % steps or local_batch // steps > limit:
+        raise InputError(
+            f"the Accelerate config asks for gradient_accumulation_steps {steps}, which does not divide the {local_batch} images of "
+            f"a process into equal parts of at most {limit}; leave it out and set key 'data.per_device_batch_limit'"
+        )
+    return steps
 
 
 def remove_temp() -> None:

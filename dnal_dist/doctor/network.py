@@ -7,6 +7,7 @@ import psutil
 from dnal_dist.common.commands import output_of
 from dnal_dist.common.text import short
 from dnal_dist.distributed import estimate
+from dnal_dist.distributed.context import accumulation_steps
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.search import selection
 from dnal_dist.training import preflight
@@ -34,24 +35,17 @@ def network(case: Case) -> Finding:
 
 
 def _accumulation(case: Case) -> int:
-    """Micro-batches of a process in one step, as in distributed.context."""
-    data = case.settings.data
-    if case.config is not None and case.config.accumulation > 1:
-        return case.config.accumulation
-    local = data.global_batch // case.ranks
-    limit = data.per_device_batch_limit or local
-    return next(steps for steps in range(1, local + 1) if local % steps == 0 and local // steps <= limit)
+    """Micro-batches of a process in one step. Raises InputError."""
+    data, steps = case.settings.data, case.config.accumulation if case.config is not None else 1
+    return accumulation_steps(data.global_batch // case.ranks, data.per_device_batch_limit, steps)
 
 
 def memory(case: Case) -> Finding:
     """The estimate of `python -m dnal_dist.plan` for one process against the memory of a device."""
     device, source, own = case.device_memory, "", False
     if device is None and case.cpu:
-        device, source, own = (
-            psutil.virtual_memory().total // case.processes,
-            f" (this machine's, divided by {case.processes})",
-            True,
-        )
+        device, own = psutil.virtual_memory().total // case.processes, True
+        source = f" (this machine's, divided by {case.processes})"
     elif device is None and (gpus := gpu_facts()):
         device, source = min(gpu["memory"] for gpu in gpus), " (this machine's)"
     precision = "bf16" if case.config is not None and case.config.precision in ("bf16", "fp16") else "no"

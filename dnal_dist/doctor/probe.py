@@ -118,14 +118,9 @@ def _steps(
 
     def architecture_only() -> Outcome:
         # Costs of channels take seconds for a large network, so without the penalties that need them.
-        weight, clip, delta, average = (
-            options.penalty_weight or 0.0,
-            options.optimizer.clip_norm,
-            options.delta_start,
-            context.average_,
-        )
-        batch = (images, labels, IMAGES)
-        return architecture_step(trained, architecture, optimizer, *batch, delta, "sigmoid", weight, average, None, clip_norm=clip)
+        penalty = options.delta_start, "sigmoid", options.penalty_weight or 0.0, context.average_
+        clip = {"clip_norm": options.optimizer.clip_norm}
+        return architecture_step(trained, architecture, optimizer, images, labels, IMAGES, *penalty, **clip)
 
     return {
         "pretrain": lambda: weight_step(trained, images, labels, IMAGES),
