@@ -217,8 +217,8 @@ def accumulation_steps(local_batch: int, limit: int | None, steps: int = 1) -> i
         return next(n for n in range(1, local_batch + 1) if local_batch % n == 0 and local_batch // n <= limit)
     if local_batch % steps or local_batch // steps > limit:
         raise InputError(
-            f"the Accelerate config asks for gradient_accumulation_steps {steps}, which does not divide the {local_batch} images of "
-            f"a process into equal parts of at most {limit}; leave it out and set key 'data.per_device_batch_limit'"
+            f"the Accelerate config asks for gradient_accumulation_steps {steps}, which does not divide the {local_batch} images "
+            f"of a process into equal parts of at most {limit}; leave it out and set key 'data.per_device_batch_limit'"
         )
     return steps
 
