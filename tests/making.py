@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from drawing import draw
+from in_process import called
 
 from data_tools import make_shards, writing
 from data_tools.record import Record
@@ -36,20 +37,15 @@ def digests(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+def command(capsys, *arguments) -> tuple[int, str]:
     """Exit code and what was said of `python -m data_tools.make_shards` with these arguments."""
-    monkeypatch.setattr("sys.argv", ["make_shards", *map(str, arguments)])
-    try:
-        make_shards.main()
-    except SystemExit as ended:
-        said = capsys.readouterr()
-        return ended.code, said.out + said.err
-    return 0, capsys.readouterr().out
+    code, out, err = called(make_shards.main, capsys, *arguments)
+    return code, out + err if code else out
 
 
-def refused(monkeypatch, capsys, *arguments) -> str:
+def refused(capsys, *arguments) -> str:
     """The one line that the command is refused with."""
-    code, said = command(monkeypatch, capsys, *arguments)
+    code, said = command(capsys, *arguments)
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     return said
 

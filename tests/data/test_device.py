@@ -169,7 +169,7 @@ def test_an_image_that_the_device_refuses_is_decoded_on_the_cpu(folder, decoder)
     assert len(decoder.seen) == 18
 
 
-def test_an_image_that_neither_decodes_is_left_out_and_reported(folder, decoder, monkeypatch):
+def test_an_image_that_neither_decodes_is_left_out_and_reported(folder, decoder):
     whole = batches(folder, 1, decode="cuda")[0]
     stream = Stream(Shards(f"{folder}/train-*.tar", "data.train", 10), settings(folder, decode="cuda"), 0, True)
     batch = next(stream.batches())

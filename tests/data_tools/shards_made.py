@@ -6,24 +6,17 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from in_process import Ended, called
 from PIL import Image
 
 from data_tools import index, verify
 from data_tools.images import png
 
 
-def ended(module, monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m data_tools.index` or `.verify` with these arguments, by one worker
-    unless they say otherwise: processes start more slowly than these shards are read."""
-    arguments = (*arguments, *(() if "--workers" in arguments else ("--workers", 1)))
-    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
-    code = 0
-    try:
-        module.main()
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+def ended(module, capsys, *arguments) -> Ended:
+    """`python -m data_tools.index` or `.verify` with these arguments, by one worker unless they say otherwise: processes start more
+    slowly than these shards are read."""
+    return called(module.main, capsys, *arguments, *(() if "--workers" in arguments else ("--workers", 1)))
 
 
 def image(number: int, extension: str = "png") -> bytes:
@@ -55,9 +48,9 @@ def encoded(number: int, kind: str) -> bytes:
     return out.getvalue()
 
 
-def findings(monkeypatch, capsys, *arguments) -> list[tuple[str, str, str]]:
+def findings(capsys, *arguments) -> list[tuple[str, str, str]]:
     """Kind, shard (and sample) and text of each finding; the exit code must agree."""
-    code, out, err = ended(verify, monkeypatch, capsys, *arguments, "--json")
+    code, out, err = ended(verify, capsys, *arguments, "--json")
     found = json.loads(out)["findings"]
     assert code == bool(found) and not err
     return [(one["kind"], one["where"].rpartition("/")[2], one["what"]) for one in found]
@@ -77,5 +70,5 @@ def name_classes(folder: Path, names: list[str]) -> None:
     (folder / "index.json").write_text(json.dumps(content | {"classes": names}))
 
 
-def kinds(monkeypatch, capsys, *arguments) -> list[tuple[str, str]]:
-    return [(kind, where) for kind, where, _ in findings(monkeypatch, capsys, *arguments)]
+def kinds(capsys, *arguments) -> list[tuple[str, str]]:
+    return [(kind, where) for kind, where, _ in findings(capsys, *arguments)]

@@ -15,25 +15,25 @@ def test_a_contact_sheet_that_cannot_be_written_is_refused_before_anything_is_re
 
     monkeypatch.setattr(verify, "survey", never)
     for path in (own.parent / "none" / "sheet.png", own):
-        code, out, err = ended(verify, monkeypatch, capsys, own, "--contact-sheet", path)
+        code, out, err = ended(verify, capsys, own, "--contact-sheet", path)
         assert code == 2 and not out and f"--contact-sheet: {path} cannot be written" in err
 
 
 def test_findings_are_printed_if_the_contact_sheet_fails(own, monkeypatch, capsys):
     (own / "index.json").unlink()
     monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    code, out, err = ended(verify, monkeypatch, capsys, own, "--contact-sheet", own.parent / "sheet.png")
+    code, out, err = ended(verify, capsys, own, "--contact-sheet", own.parent / "sheet.png")
     assert code == 2 and out.endswith("6 findings\n") and "no space left" in err
 
 
-def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, monkeypatch, capsys):
+def test_the_contact_sheet_shows_what_the_seed_draws(tmp_path, capsys):
     out = tmp_path / "shards"
     out.mkdir()
     make_shards.synthetic(out, classes=3, train=70, val=3, size=40)
     sheets = {}
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         path = tmp_path / f"{name}.png"
-        code, _, _ = ended(verify, monkeypatch, capsys, out, "--contact-sheet", path, "--seed", seed)
+        code, _, _ = ended(verify, capsys, out, "--contact-sheet", path, "--seed", seed)
         assert code == 0
         with Image.open(path) as sheet:
             sheets[name] = np.asarray(sheet)
@@ -49,7 +49,7 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30
 
 
 @pytest.mark.parametrize("name", ["{}", "name {}"])
-def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path, monkeypatch, capsys, name):
+def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path, capsys, name):
     """Class c is all COLOURS[c]; its caption is drawn here anew."""
     members = []
     for number in range(40):
@@ -58,7 +58,7 @@ def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path,
         members += [(f"{number:02d}.cls", b"%d" % (number % 7)), (f"{number:02d}.png", png(pixels))]
     folder = made(tmp_path / "own", 7, train=members)
     name_classes(folder, [name.format(c) for c in range(7)])
-    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    assert ended(verify, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 160, 5 * 180)
         shown, numbers = [], []
@@ -74,17 +74,17 @@ def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path,
     assert sorted(numbers) == list(range(40)) and [number % 7 for number in numbers] == shown
 
 
-def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, monkeypatch, capsys):
+def test_grey_of_16_bits_is_shown_as_training_sees_it(tmp_path, capsys):
     members = [("a.cls", b"0"), ("a.png", png(np.full((8, 8), 100 << 8, np.uint16)))]
     folder = made(tmp_path / "own", 1, train=members)
-    assert ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
+    assert ended(verify, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")[0] == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.getpixel((80, 80)) == (100, 100, 100)
 
 
-def test_a_contact_sheet_marks_images_that_cannot_be_decoded(tmp_path, monkeypatch, capsys):
+def test_a_contact_sheet_marks_images_that_cannot_be_decoded(tmp_path, capsys):
     folder = made(tmp_path / "own", 1, train=[("a.cls", b"0"), ("a.jpg", b"no image")])
-    code, _, _ = ended(verify, monkeypatch, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")
+    code, _, _ = ended(verify, capsys, folder, "--contact-sheet", tmp_path / "sheet.png")
     assert code == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 160, 180) and sheet.getpixel((80, 80)) == (255, 0, 0)

@@ -32,14 +32,14 @@ def damaged(tmp_path):
     return SimpleNamespace(folder=tmp_path / "in", train=train, whole=(train / "000.jpg").read_bytes())
 
 
-def test_images_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_path, monkeypatch, capsys):
+def test_images_that_training_cannot_use_are_left_out_and_listed(damaged, tmp_path, capsys):
     (damaged.train / "001.jpg").write_bytes(b"")
     (damaged.train / "002.jpg").write_bytes(damaged.whole[:-100])
     (damaged.train / "003.jpg").write_bytes(b"RIFF" + bytes(100))
     # Damage in the middle of a PNG, for which torchvision would end the process.
     (damaged.train / "050.jpg").write_bytes(flipped((damaged.train / "050.jpg").read_bytes(), 150))
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "folder", damaged.folder, out, "--shard-samples", 100, "--max-bad", "0.02")
+    code, said = command(capsys, "folder", damaged.folder, out, "--shard-samples", 100, "--max-bad", "0.02")
     assert code == 0
     assert said == f"{out}: 376 samples for train, 20 samples for val; 4 images left out, see {out / 'skipped.json'}\n"
     reasons = skipped(out)
@@ -60,10 +60,10 @@ def test_only_check_and_resize_decode_images_that_look_whole(damaged, tmp_path):
     assert skipped(tmp_path / "check").keys() == skipped(tmp_path / "resize").keys() == {"000.jpg"}
 
 
-def test_a_source_with_many_bad_images_is_refused(damaged, tmp_path, monkeypatch, capsys):
+def test_a_source_with_many_bad_images_is_refused(damaged, tmp_path, capsys):
     for i in range(4):
         (damaged.train / f"{i:03d}.jpg").write_bytes(b"")
-    line = refused(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards")
+    line = refused(capsys, "folder", damaged.folder, tmp_path / "shards")
     assert "4 of 380 images for train cannot be used, more than 1.0%" in line and "000.jpg: it is empty" in line
     assert not list((tmp_path / "shards").glob("*.tar"))
     with pytest.raises(ValueError, match="all of"):
@@ -106,13 +106,13 @@ def test_a_command_that_continues_does_not_check_again(damaged, tmp_path, monkey
     assert skipped(tmp_path / "shards") == {"001.jpg": "it is empty"}
 
 
-def test_overwrite_removes_nothing_before_the_source_is_known_to_be_good(damaged, tmp_path, monkeypatch, capsys):
+def test_overwrite_removes_nothing_before_the_source_is_known_to_be_good(damaged, tmp_path, capsys):
     out = new(tmp_path / "shards")
     make_shards.image_folder(damaged.folder, out)
     before, whole = digests(out), {path: path.read_bytes() for path in damaged.train.glob("00*.jpg")}
     for path in whole:
         path.write_bytes(b"")
-    assert "cannot be used" in refused(monkeypatch, capsys, "folder", damaged.folder, out, "--overwrite", "--workers", 1)
+    assert "cannot be used" in refused(capsys, "folder", damaged.folder, out, "--overwrite", "--workers", 1)
     assert digests(out) == before
     for path, content in whole.items():
         path.write_bytes(content)
@@ -121,15 +121,15 @@ def test_overwrite_removes_nothing_before_the_source_is_known_to_be_good(damaged
     assert digests(out) == digests(tmp_path / "other") != before
 
 
-def test_a_mended_source_is_used(damaged, tmp_path, monkeypatch, capsys):
+def test_a_mended_source_is_used(damaged, tmp_path, capsys):
     whole = {path: path.read_bytes() for path in damaged.train.glob("00*.jpg")}
     for path in whole:
         path.write_bytes(b"")
     for _ in range(2):
-        assert "mend the source" in refused(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)
+        assert "mend the source" in refused(capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)
     for path, content in whole.items():
         path.write_bytes(content)
-    assert command(monkeypatch, capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)[0] == 0
+    assert command(capsys, "folder", damaged.folder, tmp_path / "shards", "--workers", 1)[0] == 0
     assert not (tmp_path / "shards" / "skipped.json").exists()
 
 

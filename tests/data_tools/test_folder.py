@@ -39,9 +39,9 @@ def images(tmp_path):
     return tmp_path / "in"
 
 
-def test_images_of_folders_are_stored_byte_for_byte(images, tmp_path, monkeypatch, capsys):
+def test_images_of_folders_are_stored_byte_for_byte(images, tmp_path, capsys):
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "folder", images, out, "--shard-samples", 8)
+    code, said = command(capsys, "folder", images, out, "--shard-samples", 8)
     assert (code, said) == (0, f"{out}: 22 samples for train, 6 samples for val\n")
     for split in ("train", "val"):
         expected = [
@@ -79,9 +79,9 @@ def test_the_seed_orders_training_images_and_nothing_else(images, tmp_path):
     assert labels != sorted(labels)
 
 
-def test_folders_that_do_not_fit_are_refused(images, tmp_path, monkeypatch, capsys):
+def test_folders_that_do_not_fit_are_refused(images, tmp_path, capsys):
     def line(source=images):
-        return refused(monkeypatch, capsys, "folder", source, tmp_path / "shards")
+        return refused(capsys, "folder", source, tmp_path / "shards")
 
     assert "nowhere/train: no such folder" in line(tmp_path / "nowhere")
     (images / "val" / "other").mkdir()
@@ -116,7 +116,7 @@ def test_a_webp_is_stored_byte_for_byte(images, tmp_path):
     assert len(streamed(tmp_path / "shards", "val", 8, 3)) == 8
 
 
-def test_links_are_followed_but_not_in_circles(images, tmp_path, monkeypatch, capsys):
+def test_links_are_followed_but_not_in_circles(images, tmp_path, capsys):
     (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "inner" / "far.jpg")
     for link in (images / "train" / "z.last" / "linked", images / "train" / "zz"):
@@ -124,7 +124,7 @@ def test_links_are_followed_but_not_in_circles(images, tmp_path, monkeypatch, ca
     make_shards.image_folder(images, new(tmp_path / "shards"))
     assert len(members(tmp_path / "shards", "train")) == 24
     (tmp_path / "elsewhere" / "inner" / "back").symlink_to(tmp_path / "elsewhere")
-    said = refused(monkeypatch, capsys, "folder", images, tmp_path / "other")
+    said = refused(capsys, "folder", images, tmp_path / "other")
     assert "linked/inner/back: a link to a folder around it" in said
 
 
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_read_is_named(images, tmp_path, monkeypatch, ca
 
     with monkeypatch.context() as patch:
         patch.setattr("os.scandir", closed)
-        said = refused(monkeypatch, capsys, "folder", images, tmp_path / "shards")
+        said = refused(capsys, "folder", images, tmp_path / "shards")
     assert f"{secret}: cannot be read (Permission denied); make it readable, or remove it" in said
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"\.JPEG: cannot be read \(Input/output error\)"):
         patch.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))

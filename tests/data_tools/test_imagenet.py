@@ -25,9 +25,9 @@ def ilsvrc(tmp_path):
 LABELS = {"n01440764": 0, "n02012849": 1, "n03126707": 2, "n15075141": 3}
 
 
-def test_images_of_the_original_tars_are_stored_byte_for_byte(ilsvrc, tmp_path, monkeypatch, capsys):
+def test_images_of_the_original_tars_are_stored_byte_for_byte(ilsvrc, tmp_path, capsys):
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "imagenet", ilsvrc.folder, out, "--shard-samples", 70)
+    code, said = command(capsys, "imagenet", ilsvrc.folder, out, "--shard-samples", 70)
     assert code == 0 and said.startswith(f"{out}: 238 samples for train, 12 samples for val; 2 images left out")
     assert skipped(out).keys() == {"n01440764_8.JPEG", "n01440764_9.JPEG"}
     expected = [
@@ -168,19 +168,19 @@ def _truth(change_lines):
         (_changed("ILSVRC2012_img_train.tar", lambda b: renamed(b, b"n03126707.tar", b"n02012849.tar")), "n02012849.tar twice"),
     ],
 )
-def test_an_incomplete_imagenet_is_refused(ilsvrc, tmp_path, monkeypatch, capsys, change, said):
+def test_an_incomplete_imagenet_is_refused(ilsvrc, tmp_path, capsys, change, said):
     change(ilsvrc.folder)
-    line = refused(monkeypatch, capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
+    line = refused(capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
     assert said in line
     assert not list((tmp_path / "shards").glob("*.tar"))
 
 
-def test_a_meta_file_with_other_content_is_refused(ilsvrc, tmp_path, monkeypatch, capsys):
+def test_a_meta_file_with_other_content_is_refused(ilsvrc, tmp_path, capsys):
     (ilsvrc.folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     (ilsvrc.folder / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n" * 12)
     for content in (b"", b"MATLAB 5.0" + bytes(200)):
         (ilsvrc.folder / "meta.mat").write_bytes(content)
-        line = refused(monkeypatch, capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
+        line = refused(capsys, "imagenet", ilsvrc.folder, tmp_path / "shards")
         assert "meta.mat" in line
 
 
@@ -199,9 +199,9 @@ def unpacked(ilsvrc, tmp_path):
     return folder
 
 
-def test_validation_images_other_than_the_ground_truths_are_refused(ilsvrc, unpacked, tmp_path, monkeypatch, capsys):
+def test_validation_images_other_than_the_ground_truths_are_refused(ilsvrc, unpacked, tmp_path, capsys):
     def line():
-        return refused(monkeypatch, capsys, "imagenet", unpacked, tmp_path / "shards", "--workers", 1)
+        return refused(capsys, "imagenet", unpacked, tmp_path / "shards", "--workers", 1)
 
     name, content, wnid = ilsvrc.val[4]
     (unpacked / "val" / name).unlink()

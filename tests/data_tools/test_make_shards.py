@@ -119,20 +119,20 @@ def test_a_full_disk_is_named_with_the_remedy(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device", str(folder / "making.jsonl"))
 
     monkeypatch.setattr(make_shards, "digits", full)
-    line = refused(monkeypatch, capsys, "digits", tmp_path / "shards", "--overwrite")
+    line = refused(capsys, "digits", tmp_path / "shards", "--overwrite")
     assert line.endswith("making.jsonl'; free some space, the same command without --overwrite then continues\n")
 
 
-def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
-    refused(monkeypatch, capsys, "folder", tmp_path / "nowhere", tmp_path / "new" / "shards")
+def test_a_mistyped_source_leaves_no_folder_behind(tmp_path, capsys):
+    refused(capsys, "folder", tmp_path / "nowhere", tmp_path / "new" / "shards")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    assert "file: a file, expected the folder where" in refused(monkeypatch, capsys, "digits", tmp_path / "file")
+    assert "file: a file, expected the folder where" in refused(capsys, "digits", tmp_path / "file")
 
 
 @pytest.mark.parametrize("kind", make_shards.MORE)
-def test_the_help_of_a_kind_is_for_its_users(kind, monkeypatch, capsys):
-    code, said = command(monkeypatch, capsys, kind, "--help")
+def test_the_help_of_a_kind_is_for_its_users(kind, capsys):
+    code, said = command(capsys, kind, "--help")
     assert code == 0 and " ".join(make_shards.MORE[kind].split())[:40] in " ".join(said.split())
     assert "Returns" not in said and "write_images" not in said
 
@@ -155,13 +155,13 @@ def test_older_shards_are_not_left_among_new_ones(tmp_path):
         ("--max-bad", "5%", "expected a fraction from 0 to 1, found '5%'"),
     ],
 )
-def test_options_out_of_range_are_refused(tmp_path, monkeypatch, capsys, option, value, said):
-    code, line = command(monkeypatch, capsys, "folder", tmp_path, tmp_path / "shards", f"{option}={value}")
+def test_options_out_of_range_are_refused(tmp_path, capsys, option, value, said):
+    code, line = command(capsys, "folder", tmp_path, tmp_path / "shards", f"{option}={value}")
     assert code == 2 and said in line
 
 
-def test_help_names_every_kind(monkeypatch, capsys):
-    code, said = command(monkeypatch, capsys, "--help")
+def test_help_names_every_kind(capsys):
+    code, said = command(capsys, "--help")
     assert code == 0
     for kind in ("digits", "fashion_mnist", "cifar10", "imagenet", "folder", "synthetic"):
         assert f"python -m data_tools.make_shards {kind} " in said and f"\n    {kind}" in said

@@ -140,11 +140,11 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, monkeypatch, capsys):
 
     def while_another_comes(folder, overwrite):
         monkeypatch.setattr(make_shards, "digits", digits)
-        said.append(refused(monkeypatch, capsys, "digits", folder))
+        said.append(refused(capsys, "digits", folder))
         return digits(folder, overwrite)
 
     monkeypatch.setattr(make_shards, "digits", while_another_comes)
-    assert command(monkeypatch, capsys, "digits", tmp_path / "shards")[0] == 0
+    assert command(capsys, "digits", tmp_path / "shards")[0] == 0
     assert said == [f"error: {tmp_path / 'shards'}: another command is making shards there; wait for it, or stop it\n"]
     assert (tmp_path / "shards" / "index.json").exists()
 
@@ -161,13 +161,10 @@ def test_workers_end_with_a_killed_main_process(tmp_path):
     assert_gone(process.pid)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("sys.argv", ["make_shards", "digits", str(tmp_path / "file" / "digits")])
-    with pytest.raises(SystemExit) as stopped:
-        make_shards.main()
-    assert stopped.value.code == 2
-    assert "file/digits" in capsys.readouterr().err
+    code, said = command(capsys, "digits", tmp_path / "file" / "digits")
+    assert code == 2 and "file/digits" in said
 
 
 def test_ctrl_c_names_the_way_to_continue(tmp_path, monkeypatch, capsys):
@@ -175,5 +172,5 @@ def test_ctrl_c_names_the_way_to_continue(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(make_shards, "digits", interrupted)
-    code, said = command(monkeypatch, capsys, "digits", tmp_path)
+    code, said = command(capsys, "digits", tmp_path)
     assert code == 130 and said == f"\nstopped before all shards were made; the same command continues in {tmp_path}\n"

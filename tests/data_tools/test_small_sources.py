@@ -21,9 +21,9 @@ def fashion(tmp_path, monkeypatch):
     return SimpleNamespace(folder=folder, truth=sources.fashion_mnist(folder))
 
 
-def test_pixels_of_fashion_mnist_are_kept(fashion, tmp_path, monkeypatch, capsys):
+def test_pixels_of_fashion_mnist_are_kept(fashion, tmp_path, capsys):
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "fashion_mnist", out, "--source", fashion.folder, "--shard-samples", 5)
+    code, said = command(capsys, "fashion_mnist", out, "--source", fashion.folder, "--shard-samples", 5)
     assert (code, said) == (0, f"{out}: 12 samples for train, 5 samples for val\n")
     for split, (images, labels) in fashion.truth.items():
         assert_streams(out, split, images, labels)
@@ -53,10 +53,10 @@ def test_fashion_mnist_is_checked_for_its_true_size():
         ("t10k-images-idx3-ubyte", lambda b: b"", "begins with , expected"),
     ],
 )
-def test_an_incomplete_fashion_mnist_is_refused(fashion, tmp_path, monkeypatch, capsys, name, change, said):
+def test_an_incomplete_fashion_mnist_is_refused(fashion, tmp_path, capsys, name, change, said):
     path = fashion.folder / name
     path.write_bytes(change(path.read_bytes())) if change else path.unlink()
-    line = refused(monkeypatch, capsys, "fashion_mnist", tmp_path / "shards", "--source", fashion.folder)
+    line = refused(capsys, "fashion_mnist", tmp_path / "shards", "--source", fashion.folder)
     assert said in line and (name.partition("-")[0] in line)
     assert not (tmp_path / "shards" / "index.json").exists()
 
@@ -71,10 +71,10 @@ def cifar(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["archive", "folder", "folder above"])
-def test_pixels_of_cifar10_are_kept(cifar, tmp_path, monkeypatch, capsys, source):
+def test_pixels_of_cifar10_are_kept(cifar, tmp_path, capsys, source):
     path = {"archive": cifar.archive, "folder": cifar.folder, "folder above": cifar.folder.parent}[source]
     out = tmp_path / "shards"
-    code, said = command(monkeypatch, capsys, "cifar10", path, out, "--shard-samples", 10)
+    code, said = command(capsys, "cifar10", path, out, "--shard-samples", 10)
     assert (code, said) == (0, f"{out}: 30 samples for train, 6 samples for val\n")
     for split, (images, labels) in cifar.truth.items():
         assert_streams(out, split, images, labels)
@@ -106,34 +106,34 @@ def test_names_in_an_archive_write_nothing_to_disk(cifar, tmp_path):
         ("data_batch_1.bin", lambda b: b"\x63" + b[1:], "data_batch_1.bin holds a label of 99"),
     ],
 )
-def test_an_incomplete_cifar10_is_refused(cifar, tmp_path, monkeypatch, capsys, name, change, said):
+def test_an_incomplete_cifar10_is_refused(cifar, tmp_path, capsys, name, change, said):
     path = cifar.folder / name
     path.write_bytes(change(path.read_bytes())) if change else path.unlink()
     for source in (cifar.folder, archived(cifar.folder)):
-        line = refused(monkeypatch, capsys, "cifar10", source, tmp_path / "shards")
+        line = refused(capsys, "cifar10", source, tmp_path / "shards")
         assert said in line and str(source) in line
         assert not (tmp_path / "shards" / "index.json").exists()
 
 
-def test_a_damaged_archive_is_refused(cifar, tmp_path, monkeypatch, capsys):
+def test_a_damaged_archive_is_refused(cifar, tmp_path, capsys):
     whole = cifar.archive.read_bytes()
     flipped = bytes([*whole[: len(whole) // 2], whole[len(whole) // 2] ^ 1, *whole[len(whole) // 2 + 1 :]])
     cut = gzip.compress(gzip.decompress(whole)[:40_000])
     for content in (b"", b"plain text", whole[: len(whole) // 2], whole[:-4], flipped, cut):
         cifar.archive.write_bytes(content)
-        line = refused(monkeypatch, capsys, "cifar10", cifar.archive, tmp_path / "shards")
+        line = refused(capsys, "cifar10", cifar.archive, tmp_path / "shards")
         assert "cifar-10-binary.tar.gz" in line
-    assert "no such file" in refused(monkeypatch, capsys, "cifar10", tmp_path / "nowhere.tar.gz", tmp_path / "shards")
+    assert "no such file" in refused(capsys, "cifar10", tmp_path / "nowhere.tar.gz", tmp_path / "shards")
 
 
 @pytest.mark.parametrize("source", ["archive", "folder", "folder above"])
-def test_the_pickled_archive_is_refused_unread(tmp_path, monkeypatch, capsys, source):
+def test_the_pickled_archive_is_refused_unread(tmp_path, capsys, source):
     """The refusal names the binary archive and its home; an instruction in the batches is not followed."""
     folder, traced = new(tmp_path / "cifar-10-batches-py"), tmp_path / "harm"
     for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
         (folder / name).write_bytes(f"cposix\nsystem\n(S'touch {traced}'\ntR.".encode())
     archive = archived(folder, "cifar-10-batches-py/", "cifar-10-python.tar.gz")
     path = {"archive": archive, "folder": folder, "folder above": folder.parent}[source]
-    line = refused(monkeypatch, capsys, "cifar10", path, tmp_path / "shards")
+    line = refused(capsys, "cifar10", path, tmp_path / "shards")
     assert "pickled" in line and "take cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html" in line
     assert not traced.exists() and not (tmp_path / "shards").exists()

@@ -27,10 +27,10 @@ def test_an_image_depends_only_on_seed_split_and_number(tmp_path):
     assert len(images) == 32
 
 
-def test_classes_are_of_equal_counts_in_every_shard(tmp_path, monkeypatch, capsys):
+def test_classes_are_of_equal_counts_in_every_shard(tmp_path, capsys):
     out = tmp_path / "shards"
     drawn = ["--classes", 5, "--train", 43, "--val", 10, "--size", 32, "--shard-samples", 15, "--workers", 1]
-    assert command(monkeypatch, capsys, "synthetic", out, *drawn) == (0, f"{out}: 43 samples for train, 10 samples for val\n")
+    assert command(capsys, "synthetic", out, *drawn) == (0, f"{out}: 43 samples for train, 10 samples for val\n")
     for path in out.glob("train-*.tar"):
         counts = np.bincount([sample.label for sample in scan(path)], minlength=5)
         assert counts.min() >= 2 and counts.max() - counts.min() <= 1
@@ -77,5 +77,5 @@ def test_the_same_bytes_every_time(tmp_path):
         (["--classes", "50", "--train", "49"], "--train: expected 50 or more, found 49"),
     ],
 )
-def test_sizes_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch, capsys, options, said):
-    assert said in refused(monkeypatch, capsys, "synthetic", tmp_path / "shards", *options)
+def test_sizes_that_cannot_be_drawn_are_refused(tmp_path, capsys, options, said):
+    assert said in refused(capsys, "synthetic", tmp_path / "shards", *options)

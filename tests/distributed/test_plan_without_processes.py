@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import called
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,25 +17,14 @@ from dnal_dist.distributed import estimate
 RECIPE, DIGITS = "recipes/proxyless.yaml", "recipes/digits.yaml"
 
 
-def ran(monkeypatch, capsys, *words) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    monkeypatch.setattr(sys, "argv", ["plan", *map(str, words)])
-    try:
-        plan.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
-def test_tables_are_printed_whole(monkeypatch, capsys):
-    code, out, _ = ran(monkeypatch, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
+def test_tables_are_printed_whole(capsys):
+    code, out, _ = called(plan.main, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
     assert code == 0 and all(backend in out for backend in estimate.BACKENDS) and "1 x 6" in out
 
 
-def test_json_adds_up(monkeypatch, capsys):
+def test_json_adds_up(capsys):
     words = (DIGITS, "--ranks", 2, "--device-memory", "24GiB", "--precision", "bf16", "--json")
-    found = json.loads(ran(monkeypatch, capsys, *words)[1])
+    found = json.loads(called(plan.main, capsys, *words)[1])
     assert found["device_memory"] == 24 * 2**30 and list(found["backends"]) == list(estimate.BACKENDS)
     for one in found["backends"].values():
         assert one["memory"].pop("total") == sum(one["memory"].values())
@@ -57,8 +47,8 @@ def test_json_adds_up(monkeypatch, capsys):
         ),
     ],
 )
-def test_a_fault_is_one_line(monkeypatch, capsys, words, expected):
-    code, out, error = ran(monkeypatch, capsys, *words)
+def test_a_fault_is_one_line(capsys, words, expected):
+    code, out, error = called(plan.main, capsys, *words)
     assert (code, out, error.count("\n")) == (2, "", 1) and error.startswith(expected)
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from in_process import called
 from runs import arguments
 
 from dnal_dist.common.errors import InputError
@@ -201,12 +202,9 @@ def test_the_shipped_config_is_found_from_any_folder(case_of, tmp_path, monkeypa
     ],
 )
 def test_unreadable_input_exits_with_2(monkeypatch, capsys, words, found):
-    monkeypatch.setattr(sys, "argv", ["doctor", *words])
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        __main__.main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and found in error and error.count("\n") == 1, error
+    code, _, error = called(__main__.main, capsys, *words)
+    assert code == 2 and error.startswith("error: ") and found in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize(

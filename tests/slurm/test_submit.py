@@ -233,7 +233,7 @@ def test_no_value_of_a_recipe_is_a_line_of_the_script(submit, tmp_path, key, bre
             assert f"key '{key}'" in found.stderr or "recipe.yaml" in found.stderr or "override" in found.stderr
 
 
-def test_no_name_outside_of_the_recipe_is_a_line_of_the_script(submit, tmp_path, monkeypatch):
+def test_no_name_outside_of_the_recipe_is_a_line_of_the_script(submit, tmp_path):
     sweep = tmp_path / "a\ntouch PWNED\n.yaml"
     sweep.write_text(yaml.safe_dump({"recipe": DIGITS, "output": str(tmp_path), "vary": {"seed": ["0", "1"]}}))
     found = submit("--sweep", sweep, *JOB, "--dry-run")

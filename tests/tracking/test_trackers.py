@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from in_process import called
 from runs import SHORT, arguments, records, tensors, training_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_read import offline
@@ -156,15 +157,9 @@ def test_wandb_accepts_the_definition_of_the_dashboard():
     ([], 2, "error: W&B finds no API key: use `wandb login`, or set WANDB_API_KEY"),
 ])  # fmt: skip
 def test_the_dashboard_command_sends_nothing_unless_it_saves(monkeypatch, capsys, options, code, message):
-    monkeypatch.setattr("sys.argv", ["dashboard", "--entity=team", "--project=project", *options])
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it opened a connection"))
-    try:
-        dnal_dist.dashboard.main()
-        ended = 0
-    except SystemExit as exit:
-        ended = exit.code
-    out, err = capsys.readouterr()
-    assert ended == code and message in out + err
+    ended = called(dnal_dist.dashboard.main, capsys, "--entity=team", "--project=project", *options)
+    assert ended.code == code and message in ended.out + ended.err
 
 
 def test_wandb_is_online_only_if_logged_in(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ ARCHIVE = Path(__file__).parent / "runs_before_rooms.tar.gz"
 
 
 @pytest.fixture
-def older(tmp_path, monkeypatch):
+def older(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path

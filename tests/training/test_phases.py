@@ -1,10 +1,10 @@
 """Between the phases: recalibrated BatchNorms, an order of samples that pruning leaves alone, and the cost of what a run kept."""
 
 import json
-import sys
 
 import pytest
 import torch
+from in_process import called
 from safetensors.torch import load_file
 
 from dnal_dist import cost, recipe
@@ -95,33 +95,26 @@ def test_a_run_starts_its_finetune_where_the_search_ended(digits, tmp_path):
     assert len(recalibrated) == 5 and recalibrated[:3] == taken[-3:]
 
 
-def run_cost(*argv: str, capsys) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["cost", *argv])
-        cost.main()
-    return capsys.readouterr().out
-
-
 def test_cost_of_a_recipe_is_printed_layer_by_layer(capsys):
-    text = run_cost("recipes/proxyless.yaml", capsys=capsys)
+    text = called(cost.main, capsys, "recipes/proxyless.yaml").out
     for words in ("2 260 347 776", "16 034 168", "2 260 456 600", "60704 gates", "stages.2.cells.1.k5e6.depthwise *"):
         assert words in text, words
-    printed = json.loads(run_cost("recipes/proxyless.yaml", "--json", capsys=capsys))
+    printed = json.loads(called(cost.main, capsys, "recipes/proxyless.yaml", "--json").out)
     assert printed["full"] == {"exact": {"macs": 2260347776, "params": 16034168}, "paper": {"macs": 2260456600, "params": 16034168}}
     assert sum(layer["macs"] for layer in printed["layers"]) == 2260347776
     assert sum(layer["params"] for layer in printed["layers"]) == 16034168
-    narrow = json.loads(run_cost("recipes/proxyless.yaml", "--json", "model.width=0.5", capsys=capsys))
+    narrow = json.loads(called(cost.main, capsys, "recipes/proxyless.yaml", "--json", "model.width=0.5").out)
     assert narrow["full"]["exact"]["macs"] < 2260347776 / 2
 
 
 def test_cost_of_a_run_is_that_of_its_compact_network(finished, capsys):
-    printed = json.loads(run_cost(str(finished[0]), "--json", capsys=capsys))
+    printed = json.loads(called(cost.main, capsys, str(finished[0]), "--json").out)
     found = report_records.summary(finished[0])
     assert (printed["full"], printed["kept"]) == (found["full"], found["compact"])
     assert sum(layer["macs"] for layer in printed["layers"]) == found["compact"]["exact"]["macs"]
     parameters = sum(p.numel() for p in compact.load(finished[0] / "compact").parameters())
     assert sum(layer["params"] for layer in printed["layers"]) == parameters
-    assert f"{parameters:,}".replace(",", " ") in run_cost(str(finished[0]), capsys=capsys)
+    assert f"{parameters:,}".replace(",", " ") in called(cost.main, capsys, str(finished[0])).out
 
 
 def test_cost_of_a_missing_recipe_is_one_line(tmp_path, capsys):
@@ -132,10 +125,8 @@ def test_cost_of_a_missing_recipe_is_one_line(tmp_path, capsys):
         (["recipes/digits.yaml", "model.name=vgg"], "key 'model.name'"),
         (["recipes/vgg16_imagenet.yaml", "data.image_size=16"], "key 'data.image_size'"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            run_cost(*argv, capsys=capsys)
-        err = capsys.readouterr().err
-        assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+        code, _, err = called(cost.main, capsys, *argv)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
 
 
 def test_cost_warns_where_the_records_do_not_hold_the_kept_channels(finished, tmp_path, capsys):
@@ -151,8 +142,5 @@ def test_cost_warns_where_the_records_do_not_hold_the_kept_channels(finished, tm
     ):
         records = [changed for line in lines if (changed := change(json.loads(line)))]
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["cost", str(tmp_path), "--json"])
-            cost.main()
-        out, err = capsys.readouterr()
+        _, out, err = called(cost.main, capsys, tmp_path, "--json")
         assert words in err and "kept" not in json.loads(out)
