@@ -144,7 +144,7 @@ def _marks(axes, points: list[Point], look: tuple[str, int, str], label: str, un
     for point in points:
         if point.cost_std or point.accuracy_std:
             # On a logarithmic axis a bar cannot reach zero.
-            bars = {"xerr": [[_left(point)], [point.cost_std]], "yerr": point.accuracy_std}
+            bars = {"xerr": [[min(point.cost_std, 0.99 * point.cost)], [point.cost_std]], "yerr": point.accuracy_std}
             axes.errorbar(point.cost, point.accuracy, **bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
     rings = [style.INK if point in undominated and len(undominated) > 1 else colour for point in points]
     xs, ys = [point.cost for point in points], [point.accuracy for point in points]
@@ -158,17 +158,14 @@ def _cost(point: Point) -> str:
     return amount(point.cost) if point.cost >= 1e4 else f"{point.cost:g}"
 
 
-def _left(point: Point) -> float:
-    return min(point.cost_std, 0.99 * point.cost)
-
-
 def _labels(axes, points: list[Point]) -> None:
     """Name each mark at the first place that covers no mark and no other name; a name without room is left out."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    frame, pixels, looks = axes.get_window_extent(), axes.figure.dpi / 72, _looks(points)
-    taken = [Bbox(corners) for point in points for corners in _covered(axes, point, 3 * pixels)]
+    frame, reach, looks = axes.get_window_extent(), 3 * axes.figure.dpi / 72, _looks(points)
+    marks = axes.transData.transform([(point.cost, point.accuracy) for point in points])
+    taken = [Bbox([(x - reach, y - reach), (x + reach, y + reach)]) for x, y in marks]
     for point in points:
         if not point.label:
             continue
@@ -179,21 +176,12 @@ def _labels(axes, points: list[Point]) -> None:
         for across, up, horizontal, vertical in _PLACES:
             text.set(position=(across, up), ha=horizontal, va=vertical)
             box = text.get_window_extent()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
         else:
             text.remove()
-
-
-def _covered(axes, point: Point, reach: float) -> list[list[tuple[float, float]]]:
-    """Two corners, in pixels, of a mark that is `reach` wide to each side and of its two error bars."""
-    low = (point.cost - _left(point), point.accuracy - point.accuracy_std)
-    high = (point.cost + point.cost_std, point.accuracy + point.accuracy_std)
-    (x, y), (left, below), (right, above) = axes.transData.transform([(point.cost, point.accuracy), low, high])
-    mark = [(x - reach, y - reach), (x + reach, y + reach)]
-    return [mark, [(left, y - 1), (right, y + 1)], [(x - 1, below), (x + 1, above)]]
 
 
 def unit(table: Published) -> str:
