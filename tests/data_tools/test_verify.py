@@ -42,7 +42,7 @@ def _labels(path: Path) -> list[int]:
         return [int(shard.extractfile(member).read()) for member in shard if member.name.endswith(".cls")]
 
 
-def test_a_shard_that_differs_from_the_index_is_found(own, monkeypatch, capsys):
+def test_a_shard_that_differs_from_the_index_is_found(own, capsys):
     path = own / "train-000001.tar"
     content = bytearray(path.read_bytes())
     # In the padding behind an image, where no sample is harmed by it.
@@ -56,9 +56,7 @@ def test_a_shard_that_differs_from_the_index_is_found(own, monkeypatch, capsys):
     assert ("index", "val-000000.tar") in [(kind, where) for kind, where, _ in found]
     assert any(kind == "digest" and "bytes, index.json says" in what for kind, _, what in found)
     tar(own / "train-000009.tar", *sample("new", 1, 3))
-    assert ("index", "train-000009.tar", "not in any index; python -m data_tools.index makes one") in findings(
-        monkeypatch, capsys, own
-    )
+    assert ("index", "train-000009.tar", "not in any index; python -m data_tools.index makes one") in findings(capsys, own)
 
 
 def test_damage_and_faulty_samples_are_found(own, capsys):
@@ -169,14 +167,14 @@ def several(number: int) -> list[tuple[str, bytes]]:
     return [(f"{number}.{name}", image(number) if name.endswith("png") else b"0") for name in names]
 
 
-def test_samples_with_several_images_are_found_until_one_is_named(tmp_path, monkeypatch, capsys):
+def test_samples_with_several_images_are_found_until_one_is_named(tmp_path, capsys):
     tar(tmp_path / "train-0.tar", *(member for number in range(3) for member in several(number)))
     code, out, err = ended(index, capsys, tmp_path)
     assert code == 0 and "3 of them will be skipped" in out and err.count("of .crop.png, .png name one by key 'data.image'") == 3
     code, out, _ = ended(verify, capsys, tmp_path)
     assert code == 1 and out.count("sample: ") == 3
     for module in (index, verify):
-        code, out, err = ended(module, monkeypatch, capsys, tmp_path, "--image", "crop.png", "--label", "crop.cls")
+        code, out, err = ended(module, capsys, tmp_path, "--image", "crop.png", "--label", "crop.cls")
         assert code == 0 and "sample: " not in out and "skipped" not in out
 
 
