@@ -61,15 +61,16 @@ class Memory:
     it. Nothing is padded and cropped: at 14x14 that would take the hems off."""
 
     def __init__(self, key: str, data, classes: int, seed: int, training: bool, most: int | None = None):
-        shards = Shards(getattr(data, key), f"data.{key}", classes)
+        self.shards = Shards(getattr(data, key), f"data.{key}", classes)
         # As for validation, so that no random change is decoded into them.
-        batches = list(islice(Stream(shards, data, seed, train=False).batches(), -(-(most or shards.samples) // data.global_batch)))
+        batches = Stream(self.shards, data, seed, train=False).batches()
+        batches = list(islice(batches, -(-(most or self.shards.samples) // data.global_batch)))
         self.images, self.labels = (torch.cat([batch[i] for batch in batches])[:most] for i in (0, 1))
         self.data, self.seed, self.training = data, seed, training
         self.samples, self.per_epoch = len(self.labels), len(self.labels) // data.global_batch
         self.steps_per_epoch = sys.maxsize
         """For phases.py, which evaluates and saves after each epoch: all durations are in steps here, and no phase is that long."""
-        self.dropped = 0
+        self.dropped = self.with_alpha = 0
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         size = self.data.global_batch
