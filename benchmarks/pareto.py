@@ -70,7 +70,7 @@ class Memory:
         self.samples, self.per_epoch = len(self.labels), len(self.labels) // data.global_batch
         self.steps_per_epoch = sys.maxsize
         """For phases.py, which evaluates and saves after each epoch: all durations are in steps here, and no phase is that long."""
-        self.dropped = self.with_alpha = 0
+        self.dropped, self.with_alpha, self.warned_of_alpha = 0, 0, False
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         size = self.data.global_batch
