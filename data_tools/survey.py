@@ -13,7 +13,7 @@ from data_tools.images import MAX_PIXELS
 from data_tools.workers import Tick
 from dnal_dist.data import remote
 from dnal_dist.data.decoding import Header, refusal
-from dnal_dist.data.samples import MOST_BYTES, Fault, SampleFormat, parse
+from dnal_dist.data.samples import HEAD, MOST_BYTES, Fault, SampleFormat, oversized, parse
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.tar import boundaries, compressed
 
@@ -97,8 +97,11 @@ class Surveyor(NamedTuple):
 
     def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: Survey) -> None:
         if end - begin > MOST_BYTES:
-            found.faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any image"))
-            return _skip(file, end - begin, digest)
+            head = file.read(HEAD)
+            digest.update(head)
+            fault = oversized(head, end - begin, found.form)
+            found.faults.append((fault.key or f"at byte {begin}", fault.reason))
+            return _skip(file, end - begin - len(head), digest)
         content = file.read(end - begin)
         digest.update(content)
         try:

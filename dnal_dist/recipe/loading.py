@@ -13,6 +13,7 @@ from dnal_dist.common import errors
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import expanded
 from dnal_dist.common.shipped import shipped
+from dnal_dist.common.text import printable
 from dnal_dist.recipe.schema import Recipe
 
 _EITHER = {
@@ -113,10 +114,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
     Raises InputError, a ValueError, naming the file, the key, what was expected and the remedy.
     """
-    try:
-        path = find(expanded(str(path)))
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    path = find(expanded(str(path)))
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -168,7 +166,7 @@ def _describe(error: dict, section: type[BaseModel]) -> str:
         return f"unknown key {key}{_suggestion(location, section)}; remove or rename it"
     if error["type"] == "missing":
         return f"key {key} is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
+    message = printable(error["msg"]).removeprefix("Value error, ")
     found = "" if error["type"] == "value_error" else f", found {_short(error['input'])}"
     return f"key {key}: {message[0].lower()}{message[1:400]}{found}"
 

@@ -110,6 +110,7 @@ class Record(TypedDict, total=False):
     digest: Text
     ordered: Text
     skipped: list[list[Scalar]]
+    class_counts: list[Count]
     # phase, end, warning
     seconds: Seconds
     images: Count

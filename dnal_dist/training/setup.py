@@ -13,7 +13,6 @@ from dnal_dist import nets, recipe
 from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data import nvjpeg
-from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
@@ -96,7 +95,7 @@ def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[St
         few = f"{context.idle_gpus} GPU for {context.world_size} processes"
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     own = [line for stream in streams for line in (*stream.shards.warnings, *stream.notes)]
-    own += [line for stream in streams for line in preflight.class_warnings(stream.shards, stream.shards.num_classes)]
+    own += preflight.class_warnings([stream.shards for stream in streams], streams[0].shards.num_classes)
     for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
 
@@ -123,9 +122,8 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
 
     train, val = stream("train", True), stream("val", False)
     for one in (train, val):
-        preflight.class_warnings(one.shards, classes)
         preflight.check_shards_agree(one.shards, context)
-    refuse_conflicts(train.shards.classes | val.shards.classes)
+    preflight.class_warnings([train.shards, val.shards], classes)
     return train, val
 
 

@@ -14,7 +14,7 @@ import pytest
 from servers import FileServer, s3_server, without_proxies
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.data import remote
+from dnal_dist.data import http, remote
 from dnal_dist.data.remote import RemoteError
 
 BODY = random.Random(0).randbytes(300_000)
@@ -192,14 +192,14 @@ def test_a_short_body_without_an_error_is_retried(server, tmp_path):
 
 
 def test_a_stalled_answer_is_retried(server, monkeypatch):
-    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(http, "READ_TIMEOUT", 0.3)
     server.stalls = 2
     assert remote.read(f"{server.url}/a.tar", 0, 1000) == BODY[:1000]
     assert sum(remote.retries.values()) >= 2
 
 
 def test_a_slow_answer_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr(remote, "READ_TIMEOUT", 2.0)
+    monkeypatch.setattr(http, "READ_TIMEOUT", 2.0)
     server.trickle = 0.15
     assert remote.read(f"{server.url}/a.tar") == BODY
     assert len(server.requests) == 1
@@ -371,7 +371,7 @@ def test_a_forked_process_reads_with_connections_of_its_own(server):
     url = f"{server.url}/a.tar"
     program = f"""
 import hashlib, os
-from dnal_dist.data import remote
+from dnal_dist.data import http, remote
 before = remote.read({url!r})
 child = os.fork()
 if not child:
