@@ -75,6 +75,8 @@ def make(
     """
     new_names = read_names(classes) if classes else []
     folders = {path.parent: [] for path in paths}
+    if odd := next((path for path in paths if not path.name.isprintable()), None):
+        raise ValueError(f"{odd}: its name has control characters, which no index may hold; rename it")
     if output and len(folders) > 1:
         raise ValueError(f"--output: one index for the shards of {len(folders)} folders; index each of them by itself")
     if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):

@@ -1,6 +1,7 @@
 """Whole shards read as training reads them: their samples, and what is wrong with them."""
 
 import contextlib
+import errno
 import hashlib
 import io
 from collections import Counter
@@ -29,6 +30,8 @@ def opened(path: Path | Url) -> Iterator[BinaryIO]:
     if isinstance(path, Url):
         yield io.BytesIO(remote.read(str(path), most=MOST_REMOTE))
         return
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no regular file; leave it out, or put the shard itself there", str(path))
     with path.open("rb") as file:
         yield file
 

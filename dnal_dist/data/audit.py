@@ -11,11 +11,15 @@ from rich.progress import track
 from rich.table import Table
 
 from dnal_dist import recipe
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
+from dnal_dist.common.files import read_regular
+from dnal_dist.common.text import printable
 from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.receipts import tally
 from dnal_dist.data.shards import Shards
 
+# Bytes of metrics.jsonl.
+MOST_RECORDS = 1 << 30
 TYPES = {"epoch": int, "batches": int, "samples": int, "digest": str, "ordered": str, "skipped": list}
 
 
@@ -45,7 +49,7 @@ def audit(run: Path) -> int:
         fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, order)
         faults += bool(fault)
         numbers = (str(receipt[key]) for key in ("epoch", "batches", "samples"))
-        told = f"[red]{escape(fault)}" if fault else "each sample once, in its turn"
+        told = f"[red]{escape(printable(fault))}" if fault else "each sample once, in its turn"
         table.add_row(*numbers, str(len(receipt["skipped"])), told)
     console.print(table)
     _tell_skipped(console, receipts)
@@ -64,7 +68,7 @@ def _read(run: Path) -> tuple[list[dict], int, bool]:
     """A run's receipts, oldest first, the number of iterations that its record tells of, and whether it has ended."""
     path = run / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in read_regular(path, MOST_RECORDS).decode().splitlines()]
         receipts, last = (
             [one for one in records if one["kind"] == "receipt"],
             max((one["global_step"] for one in records), default=0),
@@ -76,8 +80,8 @@ def _read(run: Path) -> tuple[list[dict], int, bool]:
         ):
             raise ValueError("a receipt of what was skipped that is none")
         return receipts, last, any(one["kind"] == "end" for one in records)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a run's record ({error}); name a run folder") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{path}: not a run's record ({reason(error)}); name a run folder") from None
 
 
 def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], order: GlobalOrder) -> str:
@@ -104,5 +108,5 @@ def _tell_skipped(console: Console, receipts: list[dict]) -> None:
         return
     table = Table("shard", "byte", "key", "why", title=f"{len(found)} samples were skipped")
     for _, told in sorted(found.items()):
-        table.add_row(*(escape(str(one)) for one in told))
+        table.add_row(*(escape(printable(str(one))) for one in told))
     console.print(table)

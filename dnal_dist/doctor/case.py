@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from dnal_dist import nets, recipe
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.shipped import named
 from dnal_dist.common.text import spaced
 from dnal_dist.data.shards import Shards
@@ -75,9 +75,9 @@ def read_config(path: Path) -> Config:
         accumulation = int(accumulation) if str(accumulation).isdigit() else 1
         precision = str(config.get("mixed_precision") or "no").lower()
         return Config(path, processes, backend, {"false": "no"}.get(precision, precision), accumulation)
-    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--config-file {path}: not an Accelerate config ({reason}); see {named('recipes/accelerate')}") from None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        where = named("recipes/accelerate")
+        raise InputError(f"--config-file {path}: not an Accelerate config ({reason(error)}); see {where}") from None
 
 
 @dataclass
@@ -204,8 +204,8 @@ def _checked(check: Callable[[Case], Finding], case: Case) -> Finding:
         return fails(f"{where}{error.strerror or error}", "check that path and its permissions")
     except Exception as error:
         # A broken check must not hide the findings of the others.
-        reason = " ".join(str(error).split())[:200]
-        return fails(f"the check itself broke ({type(error).__name__}: {reason})", "check it by hand, and report the error")
+        found = f"the check itself broke ({type(error).__name__}: {reason(error)})"
+        return fails(found, "check it by hand, and report the error")
 
 
 def nearest(path: Path) -> Path:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from dnal_dist.common import errors
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import expanded
 from dnal_dist.common.shipped import shipped
 from dnal_dist.common.text import printable
@@ -116,13 +117,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = find(expanded(str(path)))
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        text = content.decode("utf-8")
+        text = read_regular(path, LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    if len(content) > LARGEST:
-        raise InputError(f"{path}: larger than the {LARGEST >> 10} kB that a recipe may be; give another file")
     tree = _parsed(text, f"{path}: not valid YAML")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")

@@ -122,6 +122,9 @@ def _check_owned(folder: Path, products: list[str]) -> None:
             f"key 'output': {folder} holds {', '.join(products)}, but no {PRODUCTS[-1]}, so it may not be a run's; "
             f"name another folder, or remove what is in the way"
         )
+    for path in (folder / "recipe.yaml", folder / "metrics.jsonl"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"key 'output': {path} is not a regular file; name another folder, or remove it")
 
 
 class _Decision(NamedTuple):

@@ -207,6 +207,20 @@ def test_names_are_safe_for_wandb(name, safe):
     wandb.Artifact(f"{safe}-report", "report")
 
 
+def test_another_name_of_the_project_is_told_in_one_line(tmp_path):
+    given = []
+
+    def start_tracker(project, *_):
+        given.append(project)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    for project, said in (("Größe", "calls the project 'Größe' 'Groe', of the letters that it takes"), ("plain_1", "")):
+        recipe = load("recipes/digits.yaml", [f"tracking.project={project}"])
+        tracker = wandb_tracker.Wandb(tmp_path, recipe, SimpleNamespace(start_tracker=start_tracker), "id", "offline")
+        assert tracker.start(0) == said
+    assert given == ["Groe", "plain_1"]
+
+
 def test_a_refused_item_does_not_stop_the_others():
     taken = []
 

@@ -158,6 +158,15 @@ def test_a_folder_that_may_be_no_runs_is_left_alone(train, folder, option):
     assert content(folder / "run") == {"checkpoints/theirs.pt": b"theirs"}
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_run_s_file_is_refused(train, folder, name):
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").touch()
+    (folder / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "run" / name)
+    refused(train(), rf"key 'output': .*/{name} is not a regular file; name another folder, or remove it")
+
+
 def test_a_folder_with_other_files_is_no_obstacle(train, folder):
     (folder / "run").mkdir()
     (folder / "run" / "notes.txt").write_text("mine")
