@@ -123,7 +123,7 @@ def _check_owned(folder: Path, products: list[str]) -> None:
             f"name another folder, or remove what is in the way"
         )
     for path in (folder / "recipe.yaml", folder / "metrics.jsonl"):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if os.path.exists(path) and not path.is_file() and not path.is_dir():
             raise InputError(f"key 'output': {path} is not a regular file; name another folder, or remove it")
 
 

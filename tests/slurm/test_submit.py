@@ -86,7 +86,7 @@ def test_every_accelerate_config_is_launched(submit, tmp_path, backend):
 
 
 def test_names_with_blanks_and_quotes_reach_bash_unchanged(submit, tmp_path):
-    folder = tmp_path / "it's 100% $(x) `x`"
+    folder = tmp_path / "it's 100% `x` ; & (x) \\x"
     text = script(submit(DIGITS, *JOB, f"output={folder}", "--dry-run"))
     is_bash(text)
     (line,) = [line for line in text.splitlines() if line.startswith("run=")]
