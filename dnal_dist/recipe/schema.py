@@ -210,7 +210,7 @@ class Recipe(Section):
         """What nets.build takes."""
         model = self.model
         settings = {"name": model.name, "num_classes": model.num_classes, "width": model.width, "image_size": self.data.image_size}
-        return settings | {"arguments": model.arguments, "ignore": model.ignore}
+        return settings | {"arguments": model.arguments, "ignore": model.ignore, "streams": self.architecture.streams}
 
 
 def free_keys(in_what: Literal["setting", "resume"], section: type[Section] = Recipe, head: str = "") -> set[str]:

@@ -26,7 +26,7 @@ PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "report.md",
 # Seconds that a killed run may take to release its folder: its loader processes notice after a few.
 LOCK_SECONDS = 60
 # Keys that determine the tensors of a checkpoint.
-FIXED = ("model.name", "model.num_classes", "model.width", "model.arguments", "model.ignore")
+FIXED = ("model.name", "model.num_classes", "model.width", "model.arguments", "model.ignore", "architecture.streams")
 # The remedy where a run must not resume. A batch script takes no --overwrite: each requeue would start again.
 REMEDY = "name another output=..., or remove the folder (outside of SLURM: --overwrite)"
 
