@@ -23,7 +23,7 @@ from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training import preflight, pretrained, state
 from dnal_dist.training.run import Run
-from dnal_dist.training.run_folder import has_checkpoints, open_folder, private_temp, write_recipe
+from dnal_dist.training.run_folder import Opened, has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.training.stopping import StopPoll
 
 
@@ -48,8 +48,31 @@ def prepare(
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
     source = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
-    saved, faults, changed, lock = open_folder(folder, settings, context, overwrite, allowed)
-    assert begins or saved is not None
+    opened = open_folder(folder, settings, context, overwrite, allowed)
+    assert begins or opened.saved is not None
+    try:
+        return _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
+    except BaseException:
+        # Whoever catches this may start another run in the folder.
+        if opened.lock is not None:
+            opened.lock.release()
+        raise
+
+
+def _opened_run(
+    settings: recipe.Recipe,
+    context: Context,
+    opened: Opened,
+    network: nets.GatedNetwork,
+    streams: tuple[Stream, Stream],
+    budget: selection.Budget | None,
+    source: pretrained.Source | None,
+    stops: StopPoll | None,
+    allowed: Sequence[str],
+) -> Run:
+    """The run in its folder, which was opened for it."""
+    saved, faults, changed, lock = opened
+    (train, val), folder = streams, Path(settings.output)
     finished = saved is not None and saved.state.phase == "done"
     keep = None if saved is None or finished else saved.state.records
     run_log = RunLog(folder, settings, context, keep, saved and saved.state.tracker_run)

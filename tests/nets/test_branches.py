@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_networks import SIZE, Small
 from torch import nn
+from toy_networks import SIZE, Small
 
 from dnal_dist import nets
 from dnal_dist.nets import compact, cost, masks
