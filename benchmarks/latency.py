@@ -121,7 +121,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     runtimes = args.runtimes or ["eager", *(name for name in ("onnxruntime", "openvino") if _is_installed(name))]
-    print(f"| network | batch | runtime | full, ms | {' | '.join(args.ways)} |\n|---|--:|---|--:|{'--:|' * len(args.ways)}", flush=True)
+    print(
+        f"| network | batch | runtime | full, ms | {' | '.join(args.ways)} |\n|---|--:|---|--:|{'--:|' * len(args.ways)}",
+        flush=True,
+    )
     rows = []
     for name in args.networks:
         model, image_size = NETWORKS[name]
