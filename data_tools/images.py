@@ -14,7 +14,7 @@ from PIL import Image
 from data_tools.record import Record
 from data_tools.workers import Tick, in_order
 from data_tools.writing import Sample
-from dnal_dist.data.decoding import FORMATS, ImageError, has_alpha, opened, read_header, refusal, rgb, size_fault
+from dnal_dist.data.decoding import FORMATS, ImageError, colours, opened, read_header, refusal, rgb, size_fault
 from dnal_dist.recipe import Data
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")
@@ -172,7 +172,7 @@ class Draw(NamedTuple):
                 return key, smaller, "jpg", image.label
         if true in AS_PNG:
             with opened(encoded) as decoded:
-                return key, png(np.asarray(decoded.convert("RGBA") if has_alpha(decoded) else rgb(decoded))), "png", image.label
+                return key, png(np.asarray(colours(decoded))), "png", image.label
         return key, encoded, extension, image.label
 
 
@@ -190,7 +190,6 @@ def resized(encoded: bytes, shorter: int, quality: int = 90) -> bytes | None:
         size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
         # A much larger JPEG is decoded at a half, a quarter or an eighth of its size, but at no less than twice the wanted size.
         decoded.draft(None, (2 * size[0], 2 * size[1]))
-        decoded.load()
         smaller = rgb(decoded).resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     smaller.save(out, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)

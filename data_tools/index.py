@@ -26,8 +26,10 @@ from data_tools.workers import in_order
 from data_tools.writing import write_index
 from dnal_dist.common.cores import cores
 from dnal_dist.common.door import door
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import argument, expanded
+from dnal_dist.common.text import printable
 from dnal_dist.data.classes import are_numbers, class_names, class_numbers
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
 from dnal_dist.data.shardlist import Url, expand, index_content, read_index
@@ -73,6 +75,8 @@ def make(
     """
     new_names = read_names(classes) if classes else []
     folders = {path.parent: [] for path in paths}
+    if odd := next((path for path in paths if not path.name.isprintable()), None):
+        raise ValueError(f"{odd}: its name has control characters, which no index may hold; rename it")
     if output and len(folders) > 1:
         raise ValueError(f"--output: one index for the shards of {len(folders)} folders; index each of them by itself")
     if not output and (away := next((folder for folder in folders if isinstance(folder, Url)), None)):
@@ -154,8 +158,7 @@ def main() -> None:
     try:
         found = make(find(options.patterns), options.classes, options.output, options.workers, form_of(options))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(str(error)) from None
     except KeyboardInterrupt:
         print("\nstopped; no index was written", file=sys.stderr)
         sys.exit(130)
@@ -163,7 +166,7 @@ def main() -> None:
     wrong += [f"{one.path}: sample {key}: {reason}" for one in found for key, reason in one.faults]
     more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
     for line in [*wrong[:LISTED], *more, *filter(None, [unread_line(found)])]:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     faulty = f"; {sum(len(one.faults) for one in found)} of them will be skipped" if any(one.faults for one in found) else ""
     print(f"{len(found)} shards, {sum(one.entry['samples'] for one in found)} samples{faulty}")
 

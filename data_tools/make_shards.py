@@ -34,6 +34,7 @@ from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
 from dnal_dist.common.cores import cores
 from dnal_dist.common.door import door
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 
 MORE = {
@@ -60,8 +61,8 @@ def main() -> None:
             counts = make(**options)
     except (OSError, ValueError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"error: {error}" + (f"; free some space, {_same_command(options)} then continues" if full else ""), file=sys.stderr)
-        sys.exit(2)
+        remedy = f"; free some space, {_same_command(options)} then continues" if full else ""
+        raise InputError(f"{error}{remedy}") from None
     except KeyboardInterrupt:
         print(f"\nstopped before all shards were made; {_same_command(options)} continues in {folder}", file=sys.stderr)
         sys.exit(130)

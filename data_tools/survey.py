@@ -1,6 +1,7 @@
 """Whole shards read as training reads them: their samples, and what is wrong with them."""
 
 import contextlib
+import errno
 import hashlib
 import io
 from collections import Counter
@@ -13,7 +14,7 @@ from data_tools.images import MAX_PIXELS
 from data_tools.workers import Tick
 from dnal_dist.data import remote
 from dnal_dist.data.decoding import Header, refusal
-from dnal_dist.data.samples import MOST_BYTES, Fault, SampleFormat, parse
+from dnal_dist.data.samples import HEAD, MOST_BYTES, Fault, SampleFormat, oversized, parse
 from dnal_dist.data.shardlist import Url
 from dnal_dist.data.tar import boundaries, compressed
 
@@ -29,6 +30,8 @@ def opened(path: Path | Url) -> Iterator[BinaryIO]:
     if isinstance(path, Url):
         yield io.BytesIO(remote.read(str(path), most=MOST_REMOTE))
         return
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no regular file; leave it out, or put the shard itself there", str(path))
     with path.open("rb") as file:
         yield file
 
@@ -97,8 +100,11 @@ class Surveyor(NamedTuple):
 
     def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: Survey) -> None:
         if end - begin > MOST_BYTES:
-            found.faults.append((f"at byte {begin}", f"it takes {end - begin} bytes, more than any image"))
-            return _skip(file, end - begin, digest)
+            head = file.read(HEAD)
+            digest.update(head)
+            fault = oversized(head, end - begin, found.form)
+            found.faults.append((fault.key or f"at byte {begin}", fault.reason))
+            return _skip(file, end - begin - len(head), digest)
         content = file.read(end - begin)
         digest.update(content)
         try:

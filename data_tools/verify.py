@@ -32,7 +32,9 @@ from data_tools.index import add_common_arguments, find, folder_of, form_of, sur
 from data_tools.make_shards import count
 from data_tools.survey import Survey, unread_line
 from dnal_dist.common.door import door
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
+from dnal_dist.common.text import printable
 from dnal_dist.data.classes import are_numbers, class_names, conflicts
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
 from dnal_dist.data.shardlist import Url, read_index
@@ -92,8 +94,7 @@ def main() -> None:
         if options.contact_sheet:
             contact_sheet(surveys, classes, options.contact_sheet, options.seed)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(str(error)) from None
     except KeyboardInterrupt:
         print("\nstopped before all shards were read", file=sys.stderr)
         sys.exit(130)
@@ -133,16 +134,16 @@ ROWS: dict[str, Callable[[Any], str]] = {
 def _print(summary: dict[str, Any], found: list[Finding], notes: list[str], listed: int) -> None:
     console, table = Console(soft_wrap=True), Table("")
     for split in summary:
-        table.add_column(escape(split), justify="right")
+        table.add_column(escape(printable(split)), justify="right")
     for name, shown in ROWS.items():
         if any(row[name] is not None for row in summary.values()):
             table.add_row(name.replace("_", " "), *(shown(row[name]) for row in summary.values()))
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
     for kind, number in Counter(one.kind for one in found).items():
         for one in [one for one in found if one.kind == kind][:listed]:
-            console.print(f"{one.kind}: {one.where}: {one.what}", markup=False, highlight=False)
+            console.print(printable(f"{one.kind}: {one.where}: {one.what}"), markup=False, highlight=False)
         if number > listed:
             console.print(f"{kind}: and {number - listed:,} more", markup=False, highlight=False)
     console.print("nothing was found" if not found else f"{len(found):,} findings", highlight=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dnal_dist import recipe
 from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
+from dnal_dist.common.paths import argument, expanded
 from dnal_dist.common.text import spaced
 from dnal_dist.report import records
 
@@ -49,17 +49,18 @@ def _load(path: Path, overrides: list[str]) -> "tuple[recipe.Recipe, GatedNetwor
 
 def _warn_of_classes(settings: recipe.Recipe, net: "GatedNetwork") -> None:
     """Warn if the index of local shards, where they are there, does not name as many classes as the network has."""
-    from dnal_dist.data.classes import class_names
+    from dnal_dist.data.classes import class_names, unlike
     from dnal_dist.data.shardlist import expand
 
-    for key in ("train", "val"):
-        words = getattr(settings.data, key)
-        # Nothing is asked of a server for a count of costs.
+    named = {}
+    for key in ("data.train", "data.val"):
         with contextlib.suppress(InputError):
+            words = expanded(getattr(settings.data, key.removeprefix("data.")))
+            # Nothing is asked of a server for a count of costs.
             folders = {path.parent for path in expand(words, key)[1]} if "://" not in words else ()
-            names = max((len(class_names(folder)) for folder in folders), default=0)
-            if names not in (0, net.num_classes):
-                print(f"warning: the index of data.{key} names {names} classes, the network has {net.num_classes}", file=sys.stderr)
+            named[key] = max((len(class_names(folder)) for folder in folders), default=0)
+    if named and (found := unlike(named, net.num_classes)):
+        print(f"warning: {found}", file=sys.stderr)
 
 
 def _kept(folder: Path, net: "GatedNetwork") -> "Tensor | None":

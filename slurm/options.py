@@ -118,7 +118,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 def read(args: argparse.Namespace) -> Options:
     """The options of the command line and the site's file. Raises ValueError, naming the file or the option."""
-    path = Path(expanded(args.site)) if args.site else SITE.expanduser()
+    path = Path(expanded(args.site, "--site: ")) if args.site else SITE.expanduser()
     found = {}
     if args.site or path.exists():
         try:

@@ -107,7 +107,7 @@ def _launcher(options: Options) -> list[str]:
 
 def config_file(options: Options) -> Path:
     """Path of the Accelerate config; those that ship with the project are found from any folder."""
-    own = Path(expanded(options.config_file)).absolute()
+    own = Path(expanded(options.config_file, "--config-file: ")).absolute()
     shipped = ROOT / options.config_file
     return shipped if shipped.exists() and not own.exists() else own
 

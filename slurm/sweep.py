@@ -50,10 +50,7 @@ class Sweep(BaseModel):
 def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest. overrides: of all runs.
     Raises InputError."""
-    try:
-        path = expanded(path)
-    except ValueError as error:
-        raise InputError(f"--sweep {error}") from None
+    path = expanded(path, "--sweep: ")
     try:
         # As text: each value becomes an override of the recipe.
         sweep = Sweep.model_validate(yaml.load(read_regular(Path(path), 1 << 16).decode(), yaml.BaseLoader))

@@ -5,16 +5,26 @@ import os
 import re
 from pathlib import Path
 
+from dnal_dist.common.errors import InputError
 
-def expanded(text: str) -> str:
-    """`text` with ~, ~user, $VAR and ${VAR} expanded. Raises ValueError for a variable that is not set."""
-    for name in re.findall(r"\$(?:(\w+)|\{(\w+)\})", text):
-        name = "".join(name)
+
+def expanded(text: str, where: str = "") -> str:
+    """`text` with ~, ~user, $VAR and ${VAR} expanded; where: what the message begins with, such as a key.
+
+    Raises InputError for a variable that is not set, and for a $ that is none: a shell would have made something else of it.
+    """
+
+    def value(found: re.Match) -> str:
+        name = found[1] or found[2]
         if not os.environ.get(name):
-            raise ValueError(f"the variable {name} in {text!r:.200} is not set; set it, or write the path in full")
-    found = os.path.expanduser(os.path.expandvars(text))
+            raise InputError(f"{where}the variable {name} in {text!r:.200} is not set; set it, or write the path in full")
+        return os.environ[name]
+
+    found = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text, flags=re.ASCII))
+    if "$" in found:
+        raise InputError(f"{where}{text!r:.200} has a $ that is neither $NAME nor ${{NAME}}; write the path in full, without it")
     if found.startswith("~") and not os.path.lexists(found):
-        raise ValueError(f"{text!r:.200} begins with ~, but there is no such home folder; write the path in full")
+        raise InputError(f"{where}{text!r:.200} begins with ~, but there is no such home folder; write the path in full")
     return found
 
 
@@ -22,5 +32,5 @@ def argument(text: str) -> Path:
     """A path as an argument of a command, for argparse's `type`."""
     try:
         return Path(expanded(text))
-    except ValueError as error:
+    except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

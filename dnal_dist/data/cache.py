@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import filelock
 
+from dnal_dist.common.lock import WITHOUT_LOCKS, Lock
 from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
 from dnal_dist.data.remote import RemoteError
@@ -35,9 +36,22 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int):
-        self.folder, self.limit_bytes = Path(expanded(str(folder))), limit_bytes
+        self.folder, self.limit_bytes = Path(expanded(str(folder), "key 'data.cache': ")), limit_bytes
+        self.note = ""
+        """What is to be said about the folder's file system."""
         with self._folder_named():
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            try:
+                Lock(self.folder / "locks" / "probe", 1.0).release()
+            except TimeoutError:  # which another process holds
+                pass
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                self.note = (
+                    f"{self.folder}: its file system has no locks ({error.strerror}), so files stand for them; after a crash "
+                    "of the machine, remove its folder locks"
+                )
 
     def get(self, url: str, size: int, sha256: str) -> Path:
         """The copy of the shard at `url`, of `size` bytes and this digest (64 hexadecimal digits).
@@ -89,7 +103,9 @@ class Cache:
         # A hash of both, so that nothing from an index or a recipe becomes part of a path.
         return self.folder / f"{hashlib.sha256(f'{sha256.lower()} {url}'.encode()).hexdigest()[:40]}.tar"
 
-    def _lock(self, name: str) -> filelock.FileLock:
+    def _lock(self, name: str) -> filelock.BaseFileLock:
+        if self.note:
+            return filelock.SoftFileLock(self.folder / "locks" / f"{name}.held", poll_interval=_POLL)
         # The system releases it when its process ends, however it ends.
         return filelock.FileLock(self.folder / "locks" / name, poll_interval=_POLL)
 

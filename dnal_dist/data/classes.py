@@ -42,6 +42,19 @@ def conflicts(names: Names) -> Iterator[tuple[str, str]]:
             yield where, f"names {len(found)} classes, {first[0]} names {len(first[1])}"
 
 
+def unlike(named: Mapping[str, int], classes: int) -> str:
+    """What is wrong if the indices, of which some name only the classes that they have, name together another number of classes
+    than a network has; "" if nothing is. named: the number that each split's indices name, by its key."""
+    key = max(named, key=named.get)
+    if named[key] in (0, classes):
+        return ""
+    return (
+        f"the index of {key} names {named[key]} classes, the network has {classes}"
+        f"{', some of which are never right' if named[key] < classes else ''}; set 'model.num_classes' to {named[key]}, or correct "
+        "the index"
+    )
+
+
 def refuse_conflicts(names: Names) -> None:
     """Raise InputError if two of these indices number the classes differently: the labels of one would be wrong."""
     for where, what in conflicts(names):

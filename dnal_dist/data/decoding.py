@@ -123,15 +123,33 @@ def _stored_pixels(encoded: bytes, header: Header, reduction: int, background: t
 
 
 def rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An image of Pillow's in RGB, `background` behind it. Of 16 bits the upper byte counts."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not has_alpha(image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    image = image.convert("RGBA")
+    """An image of Pillow's, not loaded yet, in RGB with `background` behind it. Of 16 bits the upper byte counts."""
+    image = colours(image)
+    if image.mode == "RGB":
+        return image
     ground = Image.new("RGB", image.size, background)
     ground.paste(image, mask=image.getchannel("A"))
     return ground
+
+
+def colours(image: Image.Image) -> Image.Image:
+    """The same in RGB or, where it may be transparent, RGBA."""
+    transparent, kind = image.info.get("transparency"), image.format
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        found = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if transparent is not None:
+            found.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+        return found
+    if not has_alpha(image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if isinstance(transparent, tuple) and any("16" in str(part.args) for part in image.tile):
+        # Pillow halves the bits of the pixels, and not those of the colour that they are compared with.
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    found = image.convert("RGBA")
+    # Most programs that write a BMP with room for alpha leave it empty.
+    unused = kind == "BMP" and found.getchannel("A").getextrema() == (0, 0)
+    return found.convert("RGB") if unused else found
 
 
 def has_alpha(image: Image.Image) -> bool:

@@ -1,6 +1,7 @@
 """Bodies from a web server, bounded in size and time whatever the server sends."""
 
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -31,20 +32,15 @@ class BoundedHTTP(HTTPFileSystem):
         super().__init__(client_kwargs=client, **options)
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, most: int = 0) -> bytes:
-        """Bytes `start` to `end` of a file, or the first `most` of it from a server without ranges; without `start` all of it, of
-        at most `most` bytes. Raises Refused and aiohttp's errors."""
+        """As `bounded` takes it. Raises Refused and aiohttp's errors."""
         ranged = {} if start is None else {"headers": {"Range": f"bytes={start}-{end - 1}"}}
         session = await self.set_session()
         try:
             async with session.get(self.encode_url(url), max_redirects=REDIRECTS + 1, **ranged) as answer:
                 self._check(answer, url)
-                wanted = end - start if answer.status == 206 and ranged else most
-                body = await _body(answer, wanted if ranged else most + 1)
+                return await bounded(answer.content.iter_chunked(CHUNK), answer.status, start, end, most)
         except aiohttp.TooManyRedirects:
             raise Refused(f"more than {REDIRECTS} redirects") from None
-        if not ranged and len(body) > most:
-            raise Refused(f"more than {most / 1e6:,.0f} MB, the most that is taken for such a file")
-        return body
 
     def _check(self, answer: aiohttp.ClientResponse, url: str) -> None:
         if answer.history:
@@ -59,14 +55,21 @@ class BoundedHTTP(HTTPFileSystem):
             raise Refused(f"the server compresses the body ({kind}), though it was asked not to")
 
 
-async def _body(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """Up to `most` bytes of a body; what comes behind them is not read. Raises TimeoutError for one that trickles."""
+async def bounded(chunks: AsyncIterator[bytes], status: int, start: int | None, end: int | None, most: int) -> bytes:
+    """The body of an answer with this status: bytes `start` to `end` of a file, or the first `most` of it from a server without
+    ranges; without `start` all of it. What comes behind them is not read.
+
+    Raises TimeoutError for a body that trickles, Refused for a whole file of more than `most` bytes.
+    """
+    wanted = most + 1 if start is None else end - start if status == 206 else most
     begun, parts, got = time.monotonic(), [], 0
-    async for part in answer.content.iter_chunked(CHUNK):
+    async for part in chunks:
         parts.append(part)
         got += len(part)
-        if got >= most:
+        if got >= wanted:
             break
         if time.monotonic() - begun > READ_TIMEOUT + got / SLOWEST:
             raise TimeoutError
-    return b"".join(parts)[:most]
+    if start is None and got > most:
+        raise Refused(f"more than {most / 1e6:,.0f} MB, the most that is taken for such a file")
+    return b"".join(parts)[:wanted]

@@ -5,9 +5,10 @@ its samples' hashes, so it does not depend on who took which; the ordered digest
 position in the epoch's global order. Both add up over processes, and over the parts of an epoch that a run was stopped in.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -43,8 +44,8 @@ def without(whole: tuple[int, int], samples: Iterable[Named]) -> tuple[int, int]
 @dataclass
 class Receipt:
     """What was consumed of an epoch: its first `batches` global batches, `samples` samples in all. skipped: [number, shard, byte,
-    key, why] of each that could not be used. Between two calls of `settle`, the main process holds more than its own part, others
-    less."""
+    key, why] of each that could not be used. class_counts: samples of each class, where they are counted. Between two calls of
+    `settle`, the main process holds more than its own part, others less."""
 
     epoch: int = 0
     batches: int = 0
@@ -52,13 +53,16 @@ class Receipt:
     digest: int = 0
     ordered: int = 0
     skipped: list[list] = field(default_factory=list)
+    class_counts: list[int] = field(default_factory=list)
 
-    def take(self, tally: tuple[int, int], samples: int, bad: list[Fault]) -> None:
+    def take(self, tally: tuple[int, int], samples: int, bad: list[Fault], class_counts: Sequence[int] = ()) -> None:
         """Add what this process took of a batch."""
-        self._add(tally, samples, [[fault.index, Path(fault.shard).name, fault.offset, fault.key, fault.reason] for fault in bad])
+        skipped = [[fault.index, Path(fault.shard).name, fault.offset, fault.key, fault.reason] for fault in bad]
+        self._add(tally, samples, skipped, class_counts)
 
-    def _add(self, tally: tuple[int, int], samples: int, skipped: list[list]) -> None:
+    def _add(self, tally: tuple[int, int], samples: int, skipped: list[list], class_counts: Sequence[int]) -> None:
         self.samples += samples
+        self.class_counts = list(map(sum, zip_longest(self.class_counts, class_counts, fillvalue=0)))
         self.digest = (self.digest + tally[0]) % MODULUS
         self.ordered = (self.ordered + tally[1]) % MODULUS
         self.skipped += skipped
@@ -69,7 +73,8 @@ class Receipt:
         self.__init__()
         if main:
             for part in parts:
-                self._add((int(part["digest"], 16), int(part["ordered"], 16)), part["samples"], part["skipped"])
+                tallies = int(part["digest"], 16), int(part["ordered"], 16)
+                self._add(tallies, part["samples"], part["skipped"], part.get("class_counts", ()))
             self.skipped.sort(key=lambda one: one[0])
         # At an epoch's end, of the epoch that ends.
         self.epoch, before = divmod(max(global_step - 1, 0), steps_per_epoch)
@@ -77,7 +82,8 @@ class Receipt:
 
     def packed(self) -> dict:
         """As JSON: digests in hexadecimal."""
-        return asdict(self) | {"digest": f"{self.digest:032x}", "ordered": f"{self.ordered:032x}"}
+        packed = asdict(self) | {"digest": f"{self.digest:032x}", "ordered": f"{self.ordered:032x}"}
+        return {key: value for key, value in packed.items() if key != "class_counts" or value}
 
     @classmethod
     def unpacked(cls, packed: dict) -> "Receipt":

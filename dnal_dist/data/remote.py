@@ -23,7 +23,8 @@ from urllib.request import getproxies_environment, proxy_bypass
 import fsspec.asyn
 
 from dnal_dist.common.errors import CREDENTIALS, InputError
-from dnal_dist.data.http import CONNECT_TIMEOUT, READ_TIMEOUT, BoundedHTTP, redirects
+from dnal_dist.data import buckets
+from dnal_dist.data.http import BoundedHTTP, redirects
 from dnal_dist.data.remote_faults import classify
 
 SCHEMES = ("http", "https", "s3", "gs")
@@ -114,14 +115,9 @@ def read(url: str, begin: int | None = None, end: int | None = None, most: int =
     """
     system = _system(url)
     if begin is None:
-        return _wait_for(system, _retried(url, lambda: _get(system, url, most=most)))
+        return _wait_for(system, _retried(url, lambda: system._cat_file(url, most=most)))
     first, body = _wait_for(system, _part(system, url, begin, end, end))
     return body[begin - first : end - first]
-
-
-def _get(system: Any, url: str, most: int, **part: int) -> Awaitable[bytes]:
-    # The clients of s3 and gs hold a server to the range that they ask for.
-    return system._cat_file(url, **part, **({"most": most} if isinstance(system, BoundedHTTP) else {}))
 
 
 def fetch(url: str, size: int, path: Path) -> None:
@@ -139,19 +135,7 @@ def _system(url: str) -> Any:
 
 @functools.cache
 def file_system(scheme: str, _pid: int) -> Any:
-    if scheme == "gs":
-        # The class behind gs:// in newer releases of gcsfs uses gRPC, which does not survive a fork.
-        from gcsfs.core import GCSFileSystem
-
-        return GCSFileSystem(skip_instance_cache=True)
-    if scheme == "http":
-        return BoundedHTTP(skip_instance_cache=True)
-    timeouts = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
-    settings = timeouts | {"retries": {"total_max_attempts": 1}}
-    system = fsspec.filesystem(scheme, skip_instance_cache=True, config_kwargs=settings)
-    # Its own retries would multiply with ours.
-    system.retries = 1
-    return system
+    return {"http": BoundedHTTP, "s3": buckets.s3, "gs": buckets.gs}[scheme](skip_instance_cache=True)
 
 
 def _wait_for(system: Any, work: Awaitable) -> Any:
@@ -206,7 +190,7 @@ async def _part(system: Any, url: str, begin: int, end: int, most: int) -> tuple
 
     async def request() -> bytes:
         wanted = min(step, end - at)
-        body = await _get(system, url, most, start=at, end=at + wanted)
+        body = await system._cat_file(url, at, at + wanted, most=most)
         if len(body) < wanted:
             raise EOFError
         return body

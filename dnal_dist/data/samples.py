@@ -6,13 +6,15 @@ Fault of that sample.
 """
 
 import codecs
+import contextlib
 import json
 import tarfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from dnal_dist.common.errors import reason
-from dnal_dist.data.tar import key_of, members, shown
+from dnal_dist.common.text import printable
+from dnal_dist.data.tar import first_key, key_of, members, shown
 
 # In lower case; an image is what its content says, whatever its extension.
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
@@ -22,12 +24,16 @@ LABELS = ("cls", "cls.txt", "txt")
 REFUSED = ("pyd", "pickle", "pkl", "pt", "pth", "dill")
 # A sample of more bytes is no image: the headers are damaged, or mean harm.
 MOST_BYTES = 1 << 28
+# Bytes of such a sample that are read, to say what it is.
+HEAD = 1 << 24
 
 
 class Fault(Exception):
     """A sample that cannot be used, and why."""
 
     def __init__(self, reason: str, key: str | None = None, shard: str = "", offset: int = 0, index: int = -1):
+        # A reason quotes what a shard holds, and a terminal obeys control characters.
+        reason = printable(reason)
         super().__init__(reason)
         self.unread: set[str] = set()
         """Extensions of members without a reader that were met before."""
@@ -119,7 +125,7 @@ def _without_mark(text: bytes) -> bytes:
 
 def listed(extensions: list[str]) -> str:
     """Text of some kinds of members, such as ".json, .npy"."""
-    found = sorted({f".{shown(extension)}" for extension in extensions})
+    found = sorted({f".{extension}" for extension in extensions})
     return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
@@ -135,13 +141,28 @@ def parse(chunk: bytes, form: SampleFormat = ANY_FORMAT) -> Sample:
     raise fault from None
 
 
+def oversized(head: bytes, size: int, form: SampleFormat = ANY_FORMAT) -> Fault:
+    """What is wrong with a sample of more than MOST_BYTES that begins with `head`: most often names with dots, which make one
+    sample of a whole shard."""
+    whole = 0
+    with contextlib.suppress(Exception):  # of many kinds, as in `parse`
+        for *_, begin, length in members(head):
+            whole = begin + length if begin + length <= len(head) else whole
+    try:
+        parse(head[:whole], form)
+    except Fault as fault:
+        if fault.ambiguous:
+            return fault
+    return Fault(f"it takes {size} bytes, more than any image", first_key(head))
+
+
 def _parsed(chunk: bytes, form: SampleFormat, unread: list[str], keys: list[str]) -> Sample:
     images, labels = [], []
     for name, kind, begin, size in members(chunk):
         if kind == tarfile.DIRTYPE or (key := key_of(name)) is None:
             continue
         keys.append(key)
-        extension = name.rpartition("/")[2].partition(".")[2].lower()
+        extension = shown(name.rpartition("/")[2].partition(".")[2].lower())
         if kind not in tarfile.REGULAR_TYPES or kind == tarfile.GNUTYPE_SPARSE:
             raise Fault("it has a link or another special file, which is refused")
         if name.startswith("/") or ".." in name.split("/"):

@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -10,12 +11,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
+
+MOST_SHARDS = 100_000
 
 
 class Url(str):
@@ -37,13 +40,10 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
     """
     names, paths = [], []
     for pattern in _words(patterns, key):
+        # A variable may hold the beginning of a URL.
+        pattern = expanded(pattern, f"key '{key}': ")
         is_remote = remote.check(pattern, key)
-        try:
-            each = list(braceexpand(expanded(pattern)))
-        except UnbalancedBracesError as error:
-            raise InputError(f"key '{key}': {pattern!r} is not a pattern ({error}); correct it") from None
-        except ValueError as error:
-            raise InputError(f"key '{key}': {error}") from None
+        each = _braces(pattern, key)
         if not is_remote:
             each = [_literal(one) for one in each]
         found = {one: _matches(one, is_remote, key) for one in each}
@@ -66,6 +66,20 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
         twice = next(path for i, path in enumerate(paths) if real[i] in real[:i])
         raise InputError(f"key '{key}': {twice} is named twice, and its samples would be; name it once")
     return names, paths
+
+
+def _braces(pattern: str, key: str) -> list[str]:
+    """The patterns without braces that `pattern` stands for."""
+    try:
+        # The library makes a whole range before the first of its names.
+        ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}", pattern)
+        many = pattern.count("{") > 100 or any(abs(int(end) - int(begin)) >= MOST_SHARDS for begin, end in ranges)
+        each = [] if many else list(itertools.islice(braceexpand(pattern), MOST_SHARDS + 1))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"key '{key}': {pattern!r:.200} is not a pattern ({reason(error)}); correct it") from None
+    if many or len(each) > MOST_SHARDS:
+        raise InputError(f"key '{key}': {pattern!r:.200} has braces for more than {MOST_SHARDS:,} shards; correct them")
+    return each
 
 
 def _literal(pattern: str) -> str:

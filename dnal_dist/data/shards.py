@@ -20,9 +20,9 @@ from dnal_dist.data.cache import Cache
 from dnal_dist.data.classes import class_names, class_numbers
 from dnal_dist.data.files import OPEN_SHARDS, ShardFiles
 from dnal_dist.data.offsets import sample_offsets
-from dnal_dist.data.samples import MOST_BYTES, Fault, Sample, SampleFormat, parse
+from dnal_dist.data.samples import HEAD, MOST_BYTES, Fault, Sample, SampleFormat, oversized, parse
 from dnal_dist.data.shardlist import Url, expand, read_index, refuse_gaps
-from dnal_dist.data.tar import BLOCK, first_key, shown
+from dnal_dist.data.tar import BLOCK, first_key
 from dnal_dist.recipe import Data
 
 # Samples of local shards that are read at the start, for the kinds of their members.
@@ -88,7 +88,8 @@ class Shards:
         self.remote_bytes = sum(shard.size for shard in self.remote.values())
         self.cache = Cache(Path(data.cache), int(data.cache_gb * 1e9)) if self.remote else None
         self.files = ShardFiles(functools.partial(_opened, self.paths, self.remote, self.cache), OPEN_SHARDS)
-        self.notes = [*self._surveyed(), *(f"{url}: {to}" for url, to in remote.redirects.items() if Url(url).parent in indices)]
+        redirected = [f"{url}: {to}" for url, to in remote.redirects.items() if Url(url).parent in indices]
+        self.notes = [*self._surveyed(), *redirected, *([self.cache.note] if self.cache and self.cache.note else [])]
         """What is right but worth knowing, one line each."""
 
     def shard_of(self, indices: np.ndarray) -> np.ndarray:
@@ -105,7 +106,7 @@ class Shards:
         path = self.paths[shard]
         try:
             if end - begin > MOST_BYTES:
-                raise Fault(f"it takes {end - begin} bytes, more than any image")
+                raise oversized(self.files.read(shard, begin, HEAD), end - begin, self.formats[path.parent])
             chunk = self.files.read(shard, begin, end - begin)
             if len(chunk) < end - begin:
                 raise Fault("the shard is cut short before its end", first_key(chunk))
@@ -159,7 +160,7 @@ class Shards:
             raise InputError(f"{ambiguous[0]} (so in {len(ambiguous)} of {len(chosen)} samples read of '{self.key}')")
         if not kinds:
             return []
-        found = ", ".join(f".{shown(kind)} in {count}" for kind, count in sorted(kinds.items()))
+        found = ", ".join(f".{kind} in {count}" for kind, count in sorted(kinds.items()))
         return [f"key '{self.key}': members without a reader are left alone: {found} of {len(chosen)} samples read"]
 
     def fingerprints(self) -> list[str]:

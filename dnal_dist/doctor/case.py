@@ -75,9 +75,9 @@ def read_config(path: Path) -> Config:
         accumulation = int(accumulation) if str(accumulation).isdigit() else 1
         precision = str(config.get("mixed_precision") or "no").lower()
         return Config(path, processes, backend, {"false": "no"}.get(precision, precision), accumulation)
-    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"not an Accelerate config ({reason(error)}); see {named('recipes/accelerate')}"
-        raise InputError(f"--config-file {path}: {why}") from None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        where = named("recipes/accelerate")
+        raise InputError(f"--config-file {path}: not an Accelerate config ({reason(error)}); see {where}") from None
 
 
 @dataclass
@@ -203,7 +203,8 @@ def _checked(check: Callable[[Case], Finding], case: Case) -> Finding:
         return fails(reason(error), "check that path and its permissions")
     except Exception as error:
         # A broken check must not hide the findings of the others.
-        return fails(f"the check itself broke ({type(error).__name__}: {reason(error)})", "check it by hand, and report the error")
+        found = f"the check itself broke ({type(error).__name__}: {reason(error)})"
+        return fails(found, "check it by hand, and report the error")
 
 
 def nearest(path: Path) -> Path:

@@ -11,7 +11,6 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import short
 from dnal_dist.data import remote
-from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.decoding import ImageError
 from dnal_dist.data.images import Transform
 from dnal_dist.data.pipeline import Stream
@@ -64,11 +63,10 @@ def _shards(case: Case, key: str) -> Finding:
 
 def labels(case: Case) -> Finding:
     """Labels of some samples of both splits, and the class names of the index."""
-    known, read, unlike = case.classes, [], []
-    refuse_conflicts(case.shards("train").classes | case.shards("val").classes)
+    known, read = case.classes, []
+    unlike = preflight.class_warnings([case.shards("train"), case.shards("val")], known)
     for key in ("train", "val"):
         shards = case.shards(key)
-        unlike += preflight.class_warnings(shards, known)
         samples = [sample for _, sample in _some(shards, LABELS)]
         if bad := [sample for sample in samples if isinstance(sample, Fault)]:
             tolerated = len(bad) <= case.settings.data.max_bad_fraction * len(samples)
@@ -140,7 +138,7 @@ def cache(case: Case) -> Finding:
     wanted, data = sum(shards.remote_bytes for shards in case.usable), case.settings.data
     if not wanted:
         return passes("no remote shards, so no copies")
-    folder = Path(expanded(data.cache)).absolute()
+    folder = Path(expanded(data.cache, "key 'data.cache': ")).absolute()
     cached = sum(path.stat().st_size for path in folder.glob("*.tar")) if folder.is_dir() else 0
     free, room = disk_usage(nearest(folder)).free, min(wanted, int(data.cache_gb * 1e9))
     found = f"copies of up to {short(room)} of {short(wanted)} in {folder}, {short(cached)} are there, {short(free)} are free"

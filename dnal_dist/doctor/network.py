@@ -11,7 +11,7 @@ from dnal_dist.distributed.context import accumulation_steps
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.search import selection
 from dnal_dist.training import preflight
-from dnal_dist.training.pretrained import PREFIX
+from dnal_dist.training.pretrained import PUBLISHERS
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -23,9 +23,9 @@ def network(case: Case) -> Finding:
     preflight.check_images(case.network, data, images)
     selection.budget(case.settings.architecture, case.network, data.image_size)
     weights = model.init_from
-    if weights and not weights.startswith(PREFIX) and not Path(weights).exists():
+    if weights and not weights.startswith(PUBLISHERS) and not Path(weights).exists():
         return fails(
-            f"key 'model.init_from': there is no {weights}", f"give a run folder, a .safetensors file, or {PREFIX}resnet50"
+            f"key 'model.init_from': there is no {weights}", "give a run folder, a .safetensors file, torchvision:NAME or timm:NAME"
         )
     start = f", starts from {weights}" if weights else ""
     return passes(

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dnal_dist.nets.gated import Feed, GatedNetwork, Layer, Streams
+from dnal_dist.nets.gated import Feed, GatedNetwork, Layer
 from dnal_dist.nets.masks import alive_inputs, all_open, channels_of, is_depthwise, kernel_area, liveness, useful
+from dnal_dist.nets.streams import costs as stream_costs
 
 
 class Cost(NamedTuple):
@@ -70,7 +71,7 @@ def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
 def _layer_costs(net: GatedNetwork, image_size: int, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expected MACs, parameters, live input and live output channels of each layer, (L,) each."""
     if (streams := net.streams(image_size)) is not None:
-        return _stream_costs(streams, gates)
+        return stream_costs(streams, gates)
     t = _terms(net, image_size, gates.device)
     # One more gate, always open, stands for outputs that nothing decides on.
     gates = torch.cat([gates, gates.new_ones(1)])
@@ -87,17 +88,6 @@ def _layer_costs(net: GatedNetwork, image_size: int, gates: Tensor) -> tuple[Ten
     weights = number["area"] * inputs * outputs * works
     params = weights + number["vectors"] * outputs * works + number["last"] * outputs * (1 - works)
     return number["positions"] * weights, params, inputs, outputs
-
-
-def _stream_costs(streams: Streams, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gates = torch.cat([gates, gates.new_ones(1)])
-    move = {name: value.to(gates.device) for name, value in streams._asdict().items() if isinstance(value, Tensor)}
-    streams = streams._replace(**move)
-    sums = gates.new_zeros(streams.number).index_add(0, streams.stream, gates[streams.gate])
-    sizes = streams.factor.to(gates.dtype) * sums[streams.rows] * sums[streams.columns]
-    params = gates.new_zeros(len(streams.inputs)).index_add(0, streams.layer, sizes)
-    macs = gates.new_zeros(len(streams.inputs)).index_add(0, streams.layer, sizes * streams.positions.to(gates.dtype))
-    return macs, params, sums[streams.inputs], sums[streams.outputs]
 
 
 class _Terms(NamedTuple):
@@ -191,7 +181,7 @@ def _numbers(net: GatedNetwork, layers: list[Layer]) -> dict[str, Tensor]:
 
 def _paper_count(net: GatedNetwork, image_size: int, keep: Tensor) -> Cost:
     if (streams := net.streams(image_size)) is not None:
-        macs, params, _, _ = _stream_costs(streams._replace(positions=streams.operations), keep.double())
+        macs, params, _, _ = stream_costs(streams._replace(positions=streams.operations), keep.double())
         return Cost(round(float(macs.sum())), round(float(params.sum())))
     layers = net.layers(image_size)
     # Outputs close only where a layer has gates of its own.

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets.gated import GatedBatchNorm, GatedNetwork, Gates, Layer, Streams
+from dnal_dist.nets import branches
+from dnal_dist.nets.gated import ConvBN, GatedBatchNorm, GatedNetwork, Gates, Layer, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Graph, read
 from dnal_dist.nets.narrow import Narrow
 from dnal_dist.nets.narrowing import Narrowing
 from dnal_dist.nets.rules import RULES
+from dnal_dist.nets.streams import Streams, streams_of
 
 # Largest relative difference, in float64, between the network with closed gates and its compact one.
 EXACT = 1e-10
@@ -44,9 +45,10 @@ class AnyNetwork(GatedNetwork):
         self.gate_sites, self.gate_of = _sites(graph)
         self.num_classes = graph.outputs.shape[-1]
         self.ungated = _ungated(graph, self.gate_of, self.num_gates)
+        self.branches = branches.find(graph, self.gate_of, self.gate_sites)
         self._rows = self._layers()
         self._groups = self._must_have()
-        self._costs = _streams(self)
+        self._costs = streams_of(self)
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in graph.reached)
@@ -96,7 +98,8 @@ class AnyNetwork(GatedNetwork):
         for layer in self.graph.layers.values():
             first = int(self.gate_of[layer.outputs].min())
             site = sites[int((ends <= first).sum())] if first < self.num_gates else None
-            found.append(Layer(layer.path, self.graph.norms.get(layer.path), site, (), layer.positions))
+            branch = next((branch.sites for branch in self.branches if layer.path in branch.layers), ())
+            found.append(Layer(layer.path, self.graph.norms.get(layer.path), site, (), layer.positions, branch=branch))
         return found
 
     def coupled(self) -> dict[str, list[str]]:
@@ -111,7 +114,7 @@ class AnyNetwork(GatedNetwork):
         return found
 
     def shortcuts(self) -> list[str]:
-        return []
+        return [block for block in dict.fromkeys(shared(branch.layers) for branch in self.branches) if block]
 
     def _require(self, image_size: int) -> None:
         if image_size not in (1, self.image_size):
@@ -132,7 +135,21 @@ class AnyNetwork(GatedNetwork):
     def _must_have(self) -> list[Tensor]:
         """What a tensor of the network consists of."""
         groups = {tuple(sorted(set(self.gate_of[list(part)].tolist()))) for part in self.graph.parts}
-        return [torch.tensor(group) for group in sorted(groups) if group and group[-1] < self.num_gates]
+        within = {tuple(self.gates_of(site).tolist()) for branch in self.branches for site in branch.sites}
+        return [torch.tensor(group) for group in sorted(groups - within) if group and group[-1] < self.num_gates]
+
+    def ways(self) -> list[list[list[Tensor]]]:
+        """For each sum that nothing but branches writes to, the gates of each branch's sites: of one branch all must be open."""
+        found: dict[str, list[list[Tensor]]] = {}
+        for branch in self.branches:
+            if branch.needed:
+                found.setdefault(branch.sum, []).append([self.gates_of(site) for site in branch.sites])
+        return list(found.values())
+
+    def gates_of(self, site: str) -> Tensor:
+        """The gates of a site, indices of the flat vector."""
+        first = sum(number for _, number in itertools.takewhile(lambda item: item[0] != site, self.gate_sites.items()))
+        return torch.arange(first, first + self.gate_sites[site])
 
 
 def _blocks(module: nn.Module, path: str, called: set[str]) -> list[nn.Module]:
@@ -169,6 +186,8 @@ def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
         sites.setdefault((*paths, *member[root]), []).append(root)
     names: dict[str, int] = {}
     for (first, *_), members in sites.items():
+        if issubclass(graph.kinds.get(first.rpartition(".")[0], nn.Module), ConvBN):
+            first = first.rpartition(".")[0]  # one module by its recipes' name
         again = sum(name.partition("#")[0] == first for name in names)
         names[f"{first}#{again + 1}" if again else first] = len(members)
     gates = {root: gate for gate, root in enumerate(itertools.chain(*sites.values()))}
@@ -226,7 +245,12 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
         small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
         if small and "running_var" not in name:
             tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
-    keep, _ = rescue(double, torch.rand(network.num_gates, generator=generator) < 0.5)
+    keep = torch.rand(network.num_gates, generator=generator) < 0.5
+    for branch in network.branches:
+        if torch.rand((), generator=generator) < 0.25:
+            site = int(torch.randint(len(branch.sites), (), generator=generator))
+            keep[network.gates_of(branch.sites[site])] = False
+    keep, _ = rescue(double, keep)
     images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
     try:
         masked, compact = double(images, keep.double()), double.cut(keep).double().eval()(images)
@@ -243,59 +267,3 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
             "name the modules that do something special in `ignore`"
         )
     return difference
-
-
-def _streams(network: "AnyNetwork") -> Streams:
-    """The cost of the compact network by the gates. A weight that is computed counts as the plain one it becomes."""
-    graph, gate_of = network.graph, network.gate_of
-    known: dict[tuple[int, ...], int] = {}
-
-    def of_gates(gates: Tensor) -> int:
-        return known.setdefault(tuple(gates.tolist()), len(known))
-
-    def stream(labels: Tensor) -> int:
-        return of_gates(gate_of[labels])
-
-    one, rows = of_gates(torch.tensor([network.num_gates])), []
-    layers = {layer.path: i for i, layer in enumerate(graph.layers.values())}
-    norms = {norm: layers[layer] for layer, norm in graph.norms.items()}
-    for i, layer in enumerate(graph.layers.values()):
-        weight = network.get_submodule(layer.path).weight
-        # Each output of a grouped convolution reads its group alone.
-        factor = weight[0].numel() / (1 if layer.whole_groups else len(layer.inputs))
-        inputs = one if layer.whole_groups else stream(layer.inputs)
-        rows.append((i, factor, stream(layer.outputs), inputs, layer.positions, layer.positions))
-    for name, parameter in network.named_parameters():
-        path, _, own = name.rpartition(".")
-        # Of a layer its bias is left; what its weight is computed from is not in the compact network.
-        within = any(name.startswith(f"{layer}.") for layer in layers)
-        if name not in graph.reached or (within and (path not in layers or own != "bias")):
-            continue
-        held = (gate_of[labels] for labels in graph.tensors.get(name, {}).values())
-        held = (
-            gates if gates.dim() == 1 else gates[:, 0] for gates in held if gates.dim() == 1 or bool((gates == gates[:, :1]).all())
-        )
-        cut = [gates for gates in held if bool((gates < network.num_gates).any())][:2]
-        factor = parameter.numel() / math.prod([len(gates) for gates in cut])
-        a, b = ([of_gates(gates) for gates in cut] + [one, one])[:2]
-        i = layers.get(path, norms.get(path, len(layers) - 1))
-        # Of a BatchNorm's two vectors one is counted, as the paper does.
-        rows.append((i, factor, a, b, 0, int(own == "bias")))
-    inputs = [stream(layer.inputs) for layer in graph.layers.values()]
-    outputs = [stream(layer.outputs) for layer in graph.layers.values()]
-    pairs = [(number, gate) for gates, number in known.items() for gate in gates]
-    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
-    layer, factor, first, second, positions, operations = columns
-    return Streams(
-        number=len(known),
-        stream=torch.tensor([number for number, _ in pairs]),
-        gate=torch.tensor([gate for _, gate in pairs]),
-        layer=layer.long(),
-        factor=factor,
-        rows=first.long(),
-        columns=second.long(),
-        positions=positions,
-        operations=operations,
-        inputs=torch.tensor(inputs),
-        outputs=torch.tensor(outputs),
-    )

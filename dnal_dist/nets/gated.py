@@ -1,7 +1,7 @@
 """What every gated network is made of: a BatchNorm that takes the gate into its affine, and a flat gate vector split by site."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -161,28 +161,6 @@ class Layer(NamedTuple):
         return self.path == f"{self.site}.conv"
 
 
-class Streams(NamedTuple):
-    """What the cost of a network is computed from: each tensor of parameters has factor * rows * columns elements, where rows and
-    columns are sums of gates, one sum a stream."""
-
-    number: int
-    stream: Tensor
-    gate: Tensor
-    """Pairs: gate `gate` is counted in stream `stream`."""
-    layer: Tensor
-    """Row of the table of layers, (tensors,), likewise those that follow."""
-    factor: Tensor
-    rows: Tensor
-    columns: Tensor
-    positions: Tensor
-    """How often each element is multiplied."""
-    operations: Tensor
-    """Likewise by the paper's rule: once for the BatchNorm and the bias of a convolution's output."""
-    inputs: Tensor
-    """Stream of the input channels of each layer, (layers,)."""
-    outputs: Tensor
-
-
 class GatedNetwork(nn.Module):
     """A network whose prunable channels can be gated from outside: `net(images, gates)`.
 
@@ -225,15 +203,19 @@ class GatedNetwork(nn.Module):
         for layer in layers:
             if any(feed.around for feed in layer.feeds):
                 last = [site for feed in layer.feeds if not feed.around for site in branch_of[feed.writer]]
-                found[_shared(last)] = None
+                found[shared(last)] = None
         return [block for block in found if block]
 
     def must_have(self) -> list[Tensor] | None:
         """Groups of gates of which one must be open; None where the layers say it."""
         return None
 
-    def streams(self, image_size: int) -> Streams | None:
-        """What costs are computed from; None where the layers say it."""
+    def ways(self) -> list[list[list[Tensor]]]:
+        """For each sum, the ways of which one must be open: groups of gates; nothing where the layers say it."""
+        return []
+
+    def streams(self, image_size: int):
+        """What costs are computed from (see streams.py); None where the layers say it."""
         return None
 
     def split(self, gates: Tensor | None) -> list[tuple[Tensor | None, ...]]:
@@ -254,7 +236,7 @@ class GatedNetwork(nn.Module):
         return sum(self.gate_sites.values())
 
 
-def _shared(paths: list[str]) -> str:
+def shared(paths: Iterable[str]) -> str:
     """The module path that all paths begin with."""
     parts = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts))

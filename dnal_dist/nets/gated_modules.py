@@ -41,9 +41,9 @@ class GatedLinear(Gated, nn.Linear):
 
 
 class GatedNorm(Gated, GatedBatchNorm):
-    """The gate in the affine."""
+    """The gate in the affine; it takes none from its caller."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: None = None) -> Tensor:
         return super().forward(x, self.gate)
 
 
@@ -80,6 +80,7 @@ def plain_norm(module: nn.Module) -> type | None:
 
 def gated_kind(module: nn.Module) -> type:
     plain = {nn.Conv2d: GatedConv2d, nn.Linear: GatedLinear, nn.BatchNorm2d: GatedNorm, nn.BatchNorm1d: GatedNorm}
+    plain[GatedBatchNorm] = GatedNorm
     if type(module) in plain:
         return plain[type(module)]
     if isinstance(module, _BatchNorm) and plain_norm(module) is not None:

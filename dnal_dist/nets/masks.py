@@ -49,6 +49,12 @@ def _rescue_groups(net: GatedNetwork, keep: Tensor, groups: list[Tensor], streng
         if not keep[group].any():
             opened.append(int(group[strength[group].argmax()]))
             keep[opened[-1]] = True
+    for ways in net.ways():
+        if not any(all(keep[group].any() for group in way) for way in ways):
+            for group in max(ways, key=lambda way: min(float(strength[group].max()) for group in way)):
+                if not keep[group].any():
+                    opened.append(int(group[strength[group].argmax()]))
+                    keep[opened[-1]] = True
     ends = torch.tensor(list(net.gate_sites.values())).cumsum(0)
     names = list(net.gate_sites)
     return keep, list(dict.fromkeys(names[int((ends <= gate).sum())] for gate in opened))
@@ -85,7 +91,7 @@ def present(net: GatedNetwork, keep: Tensor) -> Tensor:
     by_site = net.by_site(keep)
     for branch in {layer.branch: None for layer in net.layers(1)}:
         if not all(by_site[site].any() for site in branch):
-            for site in branch[:-1]:
+            for site in branch if net.must_have() is not None else branch[:-1]:
                 by_site[site][:] = False
     return keep
 

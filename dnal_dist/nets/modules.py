@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -71,17 +72,29 @@ class Sum(nn.Module):
         return out
 
 
+@torch.fx.wrap
+def _zeros(part: Tensor, width: int) -> Tensor:
+    """Zeros (N, width, H, W), in memory as `part` (N, C, H, W) is."""
+    # By its strides, since every second pixel of a tensor is not contiguous in any format.
+    layout = torch.channels_last if part.stride(1) < part.stride(3) else torch.contiguous_format
+    size = [part.size(0), width, part.size(2), part.size(3)]
+    return torch.empty(size, dtype=part.dtype, device=part.device, memory_format=layout).zero_()
+
+
 class _Place(nn.Module):
     """Adds a part (N, len(channels), H, W) to those channels of a stream of `width`; a constant part has one pixel."""
 
     def __init__(self, channels: list[int], width: int):
         super().__init__()
         self.width, self.whole = width, len(channels) == width
+        self.first = channels == list(range(len(channels)))
         self.register_buffer("channels", torch.tensor(channels, dtype=torch.long), persistent=False)
 
     def forward(self, part: Tensor, out: Tensor | None) -> Tensor:
-        if self.whole:
+        if self.first and not self.whole:
+            part = F.pad(part, (0, 0, 0, 0, 0, self.width - part.size(1)))
+        if self.first:
             return part if out is None else out + part
-        if out is None:
-            out = part.new_zeros(part.size(0), self.width, part.size(2), part.size(3))
-        return out.index_add(1, self.channels, part.expand(out.size(0), part.size(1), out.size(2), out.size(3)))
+        # In place of a copy, which keeps the memory's layout; index_add does not.
+        out = _zeros(part, self.width) if out is None else out.clone()
+        return out.index_add_(1, self.channels, part.expand(out.size(0), part.size(1), out.size(2), out.size(3)))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dnal_dist.nets.branches import Nodes
 from dnal_dist.nets.graph import Graph, Value, name_of
 from dnal_dist.nets.layer_rules import argument_of
-from dnal_dist.nets.narrow import OF_IMAGES, Narrow, Ref, Step
+from dnal_dist.nets.narrow import OF_IMAGES, Narrow, Ref, Step, operation
 
 
 class Narrowing:
@@ -25,20 +26,64 @@ class Narrowing:
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict = {}
         self.images = next(n for n in graph.nodes if n.op == "placeholder" and graph.tensor_of(n) is None)
+        self.written: set = set()
+        self.constant: dict[torch.fx.Node, Tensor] = {}
+        """What nodes give of which closed channels have left one number a channel, (1, channels, ...)."""
 
     def build(self) -> Narrow:
+        self._find_constants()
         (output,) = [node for node in self.graph.nodes if node.op == "output"]
         final = output.all_input_nodes[0]
         wanted, queue = set(), [final]
         while queue:
             node = queue.pop()
-            if node not in wanted:
+            if node not in wanted and node not in self.constant:
                 wanted.add(node)
                 queue.extend([node.args[0]] if self._kind(node) in MODULES else node.all_input_nodes)
         for node in self.graph.nodes:
             if node in wanted and node is not self.images:
                 self._add(node)
         return Narrow(self.steps, self.layers, self.tensors, self.images.meta["val"].shape[-1])
+
+    @torch.no_grad()
+    def _find_constants(self) -> None:
+        nodes = Nodes(self.graph)
+        if bool(self.stays.all()):
+            return
+        for node in nodes.reads:
+            if nodes.is_constant(self.graph, node, self.constant, lambda labels: not bool(self.stays[labels].any())):
+                self.constant[node] = self._evaluated(node, nodes)
+                if name_of(node).endswith("_") and node.op == "call_function":
+                    self.aliases[node.args[0]] = node
+
+    def _evaluated(self, node, nodes: Nodes) -> Tensor:
+        """What a node gives of constants, with one position for all."""
+        value, kind, path = self.graph.values[node], self._kind(node), self.graph.where(node)
+        like = next(t for t in self.named.values() if t.is_floating_point())
+        sizes = self.sizes(value)
+        zeros = like.new_zeros([1, sizes[1], 1, 1] if len(sizes) == 4 else [1, *sizes[1:]])
+        if not zeros.numel():
+            return zeros
+        if name_of(node) in ("conv2d", "linear") and not bool(self.stays[self.graph.value(node.args[0]).labels].any()):
+            bias = self._bias(node, path)
+            return zeros if bias is None else zeros + bias.view([-1 if size > 1 else 1 for size in zeros.shape])
+        read = [a for a in node.all_input_nodes if a in nodes.reads]
+        operands = {a: self.constant[now] for a, now in zip(read, nodes.reads[node], strict=True)}
+        if kind:
+            return MODULES[kind](self, node, path).to(like).eval()(operands[node.args[0]])
+        target, args = self._sized(node)
+        plain, _, overload = target.partition(".")
+        found = {a: operands[a] if a in operands else self.cut(self.graph.tensor_of(a)) for a in node.all_input_nodes}
+        args, kwargs = torch.fx.map_arg((tuple(args), node.kwargs), found.__getitem__)
+        return operation(f"{plain.removesuffix('_')}.{overload}")(*args, **kwargs)
+
+    def _bias(self, node, path: str) -> Tensor | None:
+        """The bias of a layer, of the channels that stay."""
+        if path in self.graph.layers and self.graph.layers[path].baked:
+            bias = _computed(self.module.get_submodule(path))[1]
+            return None if bias is None else bias[self.kept(self.graph.layers[path].outputs)]
+        name = self.graph.tensor_of(argument_of(node, "bias"))
+        return None if name is None else self.cut(name)
 
     def _kind(self, node) -> str:
         """The operation, if a module of the compact network does it."""
@@ -76,6 +121,12 @@ class Narrowing:
     def _ref(self, node) -> Ref:
         while node in self.aliases and self.aliases[node] is not node:
             node = self.aliases[node]
+        if node in self.constant and node not in self.written:
+            self.written.add(node)
+            name = f"{self.graph.where(node)}.constant".lstrip(".")
+            name = name if name not in self.tensors else f"{name}{len(self.tensors)}"
+            self.tensors[name] = nn.Parameter(self.constant[node])
+            self.steps.append(Step(node.name, "tensor", name, [], {}))
         return Ref("images" if node is self.images else node.name)
 
     def _refs(self, argument):

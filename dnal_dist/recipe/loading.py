@@ -11,8 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from dnal_dist.common import errors
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
 from dnal_dist.common.paths import expanded
 from dnal_dist.common.shipped import shipped
+from dnal_dist.common.text import printable
 from dnal_dist.recipe.schema import Recipe
 
 _EITHER = {
@@ -113,18 +115,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
     Raises InputError, a ValueError, naming the file, the key, what was expected and the remedy.
     """
+    path = find(expanded(str(path)))
     try:
-        path = find(expanded(str(path)))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        text = content.decode("utf-8")
+        text = read_regular(path, LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    if len(content) > LARGEST:
-        raise InputError(f"{path}: larger than the {LARGEST >> 10} kB that a recipe may be; give another file")
     tree = parsed(text, f"{path}: not valid YAML")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected keys such as 'name: ...', found {type(tree).__name__}")
@@ -168,7 +163,7 @@ def _describe(error: dict, section: type[BaseModel]) -> str:
         return f"unknown key {key}{_suggestion(location, section)}; remove or rename it"
     if error["type"] == "missing":
         return f"key {key} is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
+    message = printable(error["msg"]).removeprefix("Value error, ")
     found = "" if error["type"] == "value_error" else f", found {_short(error['input'])}"
     return f"key {key}: {message[0].lower()}{message[1:400]}{found}"
 

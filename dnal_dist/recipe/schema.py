@@ -6,23 +6,23 @@ from pydantic import AfterValidator, Field, model_validator
 
 from dnal_dist.common.paths import expanded
 from dnal_dist.recipe.learning import ArchitectureSettings, Phases
-from dnal_dist.recipe.section import FREE, FREE_AT_RESUME, FREE_IN_SETTING, OneLine, Section
+from dnal_dist.recipe.section import FREE, FREE_AT_RESUME, FREE_IN_SETTING, OneLine, Section, one_line_each
 
 # A path in which ~ and $VAR are expanded when the recipe is read.
 Place = Annotated[OneLine, AfterValidator(expanded), Field(min_length=1)]
 
 
 class Network(Section):
-    name: str
+    name: OneLine
     """Network to train: a name of dnal_dist.nets (vgg_digits, resnet56_cifar, vgg16_imagenet, ...), torchvision:NAME, timm:NAME, or
     PACKAGE.MODULE:FUNCTION, which returns a torch.nn.Module."""
     num_classes: int | None = Field(None, ge=2, le=1_000_000)
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor of all channel counts, rounded to multiples of 2 (MobileNetV2, supernet: 8, and their last convolution only grows)."""
-    arguments: dict[str, bool | int | float | str | list | None] = Field({})
+    arguments: dict[OneLine, Annotated[bool | int | float | str | list | None, AfterValidator(one_line_each)]] = Field({})
     """What torchvision, timm or the function is called with, beside num_classes."""
-    ignore: list[str] = Field([])
+    ignore: list[OneLine] = Field([])
     """Module paths of such a network whose output channels all stay."""
     pretrained: bool = False
     """Begin with the weights that torchvision or timm publishes for the network: init_from with its own name."""
@@ -105,10 +105,10 @@ class Data(Section):
     label_key: OneLine | None = Field(None, min_length=1)
     """Key of the samples' .json members whose value is the label; by default the label is the text of .cls, .cls.txt or .txt, the
     first of them that a sample has. A label is the number of a class, or its name in the index of the shards."""
-    image: str | None = Field(None, min_length=1)
+    image: OneLine | None = Field(None, min_length=1)
     """What follows the key's dot in the name of a sample's image, such as crop2.png; by default png, jpg, jpeg, webp, bmp, tif or
     tiff. With several images in a sample it must be named."""
-    label: str | None = Field(None, min_length=1)
+    label: OneLine | None = Field(None, min_length=1)
     """Likewise of its label, such as cls; by default the first of cls, cls.txt and txt (json with label_key)."""
     background: tuple[Channel, Channel, Channel] = Field((255, 255, 255), strict=False)
     """Colour (RGB, 0 to 255) that shows through where an image is transparent."""
@@ -210,7 +210,7 @@ class Recipe(Section):
         """What nets.build takes."""
         model = self.model
         settings = {"name": model.name, "num_classes": model.num_classes, "width": model.width, "image_size": self.data.image_size}
-        return settings | {"arguments": model.arguments, "ignore": model.ignore}
+        return settings | {"arguments": model.arguments, "ignore": model.ignore, "streams": self.architecture.streams}
 
 
 def free_keys(in_what: Literal["setting", "resume"], section: type[Section] = Recipe, head: str = "") -> set[str]:

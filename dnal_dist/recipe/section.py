@@ -1,7 +1,7 @@
 """What every part of a recipe is made of."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -28,6 +28,14 @@ def _one_line(text: str) -> str:
     if found := errors.secret_in(text):
         raise ValueError(f"an address with {found} in it; remove that: {errors.CREDENTIALS}")
     return text
+
+
+def one_line_each(value: Any) -> Any:
+    """A value of a recipe, in which each text is one line, however deep it lies. Raises ValueError."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        one_line_each(part)
+    return _one_line(value) if isinstance(value, str) else value
 
 
 OneLine = Annotated[str, AfterValidator(_one_line)]

@@ -111,6 +111,7 @@ class Record(Usage, total=False):
     digest: Text
     ordered: Text
     skipped: list[list[Scalar]]
+    class_counts: list[Count]
     # phase, end, warning
     breakdown: dict[Text, Seconds]
     phase_seconds: dict[Phase, Seconds]

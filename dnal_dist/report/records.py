@@ -209,6 +209,12 @@ def by_class(run: Run) -> list[list[int]]:
     return [[min(right, seen), seen] for right, seen in found[-1]["per_class"]] if found else []
 
 
+def trained_on(run: Run) -> dict[int, int]:
+    """Training images of each class, as the run's first epoch had them; empty if they were not counted."""
+    found = run.of("receipt", has=("class_counts",))
+    return dict(enumerate(found[-1]["class_counts"])) if found else {}
+
+
 def imbalance(run: Run) -> str:
     """What top-1 accuracy hides, in a sentence; empty where the mean over classes is as high and no class is lost."""
     found = [(right / seen, number, seen) for number, (right, seen) in enumerate(by_class(run)) if seen]
@@ -221,6 +227,8 @@ def imbalance(run: Run) -> str:
     if total - balanced <= 0.05 and not lost:
         return ""
     weakest = f"the weakest, class {number}, has {percent(lowest, 2)} of {seen:,} images"
+    if number in (trained := trained_on(run)):
+        weakest += f", and {trained[number]:,} of {sum(trained.values()):,} training images"
     return f"top-1 accuracy {percent(total, 2)} is {percent(balanced, 2)} as a mean over classes: {weakest}"
 
 

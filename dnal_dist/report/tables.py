@@ -56,7 +56,10 @@ def classes(run: Run) -> Table:
     rows = [
         [str(number), percent(right / seen, 2) if seen else "no image", f"{right:,} of {seen:,}"] for number, (right, seen) in found
     ]
-    return Table("classes", "Accuracy of each class", ["class", "top-1", "right"], rows, size="short")
+    head = ["class", "top-1", "right"]
+    if trained := records.trained_on(run):
+        rows, head = [[*row, f"{trained.get(int(row[0]), 0):,}"] for row in rows], [*head, "training images"]
+    return Table("classes", "Accuracy of each class", head, rows, size="short")
 
 
 def cost(result: dict) -> Table:

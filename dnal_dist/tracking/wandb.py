@@ -85,8 +85,10 @@ class Wandb:
         self.recipe, self.id, self.mode, self.sites = recipe, run_id, mode, {}
         self.age, self.data, self.name = -1, None, shown_name(folder, recipe.name)
 
-    def start(self, _: int) -> str | None:
-        remark = None
+    def start(self, _: int) -> str:
+        """Returns what is to be said about it; "" if nothing is."""
+        given = self.recipe.tracking.project
+        remarks = [f"calls the project {given!r} {safe(given)!r}, of the letters that it takes"] if safe(given) != given else []
         if "WANDB_DATA_DIR" not in os.environ:
             # Copies of artifacts belong to the run; a home may be full, or missing on another machine.
             self.data = os.environ["WANDB_DATA_DIR"] = str(self.folder / "wandb" / "data")
@@ -99,13 +101,13 @@ class Wandb:
             self.give_up()
             self._teardown()
             self._begin("offline")
-            remark = f"cannot be reached and runs offline, send the run later by `wandb sync` ({reason(error)})"
+            remarks.append(f"cannot be reached and runs offline, send the run later by `wandb sync` ({reason(error)})")
         # W&B's own step only grows, but a resumed run takes some steps again.
         self.run.define_metric("global_step", hidden=True)
         self.run.define_metric("*", step_metric="global_step")
         for name, kinds in SUMMARIES.items():
             self.run.define_metric(name, step_metric="global_step", summary=kinds)
-        return remark
+        return "; ".join(remarks)
 
     def _begin(self, mode: str) -> None:
         quiet = {"silent": True, "console": "off", "x_disable_stats": True}

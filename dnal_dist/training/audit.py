@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.text import printable
 from dnal_dist.data.order import GlobalOrder
 from dnal_dist.data.receipts import tally
 from dnal_dist.data.shards import Shards
@@ -45,7 +46,7 @@ def audit(run: Path) -> int:
         fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, order)
         faults += bool(fault)
         numbers = (str(number) for number in (epoch, receipt["batches"], receipt["samples"], len(receipt["skipped"])))
-        table.add_row(*numbers, f"[red]{escape(fault)}" if fault else "each sample once, in its turn")
+        table.add_row(*numbers, f"[red]{escape(printable(fault))}" if fault else "each sample once, in its turn")
     console.print(table)
     _tell_skipped(console, receipts)
     covered = (len(receipts) - 1) * per_epoch + receipts[-1]["batches"]
@@ -95,5 +96,5 @@ def _tell_skipped(console: Console, receipts: list[dict]) -> None:
         return
     table = Table("shard", "byte", "key", "why", title=f"{len(found)} samples were skipped")
     for _, told in sorted(found.items()):
-        table.add_row(*(escape(str(one)) for one in told))
+        table.add_row(*(escape(printable(str(one))) for one in told))
     console.print(table)

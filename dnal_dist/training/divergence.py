@@ -14,6 +14,8 @@ from dnal_dist.training.run import Run
 WATCHED = ("the weights", "their momentum", "BatchNorm's statistics", "alpha", "alpha's momentum")
 # A mean cross-entropy over training batches that no network recovers from: that of a guess is the logarithm of the classes.
 HIGHEST_LOSS = 1e6
+# Times the loss of a guess: networks come back from such losses, so they are only warned of.
+STRANGE = 10
 
 
 @torch.no_grad()
@@ -28,6 +30,17 @@ def flags(run: Run, trained: Trained) -> Tensor:
     # The largest magnitude, which no sum of squares overflows.
     largest = [get_total_norm(part, math.inf) if part else alpha.new_zeros(()) for part in watched]
     return ~torch.stack([one.to(alpha.device, torch.float64) for one in largest]).isfinite() * 1.0
+
+
+def warning(run: Run, loss: float) -> str:
+    """The warning of a mean training loss that is far above a guess's; "" if it is not."""
+    guess, phase = math.log(run.train.shards.num_classes), run.state.phase
+    if loss <= STRANGE * guess:
+        return ""
+    return (
+        f"the training loss in {phase} after {run.state.step} steps is {loss:.3g}, that of a guess is {guess:.2f}; if it stays so, "
+        f"lower phases.{phase}.optimizer.lr ({getattr(run.recipe.phases, phase).optimizer.lr:g})"
+    )
 
 
 def check(run: Run, found: list[float] | Tensor, loss: float = 0.0, highest: float = math.inf) -> None:

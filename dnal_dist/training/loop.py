@@ -58,7 +58,9 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
             trained.set_rate(rate)
             with span("data wait"):
                 fed = next(batches)
-            run.receipt.take(fed.batch.tally, len(fed.batch.labels), fed.batch.bad)
+            # Later epochs have the same.
+            counts = class_counts(run, fed.batch.labels) if position.global_step < per_epoch else ()
+            run.receipt.take(fed.batch.tally, len(fed.batch.labels), fed.batch.bad, counts)
             metrics.add_batch(fed)
             with metrics.measured_traffic():
                 outcome = take_step(trained, position.step, fed.images, fed.labels, run.local_batch, accumulation)
@@ -172,6 +174,12 @@ def record_gates(run: Run, delta: float) -> None:
         by_site={site: torch.histc(part, 10, 0, 1).int().tolist() for site, part in run.supernet.by_site(gates).items()},
         open={site: int(part.sum()) for site, part in run.supernet.by_site(kept).items()},
     )
+
+
+def class_counts(run: Run, labels: Tensor) -> list[int]:
+    """Samples of each class among `labels` (n,), on the CPU; empty for more classes than are recorded one by one."""
+    classes = run.train.shards.num_classes
+    return torch.bincount(labels, minlength=classes).tolist() if classes <= MOST_CLASSES else []
 
 
 def record_receipt(run: Run) -> None:

@@ -59,7 +59,7 @@ class Metrics:
     """Sums over the iterations since the last record; recording them takes one collective."""
 
     def __init__(self, run: Run):
-        self.run, self.summary = run, ""
+        self.run, self.summary, self.warned = run, "", False
         self.skipped: set[str] = set()
         """Images of this phase that did not decode; each counts once, in however many epochs."""
         self.bytes: dict[str, int] = {}
@@ -161,6 +161,9 @@ class Metrics:
         images = max(images, 1)
         cross_entropy = cross_entropy / images
         divergence.check(run, diverged, cross_entropy, divergence.HIGHEST_LOSS)
+        if not self.warned and (strange := divergence.warning(run, cross_entropy)):
+            self.warned = True
+            run.log.warn(strange)
         # Each process added the same penalty once a step.
         penalty = penalty / penalties if penalties else None
         # A weight in closed loop changes with every step, its sign too, so the loss is the cross-entropy alone.

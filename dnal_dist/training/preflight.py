@@ -7,6 +7,7 @@ import torch
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.data.classes import refuse_conflicts, unlike
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
 from dnal_dist.training.run import Run
@@ -45,15 +46,15 @@ def check_shards_agree(shards: Shards, context: Context) -> None:
             )
 
 
-def class_warnings(shards: Shards, classes: int) -> list[str]:
-    """The warning of a network with more classes than the index names. Raises InputError for one with fewer."""
-    names = shards.class_names()
-    remedy = f"set 'model.num_classes' to {names}, or correct the index"
-    if names > classes:
-        raise InputError(f"the index of {shards.key} names {names} classes, the network has {classes}; {remedy}")
-    if not 0 < names < classes:
-        return []
-    return [f"the index of {shards.key} names {names} classes, the network has {classes}, some of which are never right; {remedy}"]
+def class_warnings(splits: Sequence[Shards], classes: int) -> list[str]:
+    """The warning of a network with more classes than the indices of all splits name. Raises InputError for one with fewer, and if
+    two indices number the classes differently."""
+    refuse_conflicts({where: names for shards in splits for where, names in shards.classes.items()})
+    named = {shards.key: shards.class_names() for shards in splits}
+    found = unlike(named, classes)
+    if max(named.values()) > classes:
+        raise InputError(found)
+    return [found] if found else []
 
 
 def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:

@@ -22,7 +22,7 @@ from dnal_dist.nets.vgg import VGG, torchvision_vgg
 from dnal_dist.recipe import Network as NetworkSettings
 from dnal_dist.recipe import Recipe
 
-PREFIX = "torchvision:"
+PUBLISHERS = PREFIX, TIMM = "torchvision:", "timm:"
 # Networks by torchvision's name, with ours.
 TORCHVISION = {"vgg16_bn": "vgg16_imagenet", "resnet50": "resnet50_imagenet", "mobilenet_v2": "mobilenetv2_imagenet"}
 # What wrappers of other programs put before the names of a network's tensors.
@@ -85,7 +85,7 @@ def read(settings: Recipe) -> Source:
     source = settings.model.init_from
     if source.startswith(PREFIX):
         return _published(source.removeprefix(PREFIX), settings.model.name)
-    if source.startswith("timm:"):
+    if source.startswith(TIMM):
         return _of_timm(source, settings.model)
     # os.path, unlike Path, answers for names that no file can have.
     path = Path(source)
@@ -263,6 +263,7 @@ def torchvision_names(network: GatedNetwork, model: str) -> dict[str, str]:
     """Every name of torchvision's state dict of the network that recipes call `model`, and ours of the same tensor. Empty if
     torchvision does not have it."""
     kinds = {VGG: torchvision_vgg, BottleneckResNet: torchvision_resnet, MobileNetV2: torchvision_mobilenet}
+    network = getattr(network, "_own", network)
     pairs = kinds[type(network)](network) if model in TORCHVISION.values() else []
     found = {}
     for theirs, ours in pairs:

@@ -26,7 +26,7 @@ PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "report.html", "report.md",
 # Seconds that a killed run may take to release its folder: its loader processes notice after a few.
 LOCK_SECONDS = 60
 # Keys that determine the tensors of a checkpoint.
-FIXED = ("model.name", "model.num_classes", "model.width", "model.arguments", "model.ignore")
+FIXED = ("model.name", "model.num_classes", "model.width", "model.arguments", "model.ignore", "architecture.streams")
 # The remedy where a run must not resume. A batch script takes no --overwrite: each requeue would start again.
 REMEDY = "name another output=..., or remove the folder (outside of SLURM: --overwrite)"
 
@@ -122,6 +122,9 @@ def _check_owned(folder: Path, products: list[str]) -> None:
             f"key 'output': {folder} holds {', '.join(products)}, but no {PRODUCTS[-1]}, so it may not be a run's; "
             f"name another folder, or remove what is in the way"
         )
+    for path in (folder / "recipe.yaml", folder / "metrics.jsonl"):
+        if os.path.exists(path) and not path.is_file() and not path.is_dir():
+            raise InputError(f"key 'output': {path} is not a regular file; name another folder, or remove it")
 
 
 class _Decision(NamedTuple):

@@ -13,7 +13,6 @@ from dnal_dist import nets, recipe
 from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.checkpoint.writer import Writer
 from dnal_dist.data import nvjpeg
-from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
@@ -24,7 +23,7 @@ from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training import preflight, pretrained, state
 from dnal_dist.training.run import Run
-from dnal_dist.training.run_folder import has_checkpoints, open_folder, private_temp, write_recipe
+from dnal_dist.training.run_folder import Opened, has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.training.stopping import StopPoll
 
 
@@ -49,8 +48,31 @@ def prepare(
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
     source = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
-    saved, faults, changed, lock = open_folder(folder, settings, context, overwrite, allowed)
-    assert begins or saved is not None
+    opened = open_folder(folder, settings, context, overwrite, allowed)
+    assert begins or opened.saved is not None
+    try:
+        return _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
+    except BaseException:
+        # Whoever catches this may start another run in the folder.
+        if opened.lock is not None:
+            opened.lock.release()
+        raise
+
+
+def _opened_run(
+    settings: recipe.Recipe,
+    context: Context,
+    opened: Opened,
+    network: nets.GatedNetwork,
+    streams: tuple[Stream, Stream],
+    budget: selection.Budget | None,
+    source: pretrained.Source | None,
+    stops: StopPoll | None,
+    allowed: Sequence[str],
+) -> Run:
+    """The run in its folder, which was opened for it."""
+    saved, faults, changed, lock = opened
+    (train, val), folder = streams, Path(settings.output)
     finished = saved is not None and saved.state.phase == "done"
     keep = None if saved is None or finished else saved.state.records
     run_log = RunLog(folder, settings, context, keep, saved and saved.state.tracker_run)
@@ -96,7 +118,7 @@ def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[St
         few = f"{context.idle_gpus} GPU for {context.world_size} processes"
         faults.append(f"{few}: they run on the CPU; start fewer by --num_processes")
     own = [line for stream in streams for line in (*stream.shards.warnings, *stream.notes)]
-    own += [line for stream in streams for line in preflight.class_warnings(stream.shards, stream.shards.num_classes)]
+    own += preflight.class_warnings([stream.shards for stream in streams], streams[0].shards.num_classes)
     for fault in (*faults, *dict.fromkeys(context.gather(own))):
         run_log.warn(fault)
 
@@ -123,9 +145,8 @@ def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Conte
 
     train, val = stream("train", True), stream("val", False)
     for one in (train, val):
-        preflight.class_warnings(one.shards, classes)
         preflight.check_shards_agree(one.shards, context)
-    refuse_conflicts(train.shards.classes | val.shards.classes)
+    preflight.class_warnings([train.shards, val.shards], classes)
     return train, val
 
 

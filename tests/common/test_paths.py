@@ -8,6 +8,7 @@ import pytest
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument, expanded
+from dnal_dist.data.cache import Cache
 from dnal_dist.data.shardlist import expand
 
 
@@ -17,8 +18,9 @@ def test_home_and_variables_are_expanded(monkeypatch, tmp_path):
     assert expanded("~/x") == f"{tmp_path}/x" and expanded("$SCRATCH/a/${SCRATCH}b") == "/scratch/me/a//scratch/meb"
     assert expanded("a~/x") == "a~/x" and expanded("{000..007}.tar") == "{000..007}.tar"
     assert argument("~/x") == tmp_path / "x"
-    for words in ("$NOT_SET/x", "${NOT_SET}", "~nobody-of-that-name/x"):
-        with pytest.raises(ValueError, match="write the path in full"):
+    monkeypatch.setenv("WITH", "a$b")
+    for words in ("$NOT_SET/x", "${NOT_SET}", "~nobody-of-that-name/x", "${SCRATCH:-/tmp}/x", "a$/x", "$$", "$(pwd)/x", "$WITH/x"):
+        with pytest.raises(InputError, match="write the path in full"):
             expanded(words)
         with pytest.raises(argparse.ArgumentTypeError):
             argument(words)
@@ -37,5 +39,39 @@ def test_a_recipe_follows_the_rule(monkeypatch, tmp_path):
         expand(one.data.train, "data.train")
     with pytest.raises(InputError, match=r"key 'output': the variable NOT_SET in '\$NOT_SET/x' is not set"):
         recipe.load("~/r.yaml", ["output=$NOT_SET/x"])
+    with pytest.raises(InputError, match=r"key 'output': '\$\{SCRATCH:-/tmp\}/x' has a \$ that is neither \$NAME nor"):
+        recipe.load("~/r.yaml", ["output=${SCRATCH:-/tmp}/x"])
     with pytest.raises(InputError, match=r"key 'data.val': the variable NOT_SET"):
         expand("x-${NOT_SET}.tar", "data.val")
+    for words in ("${BASE:-/data}/x.tar", "$(pwd)/x.tar"):
+        with pytest.raises(InputError, match=r"key 'data.val': .* has a \$ that is neither"):
+            expand(words, "data.val")
+    with pytest.raises(InputError, match=r"key 'data.cache': the variable NOT_SET"):
+        Cache(Path("$NOT_SET/x"), 10)
+
+
+def test_a_variable_may_hold_the_beginning_of_a_url(monkeypatch):
+    monkeypatch.setenv("BASE", "https://shards.example/set")
+    names, urls = expand("$BASE/{0..1}.tar", "data.train")
+    assert names == urls == ["https://shards.example/set/0.tar", "https://shards.example/set/1.tar"]
+    monkeypatch.setenv("BASE", "https://me:hunter2@shards.example")
+    with pytest.raises(InputError, match=r"key 'data\.train': a https:// URL with a user or password in it") as refused:
+        expand("$BASE/x.tar", "data.train")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("x-{0..999999999}.tar", "has braces for more than 100,000 shards; correct them"),
+        ("x-{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}.tar", "has braces for more than"),
+        ("x-{" + "9" * 30 + ".." + "9" * 5000 + "}", "is not a pattern"),
+        ("{" * 2000 + "}" * 2000, "has braces for more than"),
+        ("x-{0..3.tar", "is not a pattern"),
+    ],
+    ids=["range", "product", "digits", "deep", "open"],
+)
+def test_braces_without_bounds_are_refused_at_once(words, message):
+    with pytest.raises(InputError, match=f"key 'data.train': .*{message}") as refused:
+        expand(words, "data.train")
+    assert len(str(refused.value)) < 1000

@@ -9,12 +9,13 @@ import pytest
 from faulty import png, write_tar
 from PIL import Image
 
+from data_tools.survey import Surveyor
 from dnal_dist.common.errors import InputError
 from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.pipeline import stream
-from dnal_dist.data.samples import Fault, SampleFormat, parse
+from dnal_dist.data.samples import MOST_BYTES, Fault, SampleFormat, parse
 from dnal_dist.data.shards import Shards
-from dnal_dist.data.tar import boundaries
+from dnal_dist.data.tar import BLOCK, boundaries
 from dnal_dist.recipe import Data
 
 
@@ -54,6 +55,36 @@ def test_names_whose_dots_make_one_sample_of_all_are_refused(tmp_path):
     write_tar(tmp_path / "s.tar", {f"img.{i}.{kind}": one for i in range(9) for kind, one in (("png", png()), ("cls", b"1"))})
     with pytest.raises(InputError, match=r"found 9 and 9; .* and 5 more .*rename the files: a key ends at the first dot"):
         stream(f"{tmp_path}/s.tar", image_size=8, global_batch=4)
+
+
+def test_a_file_of_any_size_that_is_no_shard_is_named_so(tmp_path):
+    """What lies beyond the largest image is not read for that."""
+    content = b"".join(
+        header.tobuf() + body.ljust(-(-len(body) // BLOCK) * BLOCK, b"\0")
+        for header, body in (
+            (member(f"img.{i}.{kind}", len(one)), one) for i in range(3) for kind, one in (("png", png()), ("cls", b"1"))
+        )
+    )
+    with (tmp_path / "s.tar").open("wb") as file:
+        file.write(content + member("img.3.png", MOST_BYTES).tobuf())
+        file.truncate(len(content) + BLOCK + MOST_BYTES + 2 * BLOCK)
+    with pytest.raises(
+        InputError, match=r"sample img at byte 0: .* found 3 and 3; .*rename the files: a key ends at the first dot"
+    ):
+        stream(f"{tmp_path}/s.tar", image_size=8, global_batch=4)
+    found = Surveyor({tmp_path: SampleFormat()})(tmp_path / "s.tar", lambda _: None)
+    assert len(found.faults) == 1 and "rename the files" in found.faults[0][1]
+    with (tmp_path / "s.tar").open("wb") as file:
+        file.write(member("a.png", MOST_BYTES).tobuf())
+        file.truncate(BLOCK + MOST_BYTES + 2 * BLOCK)
+    with pytest.raises(Fault, match=rf"sample a at byte 0: it takes {MOST_BYTES + BLOCK} bytes, more than any image"):
+        Shards(f"{tmp_path}/s.tar", "data.train", 10)[0]
+
+
+def member(name: str, size: int) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.size = size
+    return found
 
 
 def test_members_that_are_no_neighbours_name_the_remedy(tmp_path):
@@ -139,28 +170,3 @@ def test_indices_that_number_the_classes_differently_are_refused():
         refuse_conflicts(names | {"val/index.json": ["cat", "dog", "eel"]})
     refuse_conflicts({"a": ["cat", "dog"], "b": ["0", "1"], "c": ["cat", "dog"]})
     refuse_conflicts({})
-
-
-# --- transparency
-
-
-def rgba(alpha: int, size: int = 8) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGBA", (size, size), (0, 0, 0, alpha)).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_transparent_pixels_show_the_recipes_background(tmp_path):
-    write_tar(
-        tmp_path / "s.tar", {"a.png": rgba(0), "a.cls": b"1", "b.png": rgba(255), "b.cls": b"1", "c.png": png(7), "c.cls": b"1"}
-    )
-    for named, colour in (({}, [255, 255, 255]), ({"background": (10, 20, 30)}, [10, 20, 30])):
-        (batch,) = stream(f"{tmp_path}/s.tar", image_size=8, global_batch=3, train=False, **named)
-        assert batch.images[:, :, 0, 0].tolist() == [colour, [0, 0, 0], [7, 7, 7]]
-        assert batch.with_alpha == 2
-
-
-def test_half_transparent_pixels_are_mixed(tmp_path):
-    write_tar(tmp_path / "s.tar", {"a.png": rgba(128), "a.cls": b"1"})
-    (batch,) = stream(f"{tmp_path}/s.tar", image_size=8, global_batch=1, train=False, background=(200, 100, 0))
-    assert np.abs(batch.images[0, :, 0, 0].numpy() - np.array([100.0, 50, 0])).max() <= 1

@@ -68,6 +68,9 @@ def test_each_epoch_has_a_receipt(run):
         assert one["samples"] + len(one["skipped"]) == 1440 and len(one["skipped"]) in (1, 2)
         assert all(shard == "train-000002.tar" and reason for _, shard, _, _, reason in one["skipped"])
     assert len({one["ordered"] for one in found}) == 4
+    # Once, since later epochs have the same.
+    assert [("class_counts" in one) for one in found] == [True, False, False, False]
+    assert len(found[0]["class_counts"]) == 10 and sum(found[0]["class_counts"]) == found[0]["samples"]
 
 
 def test_two_processes_and_other_workers_give_the_same_receipts(run, data, train_command, tmp_path):
@@ -156,6 +159,14 @@ def test_shards_and_keys_of_one_name_are_distinguished(tmp_path, train_here, pro
 
 def test_the_audit_of_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"recipe\.yaml: no such recipe"):
+        audit(tmp_path)
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: not a regular file"):
+            audit(tmp_path)
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(Path("recipes/digits.yaml").read_text() if name == "recipe.yaml" else "[" * 9000)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: not a run's record \(.*\); name a run folder"):
         audit(tmp_path)
 
 

@@ -19,6 +19,13 @@ def test_networks_that_cannot_train_fail(case_of):
     found(network.network, case_of("model.init_from=runs/none"), "fail", "there is no runs/none", ".safetensors")
 
 
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_weights_that_a_library_publishes_pass(case_of, name):
+    pytest.importorskip(name.partition(":")[0])
+    case = case_of(f"model.name={name}", "model.pretrained=true", "data.image_size=32")
+    found(network.network, case, "pass", f"64 a step, starts from {name}")
+
+
 def test_device_memory_limits_the_images_at_a_time(case_of):
     found(network.memory, case_of(device_memory=80 * 10**9), "pass", "a device has 80 GB")
     found(network.memory, case_of(device_memory=10**6), "fail", "one image at a time does not fit", "more processes")

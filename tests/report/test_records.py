@@ -145,6 +145,10 @@ def test_imbalance_behind_top_1_accuracy_is_reported(tmp_path):
     run = records.load(save(tmp_path, lines))
     words = "top-1 accuracy 97.75 % is 50.00 % as a mean over classes: the weakest, class 1, has 0.00 % of 8 images"
     assert words in table_of(tmp_path)
+    counted = [*lines, {"kind": "receipt", "global_step": 90, "time": lines[-1]["time"], "epoch": 0, "class_counts": [1400, 42]}]
+    own = records.load(save(tmp_path / "counted", counted))
+    assert tables.classes(own).head[-1] == "training images" and tables.classes(own).rows[0] == ["1", "0.00 %", "0 of 8", "42"]
+    assert f"{words}, and 42 of 1,442 training images" in table_of(tmp_path / "counted")
     assert tables.classes(run).rows == [["1", "0.00 %", "0 of 8"], ["0", "100.00 %", "347 of 347"]]
     table = tables.accuracy(run, records.result_of(run))
     assert table.rows[-1][table.head.index("mean over classes")] == "50.00 %"

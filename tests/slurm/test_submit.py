@@ -1,5 +1,6 @@
 """slurm/submit.py without a cluster: the script, refusals, sweeps, the site's file."""
 
+import json
 import re
 import runpy
 import shlex
@@ -85,7 +86,7 @@ def test_every_accelerate_config_is_launched(submit, tmp_path, backend):
 
 
 def test_names_with_blanks_and_quotes_reach_bash_unchanged(submit, tmp_path):
-    folder = tmp_path / "it's 100% $(x) `x`"
+    folder = tmp_path / "it's 100% `x` ; & (x) \\x"
     text = script(submit(DIGITS, *JOB, f"output={folder}", "--dry-run"))
     is_bash(text)
     (line,) = [line for line in text.splitlines() if line.startswith("run=")]
@@ -215,8 +216,12 @@ def test_help_names_the_options_and_the_site_s_file():
     assert errors.InputError.__name__ not in found
 
 
-@pytest.mark.parametrize("breaking", ["\n", "\r", "\u2028", "\0"], ids=["newline", "return", "separator", "nul"])
-@pytest.mark.parametrize("key", ["name", "output", "data.train", "data.cache", "tracking.project", "model.init_from"])
+@pytest.mark.parametrize(
+    "key, breaking",
+    [("name", "\r"), ("name", "\u2028"), ("name", "\0"), ("output", "\n"), ("data.cache", "\n"), ("data.image", "\n")]
+    + [(key, "\n") for key in ("name", "data.train", "tracking.project", "model.init_from", "model.name")],
+    ids=ascii,
+)
 def test_no_value_of_a_recipe_is_a_line_of_the_script(submit, tmp_path, key, breaking):
     value = f"nice{breaking}touch PWNED{breaking}# "
     tree = yaml.safe_load(Path(DIGITS).read_text())
@@ -231,6 +236,15 @@ def test_no_value_of_a_recipe_is_a_line_of_the_script(submit, tmp_path, key, bre
         if key != "data.train":
             assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
             assert f"key '{key}'" in found.stderr or "recipe.yaml" in found.stderr or "override" in found.stderr
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.cache", "data.image", "model.name", "model.init_from", "model.arguments"])
+def test_no_secret_of_a_recipe_reaches_a_script(submit, tmp_path, key):
+    value = f"https://AKIA{tmp_path.name}:hunter2@bucket/x.tar"
+    value = {"url": [value]} if key == "model.arguments" else value
+    found = submit(DIGITS, *JOB, f"output={tmp_path}/run", f"{key}={json.dumps(value)}", "--skip-doctor")
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and f"key '{key}" in found.stderr
+    assert "hunter2" not in found.stdout + found.stderr and not (tmp_path / "run").exists()
 
 
 def test_no_name_outside_of_the_recipe_is_a_line_of_the_script(submit, tmp_path):

@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from wandb_read import offline
 
 import dnal_dist.dashboard
 from dnal_dist.common.span import attached
+from dnal_dist.recipe import load
 from dnal_dist.tracking import dashboard, values
 from dnal_dist.tracking import wandb as wandb_tracker
 from dnal_dist.tracking.wandb import wandb_mode
@@ -189,6 +191,20 @@ def test_wandb_is_off_where_the_environment_disables_it(monkeypatch):
 def test_names_are_safe_for_wandb(name, safe):
     assert wandb_tracker.safe(name) == safe
     wandb.Artifact(f"{safe}-report", "report")
+
+
+def test_another_name_of_the_project_is_reported_in_one_line(tmp_path):
+    given = []
+
+    def start_tracker(project, *_):
+        given.append(project)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    for project, said in (("Größe", "calls the project 'Größe' 'Groe', of the letters that it takes"), ("plain_1", "")):
+        recipe = load("recipes/digits.yaml", [f"tracking.project={project}"])
+        tracker = wandb_tracker.Wandb(tmp_path, recipe, SimpleNamespace(start_tracker=start_tracker), "id", "offline")
+        assert tracker.start(0) == said
+    assert given == ["Groe", "plain_1"]
 
 
 def test_a_server_that_never_answers_is_not_waited_for(train_here, digits, finished, tmp_path, monkeypatch):

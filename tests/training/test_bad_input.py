@@ -83,7 +83,7 @@ def test_a_wrong_key_is_refused(train, folder, changes, message):
 
 
 def test_a_pipe_is_refused_and_not_run(train, folder):
-    command = f"touch${{IFS}}{folder}/executed"
+    command = f">{folder}/executed"
     refused(train(f"data.train='pipe:{command}'"), r"key 'data\.train': shards are read from local paths, .*, not from this kind")
     refused(
         train(f"data.train='{folder}/train-0.tar pipe:{command}'"),
@@ -156,6 +156,15 @@ def test_a_folder_that_may_be_no_runs_is_left_alone(train, folder, option):
     (folder / "run" / "checkpoints" / "theirs.pt").write_text("theirs")
     refused(train(*option), r"key 'output': .*/run holds checkpoints, but no metrics\.jsonl")
     assert content(folder / "run") == {"checkpoints/theirs.pt": b"theirs"}
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_run_s_file_is_refused(train, folder, name):
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").touch()
+    (folder / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "run" / name)
+    refused(train(), rf"key 'output': .*/{name} is not a regular file; name another folder, or remove it")
 
 
 def test_a_folder_with_other_files_is_no_obstacle(train, folder):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from faulty import refused
+from faulty import records, refused
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
@@ -52,6 +52,19 @@ def test_an_absurd_loss_is_divergence(run):
             InputError, match=rf"search after 7 steps: the loss is {loss:.3g}(?!.*not finite).*clip_norm".replace("+", r"\+")
         ):
             divergence.check(run, [], loss, divergence.HIGHEST_LOSS)
+
+
+def test_a_strange_loss_is_a_warning_that_names_both(run):
+    run.state.phase = "finetune"
+    assert divergence.warning(run, 20.0) == ""
+    message = "the training loss in finetune after 7 steps is 812, that of a guess is 2.30; if it stays so, lower phases.finetune."
+    assert divergence.warning(run, 812.0).startswith(message)
+
+
+def test_a_strange_loss_is_reported_once_in_a_phase(train, folder):
+    train("phases.pretrain.steps=12", "phases.pretrain.optimizer.lr=3")
+    message = [one["message"] for one in records(folder, "warning") if "of a guess" in one["message"]]
+    assert message and len({one.partition(" after ")[0] for one in message}) == len(message)
 
 
 def test_a_rate_far_too_high_ends_the_command_in_one_line(train):

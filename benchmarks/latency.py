@@ -1,0 +1,158 @@
+"""How much faster compact networks of 25 % of the MACs run than full ones, in several runtimes, taking turns in one process.
+
+    python benchmarks/latency.py                                      four networks, about 20 minutes on one core
+    python benchmarks/latency.py --networks resnet56 --batch 1        one of them, one image at a time
+    python benchmarks/latency.py --runtimes compile                   torch.compile, which takes minutes a network
+
+Columns: free, as pruning leaves it; whole, the same function as nets.whole writes it for deployment; free/8 and tied/8, with
+architecture.round_to 8; tied, with architecture.streams tied. Channels are drawn at random. Each is compared with the full network
+before it is timed. onnxruntime and openvino are used where they are installed (pip install onnx onnxscript onnxruntime openvino).
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from parts import describe
+from torch import Tensor, nn
+
+from dnal_dist import nets
+from dnal_dist.nets import compact, cost
+from dnal_dist.nets.whole import whole
+from dnal_dist.search import selection
+
+NETWORKS = {
+    "resnet50": ("resnet50_imagenet", 160),
+    "mobilenetv2": ("mobilenetv2_imagenet", 160),
+    "supernet": ("proxyless_supernet", 160),
+    "resnet56": ("resnet56_cifar", 32),
+}
+WAYS = {
+    "free": ("free", 1, False),
+    "whole": ("free", 1, True),
+    "free/8": ("free", 8, True),
+    "tied": ("tied", 1, False),
+    "tied/8": ("tied", 8, False),
+}
+FRACTION = 0.25
+# Largest difference between runtimes, relative to the logits' scale.
+EQUAL = 1e-4
+
+
+def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.Module, float]]:
+    """The full network and its compact ones, in eval mode, each with its part of the MACs."""
+    made: dict[str, tuple[nn.Module, float]] = {}
+    for streams in dict.fromkeys(WAYS[way][0] for way in ways):
+        torch.manual_seed(0)
+        network = nets.build(name, image_size=image_size, streams=streams).eval()
+        full = cost.count(network, image_size).macs
+        made.setdefault("full", (compact.compact(network, torch.ones(network.num_gates, dtype=torch.bool)), 1.0))
+        for way in (way for way in ways if WAYS[way][0] == streams):
+            _, round_to, is_whole = WAYS[way]
+            target = selection.Budget("macs", int(0.96 * FRACTION * full), int(FRACTION * full), full)
+            strength = torch.rand(network.num_gates, generator=torch.Generator().manual_seed(1))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of rescued channels
+                keep = selection.select(network, image_size, strength, target, round_to)
+                small = compact.compact(network, keep)
+            images = torch.randn(2, 3, image_size, image_size)
+            with torch.no_grad():
+                _require_equal(small(images), network(images, small.keep.float()), f"{name} {way}")
+            made[way] = (whole(small) if is_whole else small, cost.count(network, image_size, keep).macs / full)
+    return made
+
+
+def _require_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= EQUAL:
+        raise SystemExit(f"{what}: differs by {difference:.1e}")
+
+
+def runner(module: nn.Module, images: Tensor, runtime: str, folder: Path) -> Callable[[], Tensor]:
+    """A function that runs `module` on `images` in a runtime on one thread, and returns logits (n, classes)."""
+    if runtime == "eager":
+        return lambda: module(images)
+    if runtime == "compile":
+        compiled = torch.compile(module)
+        return lambda: compiled(images)
+    path = folder / "model.onnx"
+    torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: images.numpy()}
+        return lambda: torch.from_numpy(session.run(None, feed)[0])
+    import openvino
+
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"})
+    return lambda: torch.from_numpy(model([images.numpy()])[0])
+
+
+def medians(runs: dict[str, Callable], seconds: float) -> dict[str, float]:
+    """The median time of each run, s, by turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["full"]) < 5:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(row) for name, row in times.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--runtimes", nargs="+", choices=["eager", "compile", "onnxruntime", "openvino"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="images a run (default 1 16)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each line of the table (default 20)")
+    parser.add_argument("--output", type=Path, help="write the rows to this file as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runtimes = args.runtimes or ["eager", *(name for name in ("onnxruntime", "openvino") if _is_installed(name))]
+    print(
+        f"| network | batch | runtime | full, ms | {' | '.join(args.ways)} |\n|---|--:|---|--:|{'--:|' * len(args.ways)}",
+        flush=True,
+    )
+    rows = []
+    for name in args.networks:
+        model, image_size = NETWORKS[name]
+        made = networks(model, image_size, args.ways)
+        for batch in args.batch:
+            images = torch.randn(batch, 3, image_size, image_size)
+            for runtime in runtimes:
+                with tempfile.TemporaryDirectory() as folder:
+                    runs = {way: runner(module, images, runtime, Path(folder)) for way, (module, _) in made.items()}
+                    for way, run in runs.items():
+                        _require_equal(run(), made[way][0](images), f"{name} {way} in {runtime}")
+                    found = medians(runs, args.seconds)
+                ratios = {way: found["full"] / found[way] for way in args.ways}
+                rows.append({"network": model, "batch": batch, "runtime": runtime, "image_size": image_size, "seconds": found})
+                cells = " | ".join(f"{ratio:.2f}x" for ratio in ratios.values())
+                print(f"| {name} | {batch} | {runtime} | {1000 * found['full']:.1f} | {cells} |", flush=True)
+        print(f"  {name}: MACs {', '.join(f'{way} {part:.1%}' for way, (_, part) in made.items())}", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps({"machine": describe("cpu"), "rows": rows}, indent=1) + "\n")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
