@@ -57,7 +57,13 @@ class Server:
         """End the server and all forks."""
         if self.process is not None:
             self.process.stdin.close()
-            self.process.wait()
+            # A process that this one forked, such as a loader's, may hold the other end of its stdin.
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         self.folder.cleanup()
 
 
@@ -107,7 +113,7 @@ def _execute(words: list[str]) -> None:
 
 
 def serve(address: str) -> list[str]:
-    """Fork until stdin is closed. Returns, in each fork, what it is to execute."""
+    """Fork until stdin is closed or SIGTERM comes. Returns, in each fork, what it is to execute."""
     import gc
 
     # As a context sets it where there is no GPU, before DeepSpeed is imported.
@@ -117,7 +123,8 @@ def serve(address: str) -> list[str]:
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     callers: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.unready")
@@ -125,8 +132,8 @@ def serve(address: str) -> list[str]:
         os.rename(f"{address}.unready", address)
         while True:
             ready, _, _ = select.select([sys.stdin, listener, woken, *callers.values()], [], [])
-            if woken in ready:
-                woken.recv(4096)
+            signals = woken.recv(4096) if woken in ready else b""
+            if signals:
                 _reap(callers)
             for pid, caller in callers.items():
                 # The caller was killed.
@@ -142,7 +149,8 @@ def serve(address: str) -> list[str]:
                     gc.freeze()
                     if not (pid := os.fork()):
                         signal.set_wakeup_fd(-1)
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        for number in (signal.SIGCHLD, signal.SIGTERM):
+                            signal.signal(number, signal.SIG_DFL)
                         for one in (woken, wake, caller, *callers.values()):
                             one.close()
                         _become(environment, folder, files)
@@ -151,7 +159,7 @@ def serve(address: str) -> list[str]:
                         os.close(file)
                     callers[pid] = caller
                     caller.sendall(f"{pid}\n".encode())
-            if sys.stdin in ready:
+            if sys.stdin in ready or signal.SIGTERM in signals:
                 for pid in callers:
                     _kill(pid)
                 os._exit(0)
