@@ -166,7 +166,7 @@ def test_the_audit_of_no_run_is_refused(tmp_path):
             audit(tmp_path)
         (tmp_path / name).unlink()
         (tmp_path / name).write_text(Path("recipes/digits.yaml").read_text() if name == "recipe.yaml" else "[" * 9000)
-    with pytest.raises(InputError, match=r"metrics\.jsonl: not a run's record \(.*\); name a run folder"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: holds no record yet"):
         audit(tmp_path)
 
 
