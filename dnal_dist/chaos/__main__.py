@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"override '{refused[0]}': chaos runs into folders of its own, without a tracker; leave it out")
     overrides = (*args.overrides, "tracking.tracker=none", "tracking.plots=false")
     settings = recipe.load(args.recipe, list(overrides))
-    if args.config_file is not None and not Path(args.config_file).is_file():
+    if args.config_file is not None and not args.config_file.is_file():
         raise InputError(f"--config_file {args.config_file}: no such file; see {named('recipes/accelerate')}")
     if args.report is not None and not args.report.parent.is_dir():
         raise InputError(f"--report {args.report}: there is no folder {args.report.parent}; make it")
@@ -104,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
     parser.add_argument("--ranks", type=_ranks, default=[1], metavar="N[,N]", help="numbers of processes, one drawn for each start")
-    parser.add_argument("--config_file", metavar="FILE", help="start by `accelerate launch` with this config, on its backend")
+    parser.add_argument("--config_file", type=argument, metavar="FILE", help="start by `accelerate launch` with this config")
     parser.add_argument(
         "--tolerance", type=float, default=0.03, help="on the accuracy, with several numbers of processes (default: 0.03)"
     )

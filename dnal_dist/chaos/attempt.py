@@ -51,7 +51,7 @@ class Train:
 
     recipe: str
     overrides: tuple[str, ...]
-    config: str | None
+    config: Path | None
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _start(train: Train, overrides: list[str], orders: Path, ranks: int, port: i
     arguments = [train.recipe, *overrides]
     environment = {"TMPDIR": str(temporary)}
     if train.config is not None:
-        launch = ["accelerate.commands.launch", "--config_file", train.config, "--num_processes", str(ranks)]
+        launch = ["accelerate.commands.launch", "--config_file", str(train.config), "--num_processes", str(ranks)]
         launch += ["--main_process_port", str(port)]
         return [_spawn([*launch, "-m", "dnal_dist.chaos", "--instrument", str(orders), *arguments], environment, log)]
     environments = [environment]

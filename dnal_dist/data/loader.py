@@ -128,7 +128,8 @@ def _end_of_loader(error: Exception, _batch: object) -> None:
 
 @atexit.register
 def _end_loaders() -> None:
-    """Python would ask them to end by SIGTERM and wait for that."""
+    """Python would ask them to end by SIGTERM and wait for that, and torch raise an error for each, wherever this process is."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -6,10 +6,10 @@ python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's fo
 
 import argparse
 import sys
-from pathlib import Path
 
 from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import argument
 from dnal_dist.report import comparison
 from dnal_dist.report.outputs import compare, print_table, write_all
 from dnal_dist.report.records import load
@@ -24,13 +24,13 @@ def main() -> None:
         "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
         "on those that were stopped.",
     )
-    parser.add_argument("run", nargs="+", metavar="RUN", help="run folder, for example runs/digits, or a sweep's, which holds runs")
-    parser.add_argument("--output", metavar="FOLDER", help="where a comparison goes; default: the closest folder of all its runs")
+    parser.add_argument("run", nargs="+", type=argument, metavar="RUN", help="run folder, or a sweep's, which holds runs")
+    parser.add_argument("--output", type=argument, metavar="FOLDER", help="where a comparison goes; default: near all its runs")
     args = parser.parse_args()
     # A name that the terminal's encoding lacks is no reason to fail.
     sys.stdout.reconfigure(errors="replace")
     try:
-        if len(args.run) > 1 or comparison.is_sweep(Path(args.run[0])):
+        if len(args.run) > 1 or comparison.is_sweep(args.run[0]):
             compare(args.run, args.output)
         elif args.output:
             raise InputError("--output: goes with a comparison of runs; a single run's report is written into its own folder")

@@ -60,7 +60,7 @@ def _print_place(place: published.Place, say: Callable) -> None:
         say(remark)
 
 
-def compare(given: list[str], output: str | None = None, console=None) -> None:
+def compare(given: list[str | Path], output: str | Path | None = None, console=None) -> None:
     """Compare runs, print the table and write comparison.html, .md and .csv, pareto.svg and .png into `output`, by default the
     closest folder that all of them lie in.
 

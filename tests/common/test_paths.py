@@ -1,6 +1,7 @@
 """One rule for paths: ~ and $VAR are expanded in recipes, overrides and commands."""
 
 import argparse
+import ast
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_home_and_variables_are_expanded(monkeypatch, tmp_path):
             expanded(words)
         with pytest.raises(argparse.ArgumentTypeError):
             argument(words)
+
+
+def test_every_path_of_a_command_follows_the_rule():
+    found, paths = [], ("FILE", "FOLDER", "RUN", "RECIPE|RUN", "PNG")
+    for path in [*Path("dnal_dist").rglob("*.py"), *Path("data_tools").glob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            given = {one.arg: ast.unparse(one.value) for one in getattr(call, "keywords", ())}
+            if given.get("metavar", "").strip("'") in paths:
+                found.append(given.get("type"))
+    assert len(found) > 10 and set(found) == {"argument"}
 
 
 def test_a_recipe_follows_the_rule(monkeypatch, tmp_path):

@@ -105,6 +105,20 @@ def test_a_loaders_missing_resource_is_one_line(error, message):
         loader.shared(Tensor())
 
 
+def test_loaders_that_are_ended_with_their_process_raise_nothing_there(shards):
+    """Torch raises an error in the main process, wherever it is, when a loader dies."""
+    program = f"""
+import atexit, sys, time
+atexit.register(time.sleep, 1)
+from dnal_dist.data.pipeline import stream
+batches = iter(stream({shards!r}, **{FEW!r}, workers=1))
+next(batches)
+sys.exit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def test_wrong_keys_of_a_stream_are_one_line(shards):
     with pytest.raises(InputError, match=r"key 'image_size': .*; unknown key 'wokers' \(did you mean 'workers'\?\)") as error:
         stream(shards, 0, 4, wokers=2)
