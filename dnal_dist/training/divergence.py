@@ -35,7 +35,8 @@ def flags(run: Run, trained: Trained) -> Tensor:
 def warning(run: Run, loss: float) -> str:
     """The warning of a mean training loss that is far above a guess's; "" if it is not."""
     guess, phase = math.log(run.train.shards.num_classes), run.state.phase
-    if loss <= STRANGE * guess:
+    # Of few classes a single batch may cost more.
+    if loss <= STRANGE * max(guess, math.log(10)):
         return ""
     return (
         f"the training loss in {phase} after {run.state.step} steps is {loss:.3g}, that of a guess is {guess:.2f}; if it stays so, "
