@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dnal_dist.common.files import read_regular
+
+MOST_BYTES = 1 << 30
 # Raised when the same options give other bytes, so that shards of an earlier version are not continued.
 FORMAT = 2
 OURS = re.compile(r"(train|val)-\d{6}\.tar")
@@ -37,7 +40,7 @@ class Record:
 
     def _read(self) -> None:
         # The result of a line that was cut short is not known.
-        lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = [line for line in read_regular(self.path, MOST_BYTES).splitlines(keepends=True) if line.endswith(b"\n")]
         try:
             found = [json.loads(line) for line in lines]
             options = dict(found[0]["options"]) if found else self.options

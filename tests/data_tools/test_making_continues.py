@@ -75,6 +75,10 @@ def test_an_unfinished_set_is_not_continued_with_other_options(stopped):
     with pytest.raises(ValueError, match=r"making.jsonl: not a record of unfinished shards .* --overwrite"):
         made(stopped.folder)
     (stopped.folder / "making.jsonl").unlink()
+    os.mkfifo(stopped.folder / "making.jsonl")
+    with pytest.raises(ValueError, match=r"making\.jsonl: not a regular file"):
+        made(stopped.folder)
+    (stopped.folder / "making.jsonl").unlink()
     with pytest.raises(ValueError, match=r"train-000000\.tar: a shard of unknown origin"):
         made(stopped.folder)
     assert {name: digest for name, digest in before.items() if name != "making.jsonl"} == digests(stopped.folder)
