@@ -57,6 +57,8 @@ def without_traffic(run) -> list[dict]:
 def test_a_run_resumes_on_another_backend_and_number_of_processes(ranks, shards, tmp_path):
     """Stopped in the pretraining, twice in the search and in the finetune; normalised with the statistics of the whole batch."""
     run, reference = tmp_path / "run", tmp_path / "reference"
+    # With this network and seed no ReLU after step 3 reads a value so near zero that rounding decides on its side: one such value
+    # among 46 080 changes a gradient by 0.4 %, and after ten steps the signs of small alphas.
     changes = [*shards, *TINY, "model.name=resnet_digits", "training.sync_batchnorm=true", "architecture.recalibration_batches=0"]
     ranks.run("single", 1, "resumes_on_ranks:until", 0, reference, changes)
     for backend, processes, step in (("single", 1, 3), ("fsdp2", 2, 8), ("zero2", 2, 10), ("zero3", 2, 15), ("ddp", 1, 0)):
