@@ -5,7 +5,8 @@ python benchmarks/coverage.py torchvision:resnet18        some of them
 
 Of each site half of the channels close, at random. `removed` is the share of the convolutions' outputs that are gone then,
 `MACs` what is left of them. `difference` is between the logits of the network with gates closed at random and of the compact
-one, in float64, relative to their size. Images have 224 pixels (299 for Inception and NASNet, which need them).
+one, in float64, relative to their size. `seconds` are those of one core to read and to check it. Images have 224 pixels (299
+for Inception and NASNet, which need them).
 """
 
 import argparse
@@ -55,13 +56,13 @@ def row(name: str) -> dict:
     torch.set_num_threads(1)
     size = 299 if any(word in name for word in LARGE) and "mnasnet" not in name else 224
     torch.manual_seed(0)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         network = nets.build(name, image_size=size)
         difference = check_exact(network)
     except InputError as error:
         return {"network": name, "refused": str(error)}
-    seconds, keep = time.perf_counter() - start, half_closed(network)
+    seconds, keep = time.process_time() - start, half_closed(network)
     stays = torch.cat([keep, torch.ones(1, dtype=torch.bool)])[network.gate_of]
     outputs = torch.cat(
         [layer.outputs for layer in network.graph.layers.values() if issubclass(network.graph.kinds[layer.path], nn.Conv2d)]

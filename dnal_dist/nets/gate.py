@@ -67,6 +67,13 @@ class AnyNetwork(GatedNetwork):
                     raise InputError(f"{path} is a {name}, whose statistics would move in architecture steps; use nn.BatchNorm2d")
                 norm.__class__ = kind
 
+    def __setattr__(self, name: str, value) -> None:
+        # The module may have a child of any name, such as "gates".
+        if isinstance(value, nn.Module | nn.Parameter) or name in self.__dict__.get("_buffers", {}):
+            super().__setattr__(name, value)
+        else:
+            self.__dict__[name] = value
+
     def get_submodule(self, target: str) -> nn.Module:
         return self._own.get_submodule(target)
 

@@ -1,7 +1,6 @@
 """A network of fewer channels from a graph: the same operations, narrower layers, sizes that fit. It needs nothing of the module
 that the graph was read from."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -57,23 +56,25 @@ class Narrow(nn.Module):
 
     def __init__(self, steps: list[Step], layers: dict[str, nn.Module], tensors: dict[str, Tensor | nn.Parameter], image_size: int):
         super().__init__()
-        self.steps, self.image_size = steps, image_size
+        # Beside the modules, among which there may be any name.
+        own = self.__dict__
+        own["steps"], own["image_size"] = steps, image_size
         of_kind = {"module": layers, "tensor": tensors, "op": None, "item": None}
         for step in steps:
             if len(steps) > MOST_STEPS or (of_kind[step.kind] is not None and step.target not in of_kind[step.kind]):
                 raise ValueError(f"step {step.out} of {len(steps)}: nothing of it is called {step.target}")
         for path, layer in layers.items():
-            _holder(self, path).register_module(path.rpartition(".")[2], layer)
+            _holder(self, path)._modules[path.rpartition(".")[2]] = layer
         for name, tensor in tensors.items():
-            register = "register_parameter" if isinstance(tensor, nn.Parameter) else "register_buffer"
-            getattr(_holder(self, name), register)(name.rpartition(".")[2], tensor)
+            holder = _holder(self, name)
+            (holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers)[name.rpartition(".")[2]] = tensor
         last: dict[str, int] = {}
         for i, step in enumerate(steps):
             for name in _names([step.args, step.kwargs]):
                 last[name] = i
-        self.ends = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
-        self.edges = [0, len(steps)]
-        self.calls = [operation(step.target) if step.kind == "op" else None for step in steps]
+        own["ends"] = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
+        own["edges"] = [0, len(steps)]
+        own["calls"] = [operation(step.target) if step.kind == "op" else None for step in steps]
 
     def forward(self, images: Tensor) -> Tensor:
         found: dict = {"images": images}
@@ -86,9 +87,9 @@ class Narrow(nn.Module):
         found = dict(found)
         for step, call, ends in list(zip(self.steps, self.calls, self.ends, strict=True))[first:last]:
             if step.kind == "tensor":
-                result = functools.reduce(getattr, step.target.split("."), self)
+                result = _named(self, step.target)
             elif step.kind == "module":
-                result = functools.reduce(getattr, step.target.split("."), self)(found[step.args[0].name])
+                result = _named(self, step.target)(found[step.args[0].name])
             elif step.kind == "item":
                 result = found[step.args[0].name][step.args[1]]
             else:
@@ -100,11 +101,11 @@ class Narrow(nn.Module):
 
     def divide(self, every: int) -> None:
         """Run about `every` steps at a time by `within`, which a caller may wrap."""
-        self.edges = [*range(0, len(self.steps), every), len(self.steps)]
+        self.__dict__["edges"] = [*range(0, len(self.steps), every), len(self.steps)]
 
     def leaves(self) -> list[nn.Module]:
         """The modules that steps call, in their order."""
-        return [self.get_submodule(path) for path in dict.fromkeys(step.target for step in self.steps if step.kind == "module")]
+        return [_named(self, path) for path in dict.fromkeys(step.target for step in self.steps if step.kind == "module")]
 
 
 def _holder(root: nn.Module, path: str) -> nn.Module:
@@ -114,6 +115,15 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
             root.register_module(name, nn.Module())
         root = root._modules[name]
     return root
+
+
+def _named(module: nn.Module, path: str) -> nn.Module | Tensor:
+    """The module or tensor called `path` within `module`."""
+    *within, last = path.split(".")
+    for name in within:
+        module = module._modules[name]
+    held = next(held for held in (module._modules, module._parameters, module._buffers) if last in held)
+    return held[last]
 
 
 def _filled(argument, found: dict, device: torch.device):
@@ -137,7 +147,7 @@ def _names(argument) -> set[str]:
 def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
     """[steps, modules, tensors, image size] as JSON; module: the description of one module."""
     steps = [[step.out, step.kind, step.target, _encoded(step.args), _encoded(step.kwargs)] for step in network.steps]
-    layers = {step.target: network.get_submodule(step.target) for step in network.steps if step.kind == "module"}
+    layers = {step.target: _named(network, step.target) for step in network.steps if step.kind == "module"}
     names = list(dict.fromkeys(step.target for step in network.steps if step.kind == "tensor"))
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {

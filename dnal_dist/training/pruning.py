@@ -74,10 +74,10 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     keep = run.architecture.keep(settings.delta_final, settings.threshold).cpu()
     alpha = run.architecture.alpha.detach().cpu()
     keep, rescued = masks.rescue(supernet, keep, alpha)
-    keep = selection.rounded(supernet, keep, alpha, settings.round_to)
     if rescued:
         run.log.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
     keep, collapsed = selection.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
+    keep = selection.rounded(supernet, keep, alpha, settings.round_to)
     if collapsed:
         run.log.warn(
             f"the architecture collapsed: less than {settings.min_macs:.1%} of the MACs were left, so the channels "

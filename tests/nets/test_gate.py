@@ -262,3 +262,23 @@ def test_networks_of_libraries_are_exact(name):
     pytest.importorskip(name.partition(":")[0], reason="timm is not installed: pip install -e '.[timm]'")
     network = nets.build(name, 10, image_size=64)
     assert check_exact(network) <= EXACT
+
+
+class Named(Small):
+    """Children that are called as this project's own attributes are."""
+
+    def add_body(self, channels):
+        self.gates, self.steps = nn.Conv2d(channels, 6, 1), nn.BatchNorm2d(6)
+        self.graph, self.image_size = nn.Conv2d(6, channels, 1), nn.Parameter(torch.ones(channels, 1, 1))
+
+    def body(self, x):
+        return self.graph(F.relu(self.steps(self.gates(x)))) * self.image_size
+
+
+def test_a_module_may_have_children_of_any_name():
+    network = gate(Named(), example()).eval()
+    small = compact.compact(network, random_mask(network, 0))
+    again = compact.restored(json.loads(json.dumps(compact.describe(small))), small.state_dict()).eval()
+    images = example(3)
+    assert torch.equal(again(images), small(images))
+    assert {name.partition(".")[0] for name in small.state_dict()} >= {"gates", "steps", "graph", "image_size"}
