@@ -68,11 +68,12 @@ class AnyNetwork(GatedNetwork):
                 norm.__class__ = kind
 
     def __setattr__(self, name: str, value) -> None:
-        # The module may have a child of any name, such as "gates".
-        if isinstance(value, nn.Module | nn.Parameter) or name in self.__dict__.get("_buffers", {}):
-            super().__setattr__(name, value)
-        else:
+        # The module may have a child of any name, such as "graph"; this has its own beside it.
+        taken = any(name in self.__dict__.get(held, {}) for held in ("_modules", "_parameters", "_buffers"))
+        if taken and not isinstance(value, nn.Module | Tensor | None):
             self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def get_submodule(self, target: str) -> nn.Module:
         return self._own.get_submodule(target)
