@@ -61,10 +61,11 @@ def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.
                 warnings.simplefilter("ignore")  # of rescued channels
                 keep = selection.select(network, image_size, strength, target, round_to)
                 small = compact.compact(network, keep)
+                module = whole(small) if is_whole else small
             images = torch.randn(2, 3, image_size, image_size)
             with torch.no_grad():
-                _require_equal(small(images), network(images, small.keep.float()), f"{name} {way}")
-            made[way] = (whole(small) if is_whole else small, cost.count(network, image_size, keep).macs / full)
+                _require_equal(module(images), network(images, small.keep.float()), f"{name} {way}")
+            made[way] = (module, cost.count(network, image_size, keep).macs / full)
     return made
 
 

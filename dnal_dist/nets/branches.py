@@ -21,12 +21,16 @@ class Branch(NamedTuple):
 
     sum: str
     """Name of the sum's node."""
+    operand: str
+    """Name of the node that it adds."""
     layers: tuple[str, ...]
     """Paths of the layers that only this branch needs, in forward order."""
     tensors: frozenset[str]
     """Names of the parameters and buffers that it reads."""
     sites: tuple[str, ...]
     """Gate sites inside it, in forward order, each of which may close as a whole."""
+    within: tuple[str, ...]
+    """All gate sites inside it."""
     outputs: Tensor
     """Labels of the channels that it adds to."""
     needed: bool
@@ -79,7 +83,7 @@ class Nodes:
         """Whether a node gives one number for each channel, if the nodes `constant` do. is_empty: whether no channel of some labels
         is left."""
         value = graph.values.get(node)
-        if not isinstance(value, Value) or self.adds(node):
+        if not isinstance(value, Value) or self.adds(node) or any(s > 1 for d, s in enumerate(value.labels.shape) if d != 1):
             return False
         if is_empty(value.labels):
             return True
@@ -89,6 +93,8 @@ class Nodes:
         name, shape = name_of(node).removesuffix("_"), value.shape
         if name in ("conv2d", "linear"):
             return is_empty(graph.value(node.args[0]).labels) or name == "linear" or _is_pointwise(node)
+        if any(math.prod(a.meta["val"].shape[-2:]) > 1 for a in others if len(shape) == 4 and a.meta["val"].dim() > 1):
+            return False  # one number for each position
         if name in MOVES:
             return math.prod(shape[2:]) == 1 and math.prod(node.args[0].meta["val"].shape[2:]) == 1
         if name in ("mean", "adaptive_avg_pool2d"):
@@ -130,24 +136,39 @@ def _is_closed(nodes: Nodes, inside: list, operand) -> bool:
 
 
 def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, gate_of: Tensor, sites: dict[str, int]) -> Branch:
+    members = set(inside)
+    outside = [n for n in nodes.reads if n not in members]
+    # What is called or read elsewhere, too, stays.
+    shared = {graph.where(n) for n in outside if name_of(n) in ("conv2d", "linear")}
     layers = dict.fromkeys(graph.where(n) for n in inside if name_of(n) in ("conv2d", "linear"))
-    layers = tuple(path for path in layers if path in graph.layers)
+    layers = tuple(path for path in layers if path in graph.layers and path not in shared)
     tensors = {graph.tensor_of(a) for n in inside for a in n.all_input_nodes} - {None}
+    tensors -= {graph.tensor_of(a) for n in outside for a in n.all_input_nodes}
     elsewhere = [layer.outputs for path, layer in graph.layers.items() if path not in layers]
     elsewhere = set(gate_of[torch.cat(elsewhere)].tolist()) if elsewhere else set()
-    first, inner = 0, []
+    first, within, inner = 0, [], []
     for site, channels in sites.items():
         gates = set(range(first, first + channels))
         first += channels
         if gates & elsewhere or not any(gates == set(gate_of[graph.layers[path].outputs].tolist()) for path in layers):
             continue
+        within.append(site)
         constant: set = set()
         for n in inside:
             if nodes.is_constant(graph, n, constant, functools.partial(_are_within, gate_of, gates)):
                 constant.add(n)
         if operand in constant:
             inner.append(site)
-    return Branch(node.name, layers, frozenset(tensors), tuple(inner), graph.values[operand].labels.flatten(), False)
+    return Branch(
+        node.name,
+        operand.name,
+        layers,
+        frozenset(tensors),
+        tuple(inner),
+        tuple(within),
+        graph.values[operand].labels.flatten(),
+        False,
+    )
 
 
 def _are_within(gate_of: Tensor, gates: set[int], labels: Tensor) -> bool:

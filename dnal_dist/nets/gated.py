@@ -206,6 +206,10 @@ class GatedNetwork(nn.Module):
                 found[shared(last)] = None
         return [block for block in found if block]
 
+    def inner(self, branch: tuple[str, ...]) -> tuple[str, ...]:
+        """Sites of which nothing is left when one of a branch is closed; its last writes what is."""
+        return branch[:-1]
+
     def must_have(self) -> list[Tensor] | None:
         """Groups of gates of which one must be open; None where the layers say it."""
         return None

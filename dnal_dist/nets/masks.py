@@ -91,7 +91,7 @@ def present(net: GatedNetwork, keep: Tensor) -> Tensor:
     by_site = net.by_site(keep)
     for branch in {layer.branch: None for layer in net.layers(1)}:
         if not all(by_site[site].any() for site in branch):
-            for site in branch if net.must_have() is not None else branch[:-1]:
+            for site in net.inner(branch):
                 by_site[site][:] = False
     return keep
 

@@ -1,6 +1,7 @@
 """From a graph and the channels that stay to a network of fewer channels."""
 
 import functools
+import itertools
 import operator
 
 import torch
@@ -65,8 +66,8 @@ class Narrowing:
         if not zeros.numel():
             return zeros
         if name_of(node) in ("conv2d", "linear") and not bool(self.stays[self.graph.value(node.args[0]).labels].any()):
-            bias = self._bias(node, path)
-            return zeros if bias is None else zeros + bias.view([-1 if size > 1 else 1 for size in zeros.shape])
+            bias = self.graph.tensor_of(argument_of(node, "bias"))
+            return zeros if bias is None else zeros + self.cut(bias).view(zeros.shape)
         read = [a for a in node.all_input_nodes if a in nodes.reads]
         operands = {a: self.constant[now] for a, now in zip(read, nodes.reads[node], strict=True)}
         if kind:
@@ -76,14 +77,6 @@ class Narrowing:
         found = {a: operands[a] if a in operands else self.cut(self.graph.tensor_of(a)) for a in node.all_input_nodes}
         args, kwargs = torch.fx.map_arg((tuple(args), node.kwargs), found.__getitem__)
         return operation(f"{plain.removesuffix('_')}.{overload}")(*args, **kwargs)
-
-    def _bias(self, node, path: str) -> Tensor | None:
-        """The bias of a layer, of the channels that stay."""
-        if path in self.graph.layers and self.graph.layers[path].baked:
-            bias = _computed(self.module.get_submodule(path))[1]
-            return None if bias is None else bias[self.kept(self.graph.layers[path].outputs)]
-        name = self.graph.tensor_of(argument_of(node, "bias"))
-        return None if name is None else self.cut(name)
 
     def _kind(self, node) -> str:
         """The operation, if a module of the compact network does it."""
@@ -123,8 +116,9 @@ class Narrowing:
             node = self.aliases[node]
         if node in self.constant and node not in self.written:
             self.written.add(node)
-            name = f"{self.graph.where(node)}.constant".lstrip(".")
-            name = name if name not in self.tensors else f"{name}{len(self.tensors)}"
+            first = f"{self.graph.where(node)}.constant".lstrip(".")
+            taken = self.tensors.keys() | self.named.keys() | self.graph.kinds.keys()
+            name = next(name for i in itertools.count() if (name := f"{first}{i or ''}") not in taken)
             self.tensors[name] = nn.Parameter(self.constant[node])
             self.steps.append(Step(node.name, "tensor", name, [], {}))
         return Ref("images" if node is self.images else node.name)

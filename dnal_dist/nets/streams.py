@@ -79,7 +79,7 @@ def streams_of(network) -> Streams:
         a, b = ([table.stream(gates) for gates in cut] + [table.one, table.one])[:2]
         # Of a BatchNorm's two vectors one is counted, as the paper does.
         table.add(name, layers.get(path, norms.get(path, len(layers) - 1)), factor, a, b, 0, int(own == "bias"))
-    for branch in network.branches:
+    for branch in {branch.operand: branch for branch in network.branches}.values():
         table.add_left(branch, layers[branch.layers[-1]], gate_of[branch.outputs])
     return table.streams(inputs, outputs)
 

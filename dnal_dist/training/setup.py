@@ -49,8 +49,8 @@ def prepare(
     begins = context.from_main(overwrite or not has_checkpoints(folder))
     source = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
     opened = open_folder(folder, settings, context, overwrite, allowed)
-    assert begins or opened.saved is not None
     try:
+        assert begins or opened.saved is not None
         return _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
     except BaseException:
         # Whoever catches this may start another run in the folder.
