@@ -50,9 +50,27 @@ class Zero(Trained):
             # So are those that its optimiser moves, which it makes of the rounded ones.
             for name, p in self.parameters.items():
                 self._set(p, weights[name], None)
+        if self.stage == 3:
+            for p in self.parameters.values():
+                # The last shares are padded, with whatever the memory held.
+                share, own = self._share(p, None)
+                share.data[own:] = 0
         if momentum:
             self._start_with(momentum)
         return self.engine
+
+    def _share(self, p: nn.Parameter, key: str | None) -> tuple[Tensor, int]:
+        """This process's share of the optimiser's state `key` of a parameter, or of its weights in float32 (None), and how many of
+        its elements are no padding. ZeRO-3 only."""
+        share, _ = self.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
+        return share, min(max(p.ds_numel - share.numel() * dist.get_rank(), 0), share.numel())
+
+    def shares(self):
+        if self.stage < 3:
+            return super().shares()
+        keys = (None, "momentum_buffer") if self.stepped and self.settings["momentum"] else (None,)
+        found = [[share[:own] for share, own in (self._share(p, key) for p in self.parameters.values()) if own] for key in keys]
+        return found[0], found[1] if len(found) > 1 else []
 
     def _start_with(self, momentum: dict[str, Tensor]) -> None:
         inner = self.optimizer.optimizer
@@ -75,10 +93,9 @@ class Zero(Trained):
             safe_set_full_fp32_param(p, value) if key is None else safe_set_full_optimizer_state(p, value, key)
             return
         # Its public function fails where a parameter cannot be divided evenly: the last shares are padded, a whole value is not.
-        share, _ = self.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)
+        share, own = self._share(p, key)
         start = share.numel() * dist.get_rank()
-        mine = value.flatten()[start : start + share.numel()]
-        share.data[: len(mine)].copy_(mine)
+        share.data[:own].copy_(value.flatten()[start : start + own])
 
     def forward(self, network, images, gates=None):
         if self.stage == 3:
