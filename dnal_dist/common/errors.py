@@ -11,12 +11,12 @@ CREDENTIALS = (
     "AWS_ENDPOINT_URL, and FSSPEC_S3_ANON=true goes without credentials"
 )
 # Runs are bounded, so that a long text takes no longer than its length.
-# user:password@ of a URL or of host:/path, with or without a scheme; and a query string with values, where signatures travel.
+# user:password@ of a URL or of host:/path, with or without a scheme; and a query string or fragment with values, as signatures are.
 _USER = re.compile(
     r"(?<=//)(?:[^\s/'\"]{0,2048}@|[^\s/'\":]{0,2048}:(?!\d+/)[^\s'\"]{0,2048}@)"
     r"|(?<![^\s'\"=(\[{,])[^\s/'\"=(\[{,:]{1,2048}:(?!//)[^\s'\"@]{1,2048}@(?=[\w.-])"
 )
-_QUERY = re.compile(r"(://[^\s'\"?]{0,2048})\?[^\s'\"]{0,2048}=[^\s'\",;)\]]*")
+_QUERY = re.compile(r"(://[^\s'\"?#]{0,2048}[?#])[^\s'\"]{0,2048}=[^\s'\",;)\]]*")
 
 
 class InputError(ValueError):
@@ -40,7 +40,7 @@ def secret_in(words: str) -> str | None:
 
 
 def without_secrets(words: str) -> str:
-    return _QUERY.sub(r"\1?...", _USER.sub("...@", words))
+    return _QUERY.sub(r"\1...", _USER.sub("...@", words))
 
 
 def reason(error: BaseException) -> str:

@@ -12,10 +12,12 @@ def read_regular(path: Path, most: int) -> bytes:
 
     Raises InputError naming the path and the remedy, FileNotFoundError, and OSError for what cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise InputError(f"{path}: not a regular file; put the file itself there")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(handle)
+        raise InputError(f"{path}: not a regular file; put the file itself there")
+    with open(handle, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise InputError(f"{path}: {max(facts.st_size, len(content)):,} bytes, expected at most {most:,}; it is no such file")

@@ -32,8 +32,12 @@ def are_numbers(names: list[str]) -> bool:
 
 
 def conflicts(names: Names) -> Iterator[tuple[str, str]]:
-    """Indices whose names of the classes differ from those of the first index that has names, not only numbers; and how."""
-    first, *others = [item for item in names.items() if not are_numbers(item[1])] or [("", [])]
+    """Indices whose names of the classes differ from those of the first index that has names; and how. Names that are only their
+    numbers say nothing, unless another index has numbers in other places, as those of digits may be."""
+    named = {where: found for where, found in names.items() if not are_numbers(found)}
+    if any(name.strip().isdigit() for found in named.values() for name in found):
+        named = {where: found for where, found in names.items() if found}
+    first, *others = named.items() or [("", [])]
     for where, found in others:
         number = next((i for i, (a, b) in enumerate(zip(first[1], found, strict=False)) if a != b), None)
         if number is not None:

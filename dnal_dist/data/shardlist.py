@@ -42,6 +42,8 @@ def expand(patterns: str, key: str) -> tuple[list[str], list[Path | Url]]:
     for pattern in _words(patterns, key):
         # A variable may hold the beginning of a URL.
         pattern = expanded(pattern, f"key '{key}': ")
+        if any("**" in part and part != "**" for part in pattern.split("/")):
+            raise InputError(f"key '{key}': {pattern}: ** stands alone between slashes, as in folder/**/*.tar; correct it")
         is_remote = remote.check(pattern, key)
         each = _braces(pattern, key)
         if not is_remote:

@@ -34,17 +34,24 @@ def read() -> AccelerateConfig:
     done, or would be done otherwise."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in PRECISIONS:
-        raise InputError(f"the Accelerate config asks for mixed_precision {precision}; choose one of {', '.join(PRECISIONS)}")
+        raise InputError(
+            f"the Accelerate config asks for mixed_precision {precision}; choose one of {', '.join(PRECISIONS)}, or unset "
+            "ACCELERATE_MIXED_PRECISION where there is no config"
+        )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise InputError(
-            "the Accelerate config asks for torch.compile: set dynamo_backend to 'no', and key 'training.compile' to true"
+            "the Accelerate config asks for torch.compile: set dynamo_backend to 'no', and key 'training.compile' to true; "
+            "or unset ACCELERATE_DYNAMO_BACKEND where there is no config"
         )
     for variable, name in (
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
     ):
         if _is_on(variable):
-            raise InputError(f"the Accelerate config asks for {name}; use one of {named('recipes/accelerate')}")
+            raise InputError(
+                f"the Accelerate config asks for {name}; use one of {named('recipes/accelerate')}, or unset {variable} where there "
+                "is no config"
+            )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     accumulation = int(accumulation) if accumulation.isdigit() else 1
     backend, settings, checkpointing = None, {}, False

@@ -24,7 +24,8 @@ def main() -> None:
         "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
         "on those that were stopped.",
     )
-    parser.add_argument("run", nargs="+", type=argument, metavar="RUN", help="run folder, or a sweep's, which holds runs")
+    help_ = "run folder, for example runs/digits, or a sweep's, which holds runs"
+    parser.add_argument("run", nargs="+", type=argument, metavar="RUN", help=help_)
     parser.add_argument("--output", type=argument, metavar="FOLDER", help="where a comparison goes; default: near all its runs")
     args = parser.parse_args()
     # A name that the terminal's encoding lacks is no reason to fail.

@@ -11,7 +11,7 @@ SECRET = "hunter-2"
     "words",
     [
         f"https://user:{SECRET}@host/x.tar", f"https://{SECRET}@host/x", f"//user:{SECRET}@host", f"user:{SECRET}@host:/x",
-        f"s3://AKIA:{SECRET[:3]}/{SECRET[3:]}@bucket/x", f"https://host/x?signature={SECRET}", f'"https://user:{SECRET}@host',
+        f"s3://AKIA:{SECRET[:3]}/{SECRET[3:]}@bucket/x", f"https://host/x?signature={SECRET}", f"https://h/x#token={SECRET}", f'"https://user:{SECRET}@host',
         f"model.init_from='//user:{SECRET}@h",
     ],
 )  # fmt: skip

@@ -148,6 +148,9 @@ def test_two_asterisks_take_any_number_of_folders(tmp_path):
     shards_in(tmp_path / "s-0.tar", tmp_path / "a" / "s-1.tar", tmp_path / "a" / "b" / "s-2.tar")
     assert Shards(f"{tmp_path}/**/s-*.tar", "data.train", 10).samples == 3
     assert Shards(f"{tmp_path}/*/s-*.tar", "data.train", 10).samples == 1
+    for glued in ("**.tar", "a**/*.tar"):
+        with pytest.raises(InputError, match=r"key 'data\.train': .*: \*\* stands alone between slashes"):
+            Shards(f"{tmp_path}/{glued}", "data.train", 10)
 
 
 def test_brackets_that_match_nothing_stand_for_themselves(tmp_path):
@@ -170,3 +173,13 @@ def test_indices_that_number_the_classes_differently_are_refused():
         refuse_conflicts(names | {"val/index.json": ["cat", "dog", "eel"]})
     refuse_conflicts({"a": ["cat", "dog"], "b": ["0", "1"], "c": ["cat", "dog"]})
     refuse_conflicts({})
+
+
+def test_digits_as_names_may_conflict_with_numbers():
+    numbers = ["0", "1", "10", "2"]  # as a folder is sorted
+    with pytest.raises(InputError, match="calls class 2 '10', train calls it '2'"):
+        refuse_conflicts({"train": ["0", "1", "2", "3"], "val": numbers})
+    with pytest.raises(InputError, match="calls class 2 'x', train calls it '2'"):
+        refuse_conflicts({"train": ["0", "1", "2"], "val": ["0", "1", "x"]})
+    refuse_conflicts({"train": numbers, "val": numbers, "test": []})
+    refuse_conflicts({"train": ["0", "1", "2"], "val": ["0", "1", "2"]})

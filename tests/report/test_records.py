@@ -118,11 +118,12 @@ def test_an_invalid_recipe_is_one_line(tmp_path, recipe):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
-def test_a_fifo_is_no_file(tmp_path, name):
+def test_a_fifo_or_a_folder_is_no_file(tmp_path, name, make):
     run = save(tmp_path / "run", made_up_run())
     (run / name).unlink()
-    os.mkfifo(run / name)
+    make(run / name)
     (one,) = run_list.listed(tmp_path)
     assert one["state"] == "broken" and f"{name}: not a regular file" in one["why"]
 
