@@ -188,6 +188,8 @@ def train_here():
 
     assert torch.get_num_threads() == 1, "torch was imported before OMP_NUM_THREADS was set"
     # A run collects garbage before each of its phases, and would look through all that the modules hold.
+    # What is garbage now, such as a stream whose loaders still run, would be frozen with it and stay for ever.
+    gc.collect()
     gc.freeze()
 
     def run(*arguments: str, report: bool = False) -> Ended:

@@ -1,8 +1,10 @@
 """Shards as they are found: images and labels of many kinds, orientation in EXIF, and members that have no reader."""
 
+import gc
 import io
 import itertools
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -180,7 +182,12 @@ def test_a_stream_without_a_recipe_starts_at_any_batch_on_any_ranks(digits):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_faults_of_a_stream_are_one_line(tmp_path, workers):
+    before = set(multiprocessing.active_children())
     write_tar(tmp_path / "s.tar", {f"{i}.{kind}": one for i in range(8) for kind, one in (("png", b"words"), ("cls", b"1"))})
     with pytest.raises(InputError, match=r"s\.tar: sample \d at byte \d+: .*: no image of a batch of 4 can be used") as error:
         next(iter(stream(f"{tmp_path}/s.tar", image_size=8, global_batch=4, workers=workers)))
     assert "\n" not in str(error.value)
+    # The traceback holds the stream: its loaders end with it, and what they inherited, such as a browser's pipes, is closed.
+    del error
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= before
