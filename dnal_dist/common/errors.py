@@ -47,7 +47,9 @@ def reason(error: BaseException) -> str:
     """The message of an exception as one line that a terminal may show: what the system says, and of which file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return text.printable(" ".join(str(error).split()))[:300] or type(error).__name__
+    # Python's own remedy, for programs that read such numbers on purpose, is none here.
+    found = text.printable(" ".join(str(error).split()))[:300].partition("; use sys.set_int_max_str_digits()")[0]
+    return found or type(error).__name__
 
 
 def remedy(error: BaseException) -> str:

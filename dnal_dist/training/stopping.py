@@ -154,5 +154,6 @@ def limit(max_time: str | None) -> float | None:
     except ValueError as error:
         raise InputError(f"--max-time: {error}") from None
     if (end := os.environ.get("SLURM_JOB_END_TIME", "")) and end_of_job() is None:
-        print(f"warning: SLURM_JOB_END_TIME={end} is over, left by another job: it is ignored; unset it", file=sys.stderr)
+        why = "is over, left by another job" if end.isdigit() else "is no time in seconds"
+        print(f"warning: SLURM_JOB_END_TIME={end} {why}: it is ignored; unset it", file=sys.stderr)
     return min((end for end in (own, end_of_job()) if end is not None), default=None)
