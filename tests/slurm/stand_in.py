@@ -50,6 +50,8 @@ class Training:
         for number, (phase, step) in enumerate(edges[done:], done + 1):
             time.sleep(STEP_SECONDS)
             self.record("train", phase=phase, step=step, global_step=number)
+            while (self.run / "hang").exists():  # whatever signals come
+                time.sleep(STEP_SECONDS)
             stop = self.run / "stop"
             reason = self.signal or (f"{stop} is there" if stop.exists() else None)
             if reason or number % (self.recipe["checkpoint"].get("every_steps") or len(edges)) == 0:

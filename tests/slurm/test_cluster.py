@@ -242,15 +242,14 @@ def test_a_run_that_does_not_save_in_time_is_killed_and_resumed_a_few_times(clus
     job = two_nodes(cluster, tmp_path / "run", changes, *stand_in, "--grace", "20")
     for attempt in (1, 2):
         job.reach('"phase": "pretrain"', '"step": 9,')
-        stuck = [p for p in processes("dnal_dist.train") if str(job.run) in " ".join(p.cmdline()) and p.name() != "srun"]
-        assert len(stuck) == 2, "one of each node"
-        for process in stuck:
-            process.suspend()
+        (job.run / "hang").touch()
         if attempt == 2:
             # As if this had happened before.
             (job.run / "submit" / "001" / "idle").write_text("4\n")
         job.signal()
         if attempt == 1:
+            cluster.wait(lambda: "; requeued" in job.log, 120, job.log)
+            (job.run / "hang").unlink()
             job.reach('"kind": "start"', '"resumed": true')
     assert job.ended() == "FAILED" and "no new checkpoint in 5 attempts" in job.log, job.log
     assert cluster.show(job.number)["Restarts"] == "1"
@@ -281,7 +280,8 @@ def test_a_launcher_that_is_not_there_ends_the_chain(cluster, changes, tmp_path)
     """As where an environment or a container was set up wrongly: the shell gives 127."""
     job = two_nodes(cluster, tmp_path / "run", changes, "--chain", "2", "--container", "no.sif", "--setup", "[ -z $UNSET ]")
     first, second = (json.loads(line)["job"] for line in (job.run / "submit" / "jobs.jsonl").read_text().splitlines())
-    assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] == "127:0", job.log
+    # Or the code of the other node's task, where that was ended before it met the same.
+    assert cluster.ended(first) == "FAILED" and cluster.show(first)["ExitCode"] in ("127:0", "143:0"), job.log
     assert cluster.ended(second) == "FAILED" and "not started" in job.log
 
 
