@@ -11,7 +11,7 @@ from dnal_dist.common.errors import InputError
 def expanded(text: str, where: str = "") -> str:
     """`text` with ~, ~user, $VAR and ${VAR} expanded; where: what the message begins with, such as a key.
 
-    Raises InputError for a variable that is not set, and for a $ that is none: a shell would have made something else of it.
+    Raises InputError for a variable that is not set, and for a $ without a variable: a shell would have made something else of it.
     """
 
     def value(found: re.Match) -> str:

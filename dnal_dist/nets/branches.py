@@ -159,16 +159,8 @@ def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, gate_of: Te
                 constant.add(n)
         if operand in constant:
             inner.append(site)
-    return Branch(
-        node.name,
-        operand.name,
-        layers,
-        frozenset(tensors),
-        tuple(inner),
-        tuple(within),
-        graph.values[operand].labels.flatten(),
-        False,
-    )
+    added = graph.values[operand].labels.flatten()
+    return Branch(node.name, operand.name, layers, frozenset(tensors), tuple(inner), tuple(within), added, needed=False)
 
 
 def _are_within(gate_of: Tensor, gates: set[int], labels: Tensor) -> bool:

@@ -23,15 +23,9 @@ def whole(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network)
     first = next(module for module in network if isinstance(module, nn.Conv2d))
     found, order = [], list(range(first.in_channels))
-    modules = list(network)
-    while modules:
-        head = modules.pop(0)
-        if isinstance(head, Sum):
-            made, order = _sum(head, order)
-            found.append(made)
-        else:
-            made, order = _module(head, order)
-            found.append(made)
+    for module in network:
+        made, order = (_sum if isinstance(module, Sum) else _module)(module, order)
+        found.append(made)
     return nn.Sequential(*found).train(network.training)
 
 

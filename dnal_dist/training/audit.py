@@ -67,7 +67,7 @@ def _read(run: Path) -> tuple[list[dict], int, bool]:
     rows = [row for one in receipts for row in one["skipped"]]
     whole = len(receipts) == len(found.of("receipt")) and all(len(row) == 5 and isinstance(row[0], int) for row in rows)
     if found.faults or not whole:
-        why = found.faults or "a receipt that is none"
+        why = found.faults or "an unreadable receipt"
         raise InputError(f"{run / 'metrics.jsonl'}: not a run's record ({why}); name a run folder")
     return receipts, max(one.get("global_step", 0) for one in found.records), bool(found.last("end"))
 

@@ -50,7 +50,7 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (200, 30
 
 @pytest.mark.parametrize("name", ["{}", "name {}"])
 def test_each_tile_of_a_contact_sheet_shows_a_sample_and_its_own_label(tmp_path, capsys, name):
-    """Class c is all COLOURS[c]; its caption is drawn here anew."""
+    """Class c is all COLOURS[c]; its caption is drawn here."""
     members = []
     for number in range(40):
         pixels = np.full((8, 8, 3), COLOURS[number % 7], np.uint8)
