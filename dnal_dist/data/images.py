@@ -60,6 +60,19 @@ class Transform:
     def render(self, encoded: bytes, header: Header, geometry: Geometry) -> np.ndarray:
         return render(encoded, header, geometry, self.size, self.data.background)
 
+    def fixed(self, encoded: bytes, header: Header, geometry: Geometry) -> np.ndarray | None:
+        """What the image is in every epoch, uint8 (height, width, 3), from which `vary` makes that of one; None where how it is
+        decoded depends on the part that is taken. Raises ImageError."""
+        reduction = reduction_of(header, geometry._replace(part=(0, 0, *geometry.whole)), self.size)
+        if geometry.whole == geometry.own and reduction > 1:
+            return None
+        whole = _resized(decode(encoded, header, reduction, self.data.background), geometry, reduction)
+        return whole if self.kind == "resized_crop" else _part(whole, geometry, self.size)
+
+    def vary(self, fixed: np.ndarray, geometry: Geometry) -> np.ndarray:
+        """`render` from what `fixed` gave."""
+        return _shifted(_part(fixed, geometry, self.size) if self.kind == "resized_crop" else fixed, *geometry.shift)
+
     def plan(self, header: Header, epoch: int, index: int) -> Geometry:
         """The geometry of an image with this header. Raises ImageError if it takes more than data.max_pixels pixels."""
         own, size, data, augmentation = (header.height, header.width), self.size, self.data, self.data.augmentation
@@ -100,16 +113,27 @@ def reduction_of(header: Header, geometry: Geometry, size: int) -> int:
 
 def _cut(pixels: np.ndarray, geometry: Geometry, reduction: int, size: int) -> np.ndarray:
     """uint8 (height, width, 3), at a scale of 1 / reduction -> uint8 (size, size, 3)."""
-    own, (top, left, height, width) = geometry.own, geometry.part
-    if geometry.whole != own:
-        if geometry.exact or reduction > 1:
-            pixels = _resize_as_pillow(pixels, *geometry.whole, (0, 0, own[1] / reduction, own[0] / reduction))
-        else:
-            pixels = _resize(pixels, *geometry.whole)
-    elif reduction > 1:
+    if geometry.whole == geometry.own and reduction > 1:
+        top, left, height, width = geometry.part
         # Edges may lie within a reduced pixel, which torch cannot say.
         box = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
         return _resize_as_pillow(pixels, size, size, box)
+    return _part(_resized(pixels, geometry, reduction), geometry, size)
+
+
+def _resized(pixels: np.ndarray, geometry: Geometry, reduction: int) -> np.ndarray:
+    """The image, at a scale of 1 / reduction, resized to geometry.whole."""
+    own, whole = geometry.own, geometry.whole
+    if whole == own:
+        return pixels
+    if geometry.exact or reduction > 1:
+        return _resize_as_pillow(pixels, *whole, (0, 0, own[1] / reduction, own[0] / reduction))
+    return _resize(pixels, *whole)
+
+
+def _part(pixels: np.ndarray, geometry: Geometry, size: int) -> np.ndarray:
+    """geometry.part of the image at geometry.whole, as a square of `size`."""
+    top, left, height, width = geometry.part
     pixels = pixels[top : top + height, left : left + width]
     return pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size, size)
 

@@ -21,8 +21,10 @@ from torch.utils.data import get_worker_info
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.data import nvjpeg, receipts
+from dnal_dist.data.decoding import Header
 from dnal_dist.data.downloads import prefetcher
 from dnal_dist.data.images import Geometry, Transform
+from dnal_dist.data.kept import Kept, KeptImage, kept_for
 from dnal_dist.data.loader import loader_of, settled, shared
 from dnal_dist.data.nvjpeg import Encoded
 from dnal_dist.data.order import GlobalOrder, Place
@@ -58,15 +60,18 @@ class Item(NamedTuple):
     label: int = 0
     image: bytes | np.ndarray = b""
     """Encoded, or uint8 (H, W, 3)."""
+    kept: Header | None = None
+    """Of an image that is kept: `image` is what it is in every epoch."""
     geometry: Geometry | None = None
     alpha: bool = False
 
 
 class SamplesInOrder:
-    """The first stage: samples in the global order, from batch `start` of the run on, which may be set between two passes."""
+    """The first stage: samples in the global order, from batch `start` of the run on, which may be set between two passes. Those
+    that are kept are not read again."""
 
-    def __init__(self, shards: Shards, order: GlobalOrder, ahead: Prefetcher | None):
-        self.shards, self.order, self.ahead = shards, order, ahead
+    def __init__(self, shards: Shards, order: GlobalOrder, ahead: Prefetcher | None, kept: Kept):
+        self.shards, self.order, self.ahead, self.kept = shards, order, ahead, kept
         # In memory that loader processes share: they outlive a pass.
         self.start = multiprocessing.RawValue("q", 0)
 
@@ -77,6 +82,10 @@ class SamplesInOrder:
             if self.ahead is not None and place.batch != batch:
                 batch = place.batch
                 self.ahead.at(batch)
+            if (known := self.kept.get(place.index)) is not None:
+                origin = self.shards.origin(place.index, place.position, known.key)
+                yield Item(place, None, origin, known.label, known.pixels, known.header)
+                continue
             try:
                 sample, origin = self.shards.take(place.index, place.position)
             except Fault as fault:
@@ -91,23 +100,30 @@ class SamplesInOrder:
 
 
 class Decoder:
-    """The stage from encoded to decoded images; on_device: plain JPEGs are left to the device."""
+    """The stage from encoded to decoded images, which `kept` keeps; on_device: plain JPEGs are left to the device."""
 
-    def __init__(self, transform: Transform, on_device: bool):
-        self.transform, self.on_device = transform, on_device
+    def __init__(self, transform: Transform, on_device: bool, kept: Kept):
+        self.transform, self.on_device, self.kept = transform, on_device, kept
 
     def __call__(self, item: Item) -> Item:
         if item.fault is not None:
             return item
         try:
-            header = self.transform.header(item.image)
+            header = item.kept or self.transform.header(item.image)
             geometry = self.transform.plan(header, item.place.epoch, item.place.index)
             if self.on_device and nvjpeg.takes(header, item.image):
                 return item._replace(geometry=geometry)
-            pixels = self.transform.render(item.image, header, geometry)
-            return item._replace(image=pixels, geometry=geometry, alpha=header.alpha)
+            return item._replace(image=self._pixels(item, header, geometry), geometry=geometry, alpha=header.alpha)
         except Exception as error:  # ImageError, and whatever else an image may do to a decoder
             return Item(item.place, item.origin.fault(reason(error)))
+
+    def _pixels(self, item: Item, header: Header, geometry: Geometry) -> np.ndarray:
+        fixed = item.image
+        if item.kept is None:
+            if not self.kept.limit or (fixed := self.transform.fixed(item.image, header, geometry)) is None:
+                return self.transform.render(item.image, header, geometry)
+            self.kept.put(item.place.index, KeptImage(item.origin.key, item.label, header, fixed))
+        return self.transform.vary(fixed, geometry)
 
 
 class Batches:
@@ -193,11 +209,12 @@ class Stream:
         """What is right but worth knowing, one line each."""
         self.with_alpha, self.warned_of_alpha = 0, False
         """Images with an alpha channel among those given so far."""
-        self.ahead = prefetcher(shards, order, workers)
-        self.first_stage = SamplesInOrder(shards, order, self.ahead)
+        self.ahead, transform = prefetcher(shards, order, workers), Transform(data, seed, train)
+        kept = Kept() if on_device else kept_for(shards.samples, shards.bytes, data, transform.kind == "resized_crop")
+        self.first_stage = SamplesInOrder(shards, order, self.ahead, kept)
         self.pipeline = webdataset.DataPipeline(
             self.first_stage,
-            webdataset.map(Decoder(Transform(data, seed, train), on_device)),
+            webdataset.map(Decoder(transform, on_device, kept)),
             Batches(data.image_size, train, on_device),
             *stages,
         )

@@ -92,6 +92,11 @@ class Shards:
         self.notes = [*self._surveyed(), *redirected, *([self.cache.note] if self.cache and self.cache.note else [])]
         """What is right but worth knowing, one line each."""
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that the samples take in the shards."""
+        return sum(int(offsets[-1] - offsets[0]) for offsets in self.offsets if len(offsets))
+
     def shard_of(self, indices: np.ndarray) -> np.ndarray:
         """The number of the shard that each of these samples is in."""
         return np.searchsorted(self._starts, indices, side="right") - 1
@@ -114,7 +119,12 @@ class Shards:
         except Fault as fault:
             fault.shard, fault.offset, fault.index = str(path), begin, index
             raise
-        return sample, Origin(self._name(shard, begin, sample.key), position, sample.key, str(path), begin, index)
+        return sample, self.origin(index, position, sample.key)
+
+    def origin(self, index: int, position: int, key: str) -> Origin:
+        """Of the sample with this number and key, at `position` of an epoch's order."""
+        shard, begin, _ = self.locate(index)
+        return Origin(self._name(shard, begin, key), position, key, str(self.paths[shard]), begin, index)
 
     def name(self, index: int) -> str:
         """A sample's name in receipts; only its first header is read, if that is enough for its key."""

@@ -102,6 +102,9 @@ class Data(Section):
     the machine that reads the shards."""
     cache_gb: float = Field(100.0, gt=0, json_schema_extra=FREE)
     """Bound of that folder, in GB of 1e9 bytes; the copies used least recently make room."""
+    decoded_gb: float = Field(1.0, ge=0, json_schema_extra=FREE)
+    """Memory of each training process for the decoded images of each split, in GB of 1e9 bytes. A set that fits is decoded once,
+    and loader processes share it; 0: images are decoded each time."""
     label_key: OneLine | None = Field(None, min_length=1)
     """Key of the samples' .json members whose value is the label; by default the label is the text of .cls, .cls.txt or .txt, the
     first of them that a sample has. A label is the number of a class, or its name in the index of the shards."""

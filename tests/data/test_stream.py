@@ -8,6 +8,7 @@ import webdataset
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import order, pipeline, shards
 from dnal_dist.data.images import Transform
+from dnal_dist.data.kept import Kept
 from dnal_dist.data.order import Place
 from dnal_dist.data.shards import Shards
 from dnal_dist.recipe import Augmentation, Data
@@ -108,7 +109,7 @@ def test_without_an_index_the_headers_give_the_counts(digits, tmp_path):
 
 def test_random_changes_do_not_depend_on_the_batch(digits):
     data = data_settings(digits, augmentation=Augmentation(kind="pad_crop", padding=1))
-    found, decode = Shards(data.train, "data.train", 10), pipeline.Decoder(Transform(data, 0, True), on_device=False)
+    found, decode = Shards(data.train, "data.train", 10), pipeline.Decoder(Transform(data, 0, True), False, Kept())
 
     def image(epoch: int, position: int, index: int) -> np.ndarray:
         sample, origin = found.take(index, position)
