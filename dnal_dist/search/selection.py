@@ -1,8 +1,10 @@
 """A budget in place of a penalty weight: what it asks for, the weight in closed loop, and the channels that meet it exactly."""
 
+import bisect
 import heapq
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -91,7 +93,7 @@ def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget,
     open one go. Each site keeps a multiple of `round_to`, or all. A branch is either closed altogether or has a channel in each of
     its sites, so that none is kept for nothing.
     """
-    choice = _Choice(net, image_size, strength, target, round_to)
+    choice = Choice(net, image_size, strength, target, round_to)
     counts = choice.by_rank()
     counts = choice.fill(counts)
     if choice.cost(counts) not in target:
@@ -99,7 +101,7 @@ def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget,
     return choice.mask(counts)
 
 
-class _Choice:
+class Choice:
     """Keep masks as one number of channels for each site, the strongest ones of it."""
 
     def __init__(self, net: GatedNetwork, image_size: int, strength: Tensor, target: Budget, round_to: int = 1):
@@ -126,7 +128,8 @@ class _Choice:
 
     def cost(self, counts: tuple[int, ...]) -> int:
         if counts not in self._costs:
-            self._costs[counts] = self.target.of(count(self.net, self.image_size, self.mask(counts)))
+            # As `count` has it, which first closes what is read by nothing: here a branch is closed altogether or works.
+            self._costs[counts] = round(float(self.target.of(expected(self.net, self.image_size, self.mask(counts).double()))))
         return self._costs[counts]
 
     def by_rank(self) -> tuple[int, ...]:
@@ -156,17 +159,30 @@ class _Choice:
         return self._down(number - 1, site)
 
     def fill(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        """`counts` with the strongest closed channels added that fit; a site whose next channel does not fit is left alone."""
-        sites = {site for site, order in enumerate(self.orders) if counts[site] < len(order)}
-        while sites and self.cost(counts) not in self.target:
-            site = max(sites, key=lambda s: self.sorted[s][counts[s]])
-            more = self.changed(counts, site, 1)
-            if self.cost(more) > self.target.most:
-                sites.remove(site)
-                continue
-            counts = more
-            sites = {site for site in sites if counts[site] < len(self.orders[site])}
+        """`counts` with the strongest closed channels added that fit, until the cost is the target; a site whose next channel does
+        not fit is left alone. The cost grows with each channel, so the last one that fits is searched in leaps."""
+        sites = set(range(len(self.orders)))
+        while self.cost(counts) < self.target.least:
+            adding, path, leap = self._adding(counts, sites), [(-1, counts)], 1
+            while self.cost(path[-1][1]) < self.target.least:
+                further = list(itertools.islice(adding, leap))
+                if not further:
+                    return path[-1][1]
+                path, leap = path + further, 2 * leap
+            number = bisect.bisect_left(path, self.target.least, key=lambda step: self.cost(step[1]))
+            site, more = path[number]
+            if self.cost(more) in self.target:
+                return more
+            counts = path[number - 1][1]
+            sites.remove(site)
         return counts
+
+    def _adding(self, counts: tuple[int, ...], sites: set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The strongest closed channel of `sites` opened, and the next one, and so on: (its site, the counts with it)."""
+        while left := [site for site in sites if counts[site] < len(self.orders[site])]:
+            site = max(left, key=lambda s: self.sorted[s][counts[s]])
+            counts = self.changed(counts, site, 1)
+            yield site, counts
 
     def exchange(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         """The nearest to `counts`, in few changes, that costs the target; or, if none is found, the dearest below."""

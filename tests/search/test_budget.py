@@ -106,6 +106,30 @@ def test_the_exact_step_lands_inside_the_tolerance(name, width, share, unit):
         assert torch.equal(masks.present(net, keep), keep), kind
 
 
+def test_filling_up_equals_adding_one_channel_after_the_other_at_few_costs(monkeypatch):
+    """Where all channels of a site are alike, their rank leaves much of the target to be filled by others."""
+    net, costs, many = nets.build("supernet_digits"), [], 0
+    monkeypatch.setattr(selection, "expected", lambda *arguments: costs.append(1) or cost.expected(*arguments))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        levels = [10.0 * (site % 2 == 0) + float(torch.randn(())) for site in range(len(net.gate_sites))]
+        alpha = torch.cat([torch.full((n,), level) for n, level in zip(net.gate_sites.values(), levels, strict=True)])
+        target = selection.budget(asked("params", "0.4x", tolerance=0.002), net, 17)
+        choice = selection.Choice(net, 17, alpha, target)
+        ranked = expected = choice.by_rank()
+        costs.clear()
+        filled = choice.fill(ranked)
+        many, sites = many + sum(filled) - sum(ranked), set(range(len(ranked)))
+        assert len(costs) <= 40
+        while choice.cost(expected) < target.least:
+            open_ = {site for site in sites if expected[site] < len(choice.orders[site])}
+            site = max(open_, key=lambda s: choice.sorted[s][expected[s]])
+            more = choice.changed(expected, site, 1)
+            sites, expected = (sites - {site}, expected) if choice.cost(more) > target.most else (sites, more)
+        assert filled == expected
+    assert many > 100
+
+
 @pytest.mark.parametrize("round_to", [4, 8])
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
 def test_sites_keep_multiples_of_what_they_are_rounded_to(name, round_to):
@@ -126,7 +150,7 @@ def test_the_rest_of_a_budget_goes_to_the_strongest_channels_that_fit(name):
     net = nets.build(name)
     target = selection.budget(asked("macs", "0.3x", tolerance=1e-5), net, 8)
     for alpha in list(alphas(net).values())[:2]:
-        choice = selection._Choice(net, 8, alpha, target)
+        choice = selection.Choice(net, 8, alpha, target)
         ranked = choice.by_rank()
         filled = choice.fill(ranked)
         assert target.most >= choice.cost(filled) >= choice.cost(ranked)
@@ -146,7 +170,7 @@ def test_an_exchange_meets_budgets_that_filling_cannot():
     for seed in range(40):
         alpha = torch.randn(net.num_gates, generator=torch.Generator().manual_seed(seed))
         target = selection.budget(asked("macs", "0.2x"), net, 8)
-        choice = selection._Choice(net, 8, alpha, target)
+        choice = selection.Choice(net, 8, alpha, target)
         if choice.cost(choice.fill(choice.by_rank())) not in target:
             assert target.of(cost.count(net, 8, selection.select(net, 8, alpha, target))) in target
             reached += 1
