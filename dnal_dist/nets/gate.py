@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import branches
+from dnal_dist.nets.activation import ReLU6
 from dnal_dist.nets.gated import ConvBN, GatedBatchNorm, GatedNetwork, Gates, Layer, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Graph, read
@@ -60,6 +61,9 @@ class AnyNetwork(GatedNetwork):
                 gated.__class__ = gated_kind(gated)
                 gated.gates = self.gates
                 gated.register_buffer("gate_places", places, persistent=False)
+        for module in self.modules():
+            if type(module) is nn.ReLU6:
+                module.__class__ = ReLU6
         for path, norm in self.named_modules():
             if isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm):
                 if (kind := plain_norm(norm)) is None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist.nets.activation import relu6
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
 from dnal_dist.nets.slicing import Slicer, with_classifier
 
@@ -36,8 +37,8 @@ class MBConv(nn.Module):
         self.shortcut = ConvBN(inputs, outputs, 1, gated=False, eps=eps) if shortcut == "conv" else None
 
     def forward(self, x: Tensor, depthwise_gate: Tensor | None = None, project_gate: Tensor | None = None) -> Tensor:
-        hidden = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
-        hidden = F.relu6(self.depthwise(hidden, depthwise_gate), inplace=True)
+        hidden = x if self.expand is None else relu6(self.expand(x), inplace=True)
+        hidden = relu6(self.depthwise(hidden, depthwise_gate), inplace=True)
         branch = self.project(hidden, project_gate)
         if self.identity:
             return branch + x
@@ -106,10 +107,10 @@ class MobileNetV2(GatedNetwork):
 
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
         *shares, last = self.split(gates)
-        x = F.relu6(self.stem(images), inplace=True)
+        x = relu6(self.stem(images), inplace=True)
         for block, share in zip(self.blocks, shares, strict=True):
             x = block(x, *share)
-        x = F.relu6(self.last(x, *last), inplace=True)
+        x = relu6(self.last(x, *last), inplace=True)
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def layers(self, image_size: int) -> list[Layer]:

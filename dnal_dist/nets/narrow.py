@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dnal_dist.nets.activation import OPERATIONS
 from dnal_dist.nets.rules import RULES
 
 
@@ -74,7 +75,8 @@ class Narrow(nn.Module):
                 last[name] = i
         own["ends"] = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
         own["edges"] = [0, len(steps)]
-        own["calls"] = [operation(step.target) if step.kind == "op" else None for step in steps]
+        calls = [operation(step.target) if step.kind == "op" else None for step in steps]
+        own["calls"] = [OPERATIONS.get(call, call) for call in calls]
 
     def forward(self, images: Tensor) -> Tensor:
         found: dict = {"images": images}

@@ -5,6 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnal_dist.nets.activation import relu6
 from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
 from dnal_dist.nets.mobilenet import MBConv, mbconv_branch
 from dnal_dist.nets.slicing import Slicer, with_classifier
@@ -68,10 +69,10 @@ class Supernet(GatedNetwork):
 
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
         first, *shares, last = self.split(gates)
-        x = self.first(F.relu6(self.stem(images), inplace=True), *first)
+        x = self.first(relu6(self.stem(images), inplace=True), *first)
         for (_, cell), share in zip(self.cells(), shares, strict=True):
             x = cell(x, *share)
-        x = F.relu6(self.last(x, *last), inplace=True)
+        x = relu6(self.last(x, *last), inplace=True)
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def layers(self, image_size: int) -> list[Layer]:
