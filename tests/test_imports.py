@@ -28,6 +28,8 @@ DOORS = [
     "stream",
     "doctor.__main__",
     "chaos.__main__",
+    "export.__main__",
+    "predict",
 ]
 
 

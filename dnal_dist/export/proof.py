@@ -1,0 +1,176 @@
+"""That exported files are the network of the run: every file in a process of its own, on images of the validation set."""
+
+import contextlib
+import copy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dnal_dist import nets, recipe
+from dnal_dist.common.errors import reason
+from dnal_dist.export import readers
+from dnal_dist.export.images import Images
+from dnal_dist.nets import compact
+from dnal_dist.nets.masks import unpack
+
+# Largest differences of logits, relative to the largest logit.
+LIMITS = {"float64": 1e-10, "float32": 1e-5}
+# Images that the masked network gets, which is as slow as the full one.
+MASKED = 16
+
+
+class Check(NamedTuple):
+    """One comparison with the compact network in float64."""
+
+    file: str
+    precision: str
+    images: int
+    difference: float
+    """Of the logits, relative to the largest one."""
+    top1_differs: int
+    """Images of which another class comes first than in the compact network of the same precision."""
+    weights: str = "the run's"
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.precision]
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.limit
+
+
+class ProofError(Exception):
+    """A file is not the network of the run; the message says which, and by how much it differs."""
+
+
+class _Process:
+    """A file in a process of its own."""
+
+    def __init__(self, folder: Path, file: str, precision: str):
+        self.file, self.precision = file, precision
+        # -P: nothing is imported from the folder that this process was started in.
+        command = [sys.executable, "-P", str(Path(readers.__file__)), str(folder.resolve()), file, precision]
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, cwd=folder, **pipes)
+        self.images, self.difference, self.scale, self.differs = 0, 0.0, 0.0, 0
+
+    def send(self, images: Tensor) -> None:
+        with self._explained():
+            readers.send(self.process.stdin, images.to(getattr(torch, self.precision)).numpy())
+
+    def compare(self, truth: Tensor, classes: Tensor) -> None:
+        with self._explained():
+            logits = readers.receive(self.process.stdout)
+            if logits is None:
+                raise EOFError
+        found = torch.from_numpy(logits).double()
+        if found.shape != truth.shape or not bool(found.isfinite().all()):
+            raise ProofError(
+                f"{self.file}: it gives {tuple(found.shape)} numbers for {tuple(truth.shape)} logits, or infinite ones"
+            )
+        self.images += len(truth)
+        self.difference = max(self.difference, float((found - truth).abs().max()))
+        self.scale = max(self.scale, float(truth.abs().max()))
+        self.differs += int((found.argmax(1) != classes).sum())
+
+    def end(self) -> Check:
+        with self._explained():
+            self.process.stdin.close()
+            if self.process.wait(timeout=60):
+                raise ValueError
+        return Check(self.file, self.precision, self.images, self.difference / max(self.scale, 1e-30), self.differs)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, EOFError, subprocess.TimeoutExpired):
+            self.close()
+            self.errors.seek(0)
+            lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
+            why = reason(ValueError(lines[-1] if lines else "it ended"))
+            raise ProofError(f"{self.file}: it cannot be run in a process of its own ({why})") from None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def prove(network: nn.Module, folder: Path, files: list[str], images: Images) -> list[Check]:
+    """Each of `files` in `folder` against `network`, compact and in eval mode, on all `images`. Raises ProofError for a file that
+    cannot be run; whether a check holds is the caller's to ask."""
+    truth = copy.deepcopy(network).double()
+    processes = [_Process(folder, file, "float32") for file in files]
+    if "model.py" in files:
+        processes.append(_Process(folder, "model.py", "float64"))
+    try:
+        for batch in images.batches():
+            for process in processes:
+                process.send(batch)
+            with torch.no_grad():
+                logits = {"float64": truth(batch.double()), "float32": network(batch)}
+            for process in processes:
+                process.compare(logits["float64"], logits[process.precision].argmax(1))
+        return [process.end() for process in processes]
+    finally:
+        for process in processes:
+            process.close()
+            process.errors.close()
+
+
+@torch.no_grad()
+def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Images) -> Check:
+    """The full network of the recipe, with the gates closed that the run closed and the run's weights at the places that stayed,
+    against the compact one, in float64.
+
+    Where closed channels have left a constant, or a weight is computed, the run's weights have no such places; then both networks
+    have drawn ones. Raises ProofError if the compact network is none of this recipe and mask.
+    """
+    full = nets.build(**settings.network).double().eval()
+    keep = unpack(mask, full.num_gates)
+    drawn = {name: tensor.clone() for name, tensor in full.state_dict().items()}
+    first, numbered = 0, {}
+    for name, tensor in drawn.items():
+        numbered[name] = tensor
+        if tensor.is_floating_point():
+            numbered[name] = torch.arange(first, first + tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+            first += tensor.numel()
+    full.load_state_dict(numbered)
+    small = compact.compact(full, keep)
+    if compact.describe(small) != compact.describe(network):
+        raise ProofError("compact: it is not what pruning makes of the recipe's network and the mask in metrics.jsonl")
+    batch = next(images.batches())[:MASKED].double()
+    own, places = network.state_dict(), small.state_dict()
+    flat = torch.cat([tensor.flatten() for tensor in drawn.values() if tensor.is_floating_point()])
+    for name, at in places.items():
+        if at.is_floating_point():
+            inside = (at == at.round()) & (at >= 0) & (at < first)
+            flat[at[inside].long()] = own[name].double()[inside]
+    filled, first = {}, 0
+    for name, tensor in drawn.items():
+        filled[name] = tensor
+        if tensor.is_floating_point():
+            filled[name] = flat[first : first + tensor.numel()].view(tensor.shape)
+            first += tensor.numel()
+    found = None
+    for weights, tensors, other in (("the run's", filled, copy.deepcopy(network).double()), ("drawn", drawn, None)):
+        full.load_state_dict(tensors)
+        other = other or compact.compact(full, keep).eval()
+        expected, logits = other(batch), full(batch, keep.double())
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        differs = int((logits.argmax(1) != expected.argmax(1)).sum())
+        found = Check("masked network", "float64", len(batch), difference, differs, weights)
+        if found.holds:
+            break
+    return found
