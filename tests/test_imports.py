@@ -30,6 +30,7 @@ DOORS = [
     "chaos.__main__",
     "export.__main__",
     "predict",
+    "evaluate",
 ]
 
 

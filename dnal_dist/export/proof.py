@@ -21,6 +21,8 @@ from dnal_dist.nets.masks import unpack
 
 # Largest differences of logits, relative to the largest logit.
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
+# That a process may take to end, on a machine that is busy.
+PATIENCE_SECONDS = 600
 # Images that the masked network gets, which is as slow as the full one.
 MASKED = 16
 
@@ -84,7 +86,7 @@ class _Process:
     def end(self) -> Check:
         with self._explained():
             self.process.stdin.close()
-            if self.process.wait(timeout=60):
+            if self.process.wait(timeout=PATIENCE_SECONDS):
                 raise ValueError
         return Check(self.file, self.precision, self.images, self.difference / max(self.scale, 1e-30), self.differs)
 

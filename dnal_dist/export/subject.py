@@ -1,0 +1,106 @@
+"""What is evaluated: the network of a run or a file of an export, on the images of shards, by all processes together."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from dnal_dist import recipe
+from dnal_dist.common.errors import InputError
+from dnal_dist.common.files import read_regular
+from dnal_dist.data.pipeline import Stream
+from dnal_dist.data.shards import Shards
+from dnal_dist.distributed.context import Context
+from dnal_dist.export import evaluation
+from dnal_dist.export.prediction import MOST_JSON, Model
+from dnal_dist.nets import compact
+
+
+@dataclass
+class Subject:
+    run: Callable[[Tensor], np.ndarray]
+    """float32 images (n, 3, H, W) on the CPU -> logits (n, classes)."""
+    data: recipe.Data
+    stream: Stream
+    context: Context
+    is_run: bool
+    runtime: str
+    classes: int
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, as the shards call them, or else by their numbers."""
+        named = (found for found in self.stream.shards.classes.values() if len(found) == self.classes)
+        return next(named, [str(number) for number in range(self.classes)])
+
+    def tally(self) -> evaluation.Tally | None:
+        """What the network makes of all images; None in all processes but the main one."""
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not (console.is_terminal and self.context.main), transient=True) as bar:
+            task = bar.add_task("evaluating", total=self.stream.samples / self.context.world_size)
+            batches = self.stream.batches()
+            own = evaluation.tallied(self.run, batches, self.data, self.classes, lambda count: bar.advance(task, count))
+        context = self.context
+        confusion = context.sum_(torch.from_numpy(own.confusion).to(context.device, torch.float64)).cpu().numpy()
+        top5 = int(context.sum_(torch.tensor([own.top5], dtype=torch.float64, device=context.device)).item())
+        whole = evaluation.Tally(confusion.round().astype(np.int64), top5, context.gather(own.skipped))
+        whole.keep(context.gather(own.mistakes))
+        return whole if context.main else None
+
+
+def opened(path: Path, runtime: str | None, shards: str | None) -> Subject:
+    """The network of a run (runtime None), or a file of an export, on `shards` or else the recipe's validation set. Raises
+    InputError."""
+    is_run = (path / "recipe.yaml").exists()
+    export = path / "export" if is_run else path
+    context = Context()
+    if is_run and runtime is None:
+        settings = recipe.load(path / "recipe.yaml")
+        run, name = _of_run(path, context), "torch"
+    else:
+        model = Model(export, runtime)
+        settings = _recipe(export / "manifest.json", model.how)
+        run, name = (lambda images: model.run(images.numpy())), model.file
+    data = settings.data if shards is None else settings.data.model_copy(update={"val": shards})
+    with torch.no_grad():
+        classes = run(torch.zeros(1, 3, data.image_size, data.image_size)).shape[1]
+    stream = Stream(
+        Shards(data.val, "data.val" if shards is None else "--shards", classes, data),
+        data,
+        settings.seed,
+        False,
+        context.rank,
+        context.world_size,
+    )
+    return Subject(run, data, stream, context, is_run, name, classes)
+
+
+def _of_run(path: Path, context: Context) -> Callable[[Tensor], np.ndarray]:
+    if not (path / "compact").exists():
+        raise InputError(f"{path}: there is no compact network yet; the run has not finished")
+    try:
+        network = compact.load(path / "compact").to(context.device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return lambda images: network(images.to(context.device)).cpu().numpy()
+
+
+def _recipe(path: Path, how: dict) -> recipe.Recipe:
+    """The recipe that an export's manifest names, with the preprocessing of the export."""
+    try:
+        found = json.loads(read_regular(path, MOST_JSON))["provenance"]["recipe"]
+        settings = recipe.Recipe.model_validate_json(json.dumps(found))
+        own = {key: how[key] for key in ("image_size", "resize", "mean", "std", "background", "exif")}
+        data = recipe.Data.model_validate_json(json.dumps(settings.data.model_dump(mode="json") | own))
+        return settings.model_copy(update={"data": data})
+    except ValidationError as error:
+        raise InputError(f"{path}: its recipe is none ({recipe.faults(error, recipe.Recipe)})") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: not the manifest of an export; export the run again") from None
