@@ -1,6 +1,7 @@
 # make demo    set up, make the digits shards, learn an architecture on two processes, write the report
 # make test    set up, then all tests, one more at a time than there are cores (9 at most)
 # make gpu     time everything on a GPU for ten minutes, into benchmarks/results/ (BIN=/usr/bin: by the machine's own Python)
+# make bench   time steps on the CPU beside the published formulation's and the bare convolutions, in a few minutes
 # make lint    the linter and the formatter's check
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 MINUTES ?= 10
 DIGITS := data/digits/index.json
 
-.PHONY: setup demo test gpu lint format clean
+.PHONY: setup demo test gpu bench lint format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +32,9 @@ test: setup lint
 # Without setup: a machine with a GPU has a torch of its own, and perhaps no network.
 gpu:
 	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) $(or $(OUT),"benchmarks/results/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' '-')")
+
+bench: setup
+	$(BIN)/python benchmarks/steps.py --networks mobilenetv2 supernet --batch 4 --image-size 64 --seconds 3
 
 lint: setup
 	$(BIN)/ruff check .

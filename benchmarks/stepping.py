@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from formulation import ALPHA_LR, LR, MOMENTUM, PENALTY_WEIGHT, STEPS, WEIGHT_DECAY, Trainer
 from subject import Subject
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.sgd import SGD
@@ -31,7 +31,7 @@ from dnal_dist.training.steps import architecture_step, weight_step
 
 class Way(NamedTuple):
     who: str = "ours"
-    """ours or formulation."""
+    """ours, formulation, or floor: nothing but the convolutions and products of ours."""
     precision: str = "bf16"
     """fp32; tf32 (float32 whose convolutions and products may use TF32); bf16 (autocast)."""
     layout: str = "channels_last"
@@ -80,7 +80,7 @@ class Contender:
         images, self.labels = subject.batch(self.device)
         self.images = images.contiguous(memory_format=self.context.memory_format)
         del images
-        self.run = self._formulation() if way.who == "formulation" else self._ours()
+        self.run = {"ours": self._ours, "formulation": self._formulation, "floor": self._floor}[way.who]()
         begun = time.perf_counter()
         with warnings.catch_warnings():
             # Training would go on without a graph.
@@ -123,15 +123,45 @@ class Contender:
         images, labels = self.images, self.labels
         return lambda: take(images, labels)
 
+    def _floor(self) -> Callable[[], Tensor]:
+        """Each convolution and Linear by itself, forward and backward, on random inputs of the shapes that it has in the step; in
+        an architecture step without gradients of weights."""
+        network = copy.deepcopy(self.subject.compact if self.step == "finetune" else self.subject.network).to(self.device)
+        network = network.to(memory_format=self.context.memory_format)
+        layers: list[tuple[nn.Module, Tensor, list[Tensor], Tensor]] = []
+
+        def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            # Of the same layout; the images need no gradient.
+            x = torch.randn_like(inputs[0]).requires_grad_(bool(layers))
+            wanted = [x] * bool(layers) + [module.weight] * (self.step != "architecture")
+            layers.append((module, x, wanted, torch.randn_like(output)))
+
+        hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        with torch.no_grad():
+            network.eval()(self.images)
+        for hook in hooks:
+            hook.remove()
+
+        def take() -> Tensor:
+            for module, x, wanted, upstream in layers:
+                out = module(x)
+                if wanted:
+                    torch.autograd.grad(out, wanted, upstream)
+            return out.new_zeros(())
+
+        return take
+
     def time(self, count: int) -> None:
         """Take one step that is not timed, since another contender ran before, then `count` that are."""
         self.tune()
         self.run()
         if not self.on_gpu:
+            # With one thread the processor's time, which others on the machine do not lengthen.
+            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
             for _ in range(count):
-                begun = time.perf_counter()
+                begun = clock()
                 self.run()
-                self.seconds.append(time.perf_counter() - begun)
+                self.seconds.append(clock() - begun)
             return
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

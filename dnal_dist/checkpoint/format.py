@@ -77,6 +77,8 @@ class RunState(Model):
     """Global step of the last evaluation."""
     accuracy: float | None = None
     """Validation accuracy at exactly this step, if it was evaluated."""
+    memory_format: str | None = None
+    """Of images and activations; None in checkpoints of earlier releases, to which "auto" was contiguous on a CPU."""
     penalty_frozen: bool = Field(False, alias="penalty_rests")
     """Whether the collapse guard has switched the penalty off."""
     penalty_weight: float | None = None

@@ -64,7 +64,7 @@ def probe(settings: Recipe, context: Context, largest: int) -> Iterator[dict]:
     facts["reduced"] = [f"{IMAGES} random images of {size}x{size} in each process", *["without torch.compile"] * training.compile]
     network = network.to(context.device)
     architecture = Architecture(network.num_gates).to(context.device)
-    context.tune(training)
+    context.tune(training, network)
     trained = context.wrap(network, settings.phases.search.optimizer, {}, training.model_copy(update={"compile": False}))
     facts["backend"] = backend_of(trained)
     yield facts

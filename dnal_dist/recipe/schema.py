@@ -154,8 +154,8 @@ class Training(Section):
     compile: bool = False
     """Each block goes through torch.compile."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Layout of images, activations and, where the backend allows it, of convolution weights; auto: channels_last on a GPU,
-    contiguous on a CPU. Sums round differently in each."""
+    """Layout of images, activations and, where the backend allows it, of convolution weights. auto: channels_last on a GPU, and on
+    a CPU for networks with depthwise convolutions; else contiguous. Sums round differently in each, so a run keeps its own."""
     tf32: bool = True
     """On a GPU, convolutions and matrix products in float32 may round their factors to TF32 (10 bits of mantissa)."""
     cuda_graphs: bool = True

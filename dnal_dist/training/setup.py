@@ -37,7 +37,6 @@ def prepare(
     """A run of `settings`, new or resumed, with its folder prepared, ready for phases.train. allowed: keys of the recipe that may
     have changed since it began. Raises InputError."""
     torch.manual_seed(settings.seed)
-    context.tune(settings.training)
     network = nets.build(**settings.network, check=True)
     train, val = _streams(settings, network, context)
     preflight.check_search_length(settings, train.steps_per_epoch)
@@ -72,6 +71,7 @@ def _opened_run(
 ) -> Run:
     """The run in its folder, which was opened for it."""
     saved, faults, changed, lock = opened
+    context.tune(settings.training, network, saved and (saved.state.memory_format or "contiguous"))
     (train, val), folder = streams, Path(settings.output)
     finished = saved is not None and saved.state.phase == "done"
     keep = None if saved is None or finished else saved.state.records
@@ -128,7 +128,7 @@ def _state(
 ) -> RunState:
     """The checkpoint's state or a new one, with the facts of the present processes."""
     facts = {"world_size": context.world_size, "backend": context.backend, "shards": shards, "tracker_run": tracker_run}
-    facts["recipe"] = settings.model_dump(mode="json")
+    facts |= {"memory_format": context.layout, "recipe": settings.model_dump(mode="json")}
     return saved.state.model_copy(update=facts) if saved else RunState(phase="pretrain", step=0, global_step=0, **facts)
 
 
@@ -173,6 +173,7 @@ def _record_start(run: Run, changed: dict[str, list]) -> None:
         world_size=context.world_size,
         backend=context.backend,
         precision=context.precision,
+        memory_format=context.layout,
         accumulation=accumulation,
         device=_device_name(context.device),
         train_samples=train.samples,

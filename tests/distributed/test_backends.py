@@ -21,7 +21,7 @@ ALONE = [case for case in FIXED if ":1:1:" not in case] + BATCH
 EXTRA = [
     "resnet_digits:1:1:fixed:clip:parts:shared",
     "resnet_digits:1:1:batch:sync:checkpointing",
-    "supernet_digits:2:1:fixed:checkpointing:shared",
+    "supernet_digits:2:1:fixed:checkpointing:shared:last",
     "vgg_digits:1:1:fixed:parts:shared",
     # Of tests/user_networks.py.
     "any_network:1:1:batch:sync:checkpointing",
