@@ -25,7 +25,9 @@ def main() -> None:
     # Torch and everything else is imported after the arguments have been parsed.
     from dnal_dist.training import command
 
-    command.run_recipe(args.recipe, [*args.overrides, *source], args.overwrite, args.allow_changed, args.max_time, args.profile)
+    command.run_recipe(
+        args.recipe, [*args.overrides, *source], args.overwrite, args.allow_changed, args.max_time, args.profile, args.until
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,6 +59,12 @@ def _arguments() -> argparse.Namespace:
         "--max-time",
         metavar="TIME",
         help="save and exit with 75 before so much time has passed (3h30m, 90m); the end of a SLURM job is respected anyway",
+    )
+    parser.add_argument(
+        "--until",
+        choices=("pretrain", "search"),
+        help="end behind this phase, with 0; the same command without it goes on. Runs whose pretrain is the same can share one: "
+        "--init-from RUN phases.pretrain.steps=0",
     )
     parser.add_argument(
         "--profile",

@@ -207,15 +207,21 @@ def read(path: Path) -> Checkpoint:
 
 
 def remove_old(folder: Path, kept: Kept) -> None:
-    """Remove all but the last ones and, of the newest phase that has any, those of the highest accuracy."""
+    """Remove all but the last ones, those of the highest accuracy of the newest phase that has any, and that of pretrain's end."""
     paths = found(folder)
+    pretrained = after_pretrain(folder)
     accuracies = {path: accuracy for path in paths if (accuracy := _accuracy(path)) is not None}
     newest = next((place(path)[1] for path in accuracies), None)
     baselines = [path for path in accuracies if place(path)[1] == newest]
     best = sorted(baselines, key=lambda path: (-accuracies[path], baselines.index(path)))[: kept.best]
     for path in paths[kept.last :]:
-        if path not in best and place(path) != UNKNOWN:
+        if path not in best and path != pretrained and place(path) != UNKNOWN:
             atomic.remove(path)
+
+
+def after_pretrain(folder: Path) -> Path | None:
+    """The first checkpoint of the search in `folder`: the network as pretrain left it, if that could be written. Raises OSError."""
+    return next((path for path in reversed(found(folder)) if place(path)[1] == PHASES.index("search")), None)
 
 
 def place(path: Path) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnal_dist.common.span import span
 from dnal_dist.distributed.cuda_graph import CudaGraph
-from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
 
@@ -20,7 +19,7 @@ class Replicated(Trained):
     def wrap(self, momentum):
         self.module.to(memory_format=self.options.memory_format)
         self.graphs: dict[tuple, CudaGraph | None] = {}
-        self.optimizer = SGD(self.module.parameters(), **self.settings)
+        self.optimizer = self.sgd()
         for name, buffer in momentum.items():
             # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
             own = torch.empty_like(self.parameters[name])
@@ -83,7 +82,7 @@ class Replicated(Trained):
         """The outcome of a micro-batch, whose gradients are added."""
         outcome = forward(self.network, *micro_batch)
         with span("backward"):
-            self.options.scaler.scale(outcome.cross_entropy / batch).backward()
+            self.options.scaler.scale(outcome.loss / batch).backward()
         return outcome
 
     def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:

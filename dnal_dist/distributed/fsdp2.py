@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.shipped import named
 from dnal_dist.common.span import span
-from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets.gated import segments
 
@@ -33,7 +32,7 @@ class FullySharded(Trained):
             raise InputError(
                 f"FSDP2 was asked for, but it left parameters whole; use another config of {named('recipes/accelerate')}"
             )
-        self.optimizer = SGD(self.module.parameters(), **self.settings)
+        self.optimizer = self.sgd()
         # Each is a collective, and a checkpoint's names come in another order on each process.
         for name, p in self.parameters.items():
             if name in momentum:
@@ -50,7 +49,7 @@ class FullySharded(Trained):
             self.module.set_requires_gradient_sync(number == len(micro_batches))
             outcomes.append(forward(self.network, *micro_batch))
             with span("backward"):
-                (outcomes[-1].cross_entropy / batch).backward()
+                (outcomes[-1].loss / batch).backward()
         with span("optimizer"):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
 from dnal_dist.distributed.batchnorm import replace_norms
+from dnal_dist.distributed.sgd import SGD
 from dnal_dist.nets.gated import segments
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
@@ -54,8 +55,10 @@ class Trained:
 
     def __init__(self, network: nn.Module, sgd, momentum: dict[str, Tensor], options: Options):
         self.plain, self.options, self.clip_norm = network, options, sgd.clip_norm
+        self.decayed = {name for name, parameter in network.named_parameters() if parameter.dim() > 1}
         self.module = _prepared(copy.deepcopy(network).to(options.device).train(), options)
-        self.settings = {"lr": sgd.lr, "momentum": sgd.momentum, "weight_decay": sgd.weight_decay}
+        self.settings = {"lr": sgd.lr, "momentum": sgd.momentum, "weight_decay": sgd.weight_decay, "nesterov": sgd.nesterov}
+        self.decay_norms = sgd.decay_norms or not sgd.weight_decay
         self.network = self.wrap(momentum)
         self.plain.cpu()
 
@@ -63,13 +66,28 @@ class Trained:
         """Wrap self.module and make self.optimizer; returns the wrapped network."""
         raise NotImplementedError
 
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    """The loss of a step as a function of logits (n, classes), images, labels and their cross-entropy, which it is where this is
+    None; all summed over the images."""
+
+    def sgd(self) -> SGD:
+        """SGD over the copy's parameters as they are now."""
+        if self.decay_norms:
+            return SGD(self.module.parameters(), **self.settings)
+        # In the order of the network within each, as checkpoints of ZeRO want it.
+        groups = {True: [], False: []}
+        for name, parameter in self.module.named_parameters():
+            groups[name in self.decayed].append(parameter)
+        own = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+        return SGD([group for group in own if group["params"]], **self.settings)
+
     def forward(self, network: nn.Module, images: Tensor, gates: Tensor | None = None) -> Tensor:
         """Logits (n, classes), in float32 or wider, of `network`: self.network or self.module."""
         logits = network(images) if gates is None else network(images, gates)
         return logits.float() if logits.dtype != torch.float64 else logits
 
     def step(self, forward: Callable[..., NamedTuple], micro_batches: Sequence[tuple], batch: int) -> list:
-        """One step down the gradient of the micro-batches' summed `cross_entropy` / batch, the mean over processes.
+        """One step down the gradient of the micro-batches' summed `loss` / batch, the mean over processes.
 
         forward(network, images, labels, gates) gives an outcome, a named tuple of tensors or None; returns the outcomes. The
         micro-batches are computed one after the other, so that only one of them needs memory for its activations.

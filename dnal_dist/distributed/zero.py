@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import span
-from dnal_dist.distributed.sgd import SGD
 from dnal_dist.distributed.wrapper import Trained
 
 LINEAR = nn.functional.linear
@@ -28,7 +27,7 @@ class Zero(Trained):
             raise InputError(f"ZeRO cannot hold {frozen[0]}, which does not train; use DDP or FSDP2, or a network without it")
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        optimizer = SGD(self.module.parameters(), **self.settings)
+        optimizer = self.sgd()
         given = self.options.settings["deepspeed"]
         # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
         size = sum(p.numel() for p in self.module.parameters())
@@ -111,10 +110,10 @@ class Zero(Trained):
         for micro_batch in first:
             outcomes.append(forward(self.module, *micro_batch))
             with span("backward"):
-                found = torch.autograd.grad(outcomes[-1].cross_entropy / batch, self.parameters.values())
+                found = torch.autograd.grad(outcomes[-1].loss / batch, self.parameters.values())
             gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
         outcomes.append(forward(self.network, *last))
-        total = outcomes[-1].cross_entropy / batch
+        total = outcomes[-1].loss / batch
         if gradients is not None:
             total = _WithGradients.apply(total, gradients, *self.parameters.values())
         with span("backward"):

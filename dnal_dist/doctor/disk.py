@@ -59,7 +59,8 @@ def run_folder(case: Case) -> Finding:
 def disk(case: Case) -> Finding:
     """Room for as many checkpoints as exist at a time."""
     keep = case.settings.checkpoint.keep
-    number = keep.last + keep.best + 1
+    # Beside those: pretrain's, and the one that is being written.
+    number = keep.last + keep.best + 2
     there = sum(path.stat().st_size for path in case.folder.glob("checkpoints/*/*") if path.is_file())
     free, needed = disk_usage(case.existing).free, number * case.checkpoint_bytes
     found = f"checkpoints take up to {short(needed)} ({number} of {short(case.checkpoint_bytes)}), {short(free)} are free"

@@ -5,6 +5,7 @@ from dnal_dist.recipe.learning import (
     ArchitectureSettings,
     Constant,
     Cosine,
+    Distillation,
     Phase,
     Phases,
     Pretrain,
@@ -29,7 +30,7 @@ from dnal_dist.recipe.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Keep", "Network", "Phase",
-    "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount", "dump", "faults",
-    "flat", "free_keys", "is_free", "load",
+    "SGD", "ArchitectureSettings", "Augmentation", "Checkpoints", "Constant", "Cosine", "Data", "Distillation", "Keep",
+    "Network", "Phase", "Phases", "Pretrain", "Recipe", "SearchPhase", "Steps", "Target", "Tracking", "Training", "amount",
+    "dump", "faults", "flat", "free_keys", "is_free", "load",
 ]  # fmt: skip

@@ -12,19 +12,34 @@ class SGD(Section):
     lr: float = Field(gt=0)
     """Base learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum, without Nesterov."""
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = Field(0.0, ge=0)
     """L2 weight decay."""
+    decay_norms: bool = True
+    """Whether weight decay also shrinks parameters of one dimension: BatchNorms and biases. Nothing else in the architecture's."""
     clip_norm: float | None = Field(None, gt=0)
     """A gradient whose norm, over all of this group, is larger is scaled down to it."""
 
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self):
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
-class Constant(Section):
+
+class Schedule(Section):
+    warmup: float = Field(0.0, ge=0)
+    """Over so long, in the unit of the phase's duration, the learning rate rises in equal steps to what the schedule says."""
+
+
+class Constant(Schedule):
     kind: Literal["constant"] = "constant"
     """The base learning rate throughout."""
 
 
-class Steps(Section):
+class Steps(Schedule):
     kind: Literal["steps"]
     """Multiply by `factor` at each milestone."""
     milestones: tuple[float, ...] = Field(strict=False, min_length=1)
@@ -33,7 +48,7 @@ class Steps(Section):
     """What the learning rate is multiplied by at a milestone."""
 
 
-class Cosine(Section):
+class Cosine(Schedule):
     kind: Literal["cosine"]
     """lr * 0.5 * (1 + cos(pi * (offset + position) / horizon))."""
     offset: float = Field(0.0, ge=0)
@@ -51,6 +66,9 @@ class Phase(Section):
     """SGD of the weights."""
     schedule: Constant | Steps | Cosine = Field(Constant(), discriminator="kind")
     """How the learning rate of the weights moves over the phase."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over all classes, in the loss of this phase's steps. Recorded cross-entropies are
+    without it, the recorded loss is with it."""
 
     @model_validator(mode="after")
     def _exactly_one_duration(self):
@@ -88,6 +106,13 @@ class SearchPhase(Phase):
         return self
 
 
+class Distillation(Section):
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the loss that is the divergence from the teacher; the rest is the cross-entropy with the labels."""
+    temperature: float = Field(1.0, gt=0)
+    """What the logits of both are divided by; the divergence is multiplied by its square (arXiv 1503.02531)."""
+
+
 class Phases(Section):
     pretrain: Pretrain
     """Weights only, no gates. With no iterations the search begins with the weights as they are, those of model.init_from say."""
@@ -95,6 +120,8 @@ class Phases(Section):
     """Weights and architecture on alternate iterations while the gates harden."""
     finetune: Phase
     """The compact network."""
+    distillation: Distillation | None = None
+    """In search and finetune, learn also from what the network said as pretrain left it, at the price of its forward pass."""
 
 
 def amount(text: str | int | float) -> tuple[float, bool]:

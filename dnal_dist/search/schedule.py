@@ -34,9 +34,11 @@ def is_architecture_step(step: int, weight_steps: int, architecture_steps: int) 
 
 def learning_rate_at(phase, step: int, per_epoch: int) -> float:
     """Learning rate of a recipe's `phase` after `step` iterations of it, `per_epoch` of which are an epoch."""
-    if phase.epochs is None:
-        return learning_rate(phase.schedule, phase.optimizer.lr, step, phase.steps)
-    return learning_rate(phase.schedule, phase.optimizer.lr, step / per_epoch, phase.epochs)
+    unit, duration = (1, phase.steps) if phase.epochs is None else (per_epoch, phase.epochs)
+    rate = learning_rate(phase.schedule, phase.optimizer.lr, step / unit, duration)
+    warmup = phase.schedule.warmup * unit
+    # The first step is no step at a rate of 0.
+    return rate if step + 1 >= warmup else rate * (step + 1) / warmup
 
 
 def delta_at(phase, architecture, step: int, per_epoch: int) -> float:

@@ -38,6 +38,7 @@ class RunLog:
         self.tracker_run = tracker_run or secrets.token_hex(4)
         self._sender, self._line, self._begun = None, None, None
         self._unwritten, self._warned, self._lock = b"", False, threading.Lock()
+        self._open = threading.Lock()
         if not self.main:
             return
         self.console = Console()
@@ -106,7 +107,12 @@ class RunLog:
 
     def to_disk(self) -> None:
         """Wait until all records so far are on disk. From any thread; raises OSError."""
-        if self.main and not self._file.closed:
+        if not self.main:
+            return
+        # The thread that writes a checkpoint may be here while the log is being closed.
+        with self._open:
+            if self._file.closed:
+                return
             self.flush()
             os.fsync(self._file.fileno())
             if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._file.name)):
@@ -154,7 +160,8 @@ class RunLog:
         # A failure was logged when it happened first.
         with contextlib.suppress(OSError):
             self.to_disk()
-        self._file.close()
+        with self._open:
+            self._file.close()
         if self._sender is not None:
             sender, self._sender = self._sender, None
             sender.close(patience, self.global_step if finished else None)

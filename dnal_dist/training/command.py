@@ -25,10 +25,12 @@ def run_recipe(
     allowed: Sequence[str],
     max_time: str | None,
     profiled_steps: int | None = None,
+    until_phase: str | None = None,
 ) -> None:
     """Train the recipe at `path`. Exits with a code of docs/resuming.md, unless all went well in the only process.
 
-    profiled_steps: steps of each phase to trace into RUN/profile; None: no trace.
+    profiled_steps: steps of each phase to trace into RUN/profile; None: no trace. until_phase: the phase behind which the run is
+    left; None: the last.
     """
     signals = stopping.Signals(_interrupt)
     context = run = None
@@ -44,8 +46,8 @@ def run_recipe(
         run = setup.prepare(settings, context, stops, overwrite, allowed)
         signals.training = True
         with profiling.traced(run, profiled_steps):
-            phases.train(run)
-        missed = exit.finish(run)
+            finished = phases.train(run, until_phase)
+        missed = exit.finish(run) if finished else exit.pause(run, until_phase)
         if missed and context.main:
             exit.report_error(f"error: {missed}")
         run.close()

@@ -51,6 +51,15 @@ def finish(run: Run) -> str | None:
     return missed
 
 
+def pause(run: Run, phase: str) -> None:
+    """Close a run that goes no further than behind `phase`. Raises InputError if its last checkpoint could not be written."""
+    if not run.context.from_main(run.writer.finish()):
+        raise InputError(f"{run.folder}: the checkpoint behind {phase} cannot be written (see the warnings above)")
+    run.log.print(f"{phase} is done: the same command without --until goes on")
+    run.log.close()
+    run.context.close()
+
+
 def _report(run: Run, do: Callable) -> bool:
     """Whether the report was written, or its table printed; the run itself is complete without it."""
     try:

@@ -14,6 +14,7 @@ from dnal_dist.search import schedule
 from dnal_dist.training import divergence, state, usage
 from dnal_dist.training.evaluate import evaluate
 from dnal_dist.training.metrics import Metrics, check_skipped
+from dnal_dist.training.objective import objective
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, weight_step
 from dnal_dist.training.stopping import Stopped
@@ -45,6 +46,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
     total = phase.iterations(per_epoch)
     accumulation = run.context.accumulation_steps(recipe.data)
     trained = run.context.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
+    trained.objective = objective(run, phase)
     metrics, clock = Metrics(run), Clock(run)
     result = metrics.summary
     run_log.begin(position.phase, total, position.step)

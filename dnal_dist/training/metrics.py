@@ -20,6 +20,9 @@ from dnal_dist.training import divergence
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome
 
+# Numbers of each process that a record sums up.
+SUMS = 7
+
 
 def check_skipped(run: Run, skipped: list[str], stream: Stream, key: str) -> None:
     """Name skipped samples of `stream` when first met; raise InputError if they are more than the recipe's fraction."""
@@ -109,8 +112,8 @@ class Metrics:
         return sorted(set(self.run.context.gather(sorted(self.skipped))))
 
     def _reset(self) -> None:
-        # cross-entropy, correct, images, penalty, architecture steps, images skipped
-        self.sums = torch.zeros(6, dtype=torch.float64, device=self.run.context.device)
+        # cross-entropy, correct, images, penalty, architecture steps, images skipped, loss without the penalty
+        self.sums = torch.zeros(SUMS, dtype=torch.float64, device=self.run.context.device)
         self.since, self.waited, self.paused = time.monotonic(), 0.0, 0.0
 
     def add_batch(self, fed: Fed) -> None:
@@ -131,6 +134,7 @@ class Metrics:
 
     def add_outcome(self, outcome: Outcome) -> None:
         self.sums[0] += outcome.cross_entropy
+        self.sums[6] += outcome.loss
         self.sums[1] += outcome.correct
         kind = f"comm/bytes_{'weight' if outcome.penalty is None else 'architecture'}_step"
         if self.run.context.world_size > 1:
@@ -155,21 +159,21 @@ class Metrics:
         images were skipped."""
         run, position = self.run, self.run.state
         found = run.context.sum_(torch.cat([self.sums, divergence.flags(run, trained)])).tolist()
-        (cross_entropy, correct, images, penalty, penalties, skipped), diverged = found[:6], found[6:]
+        (cross_entropy, correct, images, penalty, penalties, skipped, loss), diverged = found[:SUMS], found[SUMS:]
         if skipped:
             check_skipped(run, self._all_skipped(), run.train, "data.train")
         images = max(images, 1)
-        cross_entropy = cross_entropy / images
+        cross_entropy, loss = cross_entropy / images, loss / images
         divergence.check(run, diverged, cross_entropy, divergence.HIGHEST_LOSS)
         if not self.warned and (strange := divergence.warning(run, cross_entropy)):
             self.warned = True
             run.log.warn(strange)
         # Each process added the same penalty once a step.
         penalty = penalty / penalties if penalties else None
-        # A weight in closed loop changes with every step, its sign too, so the loss is the cross-entropy alone.
+        # A weight in closed loop changes with every step, its sign too, so the loss is without it.
         driven = run.budget is not None
         values = {
-            "loss": round(cross_entropy + (0.0 if driven else penalty or 0.0), 6),
+            "loss": round(loss + (0.0 if driven else penalty or 0.0), 6),
             "cross_entropy": round(cross_entropy, 6),
             "penalty": penalty,
             "accuracy": round(correct / images, 6),

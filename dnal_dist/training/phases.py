@@ -19,13 +19,15 @@ from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 
-def train(run: Run) -> None:
-    """Take all phases that are left. Raises stopping.Stopped, after a checkpoint to resume from, when a stop was requested."""
+def train(run: Run, until: Phase | None = None) -> bool:
+    """Take all phases that are left, or those up to `until`, and return whether the run is finished. Raises stopping.Stopped, after
+    a checkpoint to resume from, when a stop was requested."""
     with attached(run.breakdown), span("training", run):
-        _phases(run)
+        _phases(run, until)
+    return run.state.phase == "done"
 
 
-def _phases(run: Run) -> None:
+def _phases(run: Run, until: Phase | None) -> None:
     if not run.resumed:
         # A disk that takes no checkpoint is better known now than hours from now.
         state.save(run, {})
@@ -34,8 +36,10 @@ def _phases(run: Run) -> None:
     with contextlib.closing(training_batches(run)) as batches:
         if run.state.phase == "pretrain":
             pretrain(run, batches)
-        if run.state.phase == "search":
+        if run.state.phase == "search" and until != "pretrain":
             search(run, batches)
+    if until is not None:
+        return
     if run.state.phase == "prune":
         prune(run)
         enter(run, "finetune")

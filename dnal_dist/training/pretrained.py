@@ -148,7 +148,7 @@ def _of_timm(source: str, model: NetworkSettings) -> Source:
 
 
 def _saved(path: Path, output: Path) -> Source:
-    """The network in a checkpoint's folder, or in the newest whole one of a run folder."""
+    """The network in a checkpoint's folder, or that of a run folder as pretrain left it."""
     run, faults, where, replaced = path / "checkpoints", [], path.resolve(), output.resolve()
     if where == replaced or replaced / "checkpoints" in (where, *where.parents):
         raise InputError(f"{KEY}: {path} is in the run folder that this run replaces; name another one by key 'output'")
@@ -158,8 +158,8 @@ def _saved(path: Path, output: Path) -> Source:
         except ValueError as error:
             raise InputError(f"{KEY}: {error}; give another") from None
     elif os.path.isdir(run):
-        _, saved, damaged = checkpoint.latest(run)
-        faults = [f"{fault}; it was skipped" for fault in damaged.values()]
+        saved, damaged = _of_run(run)
+        faults = [f"{fault}; it was skipped" for fault in damaged]
         if saved is None:
             raise InputError(f"{KEY}: {faults[0] if faults else f'{run} holds no checkpoint'}; give another run")
     else:
@@ -174,6 +174,18 @@ def _saved(path: Path, output: Path) -> Source:
         )
     tensors = {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
     return Source(tensors, f"{path}, after {state.global_step} iterations", faults)
+
+
+def _of_run(checkpoints: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The network of a run as its pretrain left it, or, before that, the newest one; and what is wrong with others."""
+    damaged = []
+    if (path := checkpoint.after_pretrain(checkpoints)) is not None:
+        try:
+            return checkpoint.read(path), []
+        except ValueError as error:
+            damaged.append(str(error))
+    _, saved, newer = checkpoint.latest(checkpoints)
+    return saved, list(dict.fromkeys([*damaged, *newer.values()]))
 
 
 def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:

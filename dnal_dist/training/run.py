@@ -45,6 +45,8 @@ class Run:
     """Whether the run started from a checkpoint."""
     compact: nn.Module | None = None
     """The compact network, once the supernet is pruned."""
+    teacher: nn.Module | None = None
+    """The network as pretrain left it, where the recipe distils from it."""
     momentum: dict[str, Tensor] = field(default_factory=dict)
     """Momentum of the weights by name, for the next optimiser."""
     receipt: Receipt = field(default_factory=Receipt)
@@ -59,7 +61,11 @@ class Run:
         self.log.global_step = self.state.global_step
         settings = self.recipe.architecture.optimizer
         self.architecture_optimizer = SGD(
-            self.architecture.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+            self.architecture.parameters(),
+            settings.lr,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
         )
 
     @property

@@ -11,7 +11,7 @@ from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.nets import compact
-from dnal_dist.training.metrics import Metrics
+from dnal_dist.training.metrics import SUMS, Metrics
 from dnal_dist.training.run import Run
 
 
@@ -160,6 +160,8 @@ def _restore_per_process(run: Run, tensors: dict[str, Tensor], saved: RunState) 
     if saved.metrics is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.context.main else torch.zeros_like(sums[0])
-        if own.shape != (6,):
+        if own.shape == (SUMS - 1,):  # of a release whose loss was the cross-entropy
+            own = torch.cat([own, own[:1]])
+        if own.shape != (SUMS,):
             raise ValueError(f"sums of {tuple(sums.shape)}")
         run.pending = saved.metrics, own, same and saved.backend == run.context.backend

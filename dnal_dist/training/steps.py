@@ -15,8 +15,10 @@ from dnal_dist.search.architecture import Architecture
 
 
 class Outcome(NamedTuple):
-    """Sums over the local batch, as tensors on the device: cross-entropy, correct answers, and the weighted penalty."""
+    """Sums over the local batch, as tensors on the device: the loss whose gradient is taken, the cross-entropy, correct answers,
+    and the weighted penalty."""
 
+    loss: Tensor
     cross_entropy: Tensor
     correct: Tensor
     penalty: Tensor | None = None
@@ -26,7 +28,8 @@ class Outcome(NamedTuple):
 def _forward(trained: Trained, network: nn.Module, images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
     logits = trained.forward(network, images, gates)
     cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
-    return Outcome(cross_entropy, (logits.detach().argmax(1) == labels).sum())
+    loss = cross_entropy if trained.objective is None else trained.objective(logits, images, labels, cross_entropy)
+    return Outcome(loss, cross_entropy.detach(), (logits.detach().argmax(1) == labels).sum())
 
 
 def _micro_batches(images: Tensor, labels: Tensor, accumulation: int) -> list[tuple[Tensor, Tensor]]:
@@ -34,7 +37,8 @@ def _micro_batches(images: Tensor, labels: Tensor, accumulation: int) -> list[tu
 
 
 def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
-    return Outcome(sum(o.cross_entropy.detach() for o in outcomes), sum(o.correct for o in outcomes), penalty)
+    loss, cross_entropy = sum(o.loss.detach() for o in outcomes), sum(o.cross_entropy for o in outcomes)
+    return Outcome(loss, cross_entropy, sum(o.correct for o in outcomes), penalty)
 
 
 @spanned("weight step")
@@ -82,7 +86,7 @@ def architecture_step(
         with frozen_statistics(trained.module):
             outcome = _forward(trained, trained.module, *micro_batch, architecture.gates(delta))
         with span("backward"):
-            gradient = gradient + torch.autograd.grad(scaler.scale(outcome.cross_entropy / batch), alpha)[0]
+            gradient = gradient + torch.autograd.grad(scaler.scale(outcome.loss / batch), alpha)[0]
         outcomes.append(outcome)
     with span("sync"):
         alpha.grad = average_(gradient)

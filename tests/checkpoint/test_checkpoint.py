@@ -17,7 +17,7 @@ from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
 from dnal_dist.common import atomic
 
 
-def made(step: int, phase: str = "search", accuracy: float | None = None) -> Checkpoint:
+def made(step: int, phase: str = "pretrain", accuracy: float | None = None) -> Checkpoint:
     tensors = {
         "alpha": torch.full((50,), float(step)),
         "network.a": torch.randn(3, 4),
@@ -44,7 +44,7 @@ def test_a_written_checkpoint_is_read(tmp_path):
     ours = made(12)
     write(tmp_path, ours)
     path, found, damaged = checkpoint.latest(tmp_path)
-    assert (path.name, damaged) == ("step-00000012-search", {})
+    assert (path.name, damaged) == ("step-00000012-pretrain", {})
     assert found.state == ours.state
     assert all(
         torch.equal(found.tensors[key], tensor) and found.tensors[key].dtype == tensor.dtype for key, tensor in ours.tensors.items()
@@ -61,7 +61,7 @@ def test_the_order_is_that_of_the_run_and_not_of_the_names(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_last_and_the_best_of_the_newest_phase_stay(tmp_path):
+def test_the_last_the_best_of_the_newest_phase_and_pretrains_end_stay(tmp_path):
     cases = [
         (1, "pretrain", 0.99),
         (2, "search", 0.7),
@@ -75,16 +75,17 @@ def test_the_last_and_the_best_of_the_newest_phase_stay(tmp_path):
         write(tmp_path, made(step, phase, accuracy), last=1, best=1)
         kept.append([int(name.split("-")[1]) for name in names(tmp_path)])
     # Of two equal ones the later.
-    assert kept == [[1], [2], [3], [3, 4], [3, 5], [6]]
+    # Pretrain's end is where the search begins.
+    assert kept == [[1], [2], [2, 3], [2, 3, 4], [2, 3, 5], [2, 6]]
     write(tmp_path, made(7, "finetune"), made(8, "finetune", 0.1), made(9, "finetune", 0.2), last=2, best=1)
-    assert [int(name.split("-")[1]) for name in names(tmp_path)] == [8, 9]
+    assert [int(name.split("-")[1]) for name in names(tmp_path)] == [2, 8, 9]
 
 
 def test_none_is_removed_before_the_new_one_is_there(tmp_path):
     write(tmp_path, made(1), made(2))
     with at("write", after=lambda _, file: os.truncate(file[0], 10)), pytest.raises(OSError, match="read back"):
         write(tmp_path, made(3), last=1)
-    assert names(tmp_path) == ["step-00000001-search", "step-00000002-search"]
+    assert names(tmp_path) == ["step-00000001-pretrain", "step-00000002-pretrain"]
 
 
 # Each with how often a save comes there at least.
@@ -137,7 +138,7 @@ def test_a_kill_within_a_save_leaves_the_newest_whole_checkpoint(tmp_path, opera
         assert not damaged and (same(found, newest) or same(found, older))
         atomic.clean(folder)
         write(folder, newest, last=1)
-        assert same(checkpoint.latest(folder)[1], newest) and names(folder) == ["step-00000002-search"]
+        assert same(checkpoint.latest(folder)[1], newest) and names(folder) == ["step-00000002-pretrain"]
         number += 1
         write(tmp_path / f"{number}", older, last=1)
     assert number >= OPERATIONS[operation]
@@ -148,7 +149,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "to_disk", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write(tmp_path, made(2))
-    assert names(tmp_path) == ["step-00000001-search"]
+    assert names(tmp_path) == ["step-00000001-pretrain"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -160,11 +161,11 @@ def test_one_of_the_same_name_is_replaced_and_never_lost(tmp_path, operation, wh
     write(tmp_path / "0", first)
     while write_failing(folder := tmp_path / f"{number}", second, error, operation, number, when, last=1, best=0):
         atomic.clean(folder)
-        assert names(folder) == ["step-00000003-search"]
+        assert names(folder) == ["step-00000003-pretrain"]
         assert any(same(checkpoint.latest(folder)[1], one) for one in (first, second))
         number += 1
         write(tmp_path / f"{number}", first)
-    assert number > 0 and same(checkpoint.latest(folder)[1], second) and names(folder) == ["step-00000003-search"]
+    assert number > 0 and same(checkpoint.latest(folder)[1], second) and names(folder) == ["step-00000003-pretrain"]
 
 
 def rewritten(path: Path, **changes) -> None:
@@ -216,10 +217,10 @@ HOSTILE = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_read(tmp_path, kind):
     older = made(1)
     write(tmp_path, older, made(2))
-    path = tmp_path / "step-00000002-search"
+    path = tmp_path / "step-00000002-pretrain"
     HOSTILE[kind](path)
     where, found, damaged = checkpoint.latest(tmp_path)
-    assert same(found, older) and where.name == "step-00000001-search"
+    assert same(found, older) and where.name == "step-00000001-pretrain"
     (fault,) = damaged.values()
     assert fault.startswith(f"{path}: checkpoint is damaged (") and "\n" not in fault
 
@@ -228,7 +229,7 @@ def test_no_state_breaks_the_reader(tmp_path):
     """States with random values in random places, under a manifest that fits, are read or refused, and never anything else."""
     draw, seen = random.Random(3), set()
     write(tmp_path, made(2))
-    path = tmp_path / "step-00000002-search"
+    path = tmp_path / "step-00000002-pretrain"
     whole = json.loads((path / "state.json").read_bytes())
     odd = [None, -1, 1 << 70, 1.5, float("nan"), "x", "", [], {}, [[]], {"a": {}}, True, "\ud800", "done"]
     for _ in range(200):
@@ -247,7 +248,7 @@ def test_no_state_breaks_the_reader(tmp_path):
 def test_random_damage_is_always_noticed(tmp_path):
     generator = random.Random(0)
     write(tmp_path, made(1), made(2))
-    path = tmp_path / "step-00000002-search"
+    path = tmp_path / "step-00000002-pretrain"
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     for _ in range(300):
         name = generator.choice(list(whole))
@@ -264,7 +265,7 @@ def test_random_damage_is_always_noticed(tmp_path):
             assert json.loads(content)["files"] == json.loads(whole[name])["files"]
             assert found.state == made(2).state
         else:
-            assert where.name == "step-00000001-search" and list(damaged) == [path]
+            assert where.name == "step-00000001-pretrain" and list(damaged) == [path]
         (path / name).write_bytes(whole[name])
 
 
@@ -273,4 +274,4 @@ def test_checkpoints_of_another_form_are_not_removed(tmp_path):
     (tmp_path / "step-00000099" / "state.json").write_text("{}")
     assert checkpoint.latest(tmp_path)[:2] == (None, None) and len(checkpoint.latest(tmp_path)[2]) == 1
     write(tmp_path, made(1), made(2), made(3), last=1)
-    assert names(tmp_path) == ["step-00000003-search", "step-00000099"]
+    assert names(tmp_path) == ["step-00000003-pretrain", "step-00000099"]

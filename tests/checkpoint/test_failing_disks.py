@@ -27,7 +27,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(train_here, short, digits, fault):
     """The newest one is the run's end, the one before the end of its search and pruning."""
     whole, weights = training_records(short), tensors(short)
-    newest, before = checkpoint.found(short / "checkpoints")
+    newest, before, _ = checkpoint.found(short / "checkpoints")
     assert (before.name, newest.name) == ("step-00000008-finetune", "step-00000012-done")
     DAMAGE[fault](newest)
     ended = train_here(*arguments(digits, short, *SHORT))

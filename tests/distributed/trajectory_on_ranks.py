@@ -160,7 +160,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     net, training = _network(name, dtype), _training(extras)
     context.tune(training)
     clip = 0.5 if "clip" in extras else None
-    sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip)
+    sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip, nesterov=clip is not None, decay_norms=clip is None)
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
     alpha, share = Alpha(net.num_gates, context, dtype), BATCH // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)

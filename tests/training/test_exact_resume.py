@@ -26,10 +26,14 @@ TINY = (
 )  # fmt: skip
 KINDS = {
     "plain": (),
-    "micro-batches in channels_last": ("data.per_device_batch_limit=30", "training.memory_format=channels_last"),
+    "micro-batches in channels_last, with options": (
+        "data.per_device_batch_limit=30", "training.memory_format=channels_last",
+        "phases.pretrain.optimizer.nesterov=true", "phases.search.optimizer.decay_norms=false",
+        "phases.pretrain.schedule.warmup=3", "phases.finetune.label_smoothing=0.1", "phases.distillation.temperature=2.0",
+    ),
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
     "a supernet with noise": ("model.name=supernet_digits", "model.width=0.25", "data.global_batch=120"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

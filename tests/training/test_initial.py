@@ -137,9 +137,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_taken(sou
     broken.mkdir(parents=True)
     saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20-search")))
     for step in (20, 30):
-        moved = saved.state.model_copy(update={"global_step": step})
+        moved = saved.state.model_copy(update={"global_step": step, "phase": "pretrain"})
         checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, moved), checkpoint.Kept(2, 0))
-    newest = broken / "step-00000030-search"
+    newest = broken / "step-00000030-pretrain"
     (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-1])
     ended, found = begins("--init-from", broken.parent, SKIP)
     assert ended.code == 0, ended.err
@@ -156,8 +156,9 @@ def test_a_pruned_network_is_refused_and_the_old_run_stays(source, begins, tmp_p
     (tmp_path / "run").rename(finished)
     assert begins(SKIP)[0].code == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    ended, _ = begins("--overwrite", "--init-from", finished)
-    refused(ended, rf"{finished} holds a network that is pruned already \(done\); give a checkpoint from before pruning")
+    newest = checkpoint.found(finished / "checkpoints")[0]
+    ended, _ = begins("--overwrite", "--init-from", newest)
+    refused(ended, rf"{newest} holds a network that is pruned already \(done\); give a checkpoint from before pruning")
     for own in (tmp_path / "run", checkpoint.found(tmp_path / "run" / "checkpoints")[0]):
         refused(begins("--overwrite", "--init-from", own)[0], r"is in the run folder that this run replaces; name another")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

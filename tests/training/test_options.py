@@ -1,0 +1,153 @@
+"""What a recipe may add to the paper's steps: each option against its mathematics, and all of them in one run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from faulty import FEW, refused
+from runs import records
+
+from dnal_dist import nets
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.distributed.context import Context
+from dnal_dist.recipe import SGD, Constant, Distillation, Phase, Training
+from dnal_dist.search import schedule
+from dnal_dist.training.objective import Objective
+from dnal_dist.training.steps import weight_step
+
+
+def test_warmup_rises_in_equal_steps_to_the_schedule():
+    def rates(**changes) -> list[float]:
+        phase = Phase(**{"epochs": 4, "optimizer": SGD(lr=1.0), "schedule": Constant(warmup=2.0), **changes})
+        return [schedule.learning_rate_at(phase, step, 3) for step in range(8)]
+
+    assert rates() == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1])
+    assert rates(epochs=None, steps=9) == pytest.approx([1 / 2, 1, 1, 1, 1, 1, 1, 1])
+    assert rates(schedule=Constant()) == [1.0] * 8
+
+
+def stepped(sgd: SGD, objective=None, steps: int = 3) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    trained = Context().wrap(nets.build("vgg_digits").double(), sgd, {}, Training())
+    trained.objective = objective
+    for _ in range(steps):
+        weight_step(trained, torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8), 8)
+    return [p.detach() for p in trained.module.parameters()]
+
+
+def reference(optimizer, steps: int = 3, loss=F.cross_entropy) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    network = nets.build("vgg_digits").double().train()
+    optimizer = optimizer(network)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        images = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+        loss(network(images), torch.arange(8)).backward()
+        optimizer.step()
+    return [p.detach() for p in network.parameters()]
+
+
+def test_nesterov_is_torchs():
+    expected = reference(lambda net: torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=1e-2, nesterov=True))
+    torch.testing.assert_close(stepped(SGD(lr=0.05, weight_decay=1e-2, nesterov=True)), expected)
+
+
+def test_norms_and_biases_are_not_decayed_if_the_recipe_says_so():
+    def groups(net):
+        flat = [p for p in net.parameters() if p.dim() == 1]
+        other = [p for p in net.parameters() if p.dim() > 1]
+        return torch.optim.SGD([{"params": flat, "weight_decay": 0}, {"params": other}], 0.05, 0.9, weight_decay=1e-1)
+
+    found = stepped(SGD(lr=0.05, weight_decay=1e-1, decay_norms=False))
+    torch.testing.assert_close(found, reference(groups))
+    decayed = stepped(SGD(lr=0.05, weight_decay=1e-1))
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(found, decayed, strict=True))
+
+
+def test_label_smoothing_is_torchs():
+    found = stepped(SGD(lr=0.05), Objective(0.2, None, None))
+    smooth = reference(
+        lambda net: torch.optim.SGD(net.parameters(), 0.05, 0.9), loss=torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+    )
+    torch.testing.assert_close(found, smooth)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    """Against sums over classes written out; and nothing pulls where both say the same."""
+    torch.manual_seed(0)
+    logits, said, labels = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7), torch.arange(5)
+    objective = Objective(0.0, Distillation(weight=0.3, temperature=2.0), lambda images: said)
+    cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+    p, q = torch.softmax(said / 2, 1), torch.softmax(logits / 2, 1)
+    expected = 0.7 * cross_entropy + 0.3 * 4 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(objective(logits, torch.zeros(5, 3, 8, 8), labels, cross_entropy), expected)
+
+    alone = Objective(0.0, Distillation(weight=1.0), lambda images: logits.detach())
+    (gradient,) = torch.autograd.grad(alone(logits, torch.zeros(5, 3, 8, 8), labels, cross_entropy), logits)
+    assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("phases.search.optimizer={lr: 0.1, momentum: 0.0, nesterov: true}", "nesterov needs a momentum above 0"),
+        ("phases.finetune.label_smoothing=1.0", r"'phases\.finetune\.label_smoothing': input should be less than 1"),
+        ("phases.distillation.weight=0", r"'phases\.distillation\.weight': input should be greater than 0"),
+        (
+            "phases.pretrain.schedule.warmup=-1",
+            r"'phases\.pretrain\.schedule\.\S*warmup': input should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(train, change, message):
+    refused(train(change), message)
+
+
+OPTIONS = (
+    "phases.pretrain.schedule.warmup=1", "phases.search.label_smoothing=0.1", "phases.finetune.label_smoothing=0.1",
+    "phases.search.optimizer.nesterov=true", "phases.finetune.optimizer.decay_norms=false", "phases.distillation.weight=0.5",
+)  # fmt: skip
+
+
+def test_pretrain_is_paid_once_for_two_runs_with_options(digits, tmp_path, train_here):
+    """`--until pretrain` ends with 0; another run begins with its network, and so does one that begins with a finished run; the
+    recorded loss is not the cross-entropy; the teacher's checkpoint stays."""
+    shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar")
+    first = tmp_path / "first"
+    begin = ["recipes/digits.yaml", *shards, f"output={first}", *FEW, *OPTIONS, "checkpoint.keep.last=1", "checkpoint.keep.best=0"]
+    ended = train_here(*begin, "--until", "pretrain")
+    assert ended.code == 0 and "the same command without --until goes on" in ended.out, ended
+    assert {r["phase"] for r in records(first, "train")} == {"pretrain"}
+    kept = checkpoint.latest(first / "checkpoints")[1]
+
+    ended = train_here(*begin)
+    assert ended.code == 0, ended.err
+    names = sorted(path.name for path in (first / "checkpoints").iterdir())
+    assert names == ["step-00000002-search", "step-00000006-done"]
+    of = {(r["phase"], r["step"]): r for r in records(first, "train")}
+    assert of["pretrain", 1]["loss"] == of["pretrain", 1]["cross_entropy"]
+    assert of["finetune", 1]["loss"] != pytest.approx(of["finetune", 1]["cross_entropy"], rel=1e-3)
+
+    second = (
+        "recipes/digits.yaml",
+        *shards,
+        f"output={tmp_path}/second",
+        *FEW,
+        f"model.init_from={first}",
+        "phases.pretrain.steps=0",
+    )
+    ended = train_here(*second, "--until", "pretrain")
+    assert ended.code == 0, ended.err
+    begun = checkpoint.latest(tmp_path / "second" / "checkpoints")[1]
+    tensors = [name for name in kept.tensors if name.startswith("network.")]
+    assert tensors and all(torch.equal(begun.tensors[name], kept.tensors[name]) for name in tensors)
+
+
+def test_distillation_without_its_teachers_checkpoint_is_refused(digits, tmp_path, train_here):
+    shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar")
+    begin = ["recipes/digits.yaml", *shards, f"output={tmp_path}/run", *FEW, *OPTIONS]
+    assert train_here(*begin, "--until", "search").code == 0
+    for path in (tmp_path / "run" / "checkpoints").glob("*-search"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    refused(train_here(*begin), "key 'phases.distillation': .*holds no checkpoint of pretrain's end")
