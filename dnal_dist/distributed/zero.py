@@ -133,6 +133,10 @@ class Zero(Trained):
 
         if not self.stepped or not self.settings["momentum"]:
             return {}
+        if self.stage < 3:
+            # It links them after the first group's step, when the second group has none yet.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         return {name: safe_get_full_optimizer_state(p, "momentum_buffer") for name, p in self.parameters.items()}
 
     def close(self):
