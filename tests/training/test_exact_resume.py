@@ -198,7 +198,7 @@ def test_everything_saved_is_restored(digits, tmp_path):
     torch.nn.init.normal_(run.architecture.alpha)
     momentum = {name: torch.randn_like(p) for name, p in run.supernet.named_parameters()}
     metrics = Metrics(run)
-    metrics.sums += torch.arange(6)
+    metrics.sums += torch.arange(7)
     metrics.skipped, metrics.summary, metrics.bytes = {"an image"}, "loss 1", {"comm/bytes_weight_step": 7}
     metrics.steps, metrics.sent = {"comm/bytes_weight_step": 3}, 100
     run.receipt.take((5, 6), 90, [])
