@@ -30,6 +30,9 @@ ROOT = Path(__file__).parent.parent
 # only wait for one another. Set before anything has imported torch; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 gpus.hide()
+# Of the many processes that tests start, the first compiles the package, and the others read its bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -101,11 +104,14 @@ def once(tmp_path_factory, worker_id):
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """Folder with the shards of the demo."""
-    folder = tmp_path_factory.mktemp("digits")
-    make_shards.digits(folder)
-    return folder
+def digits(once):
+    """Folder with the shards of the demo, to be looked at only."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        make_shards.digits(folder)
+
+    return once("digits", make)
 
 
 @pytest.fixture(scope="session")
@@ -130,28 +136,20 @@ class TrainCommand:
     def __init__(self, server: forks.Server):
         self.server = server
 
-    def start(self, *arguments: str, processes: int = 1, **environment: str) -> subprocess.Popen:
-        """Started in a session of its own, so that a test can signal all of it without signalling itself."""
-        forked = forks.ENVIRONMENT in environment
-        start = forks.command("-m") if forked else [sys.executable, "-m"]
-        launcher = []
+    def start(self, *arguments: str, processes: int = 1, forked: bool = False, **environment: str) -> forks.Fork:
+        """Started in a session of its own, so that a test can signal all of it without signalling itself. The process that is
+        started is a fork; those that a launcher starts are forks too if `forked`, or else import all by themselves."""
+        words = ["dnal_dist.train", *arguments]
         if processes > 1:
-            launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
-            launcher += ["--num_processes", str(processes), *start[1:]]
-        return subprocess.Popen(
-            [*start, *launcher, "dnal_dist.train", *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+            words = [*(forks.command("-m")[1:] if forked else ["-m"]), *words]
+            words = ["--config_file", "recipes/accelerate/ddp.yaml", "--num_processes", processes, *words]
+            words = ["accelerate.commands.launch", *words]
+        more = self.server.environment() if forked else {}
+        return self.server.start(["-m", *words], {**os.environ, **more, **environment}, ROOT)
 
     def __call__(self, *arguments: str, processes: int = 1, timeout: float = 300, **environment: str):
         """The CompletedProcess of these arguments. Its processes are forks, which have torch already."""
-        environment = {"PYTHONFAULTHANDLER": "1", **self.server.environment(), **environment}
-        process = self.start(*arguments, processes=processes, **environment)
+        process = self.start(*arguments, processes=processes, forked=True, **{"PYTHONFAULTHANDLER": "1", **environment})
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

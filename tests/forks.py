@@ -9,7 +9,9 @@ command runs in this process.
 python tests/forks.py serve SOCKET      the server, started by Server
 """
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -25,8 +27,14 @@ from pathlib import Path
 
 HERE = Path(__file__)
 ENVIRONMENT = "FORKS"
-# Imported before the first fork; DeepSpeed as soon as a launch asks for it.
-PRELOADED = ("accelerate.commands.launch", "dnal_dist.training.command", "torch.distributed.fsdp")
+# Imported before the first fork.
+PRELOADED = (
+    "accelerate.commands.launch", "dnal_dist.training.command", "torch.distributed.fsdp",
+    "matplotlib.figure", "matplotlib.backends.backend_svg",
+)  # fmt: skip
+# As soon as a launch asks for them: torch's own optimisers import torch._dynamo, and DeepSpeed's engines all of the compiler.
+OF_RANKS = ("torch._dynamo",)
+OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.utils", "torch._inductor.compile_fx")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGABRT)
 
 
@@ -53,6 +61,10 @@ class Server:
                 time.sleep(0.05)
         return {ENVIRONMENT: address}
 
+    def start(self, words: list, environment: dict[str, str], folder: Path) -> "Fork":
+        """The command `python WORDS`, with this environment alone, begun in `folder`."""
+        return Fork(self.environment()[ENVIRONMENT], [str(word) for word in words], environment, folder)
+
     def close(self) -> None:
         """End the server and all forks."""
         if self.process is not None:
@@ -67,6 +79,52 @@ class Server:
         self.folder.cleanup()
 
 
+def _ask(server: socket.socket, words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> None:
+    """The server answers with the fork's process id, and at its end with its exit code, a line each."""
+    request = json.dumps({"words": words, "environment": environment, "folder": folder}).encode()
+    socket.send_fds(server, [len(request).to_bytes(4, "big")], files)
+    server.sendall(request)
+
+
+class Fork:
+    """As a subprocess.Popen: a fork of the server, in a session of its own, with its output in files."""
+
+    def __init__(self, address: str, words: list[str], environment: dict[str, str], folder: Path):
+        self.args, self.returncode = words, None
+        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.connect(address)
+        with open(os.devnull) as nothing:
+            files = [one.fileno() for one in (nothing, self.out, self.err)]
+            _ask(self.server, words, environment, str(folder), files)
+        self.answers = self.server.makefile("r")
+        self.pid = int(self.answers.readline())
+
+    def poll(self, timeout: float = 0) -> int | None:
+        """The exit code, once the process has ended, as subprocess.Popen gives it; waits for it `timeout` seconds."""
+        if self.returncode is None and select.select([self.server], [], [], timeout)[0]:
+            self.returncode = int(self.answers.readline() or -signal.SIGKILL)
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        for file in (self.out, self.err):
+            file.seek(0)
+        return self.out.read(), self.err.read()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 def run(words: list[str]) -> None:
     """The command `python WORDS`, in a fork of the server."""
     if not os.environ.get(ENVIRONMENT):
@@ -75,9 +133,7 @@ def run(words: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     with socket.socket(socket.AF_UNIX) as server, server.makefile("r") as answers:
         server.connect(os.environ[ENVIRONMENT])
-        request = json.dumps({"words": words, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-        socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
-        server.sendall(request)
+        _ask(server, words, dict(os.environ), os.getcwd(), [0, 1, 2])
         pid = int(answers.readline())
 
         def pass_on(number, _) -> None:
@@ -114,8 +170,6 @@ def _execute(words: list[str]) -> None:
 
 def serve(address: str) -> list[str]:
     """Fork until stdin is closed or SIGTERM comes. Returns, in each fork, what it is to execute."""
-    import gc
-
     # As a context sets it where there is no GPU, before DeepSpeed is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in PRELOADED:
@@ -143,8 +197,10 @@ def serve(address: str) -> list[str]:
                 caller, _ = listener.accept()
                 if request := _request(caller):
                     words, environment, folder, files = request
-                    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-                        importlib.import_module("deepspeed")
+                    ranks = words[0] == str(HERE.with_name("ranks.py"))
+                    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
+                    for name in OF_RANKS * ranks + OF_DEEPSPEED * deepspeed:
+                        importlib.import_module(name)
                     gc.collect()
                     gc.freeze()
                     if not (pid := os.fork()):
@@ -185,6 +241,10 @@ def _become(environment: dict[str, str], folder: str, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    if "triton" in sys.modules:
+        # Or it complains, at the end of the process, of what was left of it.
+        atexit.register(gc.unfreeze)
     if environment.get("PYTHONFAULTHANDLER"):
         import faulthandler
 

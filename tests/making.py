@@ -38,8 +38,10 @@ def digests(folder) -> dict[str, str]:
 
 
 def command(capsys, *arguments) -> tuple[int, str]:
-    """Exit code and what was said of `python -m data_tools.make_shards` with these arguments."""
-    code, out, err = called(make_shards.main, capsys, *arguments)
+    """Exit code and what was said of `python -m data_tools.make_shards` with these arguments, in this process: each process of
+    its own imports torch, since webdataset does."""
+    alone = () if arguments[0] == "digits" or "--workers" in arguments else ("--workers", 1)
+    code, out, err = called(make_shards.main, capsys, *arguments, *alone)
     return code, out + err if code else out
 
 

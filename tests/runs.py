@@ -20,7 +20,7 @@ SMALL = (
 )  # fmt: skip
 
 
-LONG = (*SMALL, "phases.pretrain.epochs=3", "phases.search.epochs=3", "phases.finetune.epochs=3")
+LONG = (*SMALL, "phases.pretrain.epochs=3", "phases.search.epochs=2", "phases.finetune.epochs=2")
 
 
 SHORT = (*SMALL, "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4")
@@ -65,7 +65,7 @@ def family(process) -> list[psutil.Process]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     for process in alive:
         process.kill()
     return not alive

@@ -17,10 +17,12 @@ SMALL = (
     "data.global_batch=16", "data.per_device_batch_limit=8", "tracking.log_every=1", "checkpoint.every_steps=1",
     "phases.pretrain.steps=4", "phases.search.steps=4", "phases.finetune.steps=4", "architecture.recalibration_batches=2",
 )  # fmt: skip
-# Takes (code, arguments) and forks a process for each, which runs the code and then the command: torch is imported once.
+# Takes (code, arguments) and forks a process for each, which runs the code and then the command: torch is imported once, and so is
+# what a report is drawn with.
 HOST = """
-import contextlib, json, os, signal, subprocess, sys, tempfile, time, traceback
+import contextlib, gc, json, os, signal, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
+import matplotlib.backends.backend_svg, matplotlib.figure
 import torch
 from dnal_dist.chaos import __main__, attempt, campaign
 from dnal_dist.chaos.instrument import Aim
@@ -35,6 +37,8 @@ def at(name, do):
         return contextlib.nullcontext()
     span.attach(listener)
 
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     code, arguments, out, err = json.loads(line)
     if not (pid := os.fork()):

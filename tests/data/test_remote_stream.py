@@ -148,7 +148,7 @@ def test_what_is_missing_or_wrong_is_named(server, digits, tmp_path):
         tallies(opened(data(server.url, tmp_path)), 1)
 
 
-def test_a_run_of_two_processes_trains_from_a_bucket(digits, tmp_path, monkeypatch, train_command):
+def test_a_run_of_two_processes_trains_from_a_bucket(digits, tmp_path, monkeypatch, train_command, train_here):
     """Its receipts are those of the same run from local files; no secret is in what it prints or leaves behind."""
     secret = "Secret-Of-A-Bucket"
     few = ("phases.pretrain.steps=10", "phases.search.epochs=1", "phases.finetune.steps=5", "tracking.tracker=none")
@@ -157,13 +157,16 @@ def test_a_run_of_two_processes_trains_from_a_bucket(digits, tmp_path, monkeypat
         client.create_bucket(Bucket="shards")
         for path in digits.iterdir():
             client.put_object(Bucket="shards", Key=f"digits/{path.name}", Body=path.read_bytes())
-        for where, folder in (("s3://shards/digits", "far"), (digits, "near")):
-            given = (f"data.train={where}/train-*.tar", f"data.val={where}/val-{{000000..000001}}.tar")
-            given += (f"data.cache={tmp_path}/cache", f"output={tmp_path}/{folder}")
-            ended = train_command("recipes/digits.yaml", *given, *few, processes=2)
-            assert ended.returncode == 0, ended.stderr
-            assert secret not in ended.stdout + ended.stderr
-            assert ("GB elsewhere, read through copies in" in ended.stdout) == (folder == "far")
+
+        def given(where, folder: str) -> list[str]:
+            shards = (f"data.train={where}/train-*.tar", f"data.val={where}/val-{{000000..000001}}.tar")
+            return ["recipes/digits.yaml", *shards, f"data.cache={tmp_path}/cache", f"output={tmp_path}/{folder}", *few]
+
+        ended = train_command(*given("s3://shards/digits", "far"), processes=2)
+        assert ended.returncode == 0, ended.stderr
+        assert secret not in ended.stdout + ended.stderr and "GB elsewhere, read through copies in" in ended.stdout
+        ended = train_here(*given(digits, "near"))
+        assert ended.code == 0 and "GB elsewhere" not in ended.out, ended.err
     assert receipts(tmp_path / "far") == receipts(tmp_path / "near")
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 6
     kept = [path.read_bytes() for path in (tmp_path / "far").rglob("*") if path.is_file()]

@@ -110,7 +110,7 @@ def assert_gone(session: int) -> None:
 
 def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tmp_path):
     folder, apart = tmp_path / "shards", tmp_path / "apart"
-    drawn = ["synthetic", "--classes", "5", "--train", "3000", "--val", "50", "--size", "100", "--shard-samples", "200"]
+    drawn = ["synthetic", "--classes", "5", "--train", "1200", "--val", "50", "--size", "100", "--shard-samples", "100"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn]
     # Where the tests themselves run in the background of a shell, Ctrl-C is ignored, and that would be handed on.
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
@@ -126,7 +126,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tmp_path):
     assert "Traceback" not in said
     assert_gone(process.pid)
     left = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert "making.jsonl" in left and not any("unfinished" in name for name in left) and 2 <= len(left) < 17
+    assert "making.jsonl" in left and not any("unfinished" in name for name in left) and 2 <= len(left) < 14
     subprocess.run([*command, folder, "--workers", "2"], check=True, capture_output=True)
     kept = json.loads((folder / "index.json").read_text())["shards"]
     assert sum(left.get(entry["file"]) == (folder / entry["file"]).stat().st_mtime_ns for entry in kept) >= 1

@@ -45,12 +45,10 @@ def go(context: Context, folder, changes, stops=()) -> bool:
 
 
 def every(context: Context, folder: str, changes: list[str]) -> None:
-    """A run that never saves, one that saves after every step, and one that is stopped after the steps of STOPS and resumes, into
-    `folder`/{never,always,stopped}."""
+    """A run that never saves, and one that is stopped after the steps of STOPS and resumes, into `folder`/{never,stopped}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "save", lambda run, *_: state.merge_receipts(run))
         assert go(context, f"{folder}/never", changes)
-    assert go(context, f"{folder}/always", [*changes, "checkpoint.every_steps=1"])
     for number in range(len(STOPS)):
         assert not go(context, f"{folder}/stopped", changes, STOPS[number:])
     assert go(context, f"{folder}/stopped", changes)

@@ -1,6 +1,8 @@
 """Jobs that train whole runs. Wherever a network is evaluated or saved, all processes must have the same one, bit for bit: weights,
 running statistics and alpha."""
 
+import gc
+
 import pytest
 
 from dnal_dist import recipe
@@ -34,5 +36,9 @@ def train(context: Context, path: str, *overrides: str) -> None:
 
 def train_each(context: Context, runs: list[list[str]]) -> None:
     """One run after the other: of each the recipe's path and the overrides."""
+    # Each phase collects garbage, and would search through all that the modules hold.
+    gc.collect()
+    gc.freeze()
     for path, *overrides in runs:
         train(context, path, *overrides)
+    gc.unfreeze()

@@ -1,4 +1,4 @@
-"""A job of test_backends: pretrain, alternating search, prune and finetune, 12 steps on this process's part of fixed
+"""A job of test_backends: pretrain, alternating search, prune and finetune, 8 steps on this process's part of fixed
 batches, for each case in turn.
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
@@ -28,7 +28,7 @@ from dnal_dist.search.architecture import Architecture
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 BATCH, DELTA = 12, 3.0
-STEPS = {"pretrain": 3, "search": 6, "finetune": 3}
+STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
 
 
 def fix_statistics(fixed: bool) -> None:

@@ -69,7 +69,7 @@ def test_facts_of_a_probe_are_compared_with_the_config(case_of, changes, status,
 def test_an_unusable_config_fails(case_of, tmp_path):
     path = tmp_path / "fsdp1.yaml"
     path.write_text(Path("recipes/accelerate/fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
-    case = case_of(processes=2, config=read_config(path))
+    case = case_of(processes=1, config=read_config(path))
     with launch.Launch(case) as one:
         found = one.finding(400)
         assert one.process.poll() is not None

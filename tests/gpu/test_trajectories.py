@@ -128,9 +128,9 @@ def test_in_low_precision_losses_stay_near_and_the_frozen_group_stays(reference,
     for case in LOW:
         ours, exact = trajectories[case], reference()[plain(case)]
         losses = [name for name in ours if name.endswith("cross_entropy")]
-        assert len(losses) == 12
+        assert len(losses) == 8
         # Before the finetune, in which the architecture may be another.
-        off[case] = max(abs(float(ours[name] / exact[name]) - 1) for name in losses[:9])
+        off[case] = max(abs(float(ours[name] / exact[name]) - 1) for name in losses[:6])
         assert all(math.isfinite(float(ours[name])) for name in losses)
         assert bool(ours["alpha"].isfinite().all()) and ours["alpha"].dtype == exact["alpha"].dtype
     gpus.record(request.node.name, losses_off=off)

@@ -199,8 +199,9 @@ def test_a_target_between_two_networks_is_missed_from_below():
     assert cost.count(net, 8, selection.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "scaled_sigmoid", "expected_macs", "root_macs"])
-@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize(
+    ("kind", "share"), [("sigmoid", 0.05), ("scaled_sigmoid", 0.5), ("expected_macs", 0.5), ("root_macs", 0.05)]
+)
 def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
     """Against a steady push on every channel, whichever way that goes; the budget may lie on either side of the beginning."""
     net = nets.build("vgg_digits")

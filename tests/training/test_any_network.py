@@ -1,9 +1,5 @@
 """Whole runs of networks that know nothing of gates: one of torchvision's, and a user's own with a concatenation."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -22,18 +18,10 @@ def words(digits, output, *changes: str) -> list[str]:
     return [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", *CHANGES, *changes]
 
 
-def test_a_users_network_is_learned_on_two_processes(digits, tmp_path):
+def test_a_users_network_is_learned_on_two_processes(train_command, digits, tmp_path):
     model = ["model.name=user_networks:Mixed", "model.arguments={channels: 12}", "architecture.penalty_weight=null"]
     changes = words(digits, tmp_path / "run", *model, "architecture.target.macs=0.3x")
-    command = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml", "-m", "dnal_dist.train"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run(
-        [sys.executable, "-m", *command, "recipes/digits.yaml", *changes],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=environment,
-    )
+    process = train_command("recipes/digits.yaml", *changes, processes=2, timeout=500, PYTHONPATH="tests")
     assert process.returncode == 0, process.stdout + process.stderr
     found = records.summary(tmp_path / "run")
     assert 0.28 < found["compact"]["exact"]["macs"] / found["full"]["exact"]["macs"] <= 0.3

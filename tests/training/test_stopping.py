@@ -1,9 +1,10 @@
 """A run that is stopped, however it is stopped, says where it stands, leaves no process, and goes on as if nothing had happened."""
 
 import multiprocessing
-import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,23 +16,15 @@ from dnal_dist.common import errors
 from dnal_dist.training import command, exit, stopping
 
 
-@pytest.fixture
-def one_core():
-    """The number of threads decides how sums are rounded, so commands that are to be bit-equal run on as many cores."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
-    yield
-    os.sched_setaffinity(0, cores)
-
-
-def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, one_core, digits, tmp_path):
+def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, digits, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     stops = (("pretrain", signal.SIGINT), ("search", signal.SIGKILL), ("search", signal.SIGUSR1), ("finetune", signal.SIGTERM))
     for number, (phase, kind) in enumerate(stops):
         # Loader processes have no say in what is learned, so a resumed run may have another number of them.
         workers = f"data.workers={0 if kind == signal.SIGKILL else 1}"
         process = train_command.start(*arguments(digits, run, *LONG, workers))
-        reach(process, run, phase, 30 + number)
+        # Once evaluated, so that it has loaders of both streams.
+        reach(process, run, phase, 8 + number if number else 30)
         processes = family(process)
         # A loader for each of its two streams; a run that goes on may not have evaluated yet.
         assert len(processes) in ({1} if kind == signal.SIGKILL else {3} if number == 0 else {2, 3})
@@ -57,7 +50,7 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, o
     assert ended.code == 0 and f"resumed in finetune after {last['step']} steps" in ended.out, ended
 
     assert train_here(*arguments(digits, whole, *LONG)).code == 0
-    assert [r["global_step"] for r in records(run, "train")] == list(range(1, 199))
+    assert [r["global_step"] for r in records(run, "train")] == list(range(1, 155))
     assert training_records(run) == training_records(whole)
     assert tensors(run) == tensors(whole)
     assert [r["resumed"] for r in records(run, "start")] == [False, True, True, True, True]
@@ -84,8 +77,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once(train_command, digits, tmp_path):
     assert all_gone(processes)
 
 
-def test_a_signal_before_training_ends_it_there(train_command, digits, tmp_path):
-    process = train_command.start(*arguments(digits, tmp_path / "run", *SMALL))
+def test_a_signal_before_training_ends_it_there(digits, tmp_path):
+    command = [sys.executable, "-m", "dnal_dist.train", *arguments(digits, tmp_path / "run", *SMALL)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < until:
         time.sleep(0.01)
@@ -99,7 +93,7 @@ def test_a_signal_before_training_ends_it_there(train_command, digits, tmp_path)
 
 def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_command, digits, tmp_path):
     run = tmp_path / "run"
-    ended = train_command(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", "25s")
+    ended = train_command(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", "12s")
     assert (
         ended.returncode == stopping.STOPPED
         and "s are left of the time limit (--max-time, or the SLURM job)) in pretrain" in ended.stderr
@@ -201,7 +195,8 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits,
 @pytest.mark.parametrize("whom", ["Ctrl-C to all", "SIGTERM to the launcher", "SIGUSR1 to one process", "SIGKILL to the launcher"])
 def test_two_processes_stop_together(train_command, train_here, digits, tmp_path, whom):
     run = tmp_path / "run"
-    process = train_command.start(*arguments(digits, run, *LONG, "data.workers=1"), processes=2)
+    changes = (*SMALL, "phases.pretrain.epochs=4", "phases.search.steps=4", "phases.finetune.steps=4")
+    process = train_command.start(*arguments(digits, run, *changes, "data.workers=1"), processes=2)
     reach(process, run, "pretrain", 30)
     processes = family(process)
     # The launcher, and on each rank the training with a loader for each of its two streams.
@@ -217,9 +212,10 @@ def test_two_processes_stop_together(train_command, train_here, digits, tmp_path
         process.terminate()
     else:
         process.kill()
+    # The ranks may outlive their launcher.
+    assert all_gone(processes)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert all_gone(processes)
     last = records(run, "train")[-1]
     (stand,) = [line for line in err.splitlines() if line.startswith("stopped ")]
     assert stand.endswith(f" in pretrain after {last['step']} steps ({last['step']} in all); the same command goes on from here"), (
@@ -233,7 +229,7 @@ def test_two_processes_stop_together(train_command, train_here, digits, tmp_path
 
     # One process goes on where two began.
     if whom == "Ctrl-C to all":
-        ended = train_here(*arguments(digits, run, *LONG, "data.workers=0"))
+        ended = train_here(*arguments(digits, run, *changes, "data.workers=0"))
         assert ended.code == 0, ended.err
-        assert [r["global_step"] for r in records(run, "train")] == list(range(1, 199))
+        assert [r["global_step"] for r in records(run, "train")] == list(range(1, 97))
         assert [r["world_size"] for r in records(run, "start")] == [2, 1]

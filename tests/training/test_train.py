@@ -20,15 +20,14 @@ from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, setup
 from dnal_dist.training.evaluate import evaluate
 
-REDUCED = ["phases.pretrain.epochs=4", "phases.search.epochs=8", "phases.finetune.epochs=6", "architecture.penalty_weight=0.08"]
+EPOCHS = {"pretrain": 3, "search": 7, "finetune": 4}
+REDUCED = [*(f"phases.{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()), "architecture.penalty_weight=0.08"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
 FEW += ["architecture.recalibration_batches=2"]
 
 
-def start(launcher: list[str], digits, output, *changes: str, **environment: str) -> subprocess.CompletedProcess:
-    shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}"]
-    command = [sys.executable, "-m", *launcher, "dnal_dist.train", "recipes/digits.yaml", *shards, *changes]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
+def given(digits, output, *changes: str) -> list[str]:
+    return [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", *changes]
 
 
 def records(output, kind: str) -> list[dict]:
@@ -36,12 +35,12 @@ def records(output, kind: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def demo(digits, tmp_path_factory):
+def demo(train_command, digits, tmp_path_factory):
     """The demo on two processes, with fewer epochs."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     output = tmp_path_factory.mktemp("demo") / "run"
-    launcher = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml", "-m"]
-    return output, start(launcher, digits, output, *REDUCED, "tracking.tracker=wandb", WANDB_MODE="offline")
+    changes = given(digits, output, *REDUCED, "tracking.tracker=wandb")
+    return output, train_command("recipes/digits.yaml", *changes, processes=2, timeout=500, WANDB_MODE="offline")
 
 
 def test_reduced_demo_learns_a_smaller_network(demo):
@@ -76,15 +75,16 @@ def test_demo_prints_a_line_for_each_phase_and_the_table(demo):
 def test_records_are_complete(demo):
     output, _ = demo
     steps = records(output, "start")[0]["steps_per_epoch"]
-    assert [r["phase"] for r in records(output, "eval")] == ["pretrain"] * 4 + ["search"] * 8 + ["prune"] + ["finetune"] * 6
-    for phase, epochs in (("pretrain", 4), ("search", 8), ("finetune", 6)):
+    evaluated = [r["phase"] for r in records(output, "eval")]
+    assert evaluated == ["pretrain"] * 3 + ["search"] * 7 + ["prune"] + ["finetune"] * 4
+    for phase, epochs in EPOCHS.items():
         recorded = [r for r in records(output, "train") if r["phase"] == phase]
         assert recorded[-1]["step"] == recorded[-1]["phase_steps"] == epochs * steps
         for r in recorded:
             assert {"loss", "cross_entropy", "accuracy", "learning_rate", "images_per_second", "data_wait_seconds"} <= r.keys()
             assert ({"delta", "open_share", "expected_macs", "penalty"} <= r.keys()) == (phase == "search")
     gates = records(output, "gates")
-    assert len(gates) == 9 and gates[0]["histogram"][10] == 448
+    assert len(gates) == EPOCHS["search"] + 1 and gates[0]["histogram"][10] == 448
     assert gates[-1]["delta"] == pytest.approx(10_000)
     hardened = gates[-1]["histogram"]
     assert hardened[0] + hardened[-1] > 0.95 * sum(hardened) == 0.95 * 448
@@ -109,9 +109,10 @@ def test_compact_network_is_plain_torch(demo):
 
 
 def test_accelerate_launch_without_a_config_file(digits, tmp_path):
-    found = start(
-        ["accelerate.commands.launch", "-m"], digits, tmp_path / "run", *FEW, "tracking.tracker=none", HF_HOME=str(tmp_path / "hf")
-    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dnal_dist.train", "recipes/digits.yaml"]
+    command += given(digits, tmp_path / "run", *FEW, "tracking.tracker=none", "tracking.plots=false")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert found.returncode == 0, found.stderr
     assert report_records.summary(tmp_path / "run")["finished"]
 
@@ -137,8 +138,7 @@ def test_only_the_main_process_logs_to_wandb_the_traffic_of_all(demo):
 
 def run_here(digits, output, *changes: str):
     """A run of the demo's recipe in this process, ready to go."""
-    shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={output}", "tracking.tracker=none"]
-    return setup.prepare(recipe.load("recipes/digits.yaml", [*shards, *changes]), Context())
+    return setup.prepare(recipe.load("recipes/digits.yaml", given(digits, output, "tracking.tracker=none", *changes)), Context())
 
 
 def test_frozen_weights_stay_equal_through_the_whole_search(digits, tmp_path):
