@@ -35,7 +35,12 @@ def opened(folder: Path, file: str, threads: int | None = None, precision: str =
 
         spec = importlib.util.spec_from_file_location("exported_model", path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        # An export holds its files alone, whose digests are in its manifest.
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.dont_write_bytecode = before
         network = module.load().to(getattr(torch, precision))
     else:
         network = torch.export.load(path).module()

@@ -19,7 +19,7 @@ def test_a_run_s_counts_are_those_of_its_training(exported, tmp_path, capsys):
     last = records(exported, "eval")[-1]
     facts = json.loads((tmp_path / "found" / "evaluation.json").read_text())
     assert code == 0 and "weakest classes" in out
-    assert facts["top1"] == pytest.approx(last["accuracy"]) and facts["top5"] == pytest.approx(last["top5"])
+    assert facts["top1"] == pytest.approx(last["accuracy"], abs=1e-6) and facts["top5"] == pytest.approx(last["top5"], abs=1e-6)
     assert [[row["right"], row["images"]] for row in facts["classes"]] == last["per_class"]
     confusion = np.array(facts["confusion"])
     assert confusion.sum() == facts["images"] == last["samples"]

@@ -41,6 +41,7 @@ def test_the_manifest_has_digests_and_provenance(exported):
     for name, facts in found["files"].items():
         content = (exported / "export" / name).read_bytes()
         assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert not (exported / "export" / "__pycache__").exists()
     provenance = found["provenance"]
     assert provenance["recipe"]["model"]["name"] == "vgg_digits" and provenance["seed"] == 0
     assert provenance["receipts"] and provenance["usage"]["finetune"]["images"] > 0
