@@ -6,23 +6,22 @@
 
 Columns: free, as pruning leaves it; whole, the same function as nets.whole writes it for deployment; free/8 and tied/8, with
 architecture.round_to 8; tied, with architecture.streams tied. Channels are drawn at random. Each is compared with the full network
-before it is timed. onnxruntime and openvino are used where they are installed (pip install onnx onnxscript onnxruntime openvino).
+before it is timed. ONNX Runtime and OpenVINO are used where they are installed (pip install 'dnal-dist[openvino]').
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from parts import describe
-from torch import Tensor, nn
+from torch import nn
 
 from dnal_dist import nets
+from dnal_dist.export import latency
 from dnal_dist.nets import compact, cost
 from dnal_dist.nets.whole import whole
 from dnal_dist.search import selection
@@ -41,8 +40,6 @@ WAYS = {
     "tied/8": ("tied", 8, False),
 }
 FRACTION = 0.25
-# Largest difference between runtimes, relative to the logits' scale.
-EQUAL = 1e-4
 
 
 def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.Module, float]]:
@@ -64,50 +61,9 @@ def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.
                 module = whole(small) if is_whole else small
             images = torch.randn(2, 3, image_size, image_size)
             with torch.no_grad():
-                _require_equal(module(images), network(images, small.keep.float()), f"{name} {way}")
+                latency.require_equal(module(images), network(images, small.keep.float()), f"{name} {way}")
             made[way] = (module, cost.count(network, image_size, keep).macs / full)
     return made
-
-
-def _require_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= EQUAL:
-        raise SystemExit(f"{what}: differs by {difference:.1e}")
-
-
-def runner(module: nn.Module, images: Tensor, runtime: str, folder: Path) -> Callable[[], Tensor]:
-    """A function that runs `module` on `images` in a runtime on one thread, and returns logits (n, classes)."""
-    if runtime == "eager":
-        return lambda: module(images)
-    if runtime == "compile":
-        compiled = torch.compile(module)
-        return lambda: compiled(images)
-    path = folder / "model.onnx"
-    torch.onnx.export(module, (images,), path, dynamo=True, external_data=False, verbose=False)
-    if runtime == "onnxruntime":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: images.numpy()}
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
-    import openvino
-
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"})
-    return lambda: torch.from_numpy(model([images.numpy()])[0])
-
-
-def medians(runs: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """The median time of each run, s, by turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["full"]) < 5:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(row) for name, row in times.items()}
 
 
 @torch.no_grad()
@@ -115,13 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--runtimes", nargs="+", choices=["eager", "compile", "onnxruntime", "openvino"])
+    parser.add_argument("--runtimes", nargs="+", choices=["eager", "compile", "onnx", "openvino"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="images a run (default 1 16)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each line of the table (default 20)")
     parser.add_argument("--output", type=Path, help="write the rows to this file as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runtimes = args.runtimes or ["eager", *(name for name in ("onnxruntime", "openvino") if _is_installed(name))]
+    installed = [name for name, module in (("onnx", "onnxruntime"), ("openvino", "openvino")) if _is_installed(module)]
+    runtimes = args.runtimes or ["eager", *installed]
     print(
         f"| network | batch | runtime | full, ms | {' | '.join(args.ways)} |\n|---|--:|---|--:|{'--:|' * len(args.ways)}",
         flush=True,
@@ -134,10 +91,11 @@ def main() -> None:
             images = torch.randn(batch, 3, image_size, image_size)
             for runtime in runtimes:
                 with tempfile.TemporaryDirectory() as folder:
-                    runs = {way: runner(module, images, runtime, Path(folder)) for way, (module, _) in made.items()}
+                    runs = {way: latency.runner(module, images, runtime, 1, Path(folder)) for way, (module, _) in made.items()}
                     for way, run in runs.items():
-                        _require_equal(run(), made[way][0](images), f"{name} {way} in {runtime}")
-                    found = medians(runs, args.seconds)
+                        latency.require_equal(run(), made[way][0](images), f"{name} {way} in {runtime}")
+                    times = latency.rounds(runs, args.seconds, images.device)
+                found = {way: statistics.median(row) for way, row in times.items()}
                 ratios = {way: found["full"] / found[way] for way in args.ways}
                 rows.append({"network": model, "batch": batch, "runtime": runtime, "image_size": image_size, "seconds": found})
                 cells = " | ".join(f"{ratio:.2f}x" for ratio in ratios.values())

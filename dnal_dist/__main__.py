@@ -13,6 +13,7 @@ COMMANDS = {
     "cost": ("dnal_dist.cost", "MACs and parameters of a recipe's network or of a run, layer by layer"),
     "export": ("dnal_dist.export.__main__", "write files of a run's network that load without this project, each proven equal"),
     "evaluate": ("dnal_dist.evaluate", "accuracy of a run's network or of an export, class by class, and its worst images"),
+    "latency": ("dnal_dist.latency", "how much faster a run's network is than the full one, in several runtimes"),
     "predict": ("dnal_dist.predict", "classes of images by an exported network"),
     "plan": ("dnal_dist.plan", "memory and traffic of a recipe on each backend"),
     "doctor": ("dnal_dist.doctor.__main__", "check machine, data and recipe before a job is submitted"),

@@ -31,6 +31,7 @@ DOORS = [
     "export.__main__",
     "predict",
     "evaluate",
+    "latency",
 ]
 
 

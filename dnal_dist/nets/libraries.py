@@ -4,10 +4,12 @@ import importlib
 import inspect
 import sys
 import typing
+from pathlib import Path
 
 from torch import nn
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.paths import expanded
 
 KEY = "key 'model.name'"
 # Arguments by which libraries read weights in ways of their own, pickles among them.
@@ -16,7 +18,8 @@ REFUSED = {"weights", "weights_backbone", "pretrained", "checkpoint_path", "pret
 
 def make(name: str, num_classes: int | None = None, arguments: dict | None = None, pretrained: bool = False) -> nn.Module:
     """The module called `name`, freshly initialised: torchvision:NAME, timm:NAME or PACKAGE.MODULE:FUNCTION, which gets `arguments`
-    and num_classes, if that is given. Raises InputError that says what is not there."""
+    and num_classes, if that is given; or compact:FOLDER, with the weights of that run's compact network, but for a last layer of
+    another number of classes. Raises InputError that says what is not there."""
     library, _, own = name.partition(":")
     arguments = dict(arguments or {})
     if refused := sorted(REFUSED & arguments.keys()):
@@ -27,7 +30,7 @@ def make(name: str, num_classes: int | None = None, arguments: dict | None = Non
         arguments["num_classes"] = num_classes
     if pretrained:
         arguments["pretrained"] = True
-    maker = {"torchvision": _torchvision, "timm": _timm}.get(library, _function)(name, library, own, arguments)
+    maker = {"torchvision": _torchvision, "timm": _timm, "compact": _compact}.get(library, _function)(name, library, own, arguments)
     try:
         module = maker(**arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
@@ -67,6 +70,27 @@ def _timm(name: str, library: str, own: str, arguments: dict):
     if not timm.is_model(own.partition(".")[0]):
         raise InputError(f"{KEY}: timm has no {own!r}; `timm.list_models()` names what it has")
     return lambda **settings: timm.create_model(own, **settings)
+
+
+def _compact(name: str, library: str, own: str, arguments: dict):
+    # Which imports this module.
+    from dnal_dist.nets.compact import load
+    from dnal_dist.nets.whole import whole
+
+    folder = Path(expanded(own, f"{KEY}: "))
+    try:
+        network = whole(load(folder / "compact" if (folder / "compact").is_dir() else folder))
+    except ValueError as error:
+        raise InputError(f"{KEY}: {error}; give the folder of a finished run") from None
+
+    def made(num_classes: int | None = None) -> nn.Module:
+        path, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+        if num_classes not in (None, last.out_features):
+            holder, _, child = path.rpartition(".")
+            network.get_submodule(holder)._modules[child] = nn.Linear(last.in_features, num_classes, last.bias is not None)
+        return network
+
+    return made
 
 
 def _function(name: str, library: str, own: str, arguments: dict):

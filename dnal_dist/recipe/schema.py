@@ -14,8 +14,9 @@ Place = Annotated[OneLine, AfterValidator(expanded), Field(min_length=1)]
 
 class Network(Section):
     name: OneLine
-    """Network to train: a name of dnal_dist.nets (vgg_digits, resnet56_cifar, vgg16_imagenet, ...), torchvision:NAME, timm:NAME, or
-    PACKAGE.MODULE:FUNCTION, which returns a torch.nn.Module."""
+    """Network to train: a name of dnal_dist.nets (vgg_digits, resnet56_cifar, vgg16_imagenet, ...), torchvision:NAME, timm:NAME,
+    compact:RUN (the compact network of a finished run, with its weights), or PACKAGE.MODULE:FUNCTION, which returns a
+    torch.nn.Module."""
     num_classes: int | None = Field(None, ge=2, le=1_000_000)
     """Classes to tell apart; the network's own default if absent."""
     width: float = Field(1.0, gt=0, le=16)

@@ -169,8 +169,8 @@ def _saved(path: Path, output: Path) -> Source:
     state, head = saved.state, "network."
     if state.compact is not None:
         raise InputError(
-            f"{KEY}: {path} holds a network that is pruned already ({state.phase}); give a checkpoint from before pruning, "
-            "of this run or another"
+            f"{KEY}: {path} holds a network that is pruned already ({state.phase}); to go on with it, give "
+            "model.name=compact:RUN, or else a checkpoint from before pruning"
         )
     tensors = {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
     return Source(tensors, f"{path}, after {state.global_step} iterations", faults)
