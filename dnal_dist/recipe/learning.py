@@ -12,7 +12,7 @@ class SGD(Section):
     lr: float = Field(gt=0)
     """Base learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum."""
+    """Share of the last update that the next one goes on with."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     weight_decay: float = Field(0.0, ge=0)
