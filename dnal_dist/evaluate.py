@@ -38,6 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     from dnal_dist.export import evaluation, subject
 
+    if args.output is not None:
+        evaluation.require_own(Path(args.output))
     found = subject.opened(Path(args.path), args.runtime, args.shards)
     tally = found.tally()
     if tally is None:  # not the main process

@@ -167,7 +167,7 @@ def _describe(
         "notes": notes,
         "provenance": provenance,
     }
-    (folder / "README.md").write_text(_card(settings, manifest, how, pruned, result))
+    (folder / "README.md").write_text(_card(settings, manifest, how, pruned, result), encoding="utf-8")
     manifest["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in sorted(folder.iterdir())
@@ -185,7 +185,7 @@ def _versions() -> dict[str, str]:
 
 
 def _json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _card(settings: recipe.Recipe, manifest: dict, how: dict, pruned: dict, result: dict) -> str:

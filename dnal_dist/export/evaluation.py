@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dnal_dist.common import atomic
+from dnal_dist.common.errors import InputError
 from dnal_dist.data.images import normalise
 from dnal_dist.data.pipeline import Batch
 from dnal_dist.export.prediction import probabilities
@@ -101,11 +102,17 @@ def tallied(
     return tally
 
 
+def require_own(folder: Path) -> None:
+    """Raise InputError if `folder` holds something else than an evaluation, which would replace it."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "evaluation.json").exists())):
+        raise InputError(f"--output {folder}: there is something already that is no evaluation; name a new folder")
+
+
 def write(tally: Tally, facts: dict, folder: Path) -> None:
     """evaluation.json, confusion.png and, if any image is wrong, worst.png in `folder`. Raises OSError."""
     names = [row["class"] for row in facts["classes"]]
     with atomic.folder(folder) as unfinished:
-        (unfinished / "evaluation.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        (unfinished / "evaluation.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _draw(tally.confusion, names, unfinished / "confusion.png")
         if tally.mistakes:
             _sheet(tally.mistakes, names).save(unfinished / "worst.png")

@@ -19,7 +19,7 @@ _SLOW_ONNX = ("ScatterND", "ScatterElements", "Scatter", "GatherND")
 
 def write_torch(text: str, state: dict[str, Tensor], folder: Path) -> None:
     """model.py and model.safetensors."""
-    (folder / "model.py").write_text(text)
+    (folder / "model.py").write_text(text, encoding="utf-8")
     save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors")
 
 

@@ -99,7 +99,7 @@ def runner(module: nn.Module, images: Tensor, runtime: str, threads: int, folder
     if runtime == "eager":
         return lambda: module(images)
     if runtime == "compile":
-        compiled = torch.compile(module)
+        compiled = torch.compile(module, dynamic=False)
         return lambda: compiled(images)
     files.WRITERS[runtime](program(module, images.shape[2]), folder, None)
     run, array = readers.opened(folder, files.NAMES[runtime], threads), images.numpy()
@@ -139,6 +139,9 @@ def measure(
     try:
         for batch, threads, runtime in settings:
             torch.set_num_threads(threads)
+            if runtime == "compile":
+                # Compact networks share their code, of which only so many forms are compiled; the others would run eagerly.
+                torch._dynamo.reset()
             images = torch.randn(batch, 3, image_size, image_size, device=device)
             with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
                 runs = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
+from dnal_dist.data.classes import refuse_conflicts
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
@@ -63,16 +64,20 @@ def opened(path: Path, runtime: str | None, shards: str | None) -> Subject:
     context = Context()
     if is_run and runtime is None:
         settings = recipe.load(path / "recipe.yaml")
-        run, name = _of_run(path, context), "torch"
+        run, name, names = _of_run(path, context), "torch", None
     else:
         model = Model(export, runtime)
         settings = _recipe(export / "manifest.json", model.how)
         run, name = (lambda images: model.run(images.numpy())), model.file
+        names = model.how["class_names"]
     data = settings.data if shards is None else settings.data.model_copy(update={"val": shards})
     with torch.no_grad():
         classes = run(torch.zeros(1, 3, data.image_size, data.image_size)).shape[1]
+    found = Shards(data.val, "data.val" if shards is None else "--shards", classes, data)
+    if names is not None and names != [str(number) for number in range(classes)]:  # an export without names has those
+        refuse_conflicts({f"{export}/preprocessing.json": names, **found.classes})
     stream = Stream(
-        Shards(data.val, "data.val" if shards is None else "--shards", classes, data),
+        found,
         data,
         settings.seed,
         False,

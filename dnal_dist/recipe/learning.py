@@ -74,6 +74,8 @@ class Phase(Section):
     def _exactly_one_duration(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of 'epochs' and 'steps'")
+        if self.schedule.warmup > (duration := self.steps if self.epochs is None else self.epochs) > 0:
+            raise ValueError(f"the schedule's warmup ({self.schedule.warmup:g}) is longer than the phase ({duration:g})")
         return self
 
     def iterations(self, steps_per_epoch: int) -> int:

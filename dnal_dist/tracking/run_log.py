@@ -112,6 +112,8 @@ class RunLog:
         # The thread that writes a checkpoint may be here while the log is being closed.
         with self._open:
             if self._file.closed:
+                if self._unwritten:
+                    raise OSError(errno.EIO, "closed before all records could be written", self._file.name)
                 return
             self.flush()
             os.fsync(self._file.fileno())

@@ -159,7 +159,7 @@ def _saved(path: Path, output: Path) -> Source:
             raise InputError(f"{KEY}: {error}; give another") from None
     elif os.path.isdir(run):
         saved, damaged = _of_run(run)
-        faults = [f"{fault}; it was skipped" for fault in damaged]
+        faults = damaged
         if saved is None:
             raise InputError(f"{KEY}: {faults[0] if faults else f'{run} holds no checkpoint'}; give another run")
     else:
@@ -181,11 +181,13 @@ def _of_run(checkpoints: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]
     damaged = []
     if (path := checkpoint.after_pretrain(checkpoints)) is not None:
         try:
-            return checkpoint.read(path), []
+            saved = checkpoint.read(path)
+            middle = f"{path} is the first one of the search that is there; pretrain's end was {saved.state.step} steps before"
+            return saved, [middle] if saved.state.step else []
         except ValueError as error:
             damaged.append(str(error))
     _, saved, newer = checkpoint.latest(checkpoints)
-    return saved, list(dict.fromkeys([*damaged, *newer.values()]))
+    return saved, [f"{fault}; it was skipped" for fault in dict.fromkeys([*damaged, *newer.values()])]
 
 
 def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:

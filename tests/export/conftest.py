@@ -46,9 +46,8 @@ for name in ("dnal_dist", "data_tools"):
     raise SystemExit(name + " can be imported")
 """
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-P", "-B", "-c", head + program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+        command = [sys.executable, "-P", "-B", "-c", head + program]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
