@@ -46,11 +46,14 @@ def tensors(run: Path) -> bytes:
     return (run / "compact" / "weights.safetensors").read_bytes()
 
 
-def reach(process, run: Path, phase: str, step: int) -> None:
-    """Wait until the command has taken `step` iterations of `phase`."""
+def reach(process, run: Path, phase: str, step: int, start: int = 1) -> None:
+    """Wait until the command, the run's `start`-th, has taken `step` iterations of `phase`."""
     path = run / "metrics.jsonl"
     for _ in range(20_000):
         lines = path.read_text().splitlines() if path.exists() else []
+        starts = [number for number, line in enumerate(lines) if '"kind": "start"' in line]
+        # What the process before recorded is there until the run resumes.
+        lines = lines[starts[start - 1] :] if len(starts) >= start else []
         # The last line may be only half there.
         if any(f'"phase": "{phase}", "step": {step},' in line for line in lines if '"kind": "train"' in line):
             return

@@ -58,7 +58,7 @@ class _Process:
     def __init__(self, folder: Path, file: str, precision: str):
         self.file, self.precision = file, precision
         # -P: nothing is imported from the folder that this process was started in.
-        command = [sys.executable, "-P", "-B", str(Path(readers.__file__)), str(folder.resolve()), file, precision]
+        command = [sys.executable, "-P", str(Path(readers.__file__)), str(folder.resolve()), file, precision]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, cwd=folder, **pipes)

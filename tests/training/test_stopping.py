@@ -24,7 +24,7 @@ def test_a_run_stopped_in_each_phase_ends_bit_equal(train_command, train_here, d
         workers = f"data.workers={0 if kind == signal.SIGKILL else 1}"
         process = train_command.start(*arguments(digits, run, *LONG, workers))
         # Once evaluated, so that it has loaders of both streams.
-        reach(process, run, phase, 8 + number if number else 30)
+        reach(process, run, phase, 8 + number if number else 30, number + 1)
         processes = family(process)
         # A loader for each of its two streams; a run that goes on may not have evaluated yet.
         assert len(processes) in ({1} if kind == signal.SIGKILL else {3} if number == 0 else {2, 3})
