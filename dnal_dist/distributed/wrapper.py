@@ -55,7 +55,6 @@ class Trained:
 
     def __init__(self, network: nn.Module, sgd, momentum: dict[str, Tensor], options: Options):
         self.plain, self.options, self.clip_norm = network, options, sgd.clip_norm
-        self.decayed = {name for name, parameter in network.named_parameters() if parameter.dim() > 1}
         self.module = _prepared(copy.deepcopy(network).to(options.device).train(), options)
         self.settings = {"lr": sgd.lr, "momentum": sgd.momentum, "weight_decay": sgd.weight_decay, "nesterov": sgd.nesterov}
         self.decay_norms = sgd.decay_norms or not sgd.weight_decay
@@ -75,11 +74,10 @@ class Trained:
         if self.decay_norms:
             return SGD(self.module.parameters(), **self.settings)
         # In the order of the network within each, as checkpoints of ZeRO want it.
-        groups = {True: [], False: []}
-        for name, parameter in self.module.named_parameters():
-            groups[name in self.decayed].append(parameter)
-        own = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
-        return SGD([group for group in own if group["params"]], **self.settings)
+        decayed = [parameter for parameter in self.module.parameters() if parameter.dim() > 1]
+        others = [parameter for parameter in self.module.parameters() if parameter.dim() <= 1]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        return SGD([group for group in groups if group["params"]], **self.settings)
 
     def forward(self, network: nn.Module, images: Tensor, gates: Tensor | None = None) -> Tensor:
         """Logits (n, classes), in float32 or wider, of `network`: self.network or self.module."""
