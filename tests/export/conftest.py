@@ -37,7 +37,7 @@ class Only(importlib.machinery.PathFinder):
         if first not in {set(allowed) | set(sys.stdlib_module_names)!r} and not first.startswith("_sysconfigdata"):
             return None
         return super().find_spec(name, path, target)
-sys.meta_path = [one for one in sys.meta_path if one.__name__ in ("BuiltinImporter", "FrozenImporter")] + [Only]
+sys.meta_path = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter, Only]
 for name in ("dnal_dist", "data_tools"):
     try:
         __import__(name)
