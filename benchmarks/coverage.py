@@ -42,7 +42,7 @@ LARGE = ("inception", "nasnet")
 LIMIT = 600
 
 
-def half_closed(network: nets.AnyNetwork, seed: int = 0) -> torch.Tensor:
+def half_closed(network: nets.GatedNetwork, seed: int = 0) -> torch.Tensor:
     """The keep mask, bool (N,), of half of each site's gates, at least one."""
     generator = torch.Generator().manual_seed(seed)
     keep = torch.zeros(network.num_gates, dtype=torch.bool)

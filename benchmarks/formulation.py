@@ -77,7 +77,7 @@ class Formulation(nn.Module):
         self.units: dict[str, Unit] = {}
         """Units by the path of the ConvBN that they were made from."""
         self.names = {module: name for name, module in network.named_modules()}
-        self.body = _BODIES[type(network)](network, self)
+        self.body = _BODIES[type(network.own)](network.own, self)
         del self.names
         self.sites = [self.units[site] for site in network.gate_sites]
 
@@ -141,7 +141,7 @@ def _batchnorm(ours: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return norm
 
 
-def _relu(network: GatedNetwork) -> nn.Module:
+def _relu(network: nn.Module) -> nn.Module:
     return nn.ReLU6(inplace=True) if isinstance(network, MobileNetV2 | Supernet) else nn.ReLU(inplace=True)
 
 
@@ -168,12 +168,16 @@ def _block(ours: nn.Module, made: Formulation) -> nn.Module:
     return Residual([_chain([ours.conv1, ours.conv2, ours.conv3], nn.ReLU, made)], shortcut)
 
 
-def _classifier(network: GatedNetwork) -> list[nn.Module]:
+def _classifier(network: nn.Module) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(network.classifier)]
 
 
 def _mobile(network: MobileNetV2 | Supernet, made: Formulation) -> nn.Sequential:
-    blocks = network.blocks if isinstance(network, MobileNetV2) else [network.first, *(cell for _, cell in network.cells())]
+    blocks = (
+        network.blocks
+        if isinstance(network, MobileNetV2)
+        else [network.first, *(cell for stage in network.stages for cell in stage["cells"])]
+    )
     body = nn.Sequential(made.unit(network.stem), _relu(network), *(_block(block, made) for block in blocks))
     return body.extend([made.unit(network.last), _relu(network), *_classifier(network)])
 

@@ -35,11 +35,8 @@ def facts(name: str, image_size: int, num_classes: int | None, arguments: dict, 
 
     network = nets.build(name, num_classes, image_size=image_size, arguments=arguments, ignore=ignore, check=":" in name)
     found = {"network": name, "image_size": image_size, "gates": network.num_gates, "sites": []}
-    coupled: dict[str, list[str]] = {}
-    whole = []
-    if isinstance(network, nets.AnyNetwork):
-        coupled = network.coupled()
-        whole = [row._asdict() for row in network.ungated]
+    coupled = network.coupled()
+    whole = [row._asdict() for row in network.ungated]
     for site, channels in network.gate_sites.items():
         found["sites"].append({"site": site, "gates": channels, "coupled": coupled.get(site, [])})
     return found | {"ungated": whole, "cost": cost.both_rules(network, image_size)}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dnal_dist.nets import GatedNetwork, computing_again
-from dnal_dist.nets.gated import segments
+from dnal_dist.nets.gate import segments
 from dnal_dist.nets.narrow import Narrow
 
 

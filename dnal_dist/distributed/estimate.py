@@ -15,7 +15,7 @@ from dnal_dist import nets, recipe
 from dnal_dist.common import errors
 from dnal_dist.distributed.wrapper import MIN_PARAMS
 from dnal_dist.nets import GatedNetwork
-from dnal_dist.nets.gated import segments
+from dnal_dist.nets.gate import segments
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}

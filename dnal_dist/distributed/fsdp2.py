@@ -10,7 +10,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.shipped import named
 from dnal_dist.common.span import span
 from dnal_dist.distributed.wrapper import Trained
-from dnal_dist.nets.gated import segments
+from dnal_dist.nets.gate import segments
 
 
 class FullySharded(Trained):

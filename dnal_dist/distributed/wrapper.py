@@ -18,7 +18,7 @@ from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
 from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.distributed.sgd import SGD
-from dnal_dist.nets.gated import segments
+from dnal_dist.nets.gate import segments
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000

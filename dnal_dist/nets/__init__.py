@@ -5,21 +5,20 @@ from collections.abc import Sequence
 import torch
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets.gate import AnyNetwork, gate
-from dnal_dist.nets.gated import Feed, GatedBatchNorm, GatedNetwork, Layer, computing_again, frozen_statistics
+from dnal_dist.nets.gate import GatedNetwork, Reading, check_exact, gate, reading
+from dnal_dist.nets.gated import ConvBN, GatedBatchNorm, computing_again, frozen_statistics
+from dnal_dist.nets.graph import Gated
 from dnal_dist.nets.libraries import make
 from dnal_dist.nets.mobilenet import mobilenetv2_cifar, mobilenetv2_imagenet
 from dnal_dist.nets.resnet import resnet50_imagenet, resnet56_cifar, resnet_digits
 from dnal_dist.nets.supernet import proxyless_supernet, supernet_digits
+from dnal_dist.nets.tracing import symbolic
 from dnal_dist.nets.vgg import vgg16_cifar, vgg16_imagenet, vgg_digits
 
 __all__ = [
     "NETWORKS",
-    "AnyNetwork",
-    "Feed",
     "GatedBatchNorm",
     "GatedNetwork",
-    "Layer",
     "build",
     "computing_again",
     "frozen_statistics",
@@ -38,6 +37,11 @@ NETWORKS = {
 }
 
 
+# Height and width of the images that networks of this project are read for; what closes does not depend on it.
+READ_SIZE = 64
+_KNOWN: dict[tuple, Reading] = {}
+
+
 def build(
     name: str,
     num_classes: int | None = None,
@@ -52,18 +56,16 @@ def build(
 
     One of NETWORKS, its channel counts times `width`; or torchvision:NAME, timm:NAME or PACKAGE.MODULE:FUNCTION, made with
     `arguments` and read for images of image_size x image_size pixels (see `gate` for ignore and check).
-    streams: what layers close that write to one residual stream. "tied": the same channels, for which one of NETWORKS is read
-    likewise; "free", and None for NETWORKS: each its own.
+    streams: what layers close that write to one residual stream. "tied": the same channels; "free": each its own; None: free with
+    the gates of the paper for NETWORKS, tied for others.
 
     Raises InputError for an unknown name, and for a width or number of classes that takes more memory than there is.
     """
-    example = torch.zeros(2, 3, image_size, image_size)
     if ":" in name:
         if width != 1:
             raise InputError(f"key 'model.width': {name} has no width; give what it takes by key 'model.arguments'")
-        if streams == "free":
-            raise InputError(f"key 'architecture.streams': free is for {', '.join(NETWORKS)}; remove it")
-        return gate(make(name, num_classes, arguments), example, ignore, check)
+        example = torch.zeros(2, 3, image_size, image_size)
+        return gate(make(name, num_classes, arguments), example, ignore, check, streams or "tied")
     if name not in NETWORKS:
         raise InputError(
             f"key 'model.name': no network is called {name!r}; there are {', '.join(NETWORKS)}, torchvision:NAME, timm:NAME and "
@@ -77,7 +79,15 @@ def build(
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise InputError(f"key 'model.width': the network cannot be built ({why}); lower it or model.num_classes") from None
-    return gate(network, example, ignore, check) if streams == "tied" else network
+    key = name, num_classes, width, streams == "tied", tuple(ignore)
+    if key not in _KNOWN:
+        only = tuple(path for path, module in network.named_modules() if isinstance(module, ConvBN) and module.gated)
+        gated = Gated(ignore=tuple(ignore)) if streams == "tied" else Gated(True, only=only)
+        _KNOWN[key] = reading(network, torch.zeros(2, 3, READ_SIZE, READ_SIZE), gated, symbolic)
+    network = GatedNetwork(network, _KNOWN[key])
+    if check and streams == "tied":
+        check_exact(network)
+    return network
 
 
 def on_meta(
@@ -85,10 +95,10 @@ def on_meta(
 ) -> GatedNetwork:
     """The same network on the meta device, where it has shapes and no memory. Raises InputError also if it cannot take images of
     image_size x image_size pixels."""
-    if ":" in name or streams == "tied":  # it must have been read for this
+    if ":" in name:  # it must have been read for this
         return build(name, num_classes, width, image_size, streams=streams, **others).to("meta")
     with torch.device("meta"):
-        network = build(name, num_classes, width, image_size, **others)
+        network = build(name, num_classes, width, image_size, streams=streams, **others)
     require_image_size(network, image_size)
     return network
 

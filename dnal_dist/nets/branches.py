@@ -4,7 +4,7 @@ Where a gate site inside such a branch closes altogether, the rest of the branch
 channel.
 """
 
-import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dnal_dist.nets.graph import Graph, Value, name_of
 from dnal_dist.nets.rules import ELEMENTWISE, MOVES, SAME
+from dnal_dist.nets.sites import Gating
 
 
 class Branch(NamedTuple):
@@ -30,7 +31,7 @@ class Branch(NamedTuple):
     sites: tuple[str, ...]
     """Gate sites inside it, in forward order, each of which may close as a whole."""
     within: tuple[str, ...]
-    """All gate sites inside it."""
+    """All gate sites inside it, without those of the channels that it adds."""
     outputs: Tensor
     """Labels of the channels that it adds to."""
     needed: bool
@@ -107,9 +108,9 @@ def _is_pointwise(node) -> bool:
     return math.prod(node.args[1].meta["val"].shape[2:]) == 1 and not any(padding if isinstance(padding, list) else [padding])
 
 
-def find(graph: Graph, gate_of: Tensor, sites: dict[str, int]) -> list[Branch]:
-    """The branches of all sums. gate_of: the gate of each label. sites: channels of each gate site."""
-    nodes, found = Nodes(graph), []
+def find(graph: Graph, gating: Gating) -> list[Branch]:
+    """The branches of all sums."""
+    nodes, found, sites = Nodes(graph), [], _Sites(graph, gating)
     order = list(nodes.reads)
     sums = {node: operands for node in order if len(operands := nodes.operands(node)) > 1}
     for node, operands in sums.items():
@@ -122,7 +123,7 @@ def find(graph: Graph, gate_of: Tensor, sites: dict[str, int]) -> list[Branch]:
             inside = [n for i, n in enumerate(order) if own >> i & 1]
             # Another sum within it has branches of its own, and what is read elsewhere is needed there.
             if not any(n in sums for n in inside) and _is_closed(nodes, inside, operand):
-                branches.append(_branch(graph, nodes, node, operand, inside, gate_of, sites))
+                branches.append(_branch(graph, nodes, node, operand, inside, sites))
         branches = [branch for branch in branches if branch.sites]
         found += [branch._replace(needed=len(branches) == len(operands)) for branch in branches]
     return found
@@ -135,7 +136,7 @@ def _is_closed(nodes: Nodes, inside: list, operand) -> bool:
     )
 
 
-def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, gate_of: Tensor, sites: dict[str, int]) -> Branch:
+def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, sites: "_Sites") -> Branch:
     members = set(inside)
     outside = [n for n in nodes.reads if n not in members]
     # What is called or read elsewhere, too, stays.
@@ -144,24 +145,36 @@ def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, gate_of: Te
     layers = tuple(path for path in layers if path in graph.layers and path not in shared)
     tensors = {graph.tensor_of(a) for n in inside for a in n.all_input_nodes} - {None}
     tensors -= {graph.tensor_of(a) for n in outside for a in n.all_input_nodes}
-    elsewhere = [layer.outputs for path, layer in graph.layers.items() if path not in layers]
-    elsewhere = set(gate_of[torch.cat(elsewhere)].tolist()) if elsewhere else set()
-    first, within, inner = 0, [], []
-    for site, channels in sites.items():
-        gates = set(range(first, first + channels))
-        first += channels
-        if gates & elsewhere or not any(gates == set(gate_of[graph.layers[path].outputs].tolist()) for path in layers):
-            continue
-        within.append(site)
+    added, within, inner = graph.values[operand].labels.flatten(), [], []
+    for site in sites.written_by(layers):
+        gates = sites.gates[site]
+        if not gates & sites.gating.of(added):
+            within.append(site)
         constant: set = set()
         for n in inside:
-            if nodes.is_constant(graph, n, constant, functools.partial(_are_within, gate_of, gates)):
+            if nodes.is_constant(graph, n, constant, lambda labels, gates=gates: sites.gating.of(labels) <= gates):
                 constant.add(n)
         if operand in constant:
             inner.append(site)
-    added = graph.values[operand].labels.flatten()
     return Branch(node.name, operand.name, layers, frozenset(tensors), tuple(inner), tuple(within), added, needed=False)
 
 
-def _are_within(gate_of: Tensor, gates: set[int], labels: Tensor) -> bool:
-    return set(gate_of[labels].flatten().tolist()) <= gates
+class _Sites:
+    """Which layers write the gates of each site."""
+
+    def __init__(self, graph: Graph, gating: Gating):
+        self.gating, self.gates = gating, {}
+        ends = itertools.accumulate(gating.sites.values())
+        for (site, channels), end in zip(gating.sites.items(), ends, strict=True):
+            self.gates[site] = frozenset(range(end - channels, end))
+        site_of = [site for site, channels in gating.sites.items() for _ in range(channels)]
+        self.of_layer = {path: gating.of(layer.outputs) for path, layer in graph.layers.items()}
+        self.writers: dict[str, set[str]] = {site: set() for site in gating.sites}
+        for path, gates in self.of_layer.items():
+            for gate in gates - {gating.always}:
+                self.writers[site_of[gate]].add(path)
+
+    def written_by(self, layers: tuple[str, ...]) -> list[str]:
+        """Sites, in forward order, that one of `layers` writes as a whole and no other layer writes to."""
+        own = {site for site, gates in self.gates.items() if any(gates == self.of_layer[path] for path in layers)}
+        return [site for site in self.gates if site in own and self.writers[site] <= set(layers)]

@@ -13,15 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist.common import atomic
 from dnal_dist.common.files import read_regular
 from dnal_dist.nets import narrow
-from dnal_dist.nets.gate import AnyNetwork
-from dnal_dist.nets.gated import GatedNetwork
+from dnal_dist.nets.gate import GatedNetwork
 from dnal_dist.nets.masks import rescue
-from dnal_dist.nets.mobilenet import MobileNetV2, compact_mobilenet
-from dnal_dist.nets.modules import Channels, Constant, Sum
-from dnal_dist.nets.resnet import BottleneckResNet, ResNet, compact_bottleneck_resnet, compact_resnet
-from dnal_dist.nets.slicing import Slicer
-from dnal_dist.nets.supernet import Supernet, compact_supernet
-from dnal_dist.nets.vgg import VGG, compact_vgg
+from dnal_dist.nets.modules import Channels, Constant, Place, Sum
 
 # What it takes to build each kind of module again, as its constructor's arguments.
 _ARGUMENTS = {
@@ -39,6 +33,8 @@ _ARGUMENTS = {
     nn.MaxPool2d: lambda m: (m.kernel_size, m.stride, m.padding),
     nn.AdaptiveAvgPool2d: lambda m: (m.output_size,),
     nn.Flatten: lambda m: (),
+    Place: lambda m: (m.places, m.width),
+    # Of networks that older releases wrote.
     Constant: lambda m: (m.value.shape[1],),
     Channels: lambda m: (m.those,),
     Sum: lambda m: ([describe(branch) for branch in m.branches], m.adds, m.width, m.carry, m.stride),
@@ -103,7 +99,7 @@ def _checked(module: nn.Module) -> nn.Module:
         raise ValueError(f"output_size of {module.output_size}")
     elif isinstance(module, _BatchNorm) and not (module.eps > 0 and 0 <= (module.momentum or 0) <= 1):
         raise ValueError(f"eps, momentum of {module.eps}, {module.momentum}")
-    elif isinstance(module, Sum) and not 0 < module.width <= MOST_CHANNELS:
+    elif isinstance(module, Sum | Place) and not 0 < module.width <= MOST_CHANNELS:
         raise ValueError(f"{module.width} channels")
     return module
 
@@ -162,7 +158,7 @@ def load(folder: Path | str) -> nn.Module:
     return network.eval()
 
 
-def compact(net: GatedNetwork, keep: Tensor) -> nn.Module:
+def compact(net: GatedNetwork, keep: Tensor) -> narrow.Narrow:
     """A smaller network with the function of `net` when the gates of the channels not in `keep`, bool (N,), are 0 and the others 1.
 
     Equal in eval mode up to rounding; `.keep` of the result is the mask it was made with. A site that would close although there is
@@ -172,17 +168,6 @@ def compact(net: GatedNetwork, keep: Tensor) -> nn.Module:
     if rescued:
         warnings.warn(f"all channels of {', '.join(rescued)} would close; the strongest one of each stays", stacklevel=2)
     with torch.no_grad():
-        network = net.cut(keep) if isinstance(net, AnyNetwork) else _FAMILIES[type(net)](net, Slicer(net, keep))
+        network = net.cut(keep)
     network.keep = keep
     return network.to(next(net.parameters()).device).train(net.training)
-
-
-# Where a shortcut that changes nothing is all that is left of a block, nothing of the block is left: the ReLU behind it would see
-# what went through one before.
-_FAMILIES = {
-    VGG: compact_vgg,
-    ResNet: compact_resnet,
-    BottleneckResNet: compact_bottleneck_resnet,
-    MobileNetV2: compact_mobilenet,
-    Supernet: compact_supernet,
-}

@@ -1,7 +1,7 @@
 """Gates for any network: `gate(module, example)`."""
 
 import copy
-import itertools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -11,56 +11,69 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import branches
 from dnal_dist.nets.activation import ReLU6
-from dnal_dist.nets.gated import ConvBN, GatedBatchNorm, GatedNetwork, Gates, Layer, shared
+from dnal_dist.nets.branches import Branch
+from dnal_dist.nets.gated import GatedBatchNorm, Gates, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
-from dnal_dist.nets.graph import Graph, read
+from dnal_dist.nets.graph import Gated, Graph, read
 from dnal_dist.nets.narrow import Narrow
 from dnal_dist.nets.narrowing import Narrowing
 from dnal_dist.nets.rules import RULES
-from dnal_dist.nets.streams import Streams, streams_of
+from dnal_dist.nets.sites import Gating, Ungated, freeze
+from dnal_dist.nets.streams import Streams, exact, paper
+from dnal_dist.nets.tracing import Tracer, exported
 
 # Largest relative difference, in float64, between the network with closed gates and its compact one.
 EXACT = 1e-10
 
 
-class Ungated(NamedTuple):
-    """Output channels of a layer that stay, and why."""
+class Reading(NamedTuple):
+    """What is known of a network from its graph alone."""
 
-    layer: str
-    channels: int
-    reason: str
+    graph: Graph
+    gating: Gating
+    branches: list[Branch]
+    image_size: int
+    trace: Tracer
 
 
-class AnyNetwork(GatedNetwork):
-    """Any module with gates: `net(images, gates)`. Parameters, buffers and modules are the module's own, under their names."""
+def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = exported) -> Reading:
+    """The graph of `module` for images like `example` (n, 3, H, W), and what closes in it. Raises InputError."""
+    with torch.device("cpu"):  # whatever the caller's default is
+        graph = read(module, example, RULES, gated, trace)
+        freeze(graph)
+        gating = Gating(graph)
+        return Reading(graph, gating, branches.find(graph, gating), example.shape[-1], trace)
 
-    def __init__(self, module: nn.Module, graph: Graph, image_size: int, ignore: tuple[str, ...] = ()):
+
+class GatedNetwork(nn.Module):
+    """Any module with gates: `net(images, gates)`. Parameters, buffers and modules are the module's own, under their names.
+
+    images (n, 3, H, W); gates flat, float32, (N,), in the order of gate_sites; None means no gates at all.
+    """
+
+    gate_sites: dict[str, int]
+    """Gate sites, by the path of the module whose output they gate first -> channels, in forward order."""
+
+    def __init__(self, module: nn.Module, found: Reading):
         super().__init__()
         # Not registered: what it has, this has under the same names.
-        self.__dict__["_own"] = module
+        self.__dict__["own"] = module
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
-        self.image_size, self.graph = image_size, graph
-        for path, outputs in graph.points.items():
-            if any(path == name or path.startswith(f"{name}.") for name in ignore):
-                graph.classes.freeze(outputs, "it is in `ignore`")
-        self.gate_sites, self.__dict__["gate_of"] = _sites(graph)
-        self.num_classes = graph.outputs.shape[-1]
-        self.ungated = _ungated(graph, self.gate_of, self.num_gates)
-        self.branches = branches.find(graph, self.gate_of, self.gate_sites)
-        self._rows = self._layers()
-        self._groups = self._must_have()
-        self._costs = streams_of(self)
+        own = self.__dict__
+        own["graph"], own["gating"], own["branches"], own["image_size"], own["_trace"] = found
+        own["gate_sites"] = self.gating.sites
+        own["num_classes"] = self.graph.outputs.shape[-1]
+        own["_streams"] = {}
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in graph.reached)
-        self.gates = Gates()
-        for path in sorted(graph.needed):
-            places = self.gate_of[graph.points[path]]
-            if bool((places < self.num_gates).any()):
-                gated = self.get_submodule(path)
-                gated.__class__ = gated_kind(gated)
-                gated.gates = self.gates
-                gated.register_buffer("gate_places", places, persistent=False)
+            parameter.requires_grad_(parameter.requires_grad and name in self.graph.reached)
+        own["gates"] = Gates(list(self.gate_sites.values()))
+        numbers = {path: self.gating.of_label[self.graph.points[path]] for path in sorted(self.graph.needed)}
+        own["gated_paths"] = {path for path, own in numbers.items() if bool((own < self.num_gates).any())}
+        for path in self.gated_paths:
+            gated = self.get_submodule(path)
+            gated.__class__ = gated_kind(gated)
+            gated.take(self.gates, numbers[path])
         for module in self.modules():
             if type(module) is nn.ReLU6:
                 module.__class__ = ReLU6
@@ -80,77 +93,101 @@ class AnyNetwork(GatedNetwork):
             super().__setattr__(name, value)
 
     def get_submodule(self, target: str) -> nn.Module:
-        return self._own.get_submodule(target)
+        return self.own.get_submodule(target)
 
-    def train(self, mode: bool = True) -> "AnyNetwork":
-        self._own.train(mode)
+    def train(self, mode: bool = True) -> "GatedNetwork":
+        self.own.train(mode)
         self.training = mode
         return self
 
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
-        self.gates.current = None if gates is None else torch.cat([gates, gates.new_ones(1)])
+        self.gates.set(gates)
         try:
-            logits = self._own(images)
+            logits = self.own(images)
         finally:
-            self.gates.current = None
+            self.gates.set(None)
         if isinstance(logits, tuple | list):  # of auxiliary classifiers
             logits = logits[0]
         return logits
 
+    @property
+    def num_gates(self) -> int:
+        return self.gating.always
+
+    @property
+    def ungated(self) -> list[Ungated]:
+        """Channels that stay whole, and why."""
+        return self.gating.ungated()
+
+    def by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat vector over all gates (alpha, a keep mask, ...) as site -> its part, views of it."""
+        if flat.shape != (self.num_gates,):
+            raise ValueError(f"expected one value for each of the {self.num_gates} gates, got shape {tuple(flat.shape)}")
+        return dict(zip(self.gate_sites, flat.split(list(self.gate_sites.values())), strict=True))
+
+    def gates_of(self, site: str) -> Tensor:
+        """The gates of a site, indices of the flat vector."""
+        return self.by_site(torch.arange(self.num_gates))[site]
+
+    def site_of(self, layer: str) -> str | None:
+        """The site of the gates that are on a layer's own output channels, the first of several."""
+        if not {layer, self.graph.norms.get(layer)} & self.gated_paths:
+            return None
+        first = int(self.gating.of_label[self.graph.layers[layer].outputs].min())
+        return next(site for site in self.gate_sites if first in self.gates_of(site))
+
+    def strength(self) -> Tensor:
+        """The magnitude of each gate's BatchNorm weight, (N,); zero where there is none."""
+        found = torch.zeros(self.num_gates + 1)
+        for path in sorted(self.gated_paths, reverse=True):
+            module = self.get_submodule(path)
+            if isinstance(module, GatedBatchNorm) and module.weight is not None:
+                found[self.gating.of_label[self.graph.points[path]]] = module.weight.detach().abs().float().cpu()
+        return found[:-1]
+
     def units(self) -> list[nn.Module]:
-        return _blocks(self._own, "", self.graph.called)
-
-    def layers(self, image_size: int) -> list[Layer]:
-        self._require(image_size)
-        return self._rows
-
-    def _layers(self) -> list[Layer]:
-        sites, ends = list(self.gate_sites), torch.tensor([*self.gate_sites.values()]).cumsum(0)
-        found = []
-        for layer in self.graph.layers.values():
-            first = int(self.gate_of[layer.outputs].min())
-            site = sites[int((ends <= first).sum())] if first < self.num_gates else None
-            branch = next((branch.sites for branch in self.branches if layer.path in branch.layers), ())
-            found.append(Layer(layer.path, self.graph.norms.get(layer.path), site, (), layer.positions, branch=branch))
-        return found
+        """The blocks of the network, in forward order."""
+        return _blocks(self.own, "", self.graph.called)
 
     def coupled(self) -> dict[str, list[str]]:
         """By site, the other layers whose output channels close with its own."""
         ends, sites = torch.tensor([*self.gate_sites.values()]).cumsum(0), list(self.gate_sites)
         found: dict[str, list[str]] = {site: [] for site in sites}
         for layer in self.graph.layers.values():
-            gates = self.gate_of[layer.outputs].unique()
-            for i in sorted({int((ends <= gate).sum()) for gate in gates.tolist() if gate < self.num_gates}):
+            gates = self.gating.of(layer.outputs) - {self.gating.always}
+            for i in sorted({int((ends <= gate).sum()) for gate in gates}):
                 own = (layer.path, layer.path.rpartition(".")[0], self.graph.norms.get(layer.path))
                 if sites[i].partition("#")[0] not in own:
                     found[sites[i]].append(layer.path)
         return found
 
     def shortcuts(self) -> list[str]:
-        return [block for block in dict.fromkeys(shared(branch.layers) for branch in self.branches) if block]
-
-    def inner(self, branch: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(site for own in self.branches if own.sites == branch for site in own.within)
-
-    def _require(self, image_size: int) -> None:
-        if image_size not in (1, self.image_size):
-            raise InputError(f"the network was read for images of {self.image_size} pixels, not {image_size}; read it for those")
+        """Module paths of the blocks with a way around them, in forward order."""
+        layers: dict[str, list[str]] = {}
+        for branch in self.branches:
+            if not branch.needed:
+                layers.setdefault(branch.sum, []).extend(branch.layers)
+        return [block for block in dict.fromkeys(map(shared, layers.values())) if block]
 
     def cut(self, keep: Tensor) -> Narrow:
         """The network with the channels of `keep`, bool (N,)."""
-        stays = torch.cat([keep.cpu(), torch.ones(1, dtype=torch.bool)])[self.gate_of]
-        return Narrowing(self.graph, self, stays).build()
+        return Narrowing(self.graph, self, self.gating, keep).build()
 
-    def streams(self, image_size: int) -> Streams:
-        self._require(image_size)
-        return self._costs
+    def streams(self, image_size: int, rule: str = "exact", device: torch.device | str = "cpu") -> Streams:
+        """What costs by a rule, exact or paper, are computed from. Raises InputError if the network cannot take such images."""
+        key = image_size, rule, torch.device(device)
+        if key not in self._streams:
+            graph = self.graph
+            if image_size != self.image_size:
+                images = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
+                graph = read(self.own, images, RULES, self.graph.gated, self._trace)
+            positions = {layer.path: layer.positions for layer in graph.layers.values()}
+            self._streams[key] = (exact if rule == "exact" else paper)(self, positions).to(device)
+        return self._streams[key]
 
     def must_have(self) -> list[Tensor]:
-        return self._groups
-
-    def _must_have(self) -> list[Tensor]:
-        """What a tensor of the network consists of."""
-        groups = {tuple(sorted(set(self.gate_of[list(part)].tolist()))) for part in self.graph.parts}
+        """Groups of gates of which one must be open: those of what a tensor of the network consists of."""
+        groups = {tuple(sorted(self.gating.of(part))) for part in self.graph.parts.keys() - set(self.graph.free_sums.values())}
         within = {tuple(self.gates_of(site).tolist()) for branch in self.branches for site in branch.sites}
         return [torch.tensor(group) for group in sorted(groups - within) if group and group[-1] < self.num_gates]
 
@@ -161,11 +198,6 @@ class AnyNetwork(GatedNetwork):
             if branch.needed:
                 found.setdefault(branch.sum, []).append([self.gates_of(site) for site in branch.sites])
         return list(found.values())
-
-    def gates_of(self, site: str) -> Tensor:
-        """The gates of a site, indices of the flat vector."""
-        first = sum(number for _, number in itertools.takewhile(lambda item: item[0] != site, self.gate_sites.items()))
-        return torch.arange(first, first + self.gate_sites[site])
 
 
 def _blocks(module: nn.Module, path: str, called: set[str]) -> list[nn.Module]:
@@ -180,49 +212,13 @@ def _blocks(module: nn.Module, path: str, called: set[str]) -> list[nn.Module]:
     return found
 
 
-def _sites(graph: Graph) -> tuple[dict[str, int], Tensor]:
-    """Sites with their number of gates, and for each label its gate; the number of gates stands for what is always open.
-
-    A site is the classes that the same modules write and that the same tensors consist of, in the order of their first channel; its
-    name is the first module's path.
-    """
-    roots = torch.tensor([graph.classes.find(label) for label in range(len(graph.classes.parents))])
-    writers: dict[int, list[str]] = {}
-    for path, labels in graph.points.items():
-        if path in graph.needed:
-            for root in dict.fromkeys(roots[labels].tolist()):
-                if root not in graph.classes.reasons:
-                    writers.setdefault(root, []).append(path)
-    member: dict[int, list[int]] = {}
-    for number, part in enumerate(dict.fromkeys(tuple(dict.fromkeys(roots[list(part)].tolist())) for part in graph.parts)):
-        for root in part:
-            member.setdefault(root, []).append(number)
-    sites: dict[tuple, list[int]] = {}
-    for root, paths in writers.items():
-        sites.setdefault((*paths, *member[root]), []).append(root)
-    names: dict[str, int] = {}
-    for (first, *_), members in sites.items():
-        if issubclass(graph.kinds.get(first.rpartition(".")[0], nn.Module), ConvBN):
-            first = first.rpartition(".")[0]  # one module by its recipes' name
-        again = sum(name.partition("#")[0] == first for name in names)
-        names[f"{first}#{again + 1}" if again else first] = len(members)
-    gates = {root: gate for gate, root in enumerate(itertools.chain(*sites.values()))}
-    return names, torch.tensor([gates.get(root, len(gates)) for root in roots.tolist()])
-
-
-def _ungated(graph: Graph, gate_of: Tensor, number: int) -> list[Ungated]:
-    found: dict[tuple[str, str], int] = {}
-    for layer in graph.layers.values():
-        for label in layer.outputs[gate_of[layer.outputs] == number].tolist():
-            key = layer.path, graph.classes.reason(label) or "nothing reads it that mixes channels"
-            found[key] = found.get(key, 0) + 1
-    return [Ungated(path, count, reason) for (path, reason), count in found.items()]
-
-
-def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...] = (), check: bool = True) -> AnyNetwork:
+def gate(
+    module: nn.Module, example: Tensor, ignore: Collection[str] = (), check: bool = True, streams: str = "tied"
+) -> GatedNetwork:
     """A copy of `module`, any CNN, with a gate for every channel that can be closed.
 
     example: images (n, 3, H, W) of the size it will see. ignore: module paths whose outputs stay whole. check: call check_exact.
+    streams: what layers close that write to one residual stream: "tied", the same channels; "free", each its own.
     `.ungated` says what else stays whole, and why. Raises InputError if the module cannot be read or has no channel to close, or if
     the compact network of a random mask differs from the network with those gates closed.
     """
@@ -234,22 +230,39 @@ def gate(module: nn.Module, example: Tensor, ignore: list[str] | tuple[str, ...]
     if isinstance(ignore, str) or (unknown := [path for path in ignore if path not in paths]):
         raise InputError(f"`ignore` is a list of module paths; there is no {ignore if isinstance(ignore, str) else unknown[0]!r}")
     module = copy.deepcopy(module)
-    graph = read(module, example[:2] if len(example) > 1 else torch.cat([example, example]), RULES)
-    if not graph.layers:
+    images = example[:2] if len(example) > 1 else torch.cat([example, example])
+    found = reading(module, images, Gated(streams == "free", tuple(ignore)))
+    if not found.graph.layers:
         raise InputError(f"{type(module).__name__} has no channel that can be closed: there is no Conv2d or Linear")
-    network = AnyNetwork(module, graph, example.shape[-1], tuple(ignore))
-    if not network.num_gates:
-        most = max(network.ungated, key=lambda row: row.channels)
+    if not found.gating.sites:
+        most = max(found.gating.ungated(), key=lambda row: row.channels)
         raise InputError(
             f"{type(module).__name__} has no channel that can be closed: {most.layer} stays whole, since {most.reason}"
         )
+    network = GatedNetwork(module, found)
     if check:
         check_exact(network)
     return network
 
 
+def segments(network: nn.Module) -> list[list[nn.Module]]:
+    """The parts of a network whose parameters are gathered, and whose activations are computed again, together: the units of a
+    gated network, the modules that a compact one calls; in one of an older release each Sum, or a convolution or Linear with what
+    follows it. In forward order."""
+    if isinstance(network, GatedNetwork):
+        return [[unit] for unit in network.units()]
+    if not isinstance(network, nn.Sequential):
+        return [[leaf] for leaf in network.leaves()]
+    found: list[list[nn.Module]] = []
+    for child in network.children():
+        if not found or isinstance(child, nn.Conv2d | nn.Linear) or any(True for _ in child.children()):
+            found.append([])
+        found[-1].append(child)
+    return [segment for segment in found if any(True for module in segment for _ in module.parameters())]
+
+
 @torch.no_grad()
-def check_exact(network: AnyNetwork, seed: int = 0) -> float:
+def check_exact(network: GatedNetwork, seed: int = 0) -> float:
     """Close half of the gates at random, then also one site of every branch, in float64, and compare with the compact network:
     returns the difference of the logits relative to their size. Raises InputError if it is above EXACT. The network is left as it
     was."""
@@ -273,8 +286,8 @@ def check_exact(network: AnyNetwork, seed: int = 0) -> float:
     return max(_difference(network, double, mask, images) for mask in masks)
 
 
-def _difference(network: AnyNetwork, double: AnyNetwork, keep: Tensor, images: Tensor) -> float:
-    name = type(network._own).__name__
+def _difference(network: GatedNetwork, double: GatedNetwork, keep: Tensor, images: Tensor) -> float:
+    name = type(network.own).__name__
     try:
         compact = double.cut(keep).double().eval()
         masked, compact_logits = double(images, keep.double()), compact(images)

@@ -1,5 +1,7 @@
 """Modules whose output channels have gates, of the kinds that any network is made of."""
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,12 +13,24 @@ class Gated:
     """What a module becomes whose output channels have gates: `gate`, (channels,), multiplies them. None: no gates."""
 
     gates: Gates
-    gate_places: Tensor
-    """The gate of each output channel, an index of `gates`."""
+    gate_site: int
+    """The site whose gates are those of its output channels, one after the other; else -1."""
+    gate_places: Tensor | None
+    """The gate of each output channel, if they are no site's."""
+
+    def take(self, gates: Gates, numbers: Tensor) -> None:
+        """numbers: the gate of each output channel, (channels,)."""
+        self.gates, own = gates, numbers.tolist()
+        firsts = [0, *itertools.accumulate(gates.sizes)]
+        sites = [i for i, (first, end) in enumerate(itertools.pairwise(firsts)) if own == list(range(first, end))]
+        self.gate_site = sites[0] if sites else -1
+        self.register_buffer("gate_places", None if sites else numbers, persistent=False)
 
     @property
     def gate(self) -> Tensor | None:
-        return None if self.gates.current is None else self.gates.current[self.gate_places]
+        if (current := self.gates.current) is None:
+            return None
+        return current[self.gate_site] if self.gate_places is None else current[-1][self.gate_places]
 
 
 class GatedConv2d(Gated, nn.Conv2d):

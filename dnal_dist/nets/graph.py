@@ -1,8 +1,9 @@
-"""How the channels of any network connect, read from its exported graph.
+"""How the channels of any network connect, read from its traced graph.
 
 Every channel that a convolution or Linear writes gets a number. A tensor's `labels` are these numbers, one for each element, held
 with size 1 along dimensions in which they do not change. Moving data moves labels; adding channels unites theirs: they stay or go
-together. What is united is a class, and a class that stays whole has a reason.
+together. What is united is a class, and a class that stays whole has a reason. Where streams are free, a sum of feature maps unites
+nothing: each of its channels gets a label of its own, which is there if any of what is added is.
 """
 
 import math
@@ -14,44 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.nets.classes import Classes
+from dnal_dist.nets.tracing import Traced, Tracer, exported
 
-OPEN = 0
-"""The label of what is always there."""
+
+class Gated(NamedTuple):
+    """What of a network has gates."""
+
+    streams_are_free: bool = False
+    """Whether each of the layers that a sum adds up has gates of its own; else they share them."""
+    ignore: tuple[str, ...] = ()
+    """Modules whose outputs have none."""
+    only: tuple[str, ...] | None = None
+    """Modules whose outputs alone have gates; None: all that may close."""
+
+    def has(self, path: str) -> bool:
+        """Whether what the module at `path` writes may close."""
+        return not _is_in(path, self.ignore) and (self.only is None or _is_in(path, self.only))
 
 
-class Classes:
-    """Disjoint sets of labels, with the reason why a set stays whole."""
-
-    def __init__(self):
-        self.parents = [OPEN]
-        self.reasons = {OPEN: "it meets what has no channels to close"}
-
-    def new(self, number: int) -> Tensor:
-        first = len(self.parents)
-        self.parents.extend(range(first, first + number))
-        return torch.arange(first, first + number)
-
-    def find(self, label: int) -> int:
-        while self.parents[label] != label:
-            self.parents[label] = label = self.parents[self.parents[label]]
-        return label
-
-    def unite(self, some: Tensor, others: Tensor) -> None:
-        """Unite element by element; the shapes broadcast."""
-        pairs = torch.stack([t.flatten() for t in torch.broadcast_tensors(some, others)], 1)
-        for a, b in torch.unique(pairs, dim=0).tolist():
-            a, b = sorted((self.find(a), self.find(b)))
-            if a != b:
-                self.parents[b] = a
-                if b in self.reasons:
-                    self.reasons.setdefault(a, self.reasons.pop(b))
-
-    def freeze(self, labels: Tensor, reason: str) -> None:
-        for label in labels.unique().tolist():
-            self.reasons.setdefault(self.find(label), reason)
-
-    def reason(self, label: int) -> str | None:
-        return self.reasons.get(self.find(label))
+def _is_in(path: str, modules: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in modules)
 
 
 class Value(NamedTuple):
@@ -97,21 +81,20 @@ Rule = Callable[["Graph", torch.fx.Node], "Value | list[Value]"]
 class Graph:
     """The channels of `module` as an image goes through it; what `read` returns."""
 
-    def __init__(self, program: torch.export.ExportedProgram, module: nn.Module, rules: dict[str, "Rule"]):
-        self.rules, self.nodes = rules, list(program.graph.nodes)
+    def __init__(self, traced: Traced, module: nn.Module, rules: dict[str, "Rule"], gated: "Gated"):
+        self.rules, self.nodes, self.gated = rules, traced.nodes, gated
         self.kinds = {path: type(m) for path, m in module.named_modules()}
         # What has several names goes by its first.
         self.paths = _first_names(module.named_modules(remove_duplicate=False))
         tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         firsts = _first_names(tensors)
-        signature = program.graph_signature
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.names |= dict(signature.inputs_to_lifted_tensor_constants)
-        self.names = {node: firsts.get(name, name) for node, name in self.names.items()}
-        self.constants = dict(program.constants)
+        self.names = {node: firsts.get(name, name) for node, name in traced.names.items()}
+        self.constants = traced.constants
         self.reached = {self.names[node.name] for node in self.nodes if node.users and node.name in self.names}
         """Parameters and buffers that images reach."""
         self.classes = Classes()
+        self.depths: dict = {}
+        """Layers that each node has behind it, one after the other."""
         self.values: dict = {}
         self.tensors: dict[str, dict[int, Tensor]] = {}
         """Parameters and buffers that are cut with the channels: name -> dimension -> labels along it."""
@@ -122,6 +105,8 @@ class Graph:
         """Those of `points` whose gates are needed."""
         self.parts: dict[tuple[int, ...], None] = {}
         """Groups of labels of which one must stay."""
+        self.free_sums: dict = {}
+        """Nodes that are sums with labels of their own, each with its group of labels."""
         self.norms: dict[str, str] = {}
         """The BatchNorm behind a layer, by paths."""
         self.called = {path for node in self.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
@@ -159,6 +144,8 @@ class Graph:
         return node in self.values
 
     def _visit(self, node) -> None:
+        before = max((self.depths[a] for a in node.all_input_nodes), default=0)
+        self.depths[node] = before + (name_of(node) in ("conv2d", "linear"))
         if node.op == "output":
             for argument in node.all_input_nodes:
                 if (value := self.value(argument)) is not None and isinstance(value, Value):
@@ -211,7 +198,7 @@ class Graph:
     def hold(self, name: str, dims: dict[int, Tensor]) -> None:
         """The parameter or buffer `name` is cut by these labels along its dimensions, wherever it is used."""
         before = self.tensors.setdefault(name, dims)
-        for dim in before.keys() & dims.keys():
+        for dim in before.keys() & dims.keys() if before is not dims else ():
             self.classes.unite(before[dim], dims[dim])
 
 
@@ -239,43 +226,19 @@ def squeezed(labels: Tensor) -> Tensor:
     return labels.contiguous()
 
 
-def read(module: nn.Module, example: Tensor, rules: dict[str, Rule]) -> Graph:
+def read(module: nn.Module, example: Tensor, rules: dict[str, Rule], gated: Gated, trace: Tracer = exported) -> Graph:
     """The graph of `module`, in eval mode, for images like `example` (n, 3, H, W). rules: one for each operation.
 
     Raises InputError with the operation and the line of the module's code that cannot be read.
     """
     training = {m: m.training for m in module.modules()}
     try:
-        with torch.no_grad():
-            program = torch.export.export(module.eval(), (example,), strict=False)
-        _inline(program)
-        return Graph(program, module, rules)
+        return Graph(trace(module.eval(), example), module, rules, gated)
     except Exception as error:
         raise InputError(f"{type(module).__name__} cannot be read: {_first_line(error)}{_their_line(error)}") from None
     finally:
         for m, was in training.items():
             m.training = was
-
-
-def _inline(program: torch.export.ExportedProgram) -> None:
-    """Put the operations within `with torch.autocast(...)` blocks and the like among the others."""
-    for node in list(program.graph.nodes):
-        parts = [a for a in node.all_input_nodes if a.op == "get_attr"] if node.op == "call_function" else []
-        if len(parts) != 1 or not isinstance(inner := program.graph_module.get_submodule(parts[0].target), torch.fx.GraphModule):
-            continue
-        inputs = iter(node.args[node.args.index(parts[0]) + 1 :])
-        copied: dict = {}
-        with program.graph.inserting_before(node):
-            for own in inner.graph.nodes:
-                if own.op == "placeholder":
-                    copied[own] = next(inputs)
-                elif own.op != "output":
-                    copied[own] = program.graph.node_copy(own, copied.__getitem__)
-        (output,) = [own for own in inner.graph.nodes if own.op == "output"]
-        for user in list(node.users):
-            user.replace_all_uses_with(copied[output.args[0][user.args[1]]])
-            program.graph.erase_node(user)
-        program.graph.erase_node(node)
 
 
 def _first_line(error: Exception) -> str:

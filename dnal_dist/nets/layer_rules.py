@@ -35,7 +35,9 @@ def conv(graph: Graph, node) -> Value:
         per_out = size_out // groups
         by_group, out_by_group = inputs.view(groups, per_group), outputs.view(groups, per_out)
         whole = per_group == 1 or groups >= per_group
-        if whole:
+        if _chooses(graph, node, x, per_group, per_out):
+            graph.read(inputs, x, f"{path} reads it where a closed channel is not zero")
+        elif whole:
             graph.classes.unite(by_group, out_by_group[:, :1])
             graph.classes.unite(out_by_group, out_by_group[:, :1])
         else:
@@ -54,6 +56,12 @@ def conv(graph: Graph, node) -> Value:
     if (bias := graph.tensor_of(argument_of(node, "bias"))) is not None:
         graph.hold(bias, {0: outputs})
     return graph.out(node, outputs.view(1, -1, 1, 1), {path})
+
+
+def _chooses(graph: Graph, node, x: Value, per_group: int, per_out: int) -> bool:
+    """Whether a depthwise convolution closes channels of its own: what it reads stays, and is read by others, too."""
+    stays = x.gates is not None and not any(graph.gated.has(path) for path in x.gates)
+    return stays and per_group == per_out == 1 and len(node.args[0].users) > 1
 
 
 def linear(graph: Graph, node) -> Value:

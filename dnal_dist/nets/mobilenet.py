@@ -2,13 +2,11 @@
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.nets.activation import relu6
-from dnal_dist.nets.gated import ConvBN, Feed, GatedNetwork, Layer, halve, scaled
-from dnal_dist.nets.slicing import Slicer, with_classifier
+from dnal_dist.nets.gated import ConvBN, initialise, scaled
 
 
 class MBConv(nn.Module):
@@ -36,39 +34,15 @@ class MBConv(nn.Module):
         self.stride, self.identity = stride, shortcut == "identity"
         self.shortcut = ConvBN(inputs, outputs, 1, gated=False, eps=eps) if shortcut == "conv" else None
 
-    def forward(self, x: Tensor, depthwise_gate: Tensor | None = None, project_gate: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         hidden = x if self.expand is None else relu6(self.expand(x), inplace=True)
-        hidden = relu6(self.depthwise(hidden, depthwise_gate), inplace=True)
-        branch = self.project(hidden, project_gate)
+        branch = self.project(relu6(self.depthwise(hidden), inplace=True))
         if self.identity:
             return branch + x
         return branch if self.shortcut is None else branch + self.shortcut(x)
 
-    def layers(self, path: str, image_size: int, stream: tuple[Feed, ...], optional: bool) -> tuple[list[Layer], tuple[Feed, ...]]:
-        """Its layers for inputs of image_size x image_size that `stream` writes, and what writes the block's output.
 
-        optional: the network works without the branch.
-        """
-        sites = (f"{path}.depthwise", f"{path}.project")
-        branch = sites if optional else ()
-        found, feeds = [], stream
-        if self.expand is not None:
-            expand = f"{path}.expand"
-            found.append(Layer(f"{expand}.conv", f"{expand}.norm", sites[0], feeds, image_size**2, branch=branch))
-            feeds = (Feed(f"{expand}.conv"),)
-        if self.stride > 1:
-            image_size = halve(image_size)
-        for site in sites:
-            found.append(Layer(f"{site}.conv", f"{site}.norm", site, feeds, image_size**2, branch=branch))
-            feeds = (Feed(f"{site}.conv"),)
-        if self.shortcut is not None:
-            shortcut = f"{path}.shortcut"
-            found.append(Layer(f"{shortcut}.conv", f"{shortcut}.norm", None, stream, image_size**2))
-            feeds = (Feed(f"{shortcut}.conv", around=True), *feeds)
-        return found, (*(f._replace(around=True) for f in stream), *feeds) if self.identity else feeds
-
-
-class MobileNetV2(GatedNetwork):
+class MobileNetV2(nn.Module):
     """Stem conv3x3, blocks of the given (width, stride), a 1x1 convolution (gated) to `last` channels, average pool, Linear.
 
     widths: of the stem, and of each stage. conv_shortcuts: blocks with stride 1 that change the width have a 1x1 convolution around
@@ -99,34 +73,14 @@ class MobileNetV2(GatedNetwork):
                 inputs = outputs
         self.last = ConvBN(inputs, last, 1)
         self.classifier = nn.Linear(last, num_classes)
-        self.num_classes = num_classes
-        self.finish()
+        initialise(self)
 
-    def units(self) -> list[nn.Module]:
-        return [*self.blocks, self.last]
-
-    def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
-        *shares, last = self.split(gates)
+    def forward(self, images: Tensor) -> Tensor:
         x = relu6(self.stem(images), inplace=True)
-        for block, share in zip(self.blocks, shares, strict=True):
-            x = block(x, *share)
-        x = relu6(self.last(x, *last), inplace=True)
+        for block in self.blocks:
+            x = block(x)
+        x = relu6(self.last(x), inplace=True)
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-    def layers(self, image_size: int) -> list[Layer]:
-        if self.stem.conv.stride[0] > 1:
-            image_size = halve(image_size)
-        first = self.blocks[0]
-        read_by = None if first.expand or first.identity or first.shortcut else "blocks.0.depthwise"
-        found, stream = [Layer("stem.conv", "stem.norm", read_by, (), image_size**2)], (Feed("stem.conv"),)
-        for b, block in enumerate(self.blocks):
-            optional = block.identity or block.shortcut is not None
-            layers, stream = block.layers(f"blocks.{b}", image_size, stream, optional)
-            found += layers
-            if block.stride > 1:
-                image_size = halve(image_size)
-        found.append(Layer("last.conv", "last.norm", "last", stream, image_size**2))
-        return [*found, Layer("classifier", None, None, (Feed("last.conv"),), 1)]
 
 
 def _widths(width: float) -> tuple[list[int], int]:
@@ -143,33 +97,6 @@ def mobilenetv2_cifar(num_classes: int = 10, width: float = 1.0) -> MobileNetV2:
 def mobilenetv2_imagenet(num_classes: int = 1000, width: float = 1.0) -> MobileNetV2:
     widths, last = _widths(width)
     return MobileNetV2(widths, [1, 2, 2, 2, 1, 2, 1], last, num_classes, 2, conv_shortcuts=False, expand_first=False)
-
-
-def mbconv_branch(block: MBConv, path: str, cut: Slicer) -> tuple[nn.Sequential | None, str]:
-    """The branch of an MBConv, and the path of the layer that ends it."""
-    paths = [f"{path}.{name}.conv" for name in ("expand", "depthwise", "project") if getattr(block, name) is not None]
-    return cut.branch(*paths, activation=nn.ReLU6), paths[-1]
-
-
-def compact_mobilenet(net: MobileNetV2, cut: Slicer) -> nn.Sequential:
-    network = nn.Sequential(*cut.conv("stem.conv"), nn.ReLU6(inplace=True))
-    stream = cut.live["stem.conv"].outputs
-    for b, block in enumerate(net.blocks):
-        path = f"blocks.{b}"
-        branch, end = mbconv_branch(block, path, cut)
-        written = cut.live[end].outputs
-        if block.identity:
-            if branch is not None:
-                network.append(cut.sum([(branch, end)], stream))
-            stream = stream | written
-        elif block.shortcut is not None:
-            shortcut = f"{path}.shortcut.conv"
-            network.append(cut.sum([(nn.Sequential(*cut.conv(shortcut)), shortcut), (branch, end)]))
-            stream = torch.ones_like(written)
-        else:
-            network.extend(branch)
-            stream = written
-    return with_classifier(network, cut)
 
 
 def torchvision_mobilenet(network: MobileNetV2) -> list[tuple[str, str]]:

@@ -1,17 +1,16 @@
 """Modules that compact networks are made of beside torch's own."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _check_rising(channels: list[int], width: float = math.inf) -> None:
-    """Raise ValueError unless `channels` are whole numbers that rise, from 0 to below `width`."""
-    if not all(type(c) is int and 0 <= c < width for c in channels) or any(a >= b for a, b in pairwise(channels)):
-        raise ValueError(f"not rising channel numbers below {width}: {str(channels)[:40]}")
+def _check(channels: list[int], width: float = math.inf) -> None:
+    """Raise ValueError unless `channels` are different whole numbers from 0 to below `width`."""
+    if not all(type(c) is int and 0 <= c < width for c in channels) or len(set(channels)) < len(channels):
+        raise ValueError(f"not different channel numbers below {width}: {str(channels)[:40]}")
 
 
 class Constant(nn.Module):
@@ -30,7 +29,7 @@ class Channels(nn.Module):
 
     def __init__(self, those: list[int]):
         super().__init__()
-        _check_rising(those)
+        _check(those)
         self.those = those
         self.register_buffer("_those", torch.tensor(those, dtype=torch.long), persistent=False)
 
@@ -52,11 +51,11 @@ class Sum(nn.Module):
         if len(adds) != len(branches) or (not branches and carry is None) or stride < 1:
             raise ValueError("a sum needs something to add up, and for each branch its channels")
         for channels in (*adds, carry or []):
-            _check_rising(channels, width)
+            _check(channels, width)
         self.branches = nn.ModuleList(branches)
         self.adds, self.width, self.carry, self.stride = adds, width, carry, stride
-        self.places = nn.ModuleList(_Place(channels, width) for channels in adds)
-        self.carried = nn.ModuleList([] if carry is None else [_Place(carry, width)])
+        self.places = nn.ModuleList(Place(channels, width) for channels in adds)
+        self.carried = nn.ModuleList([] if carry is None else [Place(carry, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor | None = None
@@ -81,16 +80,17 @@ def _zeros(part: Tensor, width: int) -> Tensor:
     return torch.empty(size, dtype=part.dtype, device=part.device, memory_format=layout).zero_()
 
 
-class _Place(nn.Module):
+class Place(nn.Module):
     """Adds a part (N, len(channels), H, W) to those channels of a stream of `width`; a constant part has one pixel."""
 
     def __init__(self, channels: list[int], width: int):
         super().__init__()
-        self.width, self.whole = width, len(channels) == width
+        _check(channels, width)
+        self.width, self.whole, self.places = width, len(channels) == width, channels
         self.first = channels == list(range(len(channels)))
         self.register_buffer("channels", torch.tensor(channels, dtype=torch.long), persistent=False)
 
-    def forward(self, part: Tensor, out: Tensor | None) -> Tensor:
+    def forward(self, part: Tensor, out: Tensor | None = None) -> Tensor:
         if self.first and not self.whole:
             part = F.pad(part, (0, 0, 0, 0, 0, self.width - part.size(1)))
         if self.first:

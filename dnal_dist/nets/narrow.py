@@ -91,7 +91,7 @@ class Narrow(nn.Module):
             if step.kind == "tensor":
                 result = _named(self, step.target)
             elif step.kind == "module":
-                result = _named(self, step.target)(found[step.args[0].name])
+                result = _named(self, step.target)(*(found[ref.name] for ref in step.args))
             elif step.kind == "item":
                 result = found[step.args[0].name][step.args[1]]
             else:
@@ -104,6 +104,27 @@ class Narrow(nn.Module):
     def divide(self, every: int) -> None:
         """Run about `every` steps at a time by `within`, which a caller may wrap."""
         self.__dict__["edges"] = [*range(0, len(self.steps), every), len(self.steps)]
+
+    def called(self, step: Step) -> nn.Module | Tensor | None:
+        """The module or tensor of a step."""
+        return _named(self, step.target) if step.kind in ("module", "tensor") else None
+
+    def uses(self, name: str) -> int:
+        """How often a result is an argument."""
+        return sum(_names([step.args, step.kwargs]).count(name) for step in self.steps)
+
+    def uses_of(self, step: Step) -> int:
+        """How many steps have the module or tensor of this one."""
+        return sum(other.kind == step.kind and other.target == step.target for other in self.steps)
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Another parameter called `name`."""
+        _holder(self, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor)
+
+    def with_steps(self, steps: list[Step]) -> "Narrow":
+        """A network of other steps with modules and tensors of this one."""
+        layers, tensors = ({s.target: _named(self, s.target) for s in steps if s.kind == kind} for kind in ("module", "tensor"))
+        return Narrow(steps, layers, tensors, self.image_size).train(self.training)
 
     def leaves(self) -> list[nn.Module]:
         """The modules that steps call, in their order."""
@@ -138,12 +159,14 @@ def _filled(argument, found: dict, device: torch.device):
     return device if argument is OF_IMAGES else argument
 
 
-def _names(argument) -> set[str]:
+def _names(argument) -> list[str]:
+    """The results that an argument names."""
     if isinstance(argument, Ref):
-        return {argument.name}
+        return [argument.name]
     if isinstance(argument, list | dict):
-        return set().union(*map(_names, argument.values() if isinstance(argument, dict) else argument))
-    return set()
+        parts = argument.values() if isinstance(argument, dict) else argument
+        return [name for part in parts for name in _names(part)]
+    return []
 
 
 def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:

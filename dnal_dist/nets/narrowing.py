@@ -6,26 +6,35 @@ import operator
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from dnal_dist.nets import orders
 from dnal_dist.nets.branches import Nodes
 from dnal_dist.nets.graph import Graph, Value, name_of
 from dnal_dist.nets.layer_rules import argument_of
+from dnal_dist.nets.modules import Channels, Place
 from dnal_dist.nets.narrow import OF_IMAGES, Narrow, Ref, Step, operation
+from dnal_dist.nets.narrow_layers import MODULES
+from dnal_dist.nets.sites import Gating
 
 
 class Narrowing:
-    """From a graph, its module's tensors and the labels that stay to a Narrow network."""
+    """From a graph, its module's tensors and the gates that stay open to a Narrow network."""
 
-    def __init__(self, graph: Graph, module: nn.Module, stays: Tensor):
-        """stays: bool (labels,)."""
-        self.graph, self.module, self.stays = graph, module, stays
+    def __init__(self, graph: Graph, module: nn.Module, gating: Gating, keep: Tensor):
+        """keep: bool (N,)."""
+        self.graph, self.module, self.stays = graph, module, gating.stays(keep)
+        self.nodes = Nodes(graph)
+        self.sums = {node: self._operands(node) for node in graph.free_sums}
+        """What free sums add up."""
+        self.ranks = gating.ranks(self.stays) if orders.may_change(graph, gating) else None
         self.named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
         self.named |= graph.constants
         self.steps: list[Step] = []
         self.layers: dict[str, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict = {}
+        self.results: dict[torch.fx.Node, Ref] = {}
+        """Of free sums."""
         self.images = next(n for n in graph.nodes if n.op == "placeholder" and graph.tensor_of(n) is None)
         self.written: set = set()
         self.constant: dict[torch.fx.Node, Tensor] = {}
@@ -40,7 +49,7 @@ class Narrowing:
             node = queue.pop()
             if node not in wanted and node not in self.constant:
                 wanted.add(node)
-                queue.extend([node.args[0]] if self._kind(node) in MODULES else node.all_input_nodes)
+                queue.extend(self.sums.get(node) or (node.args[:1] if self._kind(node) in MODULES else node.all_input_nodes))
         for node in self.graph.nodes:
             if node in wanted and node is not self.images:
                 self._add(node)
@@ -48,16 +57,14 @@ class Narrowing:
 
     @torch.no_grad()
     def _find_constants(self) -> None:
-        nodes = Nodes(self.graph)
-        if bool(self.stays.all()):
-            return
+        nodes = self.nodes
         for node in nodes.reads:
             if nodes.is_constant(self.graph, node, self.constant, lambda labels: not bool(self.stays[labels].any())):
-                self.constant[node] = self._evaluated(node, nodes)
+                self.constant[node] = self._evaluated(node)
                 if name_of(node).endswith("_") and node.op == "call_function":
                     self.aliases[node.args[0]] = node
 
-    def _evaluated(self, node, nodes: Nodes) -> Tensor:
+    def _evaluated(self, node) -> Tensor:
         """What a node gives of constants, with one position for all."""
         value, kind, path = self.graph.values[node], self._kind(node), self.graph.where(node)
         like = next(t for t in self.named.values() if t.is_floating_point())
@@ -68,8 +75,8 @@ class Narrowing:
         if name_of(node) in ("conv2d", "linear") and not bool(self.stays[self.graph.value(node.args[0]).labels].any()):
             bias = self.graph.tensor_of(argument_of(node, "bias"))
             return zeros if bias is None else zeros + self.cut(bias).view(zeros.shape)
-        read = [a for a in node.all_input_nodes if a in nodes.reads]
-        operands = {a: self.constant[now] for a, now in zip(read, nodes.reads[node], strict=True)}
+        read = [a for a in node.all_input_nodes if a in self.nodes.reads]
+        operands = {a: self.constant[now] for a, now in zip(read, self.nodes.reads[node], strict=True)}
         if kind:
             return MODULES[kind](self, node, path).to(like).eval()(operands[node.args[0]])
         target, args = self._sized(node)
@@ -91,11 +98,14 @@ class Narrowing:
             tensor = self.cut(name)
             self.tensors[name] = nn.Parameter(tensor) if isinstance(self.named[name], nn.Parameter) else tensor
             self.steps.append(Step(node.name, "tensor", name, [], {}))
+        elif node in self.sums:
+            self._add_up(node)
         elif kind:
             path = self.graph.where(node) if kind != "dropout" else node.name
             if path not in self.layers:
                 self.layers[path] = MODULES[kind](self, node, path)
-            self.steps.append(Step(node.name, "module", path, [self._ref(node.args[0])], {}))
+            x = self._chosen(node, path) if kind == "conv2d" else self._ref(node.args[0])
+            self.steps.append(Step(node.name, "module", path, [x], {}))
         elif name_of(node) in ("to", "_to_copy") and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
             self.aliases[node] = node.args[0]  # it would fix the type of numbers
         elif node.target is operator.getitem:
@@ -111,17 +121,69 @@ class Narrowing:
         if name_of(node).endswith("_") and not kind and node.op == "call_function":
             self.aliases[node.args[0]] = node
 
+    def _chosen(self, node, path: str) -> Ref:
+        """What a convolution reads: of a depthwise one that closes channels of its own, those that stay."""
+        layer, x = self.graph.layers[path], self._ref(node.args[0])
+        if layer.groups == 1 or not layer.whole_groups or len(layer.inputs) != len(layer.outputs):
+            return x
+        inputs, outputs = self.kept(layer.inputs), self.kept(layer.outputs)
+        if torch.equal(inputs, outputs):
+            return x
+        name = self._free_name(f"{path}.channels")
+        self.layers[name] = Channels((inputs.cumsum(0) - 1)[outputs].tolist())
+        self.steps.append(Step(f"{node.name}.channels", "module", name, [x], {}))
+        return Ref(f"{node.name}.channels")
+
+    def _operands(self, node) -> list:
+        """What a free sum adds up, those that only it reads taken apart."""
+        found = []
+        for operand in self.nodes.reads[node]:
+            inner = operand in self.graph.free_sums and len(self.nodes.users[operand]) == 1
+            found.extend(self._operands(operand) if inner else [operand])
+        return found
+
+    def _add_up(self, node) -> None:
+        """A sum of parts that each have some of its channels."""
+        order = self.order(self.graph.values[node].along(1)).tolist()
+        at = {channel: i for i, channel in enumerate(order)}
+        kept = {operand: self.order(self.graph.values[operand].along(1)).tolist() for operand in self.sums[node]}
+        parts = [(operand, [at[channel] for channel in kept[operand]]) for operand in self.sums[node]]
+        # Constants last: only the others know height and width.
+        parts = sorted((part for part in parts if part[1]), key=lambda part: part[0] in self.constant)
+        done: Ref | None = None
+        for i, (operand, places) in enumerate(parts):
+            out = node.name if i == len(parts) - 1 else f"{node.name}.{i}"
+            part = self._ref(operand)
+            if places == list(range(len(places))):
+                if len(places) < len(order):
+                    missing = len(order) - len(places)
+                    self.steps.append(Step(f"{out}.wide", "op", "pad.default", [part, [0, 0, 0, 0, 0, missing]], {}))
+                    part = Ref(f"{out}.wide")
+                if done is not None:
+                    self.steps.append(Step(out, "op", "add.Tensor", [done, part], {}))
+                    part = Ref(out)
+            else:
+                path = self._free_name(f"{self.graph.where(node)}.place".lstrip("."))
+                self.layers[path] = Place(places, len(order))
+                self.steps.append(Step(out, "module", path, [part] if done is None else [part, done], {}))
+                part = Ref(out)
+            done = part
+        self.results[node] = done
+
+    def _free_name(self, first: str) -> str:
+        """A name that nothing has yet."""
+        taken = self.tensors.keys() | self.named.keys() | self.graph.kinds.keys() | self.layers.keys()
+        return next(name for i in itertools.count() if (name := f"{first}{i or ''}") not in taken)
+
     def _ref(self, node) -> Ref:
         while node in self.aliases and self.aliases[node] is not node:
             node = self.aliases[node]
         if node in self.constant and node not in self.written:
             self.written.add(node)
-            first = f"{self.graph.where(node)}.constant".lstrip(".")
-            taken = self.tensors.keys() | self.named.keys() | self.graph.kinds.keys()
-            name = next(name for i in itertools.count() if (name := f"{first}{i or ''}") not in taken)
+            name = self._free_name(f"{self.graph.where(node)}.constant".lstrip("."))
             self.tensors[name] = nn.Parameter(self.constant[node])
             self.steps.append(Step(node.name, "tensor", name, [], {}))
-        return Ref("images" if node is self.images else node.name)
+        return self.results.get(node) or Ref("images" if node is self.images else node.name)
 
     def _refs(self, argument):
         if isinstance(argument, torch.fx.Node):
@@ -136,8 +198,15 @@ class Narrowing:
         """The channels of a tensor that stay."""
         tensor = self.named[name].detach()
         for dim, labels in (self.graph.tensors.get(name, {}) if dims is None else dims).items():
-            tensor = tensor.index_select(dim, self.kept(labels).nonzero().flatten().to(tensor.device))
+            tensor = tensor.index_select(dim, self.order(labels).to(tensor.device))
         return tensor.clone()
+
+    def order(self, labels: Tensor) -> Tensor:
+        """Where the channels that stay are along a dimension of these labels, in their order in the compact network."""
+        kept = self.kept(labels).nonzero().flatten()
+        if self.ranks is None or labels.dim() > 1:
+            return kept
+        return kept[self.ranks[labels[kept]].argsort(stable=True)]
 
     def kept(self, labels: Tensor) -> Tensor:
         """bool (size,) of labels along one dimension, (size,) or (size, others)."""
@@ -216,74 +285,3 @@ class Narrowing:
             if found & set(node.all_input_nodes):
                 found.add(node)
         return found
-
-
-def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
-    graph, layer = narrowing.graph, narrowing.graph.layers[path]
-    weight_name, bias_name = graph.tensor_of(node.args[1]), graph.tensor_of(argument_of(node, "bias"))
-    if layer.baked:
-        per_group = len(layer.inputs) // layer.groups
-        cuts = {0: layer.outputs} if layer.groups > 1 and layer.whole_groups else {0: layer.outputs, 1: layer.inputs[:per_group]}
-        weight, bias = _computed(narrowing.module.get_submodule(path))
-        narrowing.named[f"{path}.weight"] = weight
-        weight = narrowing.cut(f"{path}.weight", cuts)
-        bias = None if bias is None else bias.detach()[narrowing.kept(layer.outputs)]
-    else:
-        weight, bias = narrowing.cut(weight_name), narrowing.cut(bias_name) if bias_name else None
-    groups = layer.groups
-    if layer.groups > 1 and layer.whole_groups:
-        groups = weight.shape[0] // (len(layer.outputs) // layer.groups)
-    settings = {key: argument_of(node, key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))}
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    conv = nn.Conv2d(
-        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups, bias=bias is not None
-    )
-    return _with(conv, weight=weight, bias=bias)
-
-
-def _computed(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias that a convolution computes from its parameters."""
-    found = []
-
-    class Seen(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if getattr(function, "__name__", "") in ("conv2d", "_conv_forward"):
-                found.append((args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")))
-            return function(*args, **(kwargs or {}))
-
-    size = max(k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)) + 1
-    with torch.no_grad(), Seen():
-        module(torch.zeros(1, module.in_channels, size, size).to(module.weight))
-    return found[-1]
-
-
-def _linear(narrowing: Narrowing, node, path: str) -> nn.Linear:
-    graph = narrowing.graph
-    weight, bias_name = narrowing.cut(graph.tensor_of(node.args[1])), graph.tensor_of(argument_of(node, "bias"))
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias_name is not None)
-    return _with(linear, weight=weight, bias=narrowing.cut(bias_name) if bias_name else None)
-
-
-def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:
-    graph = narrowing.graph
-    names = [graph.tensor_of(argument) for argument in node.args[1:5]]
-    weight, bias, mean, var = (None if name is None else narrowing.cut(name) for name in names)
-    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(node.meta["val"].shape)]
-    # A momentum of None is traced as a number.
-    momentum = narrowing.module.get_submodule(path).momentum
-    norm = kind(len(mean), eps=node.args[7], momentum=momentum, affine=weight is not None)
-    return _with(norm, weight=weight, bias=bias, running_mean=mean, running_var=var)
-
-
-def _dropout(narrowing: Narrowing, node, path: str) -> nn.Dropout:
-    return nn.Dropout(node.args[1])
-
-
-def _with(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
-    return module
-
-
-MODULES = {"conv2d": _conv, "linear": _linear, "batch_norm": _batch_norm, "dropout": _dropout}

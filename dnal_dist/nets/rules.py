@@ -4,13 +4,19 @@ reads whole."""
 import torch
 
 from dnal_dist.nets import layer_rules
-from dnal_dist.nets.graph import OPEN, Graph, Rule, Value, name_of, squeezed
+from dnal_dist.nets.classes import OPEN
+from dnal_dist.nets.graph import Graph, Rule, Value, name_of, squeezed
 
 
 def _elementwise(graph: Graph, node) -> Value:
     """Each element from the same element of each operand."""
     shape = tuple(node.meta["val"].shape)
     operands = [value for a in node.args if (value := graph.value(a)) is not None]
+    if graph.gated.streams_are_free and _is_sum_of_maps(graph, node, operands):
+        first, second = (graph.depths[a] for a in node.all_input_nodes)
+        labels = graph.classes.add(*(v.labels for v in operands), (first > second) - (first < second))
+        graph.free_sums[node] = tuple(labels.unique().tolist())
+        return graph.out(node, labels, _zero(node, [v.gates for v in operands]))
     padded = [v.labels.reshape((1,) * (len(shape) - len(v.shape)) + tuple(v.labels.shape)) for v in operands]
     sizes = [(*(1,) * (len(shape) - len(v.shape)), *v.shape) for v in operands]
     varies = [any(p.shape[d] > 1 for p in padded) for d in range(len(shape))]
@@ -33,6 +39,17 @@ def _elementwise(graph: Graph, node) -> Value:
         gates.append(None if spread else value.gates)
     labels = torch.zeros((1,) * len(shape), dtype=torch.long) if labels is None else labels
     return graph.out(node, labels, _zero(node, gates))
+
+
+def _is_sum_of_maps(graph: Graph, node, operands: list[Value]) -> bool:
+    """Whether it adds two feature maps whose channels may differ."""
+    return (
+        name_of(node) in ("add", "add_")
+        and node.kwargs.get("alpha", 1) == 1
+        and len(operands) == len(node.all_input_nodes) == 2
+        and all(len(v.shape) == 4 and v.shape == operands[0].shape and v.along(1) is not None for v in operands)
+        and all(graph.tensor_of(a) is None and v.gates is not None for a, v in zip(node.all_input_nodes, operands, strict=True))
+    )
 
 
 def _zero(node, gates: list[frozenset | None]) -> frozenset | None:
@@ -176,6 +193,8 @@ def _pad(graph: Graph, node) -> Value:
             if mode != "constant":
                 return graph.unknown(node, f"{name_of(node)} is of a kind without a rule")
             ends = [graph.classes.new(n).view(*(-1 if e == d else 1 for e in range(last + 1))) for n in pads[i : i + 2]]
+            if graph.gated.streams_are_free and not value:
+                graph.classes.padding.update(torch.cat([e.flatten() for e in ends]).tolist())
             other = [1 if e == d else s for e, s in enumerate(labels.shape)]
             ends = [e.expand(*(e.shape[d] if k == d else other[k] for k in range(last + 1))) for e in ends]
             labels = torch.cat([ends[0], labels, ends[1]], d)

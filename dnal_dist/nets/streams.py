@@ -1,10 +1,19 @@
-"""The cost of a network that was read from its graph, by its gates."""
+"""The cost of a network by its gates, from its graph."""
+
+from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dnal_dist.nets.branches import Branch
+from dnal_dist.nets.graph import Weighted
+from dnal_dist.nets.sites import Gating
+
+if TYPE_CHECKING:
+    from dnal_dist.nets.gate import GatedNetwork
 
 
 class Streams(NamedTuple):
@@ -14,7 +23,7 @@ class Streams(NamedTuple):
     number: int
     stream: Tensor
     gate: Tensor
-    """Pairs: gate `gate` is counted in stream `stream`."""
+    """Pairs: what goes by number `gate` in the network's gating is counted in stream `stream`."""
     layer: Tensor
     """Row of the table of layers, (tensors,), likewise those that follow."""
     factor: Tensor
@@ -22,8 +31,6 @@ class Streams(NamedTuple):
     columns: Tensor
     positions: Tensor
     """How often each element is multiplied."""
-    operations: Tensor
-    """Likewise by the paper's rule: once for the BatchNorm and the bias of a convolution's output."""
     is_left: Tensor
     """Whether it is what is left of a branch that lost a site, and there only then; bool."""
     tensor: Tensor
@@ -31,19 +38,19 @@ class Streams(NamedTuple):
     """Pairs: tensor `tensor` is in a branch with site `site`, which is not its own."""
     sites: int
     site_gate: Tensor
-    """The site of each gate; the last gate, always open, has a site of its own."""
+    """The site of each gate."""
     inputs: Tensor
     """Stream of the input channels of each layer, (layers,)."""
     outputs: Tensor
 
+    def to(self, device: torch.device | str) -> Streams:
+        return self._replace(**{name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)})
 
-def costs(streams: Streams, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def costs(streams: Streams, gating: Gating, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """MACs, parameters, live input and live output channels of each layer, (L,) each, if each gate, (N,), is the probability that
     its channel stays."""
-    gates = torch.cat([gates, gates.new_ones(1)])
-    move = {name: value.to(gates.device) for name, value in streams._asdict().items() if isinstance(value, Tensor)}
-    streams = streams._replace(**move)
-    sums = gates.new_zeros(streams.number).index_add(0, streams.stream, gates[streams.gate])
+    sums = gates.new_zeros(streams.number).index_add(0, streams.stream, gating.values(gates)[streams.gate])
     some = 1 - gates.new_ones(streams.sites).scatter_reduce(0, streams.site_gate, 1 - gates, "prod")
     works = gates.new_ones(len(streams.layer)).scatter_reduce(0, streams.tensor, some[streams.site], "prod")
     sizes = streams.factor.to(gates.dtype) * sums[streams.rows] * sums[streams.columns]
@@ -53,75 +60,106 @@ def costs(streams: Streams, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return macs, params, sums[streams.inputs], sums[streams.outputs]
 
 
-def streams_of(network) -> Streams:
-    """The streams of an AnyNetwork. A weight that is computed counts as the plain one it becomes."""
-    graph, gate_of, table = network.graph, network.gate_of, _Table(network)
+def exact(network: GatedNetwork, positions: dict[str, int]) -> Streams:
+    """The streams of a network by the exact rule; positions: of each layer. A weight that is computed counts as the plain one that
+    it becomes."""
+    graph, table = network.graph, _Table(network, network.gating.of_label)
     layers = {layer.path: i for i, layer in enumerate(graph.layers.values())}
     norms = {norm: layers[layer] for layer, norm in graph.norms.items()}
-    inputs = [table.stream(gate_of[layer.inputs]) for layer in graph.layers.values()]
-    outputs = [table.stream(gate_of[layer.outputs]) for layer in graph.layers.values()]
-    for i, layer in enumerate(graph.layers.values()):
-        weight = network.get_submodule(layer.path).weight
-        # Each output of a grouped convolution reads its group alone.
-        factor = weight[0].numel() / (1 if layer.whole_groups else len(layer.inputs))
-        columns = table.one if layer.whole_groups else inputs[i]
-        table.add(layer.path, i, factor, outputs[i], columns, layer.positions, layer.positions)
+    for layer in graph.layers.values():
+        table.add_weight(layer, layer.inputs, layer.outputs, positions[layer.path])
     for name, parameter in network.named_parameters():
         path, _, own = name.rpartition(".")
         # Of a layer its bias is left; what its weight is computed from is not in the compact network.
         within = any(name.startswith(f"{layer}.") for layer in layers)
         if name not in graph.reached or (within and (path not in layers or own != "bias")):
             continue
-        held = (gate_of[labels] for labels in graph.tensors.get(name, {}).values())
-        held = (gates if gates.dim() == 1 else gates[:, 0] for gates in held if _is_even(gates))
-        cut = [gates for gates in held if bool((gates < network.num_gates).any())][:2]
-        factor = parameter.numel() / math.prod([len(gates) for gates in cut])
-        a, b = ([table.stream(gates) for gates in cut] + [table.one, table.one])[:2]
-        # Of a BatchNorm's two vectors one is counted, as the paper does.
-        table.add(name, layers.get(path, norms.get(path, len(layers) - 1)), factor, a, b, 0, int(own == "bias"))
+        held = (network.gating.of_label[labels] for labels in graph.tensors.get(name, {}).values())
+        held = (numbers if numbers.dim() == 1 else numbers[:, 0] for numbers in held if _is_even(numbers))
+        cut = [numbers for numbers in held if bool((numbers != network.gating.always).any())][:2]
+        factor = parameter.numel() / math.prod([len(numbers) for numbers in cut])
+        a, b = ([table.stream(numbers) for numbers in cut] + [table.one, table.one])[:2]
+        table.add(name, layers.get(path, norms.get(path, len(layers) - 1)), factor, a, b, 0)
     for branch in {branch.operand: branch for branch in network.branches}.values():
-        table.add_left(branch, layers[branch.layers[-1]], gate_of[branch.outputs])
-    return table.streams(inputs, outputs)
+        table.add(branch.operand, layers[branch.layers[-1]], 1, table.of(branch.outputs), table.one, 0, branch)
+    return table.streams()
 
 
-def _is_even(gates: Tensor) -> bool:
-    return gates.dim() == 1 or bool((gates == gates[:, :1]).all())
+def paper(network: GatedNetwork, positions: dict[str, int]) -> Streams:
+    """The streams by the rule of the paper's tables: what a sum adds up is open where its nearest branches are, outputs close only
+    where a layer has gates of its own, branches do not close as a whole, and each BatchNorm and bias output is an operation."""
+    graph, table = network.graph, _Table(network, network.gating.nearest, closes=False)
+    for i, layer in enumerate(graph.layers.values()):
+        module, norm = network.get_submodule(layer.path), graph.norms.get(layer.path)
+        is_plain = getattr(network.get_submodule(layer.path.rpartition(".")[0]), "plain", False)
+        everything = torch.zeros_like
+        outputs = layer.outputs if {layer.path, norm} & network.gated_paths else everything(layer.outputs)
+        table.add_weight(layer, everything(layer.inputs) if is_plain else layer.inputs, outputs, positions[layer.path])
+        vectors = 1 if isinstance(module, nn.Linear) else (module.bias is not None) + (norm is not None and not is_plain)
+        of_norm = int(norm is not None and not is_plain and not isinstance(module, nn.Linear))
+        table.add(layer.path, i, vectors, table.of(outputs), table.one, 1)
+        table.add(layer.path, i, of_norm, table.of(outputs), table.one, 0)
+    return table.streams()
+
+
+def _is_even(numbers: Tensor) -> bool:
+    return numbers.dim() == 1 or bool((numbers == numbers[:, :1]).all())
 
 
 class _Table:
-    """The rows of Streams as they are found."""
+    """The rows of Streams as they are found. of_label: the number of each label in the network's gating."""
 
-    def __init__(self, network):
-        self.network, self.known, self.rows, self.pairs = network, {}, [], []
-        self.one = self.stream(torch.tensor([network.num_gates]))
+    def __init__(self, network: GatedNetwork, of_label: Tensor, closes: bool = True):
+        self.network, self.of_label = network, of_label
+        self.known: dict[tuple[int, ...], int] = {}
+        self.numbers: list[tuple[int, ...]] = []
+        self.rows: list[tuple] = []
+        self.pairs: list[tuple[int, int]] = []
+        self.inputs: list[int] = []
+        self.outputs: list[int] = []
+        self.one = self.stream(torch.tensor([network.gating.always]))
         self.site_number = {site: i for i, site in enumerate(network.gate_sites)}
-        ends = torch.tensor(list(network.gate_sites.values())).cumsum(0).tolist()
-        self.gates_of = [set(range(first, end)) for first, end in zip([0, *ends], ends, strict=False)]
+        self.gates_of = [tuple(network.gates_of(site).tolist()) for site in network.gate_sites]
+        self.branches: dict[str, list[Branch]] = {}
+        for branch in network.branches if closes else ():
+            for name in {*branch.layers, *branch.tensors}:
+                self.branches.setdefault(name, []).append(branch)
 
-    def stream(self, gates: Tensor) -> int:
-        return self.known.setdefault(tuple(gates.flatten().tolist()), len(self.known))
+    def stream(self, numbers: Tensor) -> int:
+        own = tuple(numbers.flatten().tolist())
+        if own not in self.known:
+            self.known[own] = len(self.known)
+            self.numbers.append(own)
+        return self.known[own]
 
-    def add(self, name: str, layer: int, factor: float, rows: int, columns: int, positions: int, operations: int) -> None:
-        """A tensor of parameters: of the layer at path `name`, or of this name."""
-        own = set(next(gates for gates, number in self.known.items() if number == rows))
-        for branch in self.network.branches:
-            if name in branch.layers or name in branch.tensors:
-                others = (self.site_number[site] for site in branch.sites)
-                self.pairs += [(len(self.rows), site) for site in others if self.gates_of[site] != own]
-        self.rows.append((layer, factor, rows, columns, positions, operations, 0))
+    def of(self, labels: Tensor) -> int:
+        return self.stream(self.of_label[labels])
 
-    def add_left(self, branch, layer: int, gates: Tensor) -> None:
-        """One number for each channel of what is left of a branch."""
-        self.pairs += [(len(self.rows), self.site_number[site]) for site in branch.sites]
-        self.rows.append((layer, 1, self.stream(gates), self.one, 0, 0, 1))
+    def add_weight(self, layer: Weighted, inputs: Tensor, outputs: Tensor, positions: int) -> None:
+        weight = self.network.get_submodule(layer.path).weight
+        self.inputs.append(self.of(inputs))
+        self.outputs.append(self.of(outputs))
+        # Each output of a grouped convolution reads its group alone.
+        factor = weight[0].numel() / (1 if layer.whole_groups else len(inputs))
+        columns = self.one if layer.whole_groups else self.inputs[-1]
+        self.add(layer.path, len(self.inputs) - 1, factor, self.outputs[-1], columns, positions)
 
-    def streams(self, inputs: list[int], outputs: list[int]) -> Streams:
-        sums = [(number, gate) for gates, number in self.known.items() for gate in gates]
+    def add(
+        self, name: str, layer: int, factor: float, rows: int, columns: int, positions: int, left: Branch | None = None
+    ) -> None:
+        """A tensor of parameters: of the layer at path `name`, or of this name; or what is left of a branch."""
+        for branch in self.branches.get(name, ()) if left is None else [left]:
+            others = (self.site_number[site] for site in branch.sites)
+            self.pairs += [(len(self.rows), site) for site in others if self.gates_of[site] != self.numbers[rows]]
+        self.rows.append((layer, factor, rows, columns, positions, left is not None))
+
+    def streams(self) -> Streams:
+        sums = [(number, gate) for number, gates in enumerate(self.numbers) for gate in gates]
         columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*self.rows, strict=True)]
-        layer, factor, rows, columns, positions, operations, is_left = columns
-        sizes = [*self.network.gate_sites.values(), 1]
+        layer, factor, rows, columns, positions, is_left = columns
+        sizes = list(self.network.gate_sites.values())
         return Streams(
-            number=len(self.known),
+            number=len(self.numbers),
             stream=torch.tensor([number for number, _ in sums]),
             gate=torch.tensor([gate for _, gate in sums]),
             layer=layer.long(),
@@ -129,12 +167,11 @@ class _Table:
             rows=rows.long(),
             columns=columns.long(),
             positions=positions,
-            operations=operations,
             is_left=is_left.bool(),
             tensor=torch.tensor([tensor for tensor, _ in self.pairs], dtype=torch.long),
             site=torch.tensor([site for _, site in self.pairs], dtype=torch.long),
             sites=len(sizes),
             site_gate=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
-            inputs=torch.tensor(inputs),
-            outputs=torch.tensor(outputs),
+            inputs=torch.tensor(self.inputs),
+            outputs=torch.tensor(self.outputs),
         )

@@ -189,7 +189,8 @@ class ArchitectureSettings(Section):
     """What the network may cost, in place of a penalty weight, which is then driven in closed loop during the search."""
     streams: Literal["tied", "free"] | None = None
     """What layers close that write to one residual stream. tied: the same channels, so that compact networks have plain sums and
-    run fastest. free: each its own, as in the paper; for the networks of this project only, whose default it is."""
+    run fastest; the default for networks of libraries. free: each its own; the default for the networks of this project, as in the
+    paper."""
     round_to: int = Field(1, ge=1, le=64)
     """Each site keeps a multiple of so many channels (all of them, or none where it may close as a whole). Runtimes are fast at
     multiples of 8 or 16, and a depthwise convolution off a multiple of 4 is slow."""

@@ -115,7 +115,7 @@ class Choice:
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
         number = {site: i for i, site in enumerate(net.gate_sites)}
-        self.branches = [[number[site] for site in branch] for branch in {layer.branch: None for layer in net.layers(1)} if branch]
+        self.branches = [[number[site] for site in branch.sites] for branch in net.branches]
         self.branch_of = {site: branch for branch in self.branches for site in branch}
         self.sorted = [part.sort(descending=True, stable=True).values.tolist() for part in net.by_site(strength).values()]
         self._costs: dict[tuple[int, ...], int] = {}

@@ -277,8 +277,7 @@ def torchvision_names(network: GatedNetwork, model: str) -> dict[str, str]:
     """Every name of torchvision's state dict of the network that recipes call `model`, and ours of the same tensor. Empty if
     torchvision does not have it."""
     kinds = {VGG: torchvision_vgg, BottleneckResNet: torchvision_resnet, MobileNetV2: torchvision_mobilenet}
-    network = getattr(network, "_own", network)
-    pairs = kinds[type(network)](network) if model in TORCHVISION.values() else []
+    pairs = kinds[type(network.own)](network.own) if model in TORCHVISION.values() else []
     found = {}
     for theirs, ours in pairs:
         found |= {f"{theirs}.{name}": f"{ours}.{name}" for name in network.get_submodule(ours).state_dict()}

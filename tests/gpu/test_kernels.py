@@ -31,7 +31,7 @@ def test_compiled_segments_follow_the_plain_trajectory_and_compile_a_bounded_num
 
     from dnal_dist import nets
     from dnal_dist.nets import compact, masks
-    from dnal_dist.nets.gated import segments
+    from dnal_dist.nets.gate import segments
 
     case, net = "vgg_digits:1:1:batch", nets.build("vgg_digits")
     number, modules = len(segments(net)), len(compact.compact(net, masks.all_open(net)))

@@ -174,7 +174,7 @@ def of_layers(network) -> list[set[str]]:
 
 
 def test_sites_within_a_branch_may_close(network):
-    assert of_layers(network) == [set(sites) for sites in type(network._own).sites]
+    assert of_layers(network) == [set(sites) for sites in type(network.own).sites]
 
 
 def test_a_closed_branch_leaves_a_number_for_each_channel(network):
@@ -235,7 +235,7 @@ def test_a_branch_that_would_differ_at_the_border_stays():
 
 @pytest.mark.parametrize("name", ["resnet_digits", "supernet_digits"])
 def test_a_network_of_ours_is_read_like_any_other(name):
-    """Same tensors, same costs by both rules as its own table of layers says, and a smaller number of gates."""
+    """Same tensors, same costs by both rules, and a smaller number of gates."""
     torch.manual_seed(0)
     free = nets.build(name)
     torch.manual_seed(0)

@@ -1,13 +1,27 @@
 """What is left of shortcuts, branches, candidates and cells in a compact network; what must stay is opened again."""
 
+import tarfile
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from trained_looking import trained_looking
 
 from dnal_dist import nets
 from dnal_dist.nets import compact, cost, modules
 from dnal_dist.nets.masks import all_open, pack, rescue, unpack
+from dnal_dist.nets.whole import whole
 from dnal_dist.search import selection
+
+
+def layers(small: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Convolutions and Linear layers of a compact network by their paths."""
+    return {path: m for path, m in small.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+
+
+def constants(small: torch.nn.Module) -> list[str]:
+    return [name for name, _ in small.named_parameters() if "constant" in name]
 
 
 def test_shortcut_keeps_the_stream_and_the_branch_shrinks():
@@ -16,9 +30,10 @@ def test_shortcut_keeps_the_stream_and_the_branch_shrinks():
     net, _ = trained_looking("resnet_digits")
     keep = all_open(net)
     net.by_site(keep)["stages.0.0.conv2"][:12] = False
-    block = compact.compact(net, keep)[3]
-    assert (block.width, len(block.carry), [len(add) for add in block.adds]) == (16, 16, [4])
-    assert block.branches[0][3].out_channels == 4
+    small = compact.compact(net, keep)
+    found = layers(small)
+    assert found["stages.0.0.conv2.conv"].out_channels == 4 and found["stages.0.1.conv1.conv"].in_channels == 16
+    assert small.get_submodule("stages.0.0.place").places == [12, 13, 14, 15]
 
 
 def test_a_closed_branch_is_gone_and_one_that_lost_its_input_is_a_constant():
@@ -28,9 +43,8 @@ def test_a_closed_branch_is_gone_and_one_that_lost_its_input_is_a_constant():
     net.by_site(keep)["stages.0.0.conv2"][:] = False
     net.by_site(keep)["stages.0.1.conv1"][:] = False
     small = compact.compact(net, keep)
-    blocks = [module for module in small if isinstance(module, modules.Sum)]
-    assert len(blocks) == 5, "nothing is left of the first of six"
-    assert isinstance(blocks[0].branches[0][0], modules.Constant)
+    assert not any(path.startswith("stages.0.") for path in layers(small)) and len(layers(small)) == 10
+    assert constants(small) == ["stages.0.1.conv2.norm.constant"]
 
 
 def test_candidates_and_cells_that_closed_are_gone():
@@ -44,12 +58,13 @@ def test_candidates_and_cells_that_closed_are_gone():
         if site.startswith("stages.1.cells.1."):
             parts[site][:] = False
     small = compact.compact(net, keep)
-    cells = [module for module in small if isinstance(module, modules.Sum)]
-    assert len(cells) == 3, "the shortcut is all that is left of the last cell, and it needs no module"
-    kinds = [[type(branch[0]).__name__ for branch in cell.branches] for cell in cells]
+    left = {path.rpartition(".")[0].rpartition(".")[0] for path in layers(small) if path.startswith("stages.")}
+    assert left == {
+        *(f"stages.0.cells.{c}.{name}" for c in (0, 1) for name in ("k3e3", "k5e6", "k7e3")),
+        *(f"stages.1.cells.0.k{k}e{e}" for k in (3, 5, 7) for e in (3, 6)),
+    }
     # A project convolution without a depthwise one puts out a constant.
-    assert kinds == [["Conv2d"] * 3, ["Conv2d"] * 3 + ["Constant"] * 3, ["Conv2d"] * 6]
-    assert {branch[3].kernel_size[0] for branch in cells[0].branches} == {3, 5, 7}
+    assert constants(small) == [f"stages.0.cells.1.{name}.project.norm.constant" for name in ("k3e6", "k5e3", "k7e6")]
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
@@ -61,12 +76,41 @@ def test_a_bottleneck_that_lost_its_first_convolution_is_a_constant():
     net.by_site(keep)["stages.1.1.conv1"][:] = False
     net.by_site(keep)["stages.2.0.conv2"][:] = False
     small = compact.compact(net, keep)
-    constants = [branch[0] for module in small if isinstance(module, modules.Sum) for branch in module.branches]
-    assert sum(isinstance(first, modules.Constant) for first in constants) == 2
+    assert constants(small) == [f"stages.{block}.conv3.norm.constant" for block in ("1.1", "2.0")]
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
     assert sum(p.numel() for p in small.parameters()) == cost.count(net, 32, keep).params
+
+
+def test_a_depthwise_convolution_chooses_among_channels_that_others_read():
+    """In this narrow network the first block has a shortcut around a depthwise convolution, which alone has gates."""
+    torch.manual_seed(0)
+    net, keep = trained_looking("mobilenetv2_imagenet", 0.25)
+    net.by_site(keep)["blocks.0.depthwise"][::2] = False
+    small = compact.compact(net, keep)
+    assert layers(small)["blocks.0.depthwise.conv"].groups == 4 and layers(small)["stem.conv"].out_channels == 8
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), net(images, keep.double()), rtol=0, atol=1e-10)
+    assert cost.count(net, 32, keep).params == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet_digits", "supernet_digits"])
+def test_compact_folders_of_an_older_release_give_the_logits_that_they_gave(name, tmp_path):
+    """Written by the last release that had a cutter for each family; with constants in place of branches."""
+    with tarfile.open(Path(__file__).parent / "compact_before_graph.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "compact_before_graph" / name
+    found = load_file(folder / "logits.safetensors")
+    small = compact.load(folder)
+    kinds = {type(module) for module in small.modules()}
+    assert {modules.Sum, modules.Constant} <= kinds
+    with torch.no_grad():
+        torch.testing.assert_close(small(found["images"]), found["logits"])
+        torch.testing.assert_close(whole(small)(found["images"]), found["logits"])
+    compact.save(small, tmp_path / "again")
+    assert torch.equal(compact.load(tmp_path / "again")(found["images"]), small(found["images"]))
 
 
 def test_rescue_opens_one_way_through_each_cell_that_has_no_shortcut():
@@ -149,6 +193,7 @@ def test_saved_compact_network_loads_and_a_wrong_one_is_told(tmp_path):
         '{"network": [["Linear", [1000000, 1000000, false]]]}',
         '{"network": [["Sum", [[], [], 3, null, 1]]]}',
         '{"network": [["Sum", [[], [], 3, [0, 1, 7], 1]]]}',
+        '{"network": [["Place", [[0, 0], 3]]]}',
         '{"network": [["Channels", [[0.5, 1.7]]]]}',
         '{"network": [["Channels", [[-1]]]]}',
     ):

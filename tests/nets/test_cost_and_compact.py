@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trained_looking import NETWORKS, trained_looking
 
 from dnal_dist import nets
-from dnal_dist.nets import compact, cost, modules
+from dnal_dist.nets import compact, cost
 from dnal_dist.nets.masks import all_open, present
 
 
@@ -144,9 +144,9 @@ def test_present_channels_are_those_of_the_compact_network(site):
     net, keep = trained_looking("resnet50_imagenet", 0.25)
     net.by_site(keep)[f"stages.0.1.{site}"][:] = False
     small = compact.compact(net, keep)
-    parts = [m for m in small.modules() if isinstance(m, torch.nn.Conv2d | modules.Constant)]
     ungated = sum(block.downsample.norm.num_features for stage in net.stages for block in stage if block.downsample is not None)
-    channels = sum(m.out_channels if isinstance(m, torch.nn.Conv2d) else m.value.shape[1] for m in parts)
+    channels = sum(m.out_channels for m in small.modules() if isinstance(m, torch.nn.Conv2d))
+    channels += sum(p.numel() for name, p in small.named_parameters() if "constant" in name)
     assert int(present(net, keep).sum()) == channels - ungated
     rows = {row["site"]: row["outputs"][0] for row in cost.by_layer(net, 32, keep) if row["site"]}
     assert sum(rows.values()) == channels - ungated and rows[f"stages.0.1.{site}"] == 0

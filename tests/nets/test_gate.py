@@ -83,7 +83,7 @@ def test_a_description_gives_the_network_again(network):
 
 
 def test_names_are_the_modules_own(network):
-    own = dict(network._own.state_dict())
+    own = dict(network.own.state_dict())
     assert list(network.state_dict()) == list(own)
     kept = compact.compact(network, random_mask(network, 3)).state_dict()
     assert set(kept) <= set(own)

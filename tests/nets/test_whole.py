@@ -5,7 +5,7 @@ import torch
 
 from dnal_dist import nets
 from dnal_dist.nets import compact, masks
-from dnal_dist.nets.modules import Sum
+from dnal_dist.nets.modules import Place
 from dnal_dist.nets.whole import whole
 
 CASES = [("vgg_digits", 8), ("resnet_digits", 8), ("supernet_digits", 8), ("mobilenetv2_cifar", 16), ("resnet50_imagenet", 32)]
@@ -64,7 +64,7 @@ def test_channels_last_survives_every_block(name, image_size, streams):
             seen.append(output.is_contiguous(memory_format=torch.channels_last))
 
     for module in network.modules():
-        if isinstance(module, Sum | torch.nn.Conv2d):
+        if isinstance(module, Place | torch.nn.Conv2d):
             module.register_forward_hook(note)
     network(torch.randn(4, 3, image_size, image_size).to(memory_format=torch.channels_last))
     assert len(seen) > 8 and all(seen)

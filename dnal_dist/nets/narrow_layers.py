@@ -1,0 +1,85 @@
+"""Layers of a graph with the channels that stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dnal_dist.nets.layer_rules import argument_of
+
+if TYPE_CHECKING:
+    from dnal_dist.nets.narrowing import Narrowing
+
+
+def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
+    graph, layer = narrowing.graph, narrowing.graph.layers[path]
+    weight_name, bias_name = graph.tensor_of(node.args[1]), graph.tensor_of(argument_of(node, "bias"))
+    if layer.baked:
+        per_group = len(layer.inputs) // layer.groups
+        cuts = {0: layer.outputs} if layer.groups > 1 and layer.whole_groups else {0: layer.outputs, 1: layer.inputs[:per_group]}
+        weight, bias = _computed(narrowing.module.get_submodule(path))
+        narrowing.named[f"{path}.weight"] = weight
+        weight = narrowing.cut(f"{path}.weight", cuts)
+        bias = None if bias is None else bias.detach()[narrowing.kept(layer.outputs)]
+    else:
+        weight, bias = narrowing.cut(weight_name), narrowing.cut(bias_name) if bias_name else None
+    groups = layer.groups
+    if layer.groups > 1 and layer.whole_groups:
+        groups = weight.shape[0] // (len(layer.outputs) // layer.groups)
+    settings = {key: argument_of(node, key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    conv = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups, bias=bias is not None
+    )
+    return _with(conv, weight=weight, bias=bias)
+
+
+def _computed(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias that a convolution computes from its parameters."""
+    found = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") in ("conv2d", "_conv_forward"):
+                found.append((args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")))
+            return function(*args, **(kwargs or {}))
+
+    size = max(k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)) + 1
+    with torch.no_grad(), Seen():
+        module(torch.zeros(1, module.in_channels, size, size).to(module.weight))
+    return found[-1]
+
+
+def _linear(narrowing: Narrowing, node, path: str) -> nn.Linear:
+    graph = narrowing.graph
+    weight, bias_name = narrowing.cut(graph.tensor_of(node.args[1])), graph.tensor_of(argument_of(node, "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias_name is not None)
+    return _with(linear, weight=weight, bias=narrowing.cut(bias_name) if bias_name else None)
+
+
+def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:
+    graph = narrowing.graph
+    names = [graph.tensor_of(argument) for argument in node.args[1:5]]
+    weight, bias, mean, var = (None if name is None else narrowing.cut(name) for name in names)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(node.meta["val"].shape)]
+    # A momentum of None is traced as a number.
+    momentum = narrowing.module.get_submodule(path).momentum
+    norm = kind(len(mean), eps=node.args[7], momentum=momentum, affine=weight is not None)
+    return _with(norm, weight=weight, bias=bias, running_mean=mean, running_var=var)
+
+
+def _dropout(narrowing: Narrowing, node, path: str) -> nn.Dropout:
+    return nn.Dropout(node.args[1])
+
+
+def _with(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
+    return module
+
+
+MODULES = {"conv2d": _conv, "linear": _linear, "batch_norm": _batch_norm, "dropout": _dropout}
