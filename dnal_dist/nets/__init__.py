@@ -84,7 +84,7 @@ def build(
         only = tuple(path for path, module in network.named_modules() if isinstance(module, ConvBN) and module.gated)
         gated = Gated(ignore=tuple(ignore)) if streams == "tied" else Gated(True, only=only)
         _KNOWN[key] = reading(network, torch.zeros(2, 3, READ_SIZE, READ_SIZE), gated, symbolic)
-    network = GatedNetwork(network, _KNOWN[key])
+    network = GatedNetwork(network, _KNOWN[key], image_size)
     if check and streams == "tied":
         check_exact(network)
     return network

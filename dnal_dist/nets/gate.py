@@ -38,10 +38,20 @@ class Reading(NamedTuple):
 
 def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = exported) -> Reading:
     """The graph of `module` for images like `example` (n, 3, H, W), and what closes in it. Raises InputError."""
+    paths = {path for path, _ in module.named_modules()}
+    if unknown := [path for path in gated.ignore if path not in paths]:
+        raise InputError(f"`ignore` is a list of module paths; there is no {unknown[0]!r}")
     with torch.device("cpu"):  # whatever the caller's default is
         graph = read(module, example, RULES, gated, trace)
         freeze(graph)
         gating = Gating(graph)
+        if not graph.layers:
+            raise InputError(f"{type(module).__name__} has no channel that can be closed: there is no Conv2d or Linear")
+        if not gating.sites:
+            most = max(gating.ungated(), key=lambda row: row.channels)
+            raise InputError(
+                f"{type(module).__name__} has no channel that can be closed: {most.layer} stays whole, since {most.reason}"
+            )
         return Reading(graph, gating, branches.find(graph, gating), example.shape[-1], trace)
 
 
@@ -54,14 +64,16 @@ class GatedNetwork(nn.Module):
     gate_sites: dict[str, int]
     """Gate sites, by the path of the module whose output they gate first -> channels, in forward order."""
 
-    def __init__(self, module: nn.Module, found: Reading):
+    def __init__(self, module: nn.Module, found: Reading, image_size: int | None = None):
+        """image_size: height and width of its images, if not those that it was read for."""
         super().__init__()
         # Not registered: what it has, this has under the same names.
         self.__dict__["own"] = module
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         own = self.__dict__
-        own["graph"], own["gating"], own["branches"], own["image_size"], own["_trace"] = found
-        own["gate_sites"] = self.gating.sites
+        own["graph"], own["gating"], own["branches"], own["_read_size"], own["_trace"] = found
+        own["image_size"] = image_size or found.image_size
+        own["gate_sites"] = dict(self.gating.sites)
         own["num_classes"] = self.graph.outputs.shape[-1]
         own["_streams"] = {}
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
@@ -178,7 +190,7 @@ class GatedNetwork(nn.Module):
         key = image_size, rule, torch.device(device)
         if key not in self._streams:
             graph = self.graph
-            if image_size != self.image_size:
+            if image_size != self._read_size:
                 images = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
                 graph = read(self.own, images, RULES, self.graph.gated, self._trace)
             positions = {layer.path: layer.positions for layer in graph.layers.values()}
@@ -226,19 +238,11 @@ def gate(
         raise InputError(f"the example must be images (n, 3, H, W), not a {type(example).__name__}")
     if example.dim() != 4 or example.shape[1] != 3 or example.shape[2] != example.shape[3] or not example.is_floating_point():
         raise InputError(f"the example must be square images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
-    paths = {path for path, _ in module.named_modules()}
-    if isinstance(ignore, str) or (unknown := [path for path in ignore if path not in paths]):
-        raise InputError(f"`ignore` is a list of module paths; there is no {ignore if isinstance(ignore, str) else unknown[0]!r}")
+    if isinstance(ignore, str):
+        raise InputError(f"`ignore` is a list of module paths; there is no {ignore!r}")
     module = copy.deepcopy(module)
     images = example[:2] if len(example) > 1 else torch.cat([example, example])
     found = reading(module, images, Gated(streams == "free", tuple(ignore)))
-    if not found.graph.layers:
-        raise InputError(f"{type(module).__name__} has no channel that can be closed: there is no Conv2d or Linear")
-    if not found.gating.sites:
-        most = max(found.gating.ungated(), key=lambda row: row.channels)
-        raise InputError(
-            f"{type(module).__name__} has no channel that can be closed: {most.layer} stays whole, since {most.reason}"
-        )
     network = GatedNetwork(module, found)
     if check:
         check_exact(network)
