@@ -107,13 +107,17 @@ def runner(module: nn.Module, images: Tensor, runtime: str, threads: int, folder
 
 
 def rounds(runs: dict[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, by turns, for about so long in all."""
+    """Seconds of each run, by turns, for about so long in all.
+
+    Each turn runs twice and times the second: the first finds what another network left in the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < ROUNDS:
         for name, run in runs.items():
+            run()
             _wait(device)
             start = time.perf_counter()
             run()
