@@ -5,12 +5,13 @@ python benchmarks/coverage.py torchvision:resnet18        some of them
 
 Of each site half of the channels close, at random. `removed` is the share of the convolutions' outputs that are gone then,
 `MACs` what is left of them. `difference` is between the logits of the network with gates closed at random and of the compact
-one, in float64, relative to their size. `seconds` are those of one core to read and to check it. Images have 224 pixels (299
-for Inception and NASNet, which need them).
+one, in float64, relative to their size. `seconds` are those of one core to read and to check it, once the libraries are imported.
+Images have 224 pixels (299 for Inception and NASNet, which need them).
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import sys
@@ -55,6 +56,8 @@ def row(name: str) -> dict:
     """What came of one network."""
     torch.set_num_threads(1)
     size = 299 if any(word in name for word in LARGE) and "mnasnet" not in name else 224
+    importlib.import_module(name.partition(":")[0])
+    importlib.import_module("torch._dynamo")
     torch.manual_seed(0)
     start = time.process_time()
     try:
@@ -63,7 +66,7 @@ def row(name: str) -> dict:
     except InputError as error:
         return {"network": name, "refused": str(error)}
     seconds, keep = time.process_time() - start, half_closed(network)
-    stays = torch.cat([keep, torch.ones(1, dtype=torch.bool)])[network.gate_of]
+    stays = torch.cat([keep, torch.ones(1, dtype=torch.bool)])[network.gating.of_label]
     outputs = torch.cat(
         [layer.outputs for layer in network.graph.layers.values() if issubclass(network.graph.kinds[layer.path], nn.Conv2d)]
     )

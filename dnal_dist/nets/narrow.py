@@ -65,7 +65,10 @@ class Narrow(nn.Module):
             if len(steps) > MOST_STEPS or (of_kind[step.kind] is not None and step.target not in of_kind[step.kind]):
                 raise ValueError(f"step {step.out} of {len(steps)}: nothing of it is called {step.target}")
         for path, layer in layers.items():
-            _holder(self, path)._modules[path.rpartition(".")[2]] = layer
+            siblings, name = _holder(self, path)._modules, path.rpartition(".")[2]
+            if name in siblings:  # the holder of what is called by this path and more
+                layer._modules.update(siblings[name]._modules)
+            siblings[name] = layer
         for name, tensor in tensors.items():
             holder = _holder(self, name)
             (holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers)[name.rpartition(".")[2]] = tensor
@@ -189,6 +192,8 @@ def made(description: list, module: Callable[[list], nn.Module]) -> Narrow:
     found = {}
     for name, (shape, dtype, parameter) in tensors.items():
         tensor = torch.zeros(shape, dtype=_dtype(dtype))
+        if tensor.is_floating_point():  # as those of modules are, whatever the network was in when it was described
+            tensor = tensor.to(torch.get_default_dtype())
         found[name] = nn.Parameter(tensor) if parameter else tensor
     steps = [Step(out, kind, target, _decoded(args), _decoded(kwargs)) for out, kind, target, args, kwargs in steps]
     return Narrow(steps, {path: module(item) for path, item in layers.items()}, found, image_size)
