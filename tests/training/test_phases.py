@@ -41,14 +41,17 @@ def test_recalibrated_statistics_are_the_means_over_the_next_batches(digits, tmp
     source = run.train.batches(5)
     data = run.recipe.data
     batches = [normalise(b.images, data.mean, data.std, b.flips) for b in (next(source) for _ in range(3))]
-    run.compact.train()
-    for i, norm in enumerate(run.compact):
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            found = norm.running_mean.clone(), norm.running_var.clone()
-            with torch.no_grad():
-                seen = [run.compact[:i](images) for images in batches]
-            torch.testing.assert_close(found[0], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-            torch.testing.assert_close(found[1], torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    norms = [module for module in run.compact.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    found = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    seen: list[list[torch.Tensor]] = [[] for _ in norms]
+    for norm, inputs in zip(norms, seen, strict=True):
+        norm.register_forward_pre_hook(lambda _, arguments, inputs=inputs: inputs.append(arguments[0].clone()))
+    with torch.no_grad():
+        for images in batches:
+            run.compact.train()(images)
+    for (mean, variance), inputs in zip(found, seen, strict=True):
+        torch.testing.assert_close(mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0))
+        torch.testing.assert_close(variance, torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0))
     assert {m.momentum for m in run.compact.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
     assert all(torch.equal(before[name], tensor) for name, tensor in run.compact.named_parameters())
 
