@@ -1,5 +1,6 @@
 """Findings about a set of shards, and the summary of its splits, from surveys of all of them."""
 
+import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.survey import Survey
+from dnal_dist.data.decoding import ImageError, decode
+from dnal_dist.data.samples import Fault
 from dnal_dist.data.shardlist import Url
 
 
@@ -20,6 +23,7 @@ class Finding(NamedTuple):
 
 # Samples of the largest class for one of the smallest, from which on a split is called imbalanced.
 IMBALANCE = 10
+MOST_COLOURS = 500
 # Words in a name that mark its split.
 TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 ANY_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -169,6 +173,23 @@ def balance(summary: dict[str, dict[str, Any]], classes: Sequence[str]) -> Itera
                 f"{(at := counts.index(one))}" + (f" ({classes[at]})" if at < len(classes) else "") for one in (least, most)
             )
             yield f"{split}: {least:,} samples of class {few}, {most:,} of class {many}"
+
+
+def colours(splits: dict[str, list[Survey]]) -> tuple[list[float], list[float], int] | None:
+    """Mean and standard deviation of red, green and blue, in 0..1, and the number of training images that they are of, up to
+    MOST_COLOURS spread over all local shards; every image counts alike, whatever its size. None without such images."""
+    local = [one for surveys in splits.values() for one in surveys if not isinstance(one.path, Url)]
+    chosen = [one for one in local if _is_training(one.path)] or local
+    samples = [(one, good) for one in chosen for good in one.good]
+    sums = []
+    for one, good in samples[:: max(1, len(samples) // MOST_COLOURS)]:
+        with contextlib.suppress(OSError, Fault, ImageError):  # what is wrong with it is a finding
+            pixels = decode(one.image(good)) / 255
+            sums.append([pixels.mean((0, 1)), (pixels**2).mean((0, 1))])
+    if not sums:
+        return None
+    mean, square = np.mean(sums, 0)
+    return mean.round(3).tolist(), np.sqrt(square - mean**2).round(3).tolist(), len(sums)
 
 
 def _spread(values: np.ndarray) -> tuple[int, float, int] | None:

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 from data_tools.folder import write_images
 from data_tools.imagenet_truth import WNID, Truth, find_truth
 from data_tools.images import ImageFile, files_in, is_image
+from data_tools.record import digest
 from data_tools.workers import Tick, in_order
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 KAGGLES = Path("ILSVRC/Data/CLS-LOC")
 """The folder of train/ and val/ in Kaggle's archive."""
+ILSVRC2012 = "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"
+"""Digest of its 1 000 WordNet ids, sorted."""
 EXPECTED = f"expected {TRAIN} and {VAL} with ILSVRC2012_devkit_t12.tar.gz, or train/nXXXXXXXX/*.JPEG and val/"
 
 
@@ -40,8 +43,15 @@ def imagenet(source: Path, folder: Path, workers: int = 1, **options: Any) -> di
 
 
 def _class_names(wnids: list[str], truth: Truth) -> list[str]:
-    """The devkit's name of each class, or its WordNet id. Names that two classes share, such as crane, get the id too."""
-    names = [truth.words.get(wnid, wnid) for wnid in wnids]
+    """The name of each class, or its WordNet id: the ground truth's, else torchvision's where these are the 1 000 classes of
+    ILSVRC2012. Names that two classes share, such as crane, get the id too."""
+    words = truth.words
+    if not words and digest(wnids) == ILSVRC2012:
+        # Takes a second to import, so only where it is wanted.
+        from torchvision.models import ResNet50_Weights
+
+        words = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
+    names = [words.get(wnid, wnid) for wnid in wnids]
     return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True)]
 
 

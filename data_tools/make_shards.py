@@ -5,7 +5,8 @@
   python -m data_tools.make_shards cifar10 cifar-10-binary.tar.gz data/cifar10     the archive as it is
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet                   a folder with the original tars
   python -m data_tools.make_shards imagenet ILSVRC data/imagenet400 --resize 400   larger images reduced
-  python -m data_tools.make_shards folder images data/own                        images/train/CLASS/*, images/val/CLASS/*
+  python -m data_tools.make_shards folder images data/own                          images/train/CLASS/*, images/val/CLASS/*
+  python -m data_tools.make_shards folder images data/own --split 0.1              images/CLASS/*, a tenth for validation
   python -m data_tools.make_shards synthetic data/synthetic --classes 100          drawn images of ImageNet's sizes
 
 The same source and options give the same bytes, with any number of workers. A command that was stopped continues when it is
@@ -46,7 +47,8 @@ MORE = {
     "imagenet": "Nothing is unpacked to disk, and images are stored byte for byte unless --resize is given. Classes are "
     "numbered in the order of their WordNet ids. docs/data.md lists what SOURCE may hold.",
     "folder": "Images (png, jpg, jpeg, webp) are stored byte for byte unless --resize is given; gif, bmp, tif and tiff become PNG. "
-    "Classes are numbered by name.",
+    "Classes are numbered by name. Without SOURCE/val, --split draws validation images from those for training, in "
+    "SOURCE/train/CLASS/* or SOURCE/CLASS/*, and --val-from names another folder, such as test.",
     "synthetic": "A class sets colours, shape and textures; an image depends only on --seed, split and number.",
 }
 """The text of --help for each kind."""
@@ -124,7 +126,11 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     cifar = kind("cifar10", cifar10, "60 000 images, 32x32 RGB", "cifar-10-binary.tar.gz, or its unpacked folder")
     tars = "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with train/ and val/"
     large = kind("imagenet", imagenet, "ImageNet-1K, from its tars or unpacked", tars)
-    own = kind("folder", image_folder, "your own images, in a folder for each class", "holds train/CLASS/* and val/CLASS/*")
+    own = kind(
+        "folder", image_folder, "your own images, in a folder for each class", "holds train/CLASS/* and val/CLASS/*, or CLASS/*"
+    )
+    own.add_argument("--split", type=_split, metavar="FRACTION", help="of each class's images, drawn by --seed for validation")
+    own.add_argument("--val-from", metavar="NAME", help="folder of SOURCE with the validation images, instead of val")
     drawn = kind("synthetic", synthetic, "drawn JPEGs of ImageNet's sizes, in any number")
     for one in (large, own):
         _image_options(one)
@@ -184,6 +190,12 @@ def _fraction(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, found {text!r}")
+    return value
+
+
+def _split(text: str) -> float:
+    if not 0 < (value := _fraction(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, such as 0.1, found {text!r}")
     return value
 
 

@@ -9,7 +9,8 @@
 Every sample is read as training reads it. Findings are: shards that are missing or differ from index.json, samples that training
 would skip, labels outside the classes, folders with other names for the classes, keys that a split has twice, and images that are,
 byte for byte, in two splits or under two labels. Members without a reader are listed once, by kind, and so are splits with ten
-times as many samples of one class as of another. Folders are taken with all below them. The exit status is 0 without
+times as many samples of one class as of another. The mean and std that are printed suit a network that begins with random weights;
+published weights want their own. Folders are taken with all below them. The exit status is 0 without
 findings, 1 with findings, 2 if the check or the contact sheet failed.
 """
 
@@ -86,10 +87,14 @@ def main() -> None:
             # Before hours of reading.
             refuse_unwritable(options.contact_sheet)
         summary, found, surveys, classes = check(options.patterns, options.workers, options.decode, form_of(options))
+        colours = findings.colours(findings.by_split(surveys))
         if options.json:
-            print(json.dumps({"splits": summary, "findings": [one._asdict() for one in found]}, indent=1))
+            content = {"splits": summary, "findings": [one._asdict() for one in found], "colours": colours}
+            print(json.dumps(content, indent=1))
         else:
             notes = [*findings.balance(summary, classes), *filter(None, [unread_line(surveys)])]
+            if colours is not None:
+                notes.append("for a recipe's data, of {2:,} training images: mean: {0}, std: {1}".format(*colours))
             _print(summary, found, notes, options.list)
         if options.contact_sheet:
             contact_sheet(surveys, classes, options.contact_sheet, options.seed)

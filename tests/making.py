@@ -41,6 +41,7 @@ def command(capsys, *arguments) -> tuple[int, str]:
     """Exit code and what was said of `python -m data_tools.make_shards` with these arguments, in this process: each process of
     its own imports torch, since webdataset does."""
     alone = () if arguments[0] == "digits" or "--workers" in arguments else ("--workers", 1)
+    capsys.readouterr()  # of calls before
     code, out, err = called(make_shards.main, capsys, *arguments, *alone)
     return code, out + err if code else out
 

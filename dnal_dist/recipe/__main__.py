@@ -1,6 +1,8 @@
 """python -m dnal_dist.recipe --schema            the JSON schema, for editors
 python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
 python -m dnal_dist.recipe --copy FOLDER       copy the packaged recipes, sweeps and Accelerate configs
+python -m dnal_dist.recipe --new own.yaml --data data/own --model timm:mobilenetv3_large_100 --budget 0.3x
+                                               write a first recipe for shards of your own
 """
 
 import argparse
@@ -12,6 +14,7 @@ from dnal_dist.common.door import door
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import shipped
+from dnal_dist.recipe.draft import draft, write
 from dnal_dist.recipe.loading import dump, load
 from dnal_dist.recipe.schema import Recipe
 
@@ -29,12 +32,25 @@ def main() -> None:
     parser.add_argument(
         "--copy", type=argument, metavar="FOLDER", help="copy the packaged recipes, sweeps and Accelerate configs into a new folder"
     )
+    new = parser.add_argument_group("a first recipe for shards of your own")
+    new.add_argument("--new", type=argument, metavar="FILE", help="write a commented recipe that trains well as it stands")
+    new.add_argument("--data", type=argument, metavar="FOLDER", help="the shards, with their index.json")
+    new.add_argument("--model", metavar="NAME", help="the network, as model.name: timm:mobilenetv3_large_100, torchvision:resnet18")
+    new.add_argument("--budget", default="0.3x", metavar="MACS", help="what it may cost, as architecture.target.macs (%(default)s)")
+    new.add_argument("--image-size", type=int, metavar="N", help="pixels, if not those of the published weights")
+    new.add_argument("--from-scratch", action="store_true", help="begin with random weights, even if some are published")
     args = parser.parse_intermixed_args()
     if args.schema:
         print(json.dumps(Recipe.model_json_schema(), indent=2))
         return
+    if args.new:
+        if not args.data or not args.model:
+            parser.error("--new wants --data and --model")
+        write(args.new, draft(args.new.stem, args.data, args.model, args.budget, args.image_size, args.from_scratch))
+        print(f"{args.new}: read it, then: python -m dnal_dist.train {args.new}")
+        return
     if not args.recipe and not args.copy:
-        parser.error("give a recipe, --schema or --copy")
+        parser.error("give a recipe, --schema, --copy or --new")
     if args.copy:
         _copy(args.copy)
     else:

@@ -42,7 +42,7 @@ def images(tmp_path):
 def test_images_of_folders_are_stored_byte_for_byte(images, tmp_path, capsys):
     out = tmp_path / "shards"
     code, said = command(capsys, "folder", images, out, "--shard-samples", 8)
-    assert (code, said) == (0, f"{out}: 22 samples for train, 6 samples for val\n")
+    assert code == 0 and said.endswith(f"{out}: 22 samples for train, 6 samples for val\n")
     for split in ("train", "val"):
         expected = [
             (
@@ -182,3 +182,30 @@ def test_resize_leaves_small_images_as_they_are(images, tmp_path):
     assert small[changed][0] == "jpg" and before[changed][0] == "png" and small[changed][2] == before[changed][2]
     with Image.open(io.BytesIO(small[changed][1])) as image:
         assert image.size == (40, 30)
+
+
+def test_a_split_is_drawn_from_each_class_by_the_seed(images, tmp_path, capsys):
+    def kept(name, *options) -> list:
+        code, said = command(capsys, "folder", images / "train", tmp_path / name, "--split", 0.3, *options)
+        assert code == 0 and "n01440764          6          2\n" in said, said
+        assert said.endswith("16 samples for train, 6 samples for val\n")
+        return members(tmp_path / name, "val")
+
+    first = kept("a")
+    assert [label for *_, label in first] == [0, 0, 1, 1, 2, 2]
+    assert kept("again") == first != kept("b", "--seed", 1)
+    assert not {image for _, image, _ in first} & {image for _, image, _ in members(tmp_path / "a", "train")}
+
+
+def test_validation_images_are_found_elsewhere_or_drawn(images, tmp_path, capsys):
+    def line(*options) -> str:
+        return refused(capsys, "folder", images, tmp_path / "shards", *options)
+
+    assert "val: validation images are there already; leave out --split 0.1" in line("--split", 0.1)
+    (images / "val").rename(images / "test")
+    assert "no folder val/ for validation; --val-from test takes test/ for validation, --split 0.1 draws" in line()
+    assert "--split and --val-from name two sources" in line("--split", 0.1, "--val-from", "test")
+    assert "nowhere: no such folder; --val-from wants the name of one" in line("--val-from", "nowhere")
+    assert "no folder val/ for validation; --split 0.1 draws" in refused(capsys, "folder", images / "train", tmp_path / "shards")
+    code, said = command(capsys, "folder", images, tmp_path / "shards", "--val-from", "test")
+    assert code == 0 and said.endswith("22 samples for train, 6 samples for val\n")

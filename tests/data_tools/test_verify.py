@@ -144,7 +144,10 @@ def test_remote_shards_are_verified_as_local_ones(served, digits, capsys, tmp_pa
     url, sheet = f"{served.url}/digits", tmp_path / "sheet.png"
     arguments = (url, "--decode", "--json")
     code, out, _ = ended(verify, capsys, *arguments, "--contact-sheet", sheet)
-    assert code == 0 and json.loads(out) == json.loads(ended(verify, capsys, digits, "--decode", "--json")[1])
+    local = json.loads(ended(verify, capsys, digits, "--decode", "--json")[1])
+    mean, std, number = local["colours"]
+    assert number == 721 and mean == pytest.approx([0.305] * 3, abs=0.01) and std == pytest.approx([0.376] * 3, abs=0.01)
+    assert code == 0 and json.loads(out) == {**local, "colours": None}
     ended(verify, capsys, digits, "--contact-sheet", tmp_path / "local.png")
     assert sheet.read_bytes() == (tmp_path / "local.png").read_bytes()
     content = served.files["digits/train-000001.tar"]
