@@ -1,5 +1,6 @@
 """python -m dnal_dist.recipe --schema            the JSON schema, for editors
 python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
+python -m dnal_dist.recipe --describe          every key, its type, default and meaning: docs/recipe.md
 python -m dnal_dist.recipe --copy FOLDER       copy the packaged recipes, sweeps and Accelerate configs
 python -m dnal_dist.recipe --new own.yaml --data data/own --model timm:mobilenetv3_large_100 --budget 0.3x
                                                write a first recipe for shards of your own
@@ -16,6 +17,7 @@ from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import shipped
 from dnal_dist.recipe.draft import draft, write
 from dnal_dist.recipe.loading import dump, load
+from dnal_dist.recipe.reference import reference
 from dnal_dist.recipe.schema import Recipe
 
 
@@ -29,6 +31,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example architecture.penalty_weight=0.02")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    parser.add_argument("--describe", action="store_true", help="print every key, its type, default and meaning, as Markdown")
     parser.add_argument(
         "--copy", type=argument, metavar="FOLDER", help="copy the packaged recipes, sweeps and Accelerate configs into a new folder"
     )
@@ -43,6 +46,9 @@ def main() -> None:
     if args.schema:
         print(json.dumps(Recipe.model_json_schema(), indent=2))
         return
+    if args.describe:
+        print(reference(), end="")
+        return
     if args.new:
         if not args.data or not args.model:
             parser.error("--new wants --data and --model")
@@ -50,7 +56,7 @@ def main() -> None:
         print(f"{args.new}: read it, then: python -m dnal_dist.train {args.new}")
         return
     if not args.recipe and not args.copy:
-        parser.error("give a recipe, --schema, --copy or --new")
+        parser.error("give a recipe, --schema, --describe, --copy or --new")
     if args.copy:
         _copy(args.copy)
     else:

@@ -140,7 +140,9 @@ def _override(tree: dict, override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tree.pop(_EITHER.get(parent), None)
-        if not isinstance(tree.setdefault(parent, {}), dict):
+        if tree.get(parent) is None:  # or null, as in a recipe with its defaults
+            tree[parent] = {}
+        if not isinstance(tree[parent], dict):
             raise InputError(f"override {shown}: {parent!r} is a value, it has no keys")
         tree = tree[parent]
     # Asking for one of two that exclude each other replaces the recipe's own.
@@ -180,4 +182,4 @@ def _suggestion(location: list[Any], section: type[BaseModel]) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load` gives the same recipe back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
