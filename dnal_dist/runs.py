@@ -36,12 +36,13 @@ def cells(one: dict, folder: Path) -> list[str]:
         text.percent(one["accuracy"], 2) if "accuracy" in one else "",
         text.percent(one["macs_ratio"]) if "macs_ratio" in one else "",
         text.number(one["images_per_second"]) if "images_per_second" in one else "",
+        text.duration(60 * round(one["eta"] / 60)) if "eta" in one else "",
         f"{text.duration(one['checkpoint_age'])} ago" if "checkpoint_age" in one and not done else "",
         str(one.get("warnings") or ""),
     ]
 
 
-HEAD = ["run", "state", "phase", "step", "accuracy", "macs", "images/s", "last saved", "warnings"]
+HEAD = ["run", "state", "phase", "step", "accuracy", "macs", "images/s", "left", "last saved", "warnings"]
 WARNINGS = 'warnings: in a run\'s report.html, or grep \'"kind": "warning"\' RUN/metrics.jsonl'
 
 

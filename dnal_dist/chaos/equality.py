@@ -7,7 +7,7 @@ from pathlib import Path
 TRAINED = ("train", "eval", "gates", "prune", "receipt", "phase", "end")
 CLOCK = ("time", "seconds", "phase_seconds", "images_per_second", "data_wait_seconds", "device_seconds", "energy_kwh")
 # A resumed process has another history of allocations, and measures its own time.
-CLOCK += ("device_memory_bytes", "breakdown")
+CLOCK += ("device_memory_bytes", "breakdown", "eta_seconds", "run_eta_seconds")
 
 
 def training_records(run: Path) -> list[dict]:

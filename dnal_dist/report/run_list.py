@@ -83,8 +83,9 @@ def entry(folder: Path, queued: dict[str, str] | None = None) -> dict:
     """State and progress of a run, as JSON; a key whose value is not known is absent. Never raises for a folder's content.
 
     run, name, state, phase, step, phase_steps, accuracy (of the last evaluation), macs_ratio (of the full network's MACs;
-    expected ones while the search goes on), images_per_second, checkpoint_age and record_age (seconds), warnings (how many), job
-    and job_state (SLURM's), why (it is broken). queued: see queue.
+    expected ones while the search goes on), images_per_second, eta (seconds until the end of a run that is at work),
+    checkpoint_age and record_age (seconds), warnings (how many), job and job_state (SLURM's), why (it is broken). queued: see
+    queue.
     """
     facts = {"run": str(folder), "name": folder.resolve().name}
     job, there = _job(folder, queued or {})
@@ -92,6 +93,8 @@ def entry(folder: Path, queued: dict[str, str] | None = None) -> dict:
     try:
         run = records.load(folder)
         facts |= _progress(run) | {"state": _state(run, there)}
+        if facts["state"] not in ("running", "seems to run"):
+            facts.pop("eta")
     except InputError as error:
         state = facts["state"] = "running" if there in BUSY or occupied(folder) else "queued" if there in WAITS else "broken"
         if state == "broken":
@@ -131,6 +134,7 @@ def _progress(run: records.Run) -> dict:
         "accuracy": run.last("eval").get("accuracy"),
         "macs_ratio": ratio,
         "images_per_second": train.get("images_per_second"),
+        "eta": max(0.0, train["run_eta_seconds"] - (time.time() - train["time"])) if "run_eta_seconds" in train else None,
         "record_age": round(max(0.0, time.time() - last["time"]), 1) if "time" in last else None,
         "warnings": len(summary["warnings"]),
     }

@@ -39,6 +39,7 @@ class RunLog:
         self._sender, self._line, self._begun = None, None, None
         self._unwritten, self._warned, self._lock = b"", False, threading.Lock()
         self._open = threading.Lock()
+        self._explained: set[str] = set()
         if not self.main:
             return
         self.console = Console()
@@ -140,7 +141,18 @@ class RunLog:
 
     def progress(self, step: int, text: str) -> None:
         if self._line:
-            self._line.update(step, text)
+            self._line.update(text, step)
+
+    def doing(self, what: str, number: int, total: int) -> None:
+        """Show on the progress line how much of something else than a step is done, such as an evaluation."""
+        if self._line and total:
+            self._line.update(f"{what} {number / total:.0%}")
+
+    def explain(self, text: str) -> None:
+        """Print, once, what a number means that looks alarming and is not."""
+        if text not in self._explained:
+            self._explained.add(text)
+            self.print(f"note: {text}")
 
     def finish(self, text: str) -> None:
         """End the progress line with the phase's result."""

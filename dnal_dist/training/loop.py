@@ -1,5 +1,6 @@
 """The iterations of a phase: steps, metrics, evaluations and checkpoints."""
 
+import itertools
 import time
 from collections.abc import Callable, Generator
 
@@ -11,9 +12,10 @@ from dnal_dist.data.device import Fed, feed
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.search import schedule
+from dnal_dist.tracking.progress import Pace, brief
 from dnal_dist.training import divergence, state, usage
 from dnal_dist.training.evaluate import evaluate
-from dnal_dist.training.metrics import Metrics, check_skipped
+from dnal_dist.training.metrics import SOFT, Metrics, check_skipped, epochs
 from dnal_dist.training.objective import objective
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, weight_step
@@ -50,6 +52,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
     metrics, clock = Metrics(run), Clock(run)
     result = metrics.summary
     run_log.begin(position.phase, total, position.step)
+    pace = Pace(position.step, total, later(run))
     try:
         while True:
             if ends_epoch(run, total) and position.evaluated != position.global_step:
@@ -71,7 +74,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
             if position.global_step % per_epoch == 0:
                 record_receipt(run)
             if position.step % recipe.tracking.log_every == 0 or ends_epoch(run, total):
-                result = metrics.record(trained, rate, total, position.step / per_epoch)
+                result = metrics.record(trained, rate, total, position.step / per_epoch, pace)
                 run_log.progress(position.step, result)
             if _checkpoint_is_due(run) and not ends_epoch(run, total):
                 _save(run, trained, metrics, clock)
@@ -80,8 +83,15 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
         _save(run, trained, metrics, clock)
         raise
     trained.close()
-    run_log.finish(f"{result}  {position.seconds[position.phase]:.0f} s")
+    run_log.finish(f"{result}  {brief(position.seconds[position.phase])}")
     run_log.record("phase", phase=position.phase, **usage.summary(position, position.phase), breakdown=run.breakdown.so_far())
+
+
+def later(run: Run) -> int:
+    """Iterations of the phases behind the present one."""
+    names = ("pretrain", "search", "finetune")
+    behind = names[names.index(run.state.phase) + 1 :]
+    return sum(getattr(run.recipe.phases, name).iterations(run.train.steps_per_epoch) for name in behind)
 
 
 def ends_epoch(run: Run, total: int) -> bool:
@@ -96,7 +106,10 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
     with metrics.pause(), trained.gathered() as momentum:
         accuracy = evaluate_and_record(run, position.step / run.train.steps_per_epoch, position.step == total)
         position.evaluated, position.accuracy = position.global_step, accuracy
-        result = f"accuracy {accuracy:.2%}  {metrics.summary}"
+        per_epoch = run.train.steps_per_epoch
+        result = f"{epochs(position.step / per_epoch, total / per_epoch)}  val {accuracy:.2%}  {metrics.summary}"
+        if position.phase == "search" and position.step < total:
+            run.log.explain(SOFT)
         warn_of_alpha(run)
         clock.record(metrics.bytes_sent() if position.step == total else None)
         if position.step < total:
@@ -152,7 +165,13 @@ def evaluate_and_record(run: Run, epoch: float, ends_phase: bool) -> float:
         run.context.agree("alpha", run.supernet.by_site(run.architecture.alpha.detach()))
         run.context.agree("the hardness of the gates", {"delta": torch.tensor(delta, dtype=torch.float64)})
         gates = run.architecture.gates(delta).detach()
-    found = evaluate(run.network, run.val, run.recipe.data, run.context, gates, run.stops.poll)
+    batches, seen = -(-run.val.samples // run.recipe.data.global_batch), itertools.count(1)
+
+    def between() -> None:
+        run.stops.poll()
+        run.log.doing("evaluation", next(seen), batches)
+
+    found = evaluate(run.network, run.val, run.recipe.data, run.context, gates, between)
     if gates is not None:
         record_gates(run, delta)
     check_skipped(run, found.bad, run.val, "data.val")

@@ -16,12 +16,17 @@ from dnal_dist.distributed.traffic import Traffic
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import cost
 from dnal_dist.search import schedule
+from dnal_dist.tracking.progress import Pace, brief
 from dnal_dist.training import divergence
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome
 
 # Numbers of each process that a record sums up.
 SUMS = 7
+SOFT = (
+    "while the gates are soft few of them are above the threshold, and accuracy may fall: the next BatchNorm takes a common factor "
+    "out. Both settle as the gates harden, by the end of the search"
+)
 
 
 def check_skipped(run: Run, skipped: list[str], stream: Stream, key: str) -> None:
@@ -56,6 +61,12 @@ def _peak_memory(device: torch.device) -> int | None:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
+
+
+def epochs(done: float, total: float) -> str:
+    """Epochs of a phase for its progress line, 3.25/10."""
+    digits = 2 if total < 100 else 1
+    return f"{done:.{digits}f}/{round(total, digits):g}"
 
 
 class Metrics:
@@ -154,9 +165,9 @@ class Metrics:
         self.paused += time.monotonic() - begun
 
     @spanned("logging")
-    def record(self, trained: Trained, rate: float, total: int, epoch: float) -> str:
-        """Record the means since the last record and return them as text. Raises InputError if training diverged or too many
-        images were skipped."""
+    def record(self, trained: Trained, rate: float, total: int, epoch: float, pace: Pace) -> str:
+        """Record the means since the last record and return them as text of 71 characters or fewer, which leaves room for the
+        phase in 80 columns. Raises InputError if training diverged or too many images were skipped."""
         run, position = self.run, self.run.state
         found = run.context.sum_(torch.cat([self.sums, divergence.flags(run, trained)])).tolist()
         (cross_entropy, correct, images, penalty, penalties, skipped, loss), diverged = found[:SUMS], found[SUMS:]
@@ -184,13 +195,21 @@ class Metrics:
             "device_memory_bytes": _peak_memory(run.context.device),
             **self.bytes,
         }
-        self.summary = f"loss {values['loss']:.4f}"
+        accuracy, speed = values["accuracy"], values["images_per_second"]
+        self.summary = f"lr {rate:.2g}  ce {cross_entropy:.3f}  train {accuracy:.1%}"
+        open_share = ""
         if position.phase == "search":
             values |= self._gates()
-            self.summary += f"  gates open {values['open_share']:.1%}"
+            open_share = f"  open {values['open_share']:.0%}"
+            if values["open_share"] < 0.1 and position.step < total:
+                run.log.explain(SOFT)
+        left = pace.left(position.step)
+        if left is not None:
+            values |= {"eta_seconds": round(left[0], 1), "run_eta_seconds": round(left[1], 1)}
         run.log.record("train", phase=position.phase, step=position.step, phase_steps=total, epoch=round(epoch, 4), **values)
         self._reset()
-        return f"{self.summary}  {values['images_per_second']:.0f} images/s"
+        eta = "" if left is None else f"  eta {brief(left[0])}/{brief(left[1])}"
+        return f"{epochs(epoch, total / run.train.steps_per_epoch)}{eta}  {self.summary}  {speed:.0f} im/s{open_share}"
 
     @torch.no_grad()
     def _gates(self) -> dict[str, float | None]:

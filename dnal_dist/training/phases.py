@@ -53,7 +53,9 @@ def pretrain(run: Run, batches: Generator[Fed]) -> None:
     """Weights only, without gates; skipped if the recipe gives it no iterations."""
     source = run.recipe.model.init_from
     if source and run.state.step == 0:
-        run.log.print(f"accuracy {evaluate_and_record(run, 0.0, ends_phase=False):.2%} with the weights of {source}")
+        run.log.begin("start", 1, 0)
+        accuracy = evaluate_and_record(run, 0.0, ends_phase=False)
+        run.log.finish(f"val {accuracy:.2%}  with the weights of {source}")
     if run.recipe.phases.pretrain.iterations(run.train.steps_per_epoch):
         optimise(run, batches)
     enter(run, "search")

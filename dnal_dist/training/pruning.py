@@ -20,6 +20,8 @@ from dnal_dist.training.usage import Clock
 def prune(run: Run) -> None:
     """Select the channels to keep and make the network physically smaller."""
     recipe, supernet, clock, target = run.recipe, run.supernet, Clock(run), run.budget
+    run.log.begin("prune", 3, 0)
+    run.log.progress(0, "selecting channels")
     image_size, settings = recipe.data.image_size, recipe.architecture
     keep, rescued, collapsed = select_by_gates(run) if target is None else (select_by_budget(run, target), [], False)
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
@@ -45,8 +47,7 @@ def prune(run: Run) -> None:
     clock.record()
     run.log.record("phase", phase="prune", **usage.summary(run.state, "prune"), breakdown=run.breakdown.so_far())
     fraction = small["exact"]["macs"] / full["exact"]["macs"]
-    run.log.begin("prune", 1, 1)
-    run.log.finish(f"accuracy {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {fraction:.1%} of the MACs")
+    run.log.finish(f"val {accuracy:.2%}  {int(present.sum())} of {len(present)} channels  {fraction:.1%} of the MACs")
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def recalibrate(run: Run, number: int) -> None:
         norm.momentum = None
     run.compact.train()
     with contextlib.closing(training_batches(run, fill=False)) as batches:
-        for _ in range(number):
+        for done in range(number):
+            run.log.doing("recalibration", done, number)
             run.compact(next(batches).images)
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum

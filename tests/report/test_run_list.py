@@ -48,6 +48,7 @@ def test_a_finished_run_is_listed_with_its_result(short):
     assert (one["state"], one["name"], one["phase"], one["accuracy"]) == ("finished", "digits", "finetune", last["accuracy"])
     assert (one["step"], one["phase_steps"]) == (4, 4) and 0 < one["macs_ratio"] < 1 and one["images_per_second"] > 0
     assert 0 <= one["checkpoint_age"] < 3600 and one["record_age"] >= 0 and "job" not in one
+    assert "eta" not in one and "run_eta_seconds" in [record for record in records_of(short) if record["kind"] == "train"][-1]
 
 
 def test_a_stopped_run_is_listed_as_resumable(train_here, digits, tmp_path):
