@@ -57,7 +57,7 @@ def test_demo_prints_a_line_for_each_phase_and_the_table(demo):
     lines = demo[1].stdout.splitlines()
     for phase in ("pretrain", "search", "prune", "finetune"):
         # One at its end; in a phase longer than half a minute, others before.
-        assert any(line.startswith(phase) and "accuracy" in line for line in lines), phase
+        assert any(line[8:].strip().startswith(phase) and " val " in line for line in lines), phase
     text = demo[1].stdout
     for word in (
         "after pretrain",
