@@ -113,7 +113,8 @@ class RunState(Model):
 
 class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
-    """On the CPU: network.NAME, momentum.NAME (by parameter name), alpha, alpha_momentum, ranks.WHAT; those that there are."""
+    """On the CPU: network.NAME, momentum.NAME and average.NAME (by parameter name), alpha, alpha_momentum, ranks.WHAT; those that
+    there are."""
     state: RunState
 
 

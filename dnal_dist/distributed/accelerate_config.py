@@ -8,7 +8,7 @@ import psutil
 import torch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.shipped import named
 from dnal_dist.distributed.wrapper import MIN_PARAMS
 
@@ -126,8 +126,19 @@ class Own(NamedTuple):
     accumulation: int
 
 
+def without_deepspeed(error: Exception) -> InputError:
+    """The refusal of ZeRO on a machine where DeepSpeed is missing or broken; DDP and FSDP2 do not need it."""
+    return InputError(
+        f"the Accelerate config asks for DeepSpeed, which cannot be imported ({reason(error)}): pip install deepspeed, or use "
+        f"{named('recipes/accelerate/ddp.yaml')} or fsdp2.yaml"
+    )
+
+
 def _deepspeed() -> tuple[str, dict, Own]:
-    plugin = DeepSpeedPlugin()
+    try:
+        plugin = DeepSpeedPlugin()
+    except ImportError as error:
+        raise without_deepspeed(error) from None
     given = plugin.deepspeed_config
     zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
     if (stage := zero.get("stage")) not in (1, 2, 3):

@@ -60,6 +60,13 @@ class FullySharded(Trained):
     def shares(self):
         return tuple([tensor.to_local() for tensor in part] for part in super().shares())
 
+    def held(self):
+        return [parameter.to_local() for parameter in super().held()]
+
+    def put(self, name, value):
+        parameter = self.parameters[name]
+        super().put(name, distribute_tensor(value, parameter.device_mesh, parameter.placements))
+
     def weight(self, name):
         return self.parameters[name].full_tensor()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dnal_dist.common.span import span
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
+from dnal_dist.distributed.average import Average
 from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.distributed.sgd import SGD
 from dnal_dist.nets.gate import segments
@@ -109,6 +110,31 @@ class Trained:
             for name, buffer in self.plain.named_buffers():
                 buffers[name].copy_(buffer)
         self.plain.cpu()
+
+    average: Average | None = None
+    """The moving average of the weights, where one is kept."""
+
+    def keep_average(self, decay: float, start: dict[str, Tensor], statistics: Tensor | None) -> None:
+        """Keep a moving average from here on; see Average. All processes must call this."""
+        self.average = Average(self, decay, start, statistics)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[dict[str, Tensor]]:
+        """Like `gathered`, but with the moving average in place of the weights where one is kept."""
+        with self.average.in_place() if self.average is not None else contextlib.nullcontext(), self.gathered() as momentum:
+            yield momentum
+
+    def held(self) -> list[Tensor]:
+        """What this process holds of the weights in float32, always in the same order."""
+        return [parameter.detach() for parameter in self.parameters.values()]
+
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of the copy."""
+        return [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Give a parameter a whole value, in float32. All processes must call this."""
+        self.parameters[name].detach().copy_(value)
 
     def weight(self, name: str) -> Tensor:
         return self.parameters[name]

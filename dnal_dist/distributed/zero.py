@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import span
+from dnal_dist.distributed.accelerate_config import without_deepspeed
 from dnal_dist.distributed.wrapper import Trained
 
 LINEAR = nn.functional.linear
@@ -17,7 +18,10 @@ class Zero(Trained):
     """DeepSpeed's ZeRO: stage 1 shares out the momentum, stage 2 also the gradients, stage 3 also the parameters."""
 
     def wrap(self, momentum):
-        import deepspeed
+        try:
+            import deepspeed
+        except Exception as error:  # whatever its libraries fail with
+            raise without_deepspeed(error) from None
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if self.options.device.type == "cpu":
@@ -70,6 +74,14 @@ class Zero(Trained):
         keys = (None, "momentum_buffer") if self.stepped and self.settings["momentum"] else (None,)
         found = [[share[:own] for share, own in (self._share(p, key) for p in self.parameters.values()) if own] for key in keys]
         return found[0], found[1] if len(found) > 1 else []
+
+    def held(self):
+        if self.stage < 3:
+            return list(self.optimizer.single_partition_of_fp32_groups)
+        return [self._share(p, None)[0] for p in self.parameters.values()]
+
+    def put(self, name, value):
+        self._set(self.parameters[name], value, None)
 
     def _start_with(self, momentum: dict[str, Tensor]) -> None:
         inner = self.optimizer.optimizer

@@ -70,6 +70,10 @@ class Phase(Section):
     """Share of each label that is spread evenly over all classes, in the loss of this phase's steps. Recorded cross-entropies are
     without it, the recorded loss is with it."""
 
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights and running statistics, such as 0.999: the average is what is evaluated, and what
+    the phase leaves. Of the first iterations it is nearly their mean. Not in the search, whose weights follow the gates."""
+
     @model_validator(mode="after")
     def _exactly_one_duration(self):
         if (self.epochs is None) == (self.steps is None):
@@ -100,6 +104,12 @@ class SearchPhase(Phase):
     def cycle(self) -> int:
         """Iterations of one cycle."""
         return self.weight_steps + self.architecture_steps
+
+    @model_validator(mode="after")
+    def _weights_follow_the_gates(self):
+        if self.ema is not None:
+            raise ValueError("the search has no 'ema', which would lag behind gates that harden; give it to pretrain or finetune")
+        return self
 
     @model_validator(mode="after")
     def _every_part_of_delta_is_whole(self):

@@ -167,7 +167,7 @@ def _describe(error: dict, section: type[BaseModel]) -> str:
         return f"key {key} is missing; add it"
     message = printable(error["msg"]).removeprefix("Value error, ")
     found = "" if error["type"] == "value_error" else f", found {_short(error['input'])}"
-    return f"key {key}: {message[0].lower()}{message[1:400]}{found}"
+    return f"{f'key {key}: ' if location else 'key '}{message[0].lower()}{message[1:400]}{found}"
 
 
 def _suggestion(location: list[Any], section: type[BaseModel]) -> str:

@@ -136,13 +136,14 @@ class Data(Section):
 class Tracking(Section):
     log_every: int = Field(20, ge=1)
     """Iterations between two records of metrics.jsonl."""
-    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
-    """What receives the same metrics beside metrics.jsonl, through Accelerate's trackers."""
+    tracker: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
+    """What receives the same metrics beside metrics.jsonl, through Accelerate's trackers. MLflow's server is what
+    MLFLOW_TRACKING_URI names, else the run folder."""
     mode: Literal["offline", "online"] | None = None
     """W&B mode; by default what WANDB_MODE says, else online if an API key is found, else offline. Offline runs are sent later with
     `wandb sync`."""
     project: OneLine = "dnal_dist"
-    """W&B project."""
+    """W&B project, or MLflow experiment."""
     plots: bool = True
     """Draw plots/*.svg and *.png at the run's end, which takes seconds; `python -m dnal_dist.report` does it at any time."""
 
@@ -208,6 +209,17 @@ class Recipe(Section):
     """When where the run stands is saved."""
     tracking: Tracking = Field(Tracking(), json_schema_extra=FREE)
     """Where metrics go beside metrics.jsonl, and how often."""
+
+    @model_validator(mode="after")
+    def _the_teacher_has_learned(self):
+        pretrain = self.phases.pretrain
+        trained = pretrain.epochs or pretrain.steps or self.model.init_from or self.model.name.startswith("compact:")
+        if self.phases.distillation is not None and not trained:
+            raise ValueError(
+                "'phases.distillation' wants a teacher that has learned: 'phases.pretrain' has no iterations and 'model.init_from' "
+                "names no weights; give one of the two, or phases.distillation=null"
+            )
+        return self
 
     @property
     def network(self) -> dict:

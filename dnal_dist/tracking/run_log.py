@@ -17,7 +17,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import spanned
 from dnal_dist.common.text import printable
 from dnal_dist.distributed.context import Context
-from dnal_dist.tracking import tensorboard, wandb
+from dnal_dist.tracking import mlflow, tensorboard, wandb
 from dnal_dist.tracking.background import Sender
 from dnal_dist.tracking.progress import ProgressLine
 from dnal_dist.tracking.values import NAMES
@@ -69,11 +69,15 @@ class RunLog:
                 if mode == "disabled":
                     return
                 tracker = wandb.Wandb(folder, recipe, context, self.tracker_run, mode)
+            elif recipe.tracking.tracker == "mlflow":
+                tracker = mlflow.MLflow(folder, recipe, context, self.tracker_run)
             else:
                 tracker = tensorboard.TensorBoard(folder, recipe, context)
             self._sender = Sender(tracker, behind)
         except Exception as error:
-            self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error})")
+            package = recipe.tracking.tracker
+            remedy = f"; pip install {package}, or set tracking.tracker=none" if isinstance(error, ImportError) else ""
+            self.warn(f"{self._tracker_name} did not start; the run goes on without it ({error}){remedy}")
 
     @spanned("logging")
     def record(self, kind: str, **values) -> None:

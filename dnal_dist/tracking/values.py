@@ -7,15 +7,16 @@ from typing import NamedTuple
 from dnal_dist.common.errors import InputError
 from dnal_dist.report import records
 
-NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
+NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard", "mlflow": "MLflow"}
 
 
 def require(tracker: str) -> None:
-    """Raise InputError if the package of a tracker is missing."""
-    if tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+    """Raise InputError if the package of a tracker that somebody asked for is missing. W&B is the default: without it a run warns,
+    and goes on."""
+    if tracker in ("tensorboard", "mlflow") and importlib.util.find_spec(tracker) is None:
         raise InputError(
-            "key 'tracking.tracker': tensorboard needs the package tensorboard: pip install 'dnal-dist[tensorboard]'; or "
-            "choose wandb or none"
+            f"key 'tracking.tracker': {tracker} needs the package {tracker}: pip install 'dnal-dist[{tracker}]'; or choose wandb "
+            "or none"
         )
 
 

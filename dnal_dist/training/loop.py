@@ -49,6 +49,9 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
     accumulation = run.context.accumulation_steps(recipe.data)
     trained = run.context.wrap(run.network, phase.optimizer, run.momentum, recipe.training)
     trained.objective = objective(run, phase)
+    if phase.ema is not None:
+        trained.keep_average(phase.ema, run.average, run.average_statistics)
+    run.average, run.average_statistics = {}, None
     metrics, clock = Metrics(run), Clock(run)
     result = metrics.summary
     run_log.begin(position.phase, total, position.step)
@@ -71,6 +74,8 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
                 outcome = take_step(trained, position.step, fed.images, fed.labels, run.local_batch, accumulation)
             metrics.add_outcome(outcome)
             run.advance()
+            if trained.average is not None:
+                trained.average.update(position.step)
             if position.global_step % per_epoch == 0:
                 record_receipt(run)
             if position.step % recipe.tracking.log_every == 0 or ends_epoch(run, total):
@@ -103,7 +108,7 @@ def ends_epoch(run: Run, total: int) -> bool:
 def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total: int) -> str:
     """Evaluate and save; at the phase's end the next phase saves instead. Returns the text of the progress line."""
     position = run.state
-    with metrics.pause(), trained.gathered() as momentum:
+    with metrics.pause(), trained.averaged() as momentum:
         accuracy = evaluate_and_record(run, position.step / run.train.steps_per_epoch, position.step == total)
         position.evaluated, position.accuracy = position.global_step, accuracy
         per_epoch = run.train.steps_per_epoch
@@ -114,9 +119,14 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
         clock.record(metrics.bytes_sent() if position.step == total else None)
         if position.step < total:
             run.log.progress(position.step, result)
-            state.save(run, momentum, metrics)
-        else:
+            if trained.average is None:
+                state.save(run, momentum, metrics)
+        elif trained.average is None:
             run.momentum = {name: buffer.cpu() for name, buffer in momentum.items()}
+        else:
+            run.momentum = {}  # that of other weights than those that stay
+    if trained.average is not None and position.step < total:
+        _save(run, trained, metrics, clock)
     return result
 
 
@@ -146,8 +156,11 @@ def _save(run: Run, trained: Trained, metrics: Metrics, clock: Clock) -> None:
     divergence.check(run, run.context.sum_(divergence.flags(run, trained)))
     with metrics.pause(), trained.gathered() as momentum:
         clock.record()
+        if trained.average is not None:
+            run.average, run.average_statistics = trained.average.whole(), trained.average.flat_statistics()
         # Gathering counts as pause: training waits for it.
         state.save(run, momentum, metrics, begun)
+        run.average, run.average_statistics = {}, None
 
 
 def delta_at(run: Run, step: int) -> float:

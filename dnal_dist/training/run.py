@@ -49,6 +49,11 @@ class Run:
     """The network as pretrain left it, where the recipe distils from it."""
     momentum: dict[str, Tensor] = field(default_factory=dict)
     """Momentum of the weights by name, for the next optimiser."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Moving average of the weights by name, for the next optimiser of a resumed phase that keeps one; likewise while a checkpoint
+    is taken."""
+    average_statistics: Tensor | None = None
+    """This process's running statistics of that average, flat."""
     receipt: Receipt = field(default_factory=Receipt)
     """Receipt of the pass over the training set that is under way."""
     pending: tuple[PendingMetrics, Tensor, bool] | None = None

@@ -23,7 +23,7 @@ from dnal_dist.report import records
 # What a run writes into its folder, and all that --overwrite removes from it. The last exists from start to end: a folder without
 # it holds no run, whatever else is in it.
 PRODUCTS = ("recipe.yaml", "checkpoints", "compact", "export", "evaluation", "report.html", "report.md", "plots")
-PRODUCTS += ("wandb", "tensorboard", "metrics.jsonl")
+PRODUCTS += ("wandb", "tensorboard", "mlflow", "metrics.jsonl")
 # Seconds that a killed run may take to release its folder: its loader processes notice after a few.
 LOCK_SECONDS = 60
 # Keys that determine the tensors of a checkpoint.

@@ -43,6 +43,7 @@ def take(run: Run, momentum: dict[str, Tensor], metrics: Metrics | None = None) 
         return None
     tensors = {f"network.{key}": _copy(tensor) for key, tensor in run.network.state_dict().items()}
     tensors |= {f"momentum.{key}": _copy(tensor) for key, tensor in momentum.items()}
+    tensors |= {f"average.{key}": _copy(tensor) for key, tensor in run.average.items()}
     tensors["alpha"] = _copy(run.architecture.alpha)
     optimizer_state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
     if optimizer_state.get("momentum_buffer") is not None:
@@ -68,6 +69,8 @@ def _per_process(run: Run, metrics: Metrics | None) -> dict[str, Tensor]:
     own = {"random": torch.get_rng_state().to(device), "statistics": torch.cat([torch.zeros(0, device=device), *_statistics(run)])}
     if device.type == "cuda":
         own["random_cuda"] = torch.cuda.get_rng_state(device).to(device)
+    if run.average_statistics is not None:
+        own["average_statistics"] = run.average_statistics
     if metrics is not None:
         own["sums"] = metrics.sums.clone()
     return own
@@ -119,16 +122,20 @@ def _restore(run: Run, tensors: dict[str, Tensor], saved: RunState) -> None:
         raise ValueError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
     if (saved.compact is None) != (saved.phase in ("pretrain", "search", "prune")):
         raise ValueError(f"phase {saved.phase} {'without' if saved.compact is None else 'with'} a compact network")
-    part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in ("network.", "momentum.")}
+    kinds = ("network.", "momentum.", "average.")
+    part = {kind: {k.removeprefix(kind): t for k, t in tensors.items() if k.startswith(kind)} for kind in kinds}
     if saved.compact is not None:
         run.compact = compact.restored(saved.compact, part["network."]).to(run.context.device)
         run.supernet.cpu()
     else:
         run.network.load_state_dict(part["network."])
     weights = dict(run.network.named_parameters())
-    if wrong := [key for key, buffer in part["momentum."].items() if key not in weights or buffer.shape != weights[key].shape]:
-        raise ValueError(f"momentum of {wrong[0]}")
-    run.momentum = part["momentum."]
+    for kind in kinds[1:]:
+        if wrong := [key for key, buffer in part[kind].items() if key not in weights or buffer.shape != weights[key].shape]:
+            raise ValueError(f"{kind[:-1]} of {wrong[0]}")
+    if part["average."] and part["average."].keys() != weights.keys():
+        raise ValueError("an average of some weights only")
+    run.momentum, run.average = part["momentum."], part["average."]
     with torch.no_grad():
         if tensors["alpha"].shape != run.architecture.alpha.shape:
             raise ValueError(f"alpha of {tuple(tensors['alpha'].shape)} for {run.architecture.alpha.numel()} gates")
@@ -157,6 +164,9 @@ def _restore_per_process(run: Run, tensors: dict[str, Tensor], saved: RunState) 
         torch.set_rng_state(tensors["ranks.random"][rank].clone())
         if run.context.device.type == "cuda" and "ranks.random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.context.device)
+    if "ranks.average_statistics" in tensors:
+        every = tensors["ranks.average_statistics"]
+        run.average_statistics = every[rank] if same else every.mean(0)
     if saved.metrics is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.context.main else torch.zeros_like(sums[0])

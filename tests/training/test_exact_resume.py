@@ -30,6 +30,7 @@ KINDS = {
         "data.per_device_batch_limit=30", "training.memory_format=channels_last",
         "phases.pretrain.optimizer.nesterov=true", "phases.search.optimizer.decay_norms=false",
         "phases.pretrain.schedule.warmup=3", "phases.finetune.label_smoothing=0.1", "phases.distillation.temperature=2.0",
+        "phases.pretrain.ema=0.9", "phases.finetune.ema=0.9",
     ),
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
     "a supernet with noise": ("model.name=supernet_digits", "model.width=0.25", "data.global_batch=120"),

@@ -63,6 +63,28 @@ def test_norms_and_biases_are_not_decayed_if_the_recipe_says_so():
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(found, decayed, strict=True))
 
 
+def test_the_average_of_weights_and_statistics_is_exponential():
+    """And is put in their place and taken out again without a trace."""
+    torch.manual_seed(0)
+    trained = Context().wrap(nets.build("vgg_digits").double(), SGD(lr=0.05), {}, Training())
+    trained.keep_average(0.2, {}, None)
+    now = [*trained.held(), *trained.statistics()]
+    expected = [tensor.clone() for tensor in now]
+    for step in range(1, 5):
+        weight_step(trained, torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8), 8)
+        trained.average.update(step)
+        decay = min(0.2, step / (9 + step))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
+    last = [tensor.clone() for tensor in now]
+    with trained.averaged():
+        torch.testing.assert_close(now, expected)
+        torch.testing.assert_close(list(trained.plain.parameters()), expected[: len(trained.held())])
+    assert all(torch.equal(a, b) for a, b in zip(now, last, strict=True))
+    again = Context().wrap(trained.plain, SGD(lr=0.05), {}, Training())
+    again.keep_average(0.2, trained.average.whole(), trained.average.flat_statistics())
+    torch.testing.assert_close([*again.average.weights, *again.average.statistics], expected)
+
+
 def test_label_smoothing_is_torchs():
     found = stepped(SGD(lr=0.05), Objective(0.2, None, None))
     smooth = reference(
@@ -92,6 +114,8 @@ def test_distillation_is_the_divergence_from_the_teacher():
         ("phases.search.optimizer={lr: 0.1, momentum: 0.0, nesterov: true}", "nesterov needs a momentum above 0"),
         ("phases.finetune.label_smoothing=1.0", r"'phases\.finetune\.label_smoothing': input should be less than 1"),
         ("phases.distillation.weight=0", r"'phases\.distillation\.weight': input should be greater than 0"),
+        ("phases.search.ema=0.9", r"'phases\.search': the search has no 'ema'"),
+        ("phases.pretrain.epochs=0", r"key 'phases\.distillation' wants a teacher that has learned: 'phases\.pretrain'"),
         (
             "phases.pretrain.schedule.warmup=-1",
             r"'phases\.pretrain\.schedule\.\S*warmup': input should be greater than or equal to 0",
@@ -99,12 +123,13 @@ def test_distillation_is_the_divergence_from_the_teacher():
     ],
 )
 def test_options_out_of_range_are_refused(train, change, message):
-    refused(train(change), message)
+    refused(train(change, *(["phases.distillation.weight=0.5"] if "epochs=0" in change else [])), message)
 
 
 OPTIONS = (
     "phases.pretrain.schedule.warmup=1", "phases.search.label_smoothing=0.1", "phases.finetune.label_smoothing=0.1",
     "phases.search.optimizer.nesterov=true", "phases.finetune.optimizer.decay_norms=false", "phases.distillation.weight=0.5",
+    "phases.pretrain.ema=0.5", "phases.finetune.ema=0.5",
 )  # fmt: skip
 
 
