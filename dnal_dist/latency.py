@@ -2,6 +2,7 @@
 
 python -m dnal_dist.latency runs/digits
 python -m dnal_dist.latency runs/digits --batch 1,32 --threads 1,2 --runtime eager,compile,onnx,openvino
+python -m dnal_dist.latency some/export --runtime onnx,pt2  its own files, without the run
 python -m dnal_dist.latency resnet56_cifar                 a recipe: the full network alone
 
 The networks take turns, so that what else the machine does meets all of them.
@@ -18,7 +19,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 from dnal_dist.common.text import amount, fewer
 
-RUNTIMES = ("eager", "compile", "onnx", "openvino")
+RUNTIMES = ("eager", "compile", "onnx", "openvino", "pt2")
 
 
 def _numbers(text: str) -> list[int]:
@@ -38,53 +39,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dnal_dist.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=argument, metavar="RUN|RECIPE", help="the folder of a finished run, or a recipe")
+    parser.add_argument("path", type=argument, metavar="RUN|EXPORT|RECIPE", help="a finished run, an export, or a recipe")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=_numbers, default=[1], metavar="N,N", help="images at a time (1)")
     parser.add_argument("--threads", type=_numbers, default=[1], metavar="N,N", help="of the CPU (1)")
-    parser.add_argument("--runtime", type=_runtimes, default=["eager"], metavar="NAMES", help=", ".join(RUNTIMES) + " (eager)")
+    parser.add_argument(
+        "--runtime",
+        type=_runtimes,
+        metavar="NAMES",
+        help=", ".join(RUNTIMES) + " (eager; of an export onnx, or openvino: the others run programs of whoever wrote it)",
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="for each line (5)")
     parser.add_argument("--json", action="store_true", help="print an object")
     args = parser.parse_args()
-    if args.device == "cuda" and (other := set(args.runtime) - {"eager", "compile"}):
+    if args.device == "cuda" and (other := set(args.runtime or ()) - {"eager", "compile"}):
         raise InputError(f"--runtime {other.pop()}: it is measured on the CPU only; give eager or compile with --device cuda")
     import torch
     from rich.console import Console
 
-    from dnal_dist import recipe
     from dnal_dist.export import latency
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; leave it out")
-    is_run, device = args.path.is_dir(), torch.device(args.device)
-    if is_run and not (args.path / "recipe.yaml").exists():
-        raise InputError(f"{args.path}: holds no recipe.yaml, so it is not a run folder; give a recipe or a run's `output`")
-    settings = recipe.load(args.path / "recipe.yaml" if is_run else args.path)
-    made = latency.subjects(settings, Path(args.path) if is_run else None)
-    lines, rows = list(itertools.product(args.batch, args.threads, args.runtime)), []
+    device = torch.device(args.device)
+    made, network, image_size, runtimes = _networks(Path(args.path), args.runtime, args.device)
+    lines, rows = list(itertools.product(args.batch, args.threads, runtimes)), []
     with Console(stderr=True).status("") as status:
-        measured = latency.measure(made, settings.data.image_size, device, lines, args.seconds)
+        measured = latency.measure(made, image_size, device, lines, args.seconds)
         for number in range(len(lines)):
             status.update(f"{number + 1} of {len(lines)}: batch {lines[number][0]}, {lines[number][2]}")
             rows.append(next(measured))
-    macs = {name: count for name, (_, count) in made.items()}
+    macs = {name: one.macs for name, one in made.items()}
     where = latency.device_name(device)
     if args.json:
         print(json.dumps({"device": where, "macs": macs, "rows": [row._asdict() for row in rows]}, indent=1))
     else:
-        _print(settings.model.name, where, macs, rows)
-    for row in rows:
-        if row.faster.get("compact", 1) < 1:
-            print(
-                f"warning: the compact network is slower than the full one at batch {row.batch} in {row.runtime}; "
-                "architecture.round_to=8 and architecture.streams=tied give shapes that runtimes are fast with",
-                file=sys.stderr,
-            )
+        _print(network, where, macs, rows)
+    if "full" not in made:
+        print(f"warning: {network} is not rebuilt from an export, so only its compact network is measured", file=sys.stderr)
+    for warning in filter(None, map(latency.warning, rows)):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _networks(path: Path, runtimes: list[str] | None, device: str):
+    """The networks to compare, the name of the full one, the image size, and the runtimes."""
+    from dnal_dist import recipe
+    from dnal_dist.export import compared
+
+    if path.is_dir() and not (path / "recipe.yaml").exists():
+        if not (path / "preprocessing.json").exists():
+            raise InputError(f"{path}: is neither a run folder nor an export; give a recipe, a run's `output` or its export")
+        usual = [name for name, file in (("onnx", "model.onnx"), ("openvino", "model.xml")) if (path / file).exists()]
+        runtimes = runtimes or (["eager"] if device == "cuda" else usual[:1])
+        if not runtimes:
+            raise InputError(f"{path}: there is no model.onnx or model.xml; name --runtime eager or pt2, if the export is your own")
+        return *compared.of_export(path, bool({"eager", "compile"} & set(runtimes))), runtimes
+    run = path if path.is_dir() else None
+    settings = recipe.load(path if run is None else path / "recipe.yaml")
+    return compared.of_recipe(settings, run), settings.model.name, settings.data.image_size, runtimes or ["eager"]
 
 
 def _print(network: str, where: str, macs: dict[str, int], rows: list) -> None:
-    share = f", compact {amount(macs['compact'])}, {fewer(macs['compact'] / macs['full'])}" if "compact" in macs else ""
-    print(f"{network} on {where}\nMACs: {amount(macs['full'])}{share}\n")
+    shares = [f"{name} {amount(count)}" if count else name for name, count in macs.items() if name != "even"]
+    if macs.get("full") and macs.get("compact"):
+        shares.append(fewer(macs["compact"] / macs["full"]))
+    print(f"{network} on {where}\nMACs: {', '.join(shares)}\n")
     print(f"{'batch':>5} {'threads':>7} {'runtime':<9}" + "".join(f"{name + ', ms':>18}{'':>9}" for name in macs))
     for row in rows:
         cells = ""

@@ -72,6 +72,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
 def fewer(ratio: float) -> str:
     return f"{1 / ratio:,.{0 if ratio < 0.01 else 1}f}x fewer" if ratio else "nothing left"
 

@@ -24,7 +24,7 @@ class Model:
     def __init__(self, folder: Path, runtime: str | None = None, threads: int | None = None):
         if not (folder / "preprocessing.json").exists() and (folder / "export").is_dir():
             folder = folder / "export"
-        self.folder, self.how = folder, _preprocessing(folder / "preprocessing.json")
+        self.folder, self.how = folder, preprocessing_of(folder / "preprocessing.json")
         by_runtime = {name: file for file, name in readers.FILES.items()}
         wanted = [by_runtime[runtime]] if runtime else list(_BY_DEFAULT)
         there = [file for file in wanted if (folder / file).is_file()]
@@ -42,7 +42,8 @@ class Model:
         )
 
 
-def _preprocessing(path: Path) -> dict:
+def preprocessing_of(path: Path) -> dict:
+    """The preprocessing of an export. Raises InputError."""
     try:
         how = json.loads(read_regular(path, MOST_JSON))
         size, resize = how["image_size"], how["resize"]

@@ -30,26 +30,28 @@ def opened(folder: Path, file: str, threads: int | None = None, precision: str =
 
     if threads:
         torch.set_num_threads(threads)
-    if file == "model.py":
-        import importlib.util
-
-        spec = importlib.util.spec_from_file_location("exported_model", path)
-        module = importlib.util.module_from_spec(spec)
-        # An export holds its files alone, whose digests are in its manifest.
-        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.dont_write_bytecode = before
-        network = module.load().to(getattr(torch, precision))
-    else:
-        network = torch.export.load(path).module()
+    own = network(path).to(getattr(torch, precision)) if file == "model.py" else torch.export.load(path).module()
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return network(torch.from_numpy(images)).numpy()
+            return own(torch.from_numpy(images)).numpy()
 
     return run
+
+
+def network(path: Path):
+    """The torch network of a model.py, which is a program that this runs."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("exported_model", path)
+    module = importlib.util.module_from_spec(spec)
+    # An export holds its files alone, whose digests are in its manifest.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module.load()
 
 
 def _onnx(path: Path, threads: int | None) -> Runner:

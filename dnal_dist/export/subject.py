@@ -67,7 +67,7 @@ def opened(path: Path, runtime: str | None, shards: str | None) -> Subject:
         run, name, names = _of_run(path, context), "torch", None
     else:
         model = Model(export, runtime)
-        settings = _recipe(export / "manifest.json", model.how)
+        settings = recipe_of(export / "manifest.json", model.how)
         run, name = (lambda images: model.run(images.numpy())), model.file
         names = model.how["class_names"]
     data = settings.data if shards is None else settings.data.model_copy(update={"val": shards})
@@ -97,8 +97,8 @@ def _of_run(path: Path, context: Context) -> Callable[[Tensor], np.ndarray]:
     return lambda images: network(images.to(context.device)).cpu().numpy()
 
 
-def _recipe(path: Path, how: dict) -> recipe.Recipe:
-    """The recipe that an export's manifest names, with the preprocessing of the export."""
+def recipe_of(path: Path, how: dict) -> recipe.Recipe:
+    """The recipe that an export's manifest names, with the preprocessing of the export. Raises InputError."""
     try:
         found = json.loads(read_regular(path, MOST_JSON))["provenance"]["recipe"]
         settings = recipe.Recipe.model_validate_json(json.dumps(found))

@@ -144,6 +144,9 @@ class Tracking(Section):
     `wandb sync`."""
     project: OneLine = "dnal_dist"
     """W&B project, or MLflow experiment."""
+    latency_seconds: float = Field(3.0, ge=0)
+    """At the run's end the latency of the compact network beside that of the full one is measured for so long, but for no more than
+    a twentieth of the run's time, and not if that is below a second; 0: not at all."""
     plots: bool = True
     """Draw plots/*.svg and *.png at the run's end, which takes seconds; `python -m dnal_dist.report` does it at any time."""
 

@@ -23,6 +23,7 @@ def html(run: Run, result: dict, embedded: dict[str, dict]) -> str:
         spans=", ".join(f"{phase} {first + 1:,} to {last:,}" for phase, first, last in records.spans(run)),
         figures=embedded,
         cost=tables.cost(result),
+        latency=tables.latency(result),
         starts=tables.starts(run),
         receipts=tables.receipts(run),
         amount=text.amount,
@@ -79,6 +80,9 @@ def _tiles(run: Run, result: dict) -> list[tuple[str, str, str]]:
             tiles.append((label, text.percent(ratio), detail))
         elif "full" in result:
             tiles.append((label, text.amount(result["full"]["exact"][key]), "full network"))
+    for row in words.latencies(result)[:1]:
+        full, compact = (text.milliseconds(row["median"][name]) for name in ("full", "compact"))
+        tiles.append(("Latency", words.faster(row), f"{compact} of {full} at batch {row['batch']}"))
     if channels := result.get("channels"):
         total, kept = channels["total"], channels.get("kept")
         known = (text.percent(kept / max(total, 1)), f"{kept:,} of {total:,} kept") if kept is not None else None

@@ -36,6 +36,16 @@ class Budget(TypedDict):
     most: Count
 
 
+class Latency(TypedDict):
+    batch: Count
+    threads: Count
+    runtime: Text
+    median: dict[Text, Positive]
+    faster: dict[Text, Positive]
+    spread: NotRequired[dict[Text, Quantity]]
+    slower: NotRequired[list[Text]]
+
+
 class Usage(TypedDict, total=False):
     seconds: Seconds
     images: Count
@@ -112,7 +122,8 @@ class Record(Usage, total=False):
     ordered: Text
     skipped: list[list[Scalar]]
     class_counts: list[Count]
-    # phase, end, warning
+    # latency; phase, end, warning
+    rows: list[Latency]
     breakdown: dict[Text, Seconds]
     phase_seconds: dict[Phase, Seconds]
     ledger: dict[Phase, Usage]

@@ -143,7 +143,8 @@ def summary(run: str | Path | Run) -> dict:
     """Results of a run, finished or not; a key whose value is not known yet is absent.
 
     accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
-    params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed}, channels {total, kept}, collapsed,
+    params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed}, latency {device, rows}
+    (as in metrics.jsonl, of rows that have both networks), channels {total, kept}, collapsed,
     warnings, seconds, phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
     """
     run = run if isinstance(run, Run) else load(run)
@@ -154,6 +155,7 @@ def summary(run: str | Path | Run) -> dict:
         "full": prune.get("full") or start.get("full"),
         "compact": prune.get("compact"),
         "budget": _budget(prune),
+        "latency": _latency(run.last("latency")),
         "collapsed": bool(prune.get("collapsed")),
         "warnings": [r["message"] for r in run.of("warning", has=("message",))] + [*filter(None, [imbalance(run), run.faults])],
         "seconds": end.get("seconds", sum(elapsed.values())),
@@ -178,6 +180,11 @@ def _budget(prune: dict) -> dict | None:
     unit, least, most = (prune["budget"][key] for key in ("unit", "least", "most"))
     used = prune["compact"]["exact"][unit]
     return {"unit": unit, "least": least, "most": most, "used": used, "missed": not least <= used <= most}
+
+
+def _latency(record: dict) -> dict | None:
+    rows = [row for row in record.get("rows", ()) if {"full", "compact"} <= row["median"].keys() and "compact" in row["faster"]]
+    return {"device": record.get("device", "an unnamed device"), "rows": rows} if rows else None
 
 
 def _elapsed(run: Run) -> dict[str, float]:

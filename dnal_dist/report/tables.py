@@ -75,6 +75,17 @@ def cost(result: dict) -> Table:
     return Table("cost", "Cost of the full and of the compact network", head, rows)
 
 
+def latency(result: dict) -> Table:
+    """Milliseconds of the full and of the compact network as the run's end measured them."""
+    head = ["images at a time", "runtime", "full, ms", "compact, ms", "", "device"]
+    rows = []
+    for row in words.latencies(result):
+        spread = row.get("spread", {})
+        cells = [f"{1000 * row['median'][name]:.3g} ± {1000 * spread.get(name, 0):.2g}" for name in ("full", "compact")]
+        rows.append([f"{row['batch']:,}", row["runtime"], *cells, words.faster(row), result["latency"]["device"]])
+    return Table("latency", "Latency of the full and of the compact network", head, rows)
+
+
 def usage(run: Run, result: dict) -> Table:
     """What each phase used. A phase without a value has an empty cell there, and the column no total."""
     known, rows = usage_of_phases(run, result), []

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from dnal_dist.common.phases import PHASES
-from dnal_dist.common.text import amount, duration, fewer, percent
+from dnal_dist.common.text import amount, duration, fewer, milliseconds, percent
 from dnal_dist.report.records import Run
 
 
@@ -53,7 +53,8 @@ def headline(run: Run, result: dict) -> str:
     if result["finished"] and accuracy is not None and "macs_ratio" in result:
         macs, params = percent(result["macs_ratio"]), percent(result["params_ratio"])
         kept = f"{macs} of the full network's MACs and {params} of its parameters"
-        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}."
+        speed = "".join(f", {faster(row)} at batch {row['batch']}" for row in latencies(result)[:1])
+        return f"{percent(accuracy, 2)} top-1 accuracy with {kept}{speed}."
     reached = "" if accuracy is None else f" Top-1 accuracy {percent(accuracy, 2)} {when(result, phase)}."
     return ("Finished." if result["finished"] else where(run)) + reached
 
@@ -65,6 +66,21 @@ def collapse(run: Run) -> str:
         "The search would have closed nearly every channel, so the network that was kept is not one it chose. "
         f"Lower architecture.penalty_weight{here} and run again."
     )
+
+
+def latencies(result: dict) -> list[dict]:
+    return result.get("latency", {}).get("rows", [])
+
+
+def faster(row: dict) -> str:
+    """How the compact network's latency in a row compares with the full one's."""
+    ratio = row["faster"]["compact"]
+    return f"{ratio:.1f}x faster" if ratio >= 1.05 else f"{1 / ratio:.1f}x slower" if ratio <= 0.95 else "no faster"
+
+
+def latency(row: dict, device: str) -> str:
+    full, compact = (milliseconds(row["median"][name]) for name in ("full", "compact"))
+    return f"{full} -> {compact}, {faster(row)} on {device}"
 
 
 def rows(result: dict) -> list[tuple[str, str]]:
@@ -80,6 +96,7 @@ def rows(result: dict) -> list[tuple[str, str]]:
                 rows.append((label, f"{amount(full)} -> {amount(compact, full)}, {percent(ratio)}, {fewer(ratio)}"))
             elif full:
                 rows.append((label, f"{amount(full)} in the full network"))
+    rows += [(f"latency at batch {row['batch']}", latency(row, result["latency"]["device"])) for row in latencies(result)]
     if asked := result.get("budget"):
         words = {"macs": "MACs", "params": "parameters"}.get(asked["unit"], asked["unit"])
         used = asked["used"] / max(asked["most"], 1)

@@ -15,6 +15,7 @@ from dnal_dist.distributed.context import remove_temp
 from dnal_dist.report import outputs, records
 from dnal_dist.training import stopping, usage
 from dnal_dist.training.run import Run
+from dnal_dist.training.speed import record_latency
 
 # Seconds that a process which lost its peers, or whose peer reports the error, waits to be ended by the launcher.
 PATIENCE_SECONDS = 20
@@ -33,6 +34,7 @@ def finish(run: Run) -> str | None:
             "command goes on from the one before"
         )
     if not run_log.ended:
+        record_latency(run)
         per_phase = {phase: round(s, 3) for phase, s in state.seconds.items()}
         images = state.global_step * run.recipe.data.global_batch
         ledger = {phase: usage.summary(state, phase) for phase in state.seconds}
