@@ -71,7 +71,7 @@ def export(run: Path, options: Options, tell: Callable[[str], None] = lambda _: 
         with atomic.folder(run / "export") as folder:
             try:
                 written = _write(folder, network, settings, options, tell)
-                checks = _prove(folder, written, network, settings, pruned.get("mask"), images, tell)
+                checks = _prove(folder, written, network, settings, pruned.get("mask"), images, options.any_size, tell)
                 notes += [] if "mask" in pruned else ["metrics.jsonl has no mask, so the masked network was not compared"]
                 manifest = _describe(folder, settings, record, images, checks, classes, options, notes)
             except BaseException:
@@ -112,11 +112,18 @@ def _write(folder: Path, network: nn.Module, settings: recipe.Recipe, options: O
 
 
 def _prove(
-    folder: Path, written: list[str], network: nn.Module, settings: recipe.Recipe, mask: str | None, images: Images, tell: Callable
+    folder: Path,
+    written: list[str],
+    network: nn.Module,
+    settings: recipe.Recipe,
+    mask: str | None,
+    images: Images,
+    any_size: bool,
+    tell: Callable,
 ) -> list[proof.Check]:
     """Checks that all hold. Raises ProofError."""
     tell(f"comparing {len(written)} files on {images.count} images")
-    checks = proof.prove(network, folder, written, images)
+    checks = proof.prove(network, folder, written, images, any_size)
     if mask is not None and isinstance(network, Narrow):  # of an older release, the layers have no names
         checks.insert(0, proof.masked(settings, mask, network, images))
     for check in checks:
@@ -227,7 +234,8 @@ def _lay_out(folder: Path, hub: Path, settings: recipe.Recipe, manifest: dict) -
         "num_classes": len(classes),
     }
     config = {
-        "architecture": settings.model.name.rpartition(":")[2],
+        # Programs that build a network by this name would build the full one, into which the weights do not fit.
+        "architecture": f"{settings.model.name.rpartition(':')[2].rpartition('/')[2]}_compact",
         "num_classes": len(classes),
         "label_names": classes,
         "pretrained_cfg": settings_of_images,

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import itertools
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from dnal_dist.nets.masks import unpack
 
 # Largest differences of logits, relative to the largest logit.
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
-# That a process may take to end, on a machine that is busy.
+# That a process may take for a batch, or to end, on a machine that is busy.
 PATIENCE_SECONDS = 600
 # Images that the masked network gets, which is as slow as the full one.
 MASKED = 16
@@ -62,7 +64,7 @@ class _Process:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, cwd=folder, **pipes)
-        self.images, self.difference, self.scale, self.differs = 0, 0.0, 0.0, 0
+        self.images, self.difference, self.scale, self.differs, self.late = 0, 0.0, 0.0, 0, False
 
     def send(self, images: Tensor) -> None:
         with self._explained():
@@ -92,6 +94,13 @@ class _Process:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
+        def end() -> None:
+            self.late = True
+            self.process.kill()
+
+        # Neither reading from a pipe nor writing to one has a time limit of its own.
+        timer = threading.Timer(PATIENCE_SECONDS, end)
+        timer.start()
         try:
             yield
         except (OSError, ValueError, EOFError, subprocess.TimeoutExpired):
@@ -99,7 +108,10 @@ class _Process:
             self.errors.seek(0)
             lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
             why = reason(ValueError(lines[-1] if lines else "it ended"))
+            why = f"no answer in {PATIENCE_SECONDS:g} s" if self.late else why
             raise ProofError(f"{self.file}: it cannot be run in a process of its own ({why})") from None
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         self.process.kill()
@@ -109,15 +121,17 @@ class _Process:
                 pipe.close()
 
 
-def prove(network: nn.Module, folder: Path, files: list[str], images: Images) -> list[Check]:
-    """Each of `files` in `folder` against `network`, compact and in eval mode, on all `images`. Raises ProofError for a file that
-    cannot be run; whether a check holds is the caller's to ask."""
+def prove(network: nn.Module, folder: Path, files: list[str], images: Images, any_size: bool = False) -> list[Check]:
+    """Each of `files` in `folder` against `network`, compact and in eval mode, on all `images`; any_size: and on drawn ones
+    of another height and width. Raises ProofError for a file that cannot be run; whether a check holds is the caller's to ask."""
     truth = copy.deepcopy(network).double()
     processes = [_Process(folder, file, "float32") for file in files]
     if "model.py" in files:
         processes.append(_Process(folder, "model.py", "float64"))
     try:
-        for batch in images.batches():
+        size, generator = images.data.image_size, torch.Generator().manual_seed(0)
+        others = [torch.randn(2, 3, 2 * size, 3 * size, generator=generator)] if any_size else []
+        for batch in itertools.chain(images.batches(), others):
             for process in processes:
                 process.send(batch)
             with torch.no_grad():

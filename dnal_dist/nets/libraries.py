@@ -84,13 +84,20 @@ def _compact(name: str, library: str, own: str, arguments: dict):
         raise InputError(f"{KEY}: {error}; give the folder of a finished run") from None
 
     def made(num_classes: int | None = None) -> nn.Module:
-        path, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
-        if num_classes not in (None, last.out_features):
-            holder, _, child = path.rpartition(".")
-            network.get_submodule(holder)._modules[child] = nn.Linear(last.in_features, num_classes, last.bias is not None)
+        with_classes(network, num_classes)
         return network
 
     return made
+
+
+def with_classes(network: nn.Module, num_classes: int | None) -> str | None:
+    """Give a compact network a last Linear with random weights, if it is for another number of classes; returns its path then."""
+    path, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+    if num_classes in (None, last.out_features):
+        return None
+    holder, _, child = path.rpartition(".")
+    network.get_submodule(holder)._modules[child] = nn.Linear(last.in_features, num_classes, last.bias is not None)
+    return path
 
 
 def _function(name: str, library: str, own: str, arguments: dict):

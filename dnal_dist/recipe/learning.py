@@ -87,14 +87,14 @@ class Phase(Section):
         return self.steps if self.steps is not None else max(int(self.epochs > 0), round(self.epochs * steps_per_epoch))
 
 
-class Pretrain(Phase):
+class OptionalPhase(Phase):
     epochs: float | None = Field(None, ge=0)
     """Duration in passes over the training set (exactly one of epochs and steps); 0 leaves the phase out."""
     steps: int | None = Field(None, ge=0)
     """Duration in iterations (exactly one of epochs and steps); 0 leaves the phase out."""
 
 
-class SearchPhase(Phase):
+class SearchPhase(OptionalPhase):
     weight_steps: int = Field(1, ge=0)
     """Weight steps in each cycle of the search, on alternate iterations; 0 freezes the weights, as in the authors' code."""
     architecture_steps: int = Field(1, ge=1)
@@ -126,14 +126,24 @@ class Distillation(Section):
 
 
 class Phases(Section):
-    pretrain: Pretrain
+    pretrain: OptionalPhase
     """Weights only, no gates. With no iterations the search begins with the weights as they are, those of model.init_from say."""
     search: SearchPhase
-    """Weights and architecture on alternate iterations while the gates harden."""
+    """Weights and architecture on alternate iterations while the gates harden. With no iterations the compact network of a finished
+    run, model.init_from, is finetuned on; or that of model.name=compact:RUN."""
     finetune: Phase
     """The compact network."""
     distillation: Distillation | None = None
     """In search and finetune, learn also from what the network said as pretrain left it, at the price of its forward pass."""
+
+    @model_validator(mode="after")
+    def _what_comes_before_a_finetune_alone(self):
+        if not self.search.iterations(1):
+            if self.pretrain.iterations(1):
+                raise ValueError("without a search only a compact network is finetuned; give pretrain no iterations either")
+            if self.distillation is not None:
+                raise ValueError("without a search there is no teacher to distil from; remove 'distillation'")
+        return self
 
 
 def amount(text: str | int | float) -> tuple[float, bool]:

@@ -224,6 +224,20 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_finetune_alone_has_a_network(self):
+        if not self.searches and self.model.init_from is None and not self.model.name.startswith("compact:"):
+            raise ValueError(
+                "phases.search has no iterations, so a compact network is needed: give model.init_from, the folder of a finished "
+                "run, or model.name=compact:RUN"
+            )
+        return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether the run learns an architecture, and does not only finetune a compact network."""
+        return self.phases.search.iterations(1) > 0
+
     @property
     def network(self) -> dict:
         """What nets.build takes."""

@@ -59,6 +59,8 @@ def class_warnings(splits: Sequence[Shards], classes: int) -> list[str]:
 
 def check_search_length(settings: recipe.Recipe, per_epoch: int) -> None:
     """The search must contain an architecture step."""
+    if not settings.searches:
+        return
     phase = settings.phases.search
     if phase.iterations(per_epoch) <= phase.weight_steps:
         raise InputError(

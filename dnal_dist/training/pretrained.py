@@ -46,11 +46,11 @@ def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Sou
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     # The first process of a machine may have to download; the others then find the file.
-    source = _together(context, lambda: read(settings) if first else None)
-    source = _together(context, lambda: source or read(settings))
-    warnings = _together(context, lambda: fill(network, source, settings.model.name))
+    source = together(context, lambda: read(settings) if first else None)
+    source = together(context, lambda: source or read(settings))
+    warnings = together(context, lambda: fill(network, source, settings.model.name))
     if context.world_size > 1:
-        digests = context.gather([_digest(network)])
+        digests = context.gather([digest(network)])
         if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
             raise InputError(
                 f"{KEY}: process {other} reads other weights from {settings.model.init_from} than process 0; "
@@ -59,7 +59,7 @@ def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Sou
     return source._replace(warnings=[*source.warnings, *warnings])
 
 
-def _together(context: Context, do: Callable):
+def together(context: Context, do: Callable):
     """The result of `do` in this process. Raises InputError on all processes if it does on one."""
     found = fault = None
     try:
@@ -73,7 +73,8 @@ def _together(context: Context, do: Callable):
     return found
 
 
-def _digest(network: nn.Module) -> str:
+def digest(network: nn.Module) -> str:
+    """Of all its tensors."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -170,7 +171,7 @@ def _saved(path: Path, output: Path) -> Source:
     if state.compact is not None:
         raise InputError(
             f"{KEY}: {path} holds a network that is pruned already ({state.phase}); to go on with it, give "
-            "model.name=compact:RUN, or else a checkpoint from before pruning"
+            "phases.search.steps=0, or model.name=compact:RUN to prune it further, or else a checkpoint from before pruning"
         )
     tensors = {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
     return Source(tensors, f"{path}, after {state.global_step} iterations", faults)

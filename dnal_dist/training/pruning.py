@@ -18,23 +18,29 @@ from dnal_dist.training.usage import Clock
 
 @spanned("prune")
 def prune(run: Run) -> None:
-    """Select the channels to keep and make the network physically smaller."""
+    """Select the channels to keep and make the network physically smaller; without a search, take what another run kept."""
     recipe, supernet, clock, target = run.recipe, run.supernet, Clock(run), run.budget
     run.log.begin("prune", 3, 0)
     run.log.progress(0, "selecting channels")
     image_size, settings = recipe.data.image_size, recipe.architecture
-    keep, rescued, collapsed = select_by_gates(run) if target is None else (select_by_budget(run, target), [], False)
+    if run.given is not None:
+        keep, rescued, collapsed, selected_by = run.given.keep, [], False, {}
+    elif target is None:
+        (keep, rescued, collapsed), selected_by = select_by_gates(run), {"threshold": settings.threshold}
+    else:
+        keep, rescued, collapsed, selected_by = select_by_budget(run, target), [], False, {"budget": target._asdict()}
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.context.agree("the keep mask", supernet.by_site(keep))
     with span("compaction"):
-        run.compact, run.state.mask = compact.compact(supernet, keep), masks.pack(keep)
+        run.compact = compact.compact(supernet, keep) if run.given is None else run.given.network.to(run.context.device)
+        run.state.mask = masks.pack(keep)
     run.momentum = {}
     supernet.cpu()
-    recalibrate(run, settings.recalibration_batches)
+    if run.given is None:
+        recalibrate(run, settings.recalibration_batches)
     full, small = cost.both_rules(supernet, image_size), cost.both_rules(supernet, image_size, keep)
     present = masks.present(supernet, keep)
     kept = {site: int(part.sum()) for site, part in supernet.by_site(present).items()}
-    selected_by = {"threshold": settings.threshold} if target is None else {"budget": target._asdict()}
     layers = cost.of_layers(supernet, image_size, keep)
     facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.state.mask}
     run.log.record("prune", kept=kept, full=full, compact=small, **selected_by, **facts)

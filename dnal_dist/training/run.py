@@ -17,6 +17,7 @@ from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.search.selection import Budget
 from dnal_dist.tracking.run_log import RunLog
+from dnal_dist.training.finished import Finished
 from dnal_dist.training.profiling import Breakdown
 from dnal_dist.training.stopping import StopPoll
 
@@ -45,6 +46,8 @@ class Run:
     """Whether the run started from a checkpoint."""
     compact: nn.Module | None = None
     """The compact network, once the supernet is pruned."""
+    given: Finished | None = None
+    """In a run without a search, the compact network that it begins with."""
     teacher: nn.Module | None = None
     """The network as pretrain left it, where the recipe distils from it."""
     momentum: dict[str, Tensor] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
-from dnal_dist.training import preflight, pretrained, state
+from dnal_dist.training import finished, preflight, pretrained, state
 from dnal_dist.training.run import Run
 from dnal_dist.training.run_folder import Opened, has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.training.stopping import StopPoll
@@ -42,11 +42,15 @@ def prepare(
     preflight.check_search_length(settings, train.steps_per_epoch)
     local_batch = settings.data.global_batch // context.world_size
     preflight.check_images(network, settings.data, local_batch // context.accumulation_steps(settings.data))
-    budget = selection.budget(settings.architecture, network, settings.data.image_size)
+    budget = selection.budget(settings.architecture, network, settings.data.image_size) if settings.searches else None
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
-    source = pretrained.start_from(network, settings, context) if begins and settings.model.init_from else None
+    source = None
+    if begins and not settings.searches:
+        source = finished.read(network, settings, context)
+    elif begins and settings.model.init_from:
+        source = pretrained.start_from(network, settings, context)
     opened = open_folder(folder, settings, context, overwrite, allowed)
     try:
         assert begins or opened.saved is not None
@@ -65,7 +69,7 @@ def _opened_run(
     network: nets.GatedNetwork,
     streams: tuple[Stream, Stream],
     budget: selection.Budget | None,
-    source: pretrained.Source | None,
+    source: pretrained.Source | finished.Finished | None,
     stops: StopPoll | None,
     allowed: Sequence[str],
 ) -> Run:
@@ -73,8 +77,11 @@ def _opened_run(
     saved, faults, changed, lock = opened
     context.tune(settings.training, network, saved and (saved.state.memory_format or "contiguous"))
     (train, val), folder = streams, Path(settings.output)
-    finished = saved is not None and saved.state.phase == "done"
-    keep = None if saved is None or finished else saved.state.records
+    given = source if isinstance(source, finished.Finished) else None
+    if saved is not None and saved.state.phase == "prune" and not settings.searches:
+        given = finished.read(network, settings, context)
+    is_done = saved is not None and saved.state.phase == "done"
+    keep = None if saved is None or is_done else saved.state.records
     run_log = RunLog(folder, settings, context, keep, saved and saved.state.tracker_run)
     if source is not None:
         run_log.print(f"the first weights are those of {source.origin}")
@@ -98,6 +105,7 @@ def _opened_run(
         stops=stops or StopPoll(context),
         lock=lock,
         resumed=saved is not None,
+        given=given,
     )
     if saved is not None:
         preflight.check_same_shards(run, saved.state.shards, allowed)
@@ -105,7 +113,7 @@ def _opened_run(
         preflight.check_phase_length(run)
         if context.main:
             write_recipe(folder, settings)
-    if finished:
+    if is_done:
         run_log.print(f"{folder}: this run is finished; nothing is left to train")
     else:
         _record_start(run, changed)
@@ -129,7 +137,8 @@ def _state(
     """The checkpoint's state or a new one, with the facts of the present processes."""
     facts = {"world_size": context.world_size, "backend": context.backend, "shards": shards, "tracker_run": tracker_run}
     facts |= {"memory_format": context.layout, "recipe": settings.model_dump(mode="json")}
-    return saved.state.model_copy(update=facts) if saved else RunState(phase="pretrain", step=0, global_step=0, **facts)
+    first = "pretrain" if settings.searches else "prune"
+    return saved.state.model_copy(update=facts) if saved else RunState(phase=first, step=0, global_step=0, **facts)
 
 
 def _streams(settings: recipe.Recipe, network: nets.GatedNetwork, context: Context) -> tuple[Stream, Stream]:

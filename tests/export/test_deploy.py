@@ -63,12 +63,25 @@ def test_preprocessing_is_the_evaluation_transform(image, resize):
     assert np.abs(preprocessed(content, preprocessing(data, [], 10)) - expected.numpy()).max() <= 1e-6
 
 
-def test_transparent_images_lie_on_the_recipe_s_background():
-    data = recipe.Data(train="none", val="none", image_size=8, global_batch=1, background=(10, 20, 30))
-    content = io.BytesIO()
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(content, "PNG")
-    found = preprocessed(content.getvalue(), preprocessing(data, [], 10))[:, 0, 0] * data.std + data.mean
-    assert np.allclose(found * 255, (10, 20, 30), atol=1e-3)
+@pytest.mark.parametrize("exif", [False, True])
+def test_transparent_images_lie_on_the_recipe_s_background_and_are_turned(exif, tmp_path, monkeypatch):
+    """By `predict` as by the block of docs/deploy.md."""
+    data = recipe.Data(train="none", val="none", image_size=8, global_batch=1, background=(10, 20, 30), exif=exif)
+    how, content = preprocessing(data, [], 10), io.BytesIO()
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((0, 255, 0, 255), (0, 0, 8, 2))
+    orientation = Image.Exif()
+    orientation[274] = 3
+    image.save(content, "PNG", exif=orientation)
+    found = preprocessed(content.getvalue(), how)
+    pixels = (found.transpose(1, 2, 0) * data.std + data.mean) * 255
+    assert np.allclose(pixels[4, 4], (10, 20, 30), atol=1e-3) and np.allclose(pixels[7 if exif else 0, 0], (0, 255, 0), atol=1e-3)
+    (tmp_path / "image.png").write_bytes(content.getvalue())
+    (tmp_path / "preprocessing.json").write_text(json.dumps(how))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(BLOCKS[0], "docs/deploy.md", "exec"), names)
+    assert np.abs(names["images"][0] - found).max() <= 1e-6
 
 
 def test_images_are_predicted_by_each_runtime(exported, tmp_path, capsys):

@@ -13,7 +13,8 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.export import __main__ as door
 from dnal_dist.export import files, proof
 from dnal_dist.export.command import Options, export
-from dnal_dist.export.images import validation_images
+from dnal_dist.export.images import Images, validation_images
+from dnal_dist.export.program import program
 from dnal_dist.nets import compact
 from dnal_dist.recipe import load
 
@@ -58,7 +59,7 @@ def test_architecture_and_preprocessing_are_described(exported):
 
 def test_the_hub_folder_is_as_timm_writes_it(exported):
     config = json.loads((exported / "hub" / "config.json").read_text())
-    assert (config["architecture"], config["num_classes"], config["label_names"]) == ("vgg_digits", 10, list("0123456789"))
+    assert (config["architecture"], config["num_classes"], config["label_names"]) == ("vgg_digits_compact", 10, list("0123456789"))
     assert config["pretrained_cfg"]["input_size"] == [3, 8, 8] and config["pretrained_cfg"]["crop_pct"] == 1
     assert load_file(exported / "hub" / "model.safetensors").keys() == load_file(exported / "export" / "model.safetensors").keys()
     assert (exported / "hub" / "README.md").read_text().startswith("---\nlicense: other\npipeline_tag: image-classification\n")
@@ -114,6 +115,28 @@ def test_files_with_other_weights_do_not_pass(exported, tmp_path):
     images = validation_images(load(exported / "recipe.yaml"), 10, 8)
     checks = proof.prove(network, folder, ["model.py"], images)
     assert [check.precision for check in checks] == ["float32", "float64"] and not any(check.holds for check in checks)
+
+
+def test_a_file_of_any_size_is_proven_at_two_sizes(exported, tmp_path):
+    network, data = compact.load(exported / "compact"), load(exported / "recipe.yaml").data.model_copy(update={"image_size": 16})
+    images = Images(8, 0, "drawn", [], data, None, [])
+    for any_size in (True, False):
+        files.write_pt2(program(network, 16, any_size), tmp_path)
+        if any_size:
+            (check,) = proof.prove(network, tmp_path, ["model.pt2"], images, any_size=True)
+            assert check.holds and check.images == 10
+        else:
+            with pytest.raises(proof.ProofError, match=r"model\.pt2: it cannot be run in a process of its own"):
+                proof.prove(network, tmp_path, ["model.pt2"], images, any_size=True)
+
+
+def test_a_file_that_never_answers_is_named(exported, tmp_path, monkeypatch):
+    folder = shutil.copytree(exported / "export", tmp_path / "export")
+    (folder / "model.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(proof, "PATIENCE_SECONDS", 0.2)
+    images = validation_images(load(exported / "recipe.yaml"), 10, 8)
+    with pytest.raises(proof.ProofError, match=r"model\.py: .*no answer in 0\.2 s"):
+        proof.prove(compact.load(exported / "compact"), folder, ["model.py"], images)
 
 
 def test_a_file_that_cannot_be_loaded_is_named(exported, tmp_path):

@@ -1,0 +1,71 @@
+"""The compact network of a finished run, to be finetuned on: where a recipe has no search."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dnal_dist import recipe
+from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.context import Context
+from dnal_dist.nets import GatedNetwork, compact, masks
+from dnal_dist.nets.libraries import with_classes
+from dnal_dist.training.pretrained import KEY, digest, together
+
+
+class Finished(NamedTuple):
+    keep: Tensor
+    """The keep mask, bool (N,)."""
+    network: nn.Module
+    """On the CPU."""
+    origin: str
+    """Description of the source, for messages."""
+    warnings: list[str]
+
+
+def read(full: GatedNetwork, settings: recipe.Recipe, context: Context) -> Finished:
+    """The compact network of the run that model.init_from names, a last layer for other classes drawn; without init_from, `full`
+    with all that it has, which is a compact network already (compact:RUN). All processes call this, and raise InputError if one
+    cannot, or if they do not end with the same weights."""
+    if settings.model.init_from is None:
+        keep = masks.all_open(full)
+        return Finished(keep, compact.compact(full, keep).cpu(), settings.model.name, [])
+    found = together(context, lambda: _read(full, settings))
+    if len(set(context.gather([digest(found.network)]))) > 1:
+        raise InputError(f"{KEY}: processes read different weights from {settings.model.init_from}; copy the same to every machine")
+    return found
+
+
+def _read(full: GatedNetwork, settings: recipe.Recipe) -> Finished:
+    given = Path(settings.model.init_from)
+    run = given.parent if given.name in ("compact", "export") and (given.parent / "recipe.yaml").exists() else given
+    if run.resolve() == Path(settings.output).resolve():
+        raise InputError(f"{KEY}: {given} is the run folder that this run replaces; name another one by key 'output'")
+    _, saved, damaged = checkpoint.latest(run / "checkpoints") if (run / "checkpoints").is_dir() else (None, None, {})
+    if saved is None or saved.state.compact is None or saved.state.mask is None:
+        why = next(iter(damaged.values()), f"{run} holds no pruned network")
+        raise InputError(
+            f"{KEY}: {why}; phases.search has no iterations, so give the folder of a finished run, or model.name=compact:FOLDER"
+        )
+    _check_same_network(saved.state.recipe, settings, run)
+    tensors = {name.removeprefix("network."): t for name, t in saved.tensors.items() if name.startswith("network.")}
+    warnings, classes = list(damaged.values()), settings.model.num_classes
+    try:
+        network, keep = compact.restored(saved.state.compact, tensors), masks.unpack(saved.state.mask, full.num_gates)
+    except ValueError as error:
+        raise InputError(f"{KEY}: {run}: {error}") from None
+    if (layer := with_classes(network, classes)) is not None:
+        warnings.append(f"{run} has other classes, this run {classes}: its last layer, {layer}, begins with random weights")
+    return Finished(keep, network, f"{run}, pruned, after {saved.state.global_step} iterations", warnings)
+
+
+def _check_same_network(theirs: dict, settings: recipe.Recipe, run: Path) -> None:
+    """Raises InputError if the run's network is not the recipe's, but for the classes and the images."""
+    own = recipe.flat(settings.model_dump(mode="json"))
+    other = recipe.flat(theirs)
+    for key in ("model.name", "model.width", "architecture.streams"):
+        if key in other and other[key] != own[key]:
+            raise InputError(
+                f"key '{key}': {own[key]} here, {other[key]} in {run}, whose network is to be finetuned; give the same"
+            )
