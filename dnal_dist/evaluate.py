@@ -52,6 +52,8 @@ def main() -> None:
             evaluation.write(tally, facts, Path(output))
         except OSError as error:
             raise InputError(f"{output}: cannot be written ({reason(error)}); {remedy(error)}") from None
+    if output is not None and Path(output).resolve() == (Path(args.path) / "evaluation").resolve():
+        _report(Path(args.path))
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -60,6 +62,17 @@ def main() -> None:
             print(f"\n{output}/evaluation.json, confusion.png" + (", worst.png" if tally.mistakes else ""))
     if tally.skipped:
         print(f"warning: {len(tally.skipped)} images could not be used, the first: {tally.skipped[0]}", file=sys.stderr)
+
+
+def _report(run: Path) -> None:
+    """Write the run's report again, which shows the evaluation; only where there is one."""
+    from dnal_dist.report import outputs
+
+    if (run / "report.html").exists():
+        try:
+            outputs.write_all(run, draw=(run / "plots").exists())
+        except (OSError, InputError) as error:
+            print(f"warning: the report of {run} cannot be written again ({reason(error)})", file=sys.stderr)
 
 
 def _print(facts: dict) -> None:

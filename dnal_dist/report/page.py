@@ -3,7 +3,7 @@
 import shlex
 
 from dnal_dist.common import text
-from dnal_dist.report import explorer, figures, published, records, tables, templates, words
+from dnal_dist.report import evaluated, explorer, figures, published, records, tables, templates, words
 from dnal_dist.report.records import Run
 from dnal_dist.report.tables import Table
 from dnal_dist.report.words import when
@@ -57,6 +57,7 @@ def _shared(run: Run, result: dict) -> dict:
         "accuracy": tables.accuracy(run, result),
         "classes": tables.classes(run),
         "place": published.place(run, result),
+        "evaluation": evaluated.read(run.folder),
         "usage": tables.usage(run, result),
         "breakdown": tables.breakdown(run),
         "environment": tables.environment(run),

@@ -12,6 +12,7 @@ from runs import records
 from dnal_dist import evaluate
 from dnal_dist.data.pipeline import Batch
 from dnal_dist.export.evaluation import WORST, Tally
+from dnal_dist.report import evaluated
 
 
 def test_a_run_s_counts_are_those_of_its_training(exported, tmp_path, capsys):
@@ -35,6 +36,9 @@ def test_an_export_counts_the_same(exported, capsys):
     one, other = (json.loads(ended.out) for ended in both)
     assert [ended.code for ended in both] == [0, 0] and (one["runtime"], other["runtime"]) == ("torch", "model.onnx")
     assert one["confusion"] == other["confusion"] and one["classes"] == other["classes"]
+    page, text = (exported / "report.html").read_text(), (exported / "report.md").read_text()
+    assert "Evaluation, class by class" in page and page.count('src="data:image/png;base64,') == 2
+    assert "![Confusion matrix: rows are classes" in text and "](evaluation/worst.png)" in text
     assert (exported / "evaluation" / "evaluation.json").exists() and not (exported / "export" / "evaluation").exists()
 
 
@@ -43,6 +47,13 @@ def test_shards_can_be_named(exported, digits, tmp_path, capsys):
     assert code == 0 and json.loads(out)["images"] == 355
     code, _, err = called(evaluate.main, capsys, exported, "--shards", "/nowhere/*.tar")
     assert code == 2 and err.startswith("error: key '--shards'") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"images": -1, "classes": 3}', "[" * 100_000])
+def test_an_evaluation_that_is_none_is_left_out_of_the_report(content, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(content)
+    assert evaluated.read(tmp_path) is None and evaluated.read(tmp_path / "evaluation") is None
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"provenance": {"recipe": {"seed": 1}}}', "\0"])
