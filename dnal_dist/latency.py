@@ -4,6 +4,8 @@ python -m dnal_dist.latency runs/digits
 python -m dnal_dist.latency runs/digits --batch 1,32 --threads 1,2 --runtime eager,compile,onnx,openvino
 python -m dnal_dist.latency some/export --runtime onnx,pt2  its own files, without the run
 python -m dnal_dist.latency resnet56_cifar                 a recipe: the full network alone
+python -m dnal_dist.latency resnet56_cifar --profile resnet56.json --runtime onnx --check 20
+                                                           the times of its layers, for architecture.target.latency
 
 The networks take turns, so that what else the machine does meets all of them.
 """
@@ -11,6 +13,7 @@ The networks take turns, so that what else the machine does meets all of them.
 import argparse
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -50,6 +53,12 @@ def main() -> None:
         help=", ".join(RUNTIMES) + " (eager; of an export onnx, or openvino: the others run programs of whoever wrote it)",
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="for each line (5)")
+    parser.add_argument(
+        "--profile", type=argument, metavar="FILE", help="write the table that architecture.target.table names; one there is kept"
+    )
+    parser.add_argument(
+        "--check", type=int, default=0, metavar="N", help="with --profile: so many random compact networks, predicted and measured"
+    )
     parser.add_argument("--json", action="store_true", help="print an object")
     args = parser.parse_args()
     if args.device == "cuda" and (other := set(args.runtime or ()) - {"eager", "compile"}):
@@ -62,6 +71,8 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; leave it out")
     device = torch.device(args.device)
+    if args.profile is not None:
+        return _profile(args, device)
     made, network, image_size, runtimes = _networks(Path(args.path), args.runtime, args.device)
     lines, rows = list(itertools.product(args.batch, args.threads, runtimes)), []
     with Console(stderr=True).status("") as status:
@@ -79,6 +90,37 @@ def main() -> None:
         print(f"warning: {network} is not rebuilt from an export, so only its compact network is measured", file=sys.stderr)
     for warning in filter(None, map(latency.warning, rows)):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _profile(args: argparse.Namespace, device) -> None:
+    """Write the table of a recipe's network, unless it is there, and compare predictions with measurements."""
+    import torch
+    from rich.console import Console
+
+    from dnal_dist import recipe
+    from dnal_dist.export import profile
+
+    path = Path(args.path)
+    settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path)
+    if max(len(args.batch), len(args.threads), len(args.runtime or [])) > 1:
+        raise InputError("--profile: a table is of one batch, one number of threads and one runtime; give one of each")
+    (batch,), (threads,), (runtime,) = args.batch, args.threads, args.runtime or ["eager"]
+    torch.set_num_threads(threads)
+    with Console(stderr=True).status("") as status:
+        bench = profile.Bench(runtime, batch, threads, device)
+        net = profile.build(settings.network)
+        table, made = profile.kept(args.profile, settings, net.to(device), bench, status.update)
+        print(f"{args.profile}: {'written' if made else 'there already'}; {table.runtime} on {table.device}, batch {table.batch}")
+        print(f"whole networks take {table.factor:.2f} times their layers and {1e6 * table.glue:.1f} us beside each")
+        errors = []
+        size, round_to = settings.data.image_size, settings.architecture.round_to
+        for _, predicted, measured in profile.checked(table, net, size, bench, args.check, round_to, 1, status.update):
+            errors.append(predicted / measured - 1)
+            print(f"predicted {1000 * predicted:>9.3f} ms  measured {1000 * measured:>9.3f} ms  {errors[-1]:+.1%}")
+    if errors:
+        sizes = sorted(map(abs, errors))
+        within = sum(size <= 0.05 for size in sizes)
+        print(f"off by {statistics.median(sizes):.1%} in the median, {sizes[-1]:.1%} at most; {within} of {len(sizes)} within 5 %")
 
 
 def _networks(path: Path, runtimes: list[str] | None, device: str):

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"common", "recipe"},
     "report": {"common", "recipe"},
     "tracking": {"common", "report", "distributed"},
-    "export": {"common", "recipe", "nets", "data", "distributed", "report"},
+    "export": {"common", "recipe", "nets", "search", "data", "distributed", "report"},
     "training": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "report", "tracking", "export"},
     "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "tracking", "training"},
     "chaos": {"common", "recipe", "nets", "report", "checkpoint", "training"},

@@ -21,7 +21,8 @@ def network(case: Case) -> Finding:
     # A batch that cannot be divided evenly is reported with the shards.
     images = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _accumulation(case)
     preflight.check_images(case.network, data, images)
-    selection.budget(case.settings.architecture, case.network, data.image_size)
+    if case.settings.searches:
+        selection.budget(case.settings.architecture, case.network, data.image_size, case.settings.network)
     weights = model.init_from
     if weights and not weights.startswith(PUBLISHERS) and not Path(weights).exists():
         return fails(

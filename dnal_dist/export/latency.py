@@ -73,15 +73,15 @@ def rounds(runs: dict[str, Callable], seconds: float, device: torch.device) -> d
     while time.perf_counter() < end or len(next(iter(times.values()))) < ROUNDS:
         for name, run in runs.items():
             run()
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             run()
-            _wait(device)
+            wait(device)
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -13,6 +13,7 @@ from dnal_dist.recipe.learning import (
     Steps,
     Target,
     amount,
+    duration,
 )  # fmt: skip
 from dnal_dist.recipe.loading import dump, faults, load
 from dnal_dist.recipe.schema import (
@@ -51,6 +52,7 @@ __all__ = [
     "Training",
     "amount",
     "dump",
+    "duration",
     "faults",
     "flat",
     "free_keys",

@@ -3,9 +3,10 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from dnal_dist.recipe.section import Section
+from dnal_dist.common.paths import expanded
+from dnal_dist.recipe.section import OneLine, Section
 
 
 class SGD(Section):
@@ -147,16 +148,32 @@ class Phases(Section):
 
 
 def amount(text: str | int | float) -> tuple[float, bool]:
-    """A cost such as 300M, 1.2G, 40k or 123456 as (number, False); a share of the full network such as 0.5x as (0.5, True).
+    """A cost such as 300M, 1.2G, 40k or 123456 as (number, False); a share of the full network, 0.5x or 50%, as (0.5, True).
 
     Raises ValueError for anything else, and for what is not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kKMGTx]?)\s*", str(text)) if not isinstance(text, bool) else None
+    found = (
+        re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kKMGTx%]?)\s*", str(text)) if not isinstance(text, bool) else None
+    )
     number = float(found[1] + (found[2] or "")) if found else 0.0
-    number *= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(found[3], 1) if found else 1
+    number *= {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "%": 0.01}.get(found[3], 1) if found else 1
     if not 0 < number < 1e18:
         raise ValueError(f"expected an amount such as 300M, 1.2G or 40k, or a share such as 0.5x, found {text!r}")
-    return number, found[3] == "x"
+    return number, found[3] in ("x", "%")
+
+
+def duration(text: str | int | float) -> tuple[float, bool]:
+    """A latency such as 3ms or 800us as (seconds, False); a share of the full network's, 0.4x or 40%, as (0.4, True).
+
+    Raises ValueError for anything else, and for what is not above 0.
+    """
+    words = "" if isinstance(text, bool) else str(text)
+    words = "" if isinstance(text, bool) else str(text)
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(us|ms|s|x|%)\s*", words)
+    number = float(found[1]) * {"us": 1e-6, "ms": 1e-3, "%": 0.01}.get(found[2], 1) if found else 0.0
+    if not 0 < number < 1e6:
+        raise ValueError(f"expected a latency such as 3ms or 800us, or a share such as 0.4x, found {text!r}")
+    return number, found[2] in ("x", "%")
 
 
 def _checked_amount(text: str | int | float) -> str | int | float:
@@ -164,32 +181,50 @@ def _checked_amount(text: str | int | float) -> str | int | float:
     return text
 
 
+def _checked_duration(text: str | int | float) -> str | int | float:
+    duration(text)
+    return text
+
+
 Amount = Annotated[str | int | float, BeforeValidator(_checked_amount)]
+Duration = Annotated[str | int | float, BeforeValidator(_checked_duration)]
 
 
 class Target(Section):
     macs: Amount | None = None
-    """MACs for one image, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x."""
+    """MACs for one image, exact rule: 300M, 1.2G, 40k, a number, or a share of the full network's such as 0.5x or 50%."""
     params: Amount | None = None
-    """Parameters, likewise (exactly one of macs and params)."""
+    """Parameters, likewise. Of several budgets each holds; the tightest is met."""
+    latency: Duration | None = None
+    """Time for a batch as `table` predicts it: 3ms, 800us, or a share of the full network's such as 0.4x or 40%."""
+    table: Annotated[OneLine, AfterValidator(expanded)] | None = None
+    """File of the layers' times on the device that counts, which `python -m dnal_dist.latency RECIPE --profile FILE` writes."""
 
     @model_validator(mode="before")
     @classmethod
     def _is_named(cls, given):
         if not isinstance(given, dict | cls):
             raise ValueError(f"say what the amount counts, such as {{macs: {given}}} or {{params: 40k}}")
+        if isinstance(given, dict) and (word := next((key for key in given if str(key).lower() == "flops"), None)):
+            raise ValueError(
+                f"'{word}' counts a multiply-add as one operation in some tables and as two in others; give 'macs', "
+                "multiply-adds once: as many as the paper's FLOPs, half of those that count two"
+            )
         return given
 
     @model_validator(mode="after")
-    def _exactly_one_unit(self):
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("give exactly one of 'macs' and 'params', such as {macs: 0.5x}")
+    def _counts_something(self):
+        if not self.chosen:
+            raise ValueError("give one or several of 'macs', 'params' and 'latency', such as {macs: 0.5x}")
+        if self.latency is not None and self.table is None:
+            raise ValueError("'latency' needs 'table', a file; write it by python -m dnal_dist.latency RECIPE --profile FILE")
         return self
 
     @property
-    def chosen(self) -> tuple[str, str | int | float]:
-        """The unit, "macs" or "params", and the amount."""
-        return ("macs", self.macs) if self.macs is not None else ("params", self.params)
+    def chosen(self) -> list[tuple[str, str | int | float]]:
+        """Each unit that there is a budget of, and the amount."""
+        given = {"macs": self.macs, "params": self.params, "latency": self.latency}
+        return [(unit, text) for unit, text in given.items() if text is not None]
 
 
 class ArchitectureSettings(Section):

@@ -31,9 +31,10 @@ class Cost(TypedDict):
 
 
 class Budget(TypedDict):
-    unit: Literal["macs", "params"]
+    unit: Literal["macs", "params", "latency"]
     least: Count
     most: Count
+    used: NotRequired[Count]
 
 
 class Latency(TypedDict):
@@ -112,6 +113,7 @@ class Record(Usage, total=False):
     mask: str
     threshold: Fraction
     budget: Budget
+    further_budgets: list[Budget]
     compact: Cost
     layers: dict[Text, dict[Literal["full", "compact"], Amounts]]
     rescued: list[Text]

@@ -143,7 +143,7 @@ def summary(run: str | Path | Run) -> dict:
     """Results of a run, finished or not; a key whose value is not known yet is absent.
 
     accuracy {phase: top-1 of its last evaluation}, full and compact (costs as in metrics.jsonl), macs_ratio and
-    params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed}, latency {device, rows}
+    params_ratio (compact / full, exact rule), budget {unit, least, most, used, missed, further}, latency {device, rows}
     (as in metrics.jsonl, of rows that have both networks), channels {total, kept}, collapsed,
     warnings, seconds, phase_seconds {phase: seconds}, phase (the last one seen), finished. Raises ValueError as `load` does.
     """
@@ -174,12 +174,16 @@ def summary(run: str | Path | Run) -> dict:
 
 
 def _budget(prune: dict) -> dict | None:
-    """{unit, least, most, used, missed} of a run that was given a budget."""
+    """{unit, least, most, used, missed, further} of a run that was given a budget; further: others, as {unit, least, most, used}.
+    Missed: one is exceeded, or less is used of each than was asked for."""
     if "budget" not in prune or "compact" not in prune:
         return None
-    unit, least, most = (prune["budget"][key] for key in ("unit", "least", "most"))
-    used = prune["compact"]["exact"][unit]
-    return {"unit": unit, "least": least, "most": most, "used": used, "missed": not least <= used <= most}
+    rows = []
+    for one in (prune["budget"], *prune.get("further_budgets", ())):
+        used = one.get("used", prune["compact"]["exact"].get(one["unit"], 0))
+        rows.append({"unit": one["unit"], "least": one["least"], "most": one["most"], "used": used})
+    missed = any(row["used"] > row["most"] for row in rows) or all(row["used"] < row["least"] for row in rows)
+    return {**rows[0], "missed": missed, "further": rows[1:]}
 
 
 def _latency(record: dict) -> dict | None:

@@ -97,10 +97,14 @@ def rows(result: dict) -> list[tuple[str, str]]:
             elif full:
                 rows.append((label, f"{amount(full)} in the full network"))
     rows += [(f"latency at batch {row['batch']}", latency(row, result["latency"]["device"])) for row in latencies(result)]
-    if asked := result.get("budget"):
-        words = {"macs": "MACs", "params": "parameters"}.get(asked["unit"], asked["unit"])
-        used = asked["used"] / max(asked["most"], 1)
-        rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {percent(used, 2)}"))
+    for asked in [result["budget"], *result["budget"].get("further", ())] if "budget" in result else ():
+        share = percent(asked["used"] / max(asked["most"], 1), 2)
+        if asked["unit"] == "latency":
+            used, most = (milliseconds(asked[key] / 1e9) for key in ("used", "most"))
+            rows.append(("budget", f"{used} of {most}, as predicted, {share}"))
+        else:
+            words = {"macs": "MACs", "params": "parameters"}[asked["unit"]]
+            rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {share}"))
     channels = result.get("channels", {})
     if "kept" in channels:
         share = percent(channels["kept"] / max(channels["total"], 1))

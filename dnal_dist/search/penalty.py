@@ -29,15 +29,16 @@ class Penalty:
         """steps: iterations of the whole search."""
         self.settings, self.phase, self.steps = settings, phase, steps
         self.net, self.image_size, self.architecture = net, image_size, architecture
-        self.unit = "macs" if budget is None else budget.unit
-        self.full = getattr(cost.count(net, image_size), self.unit)
+        self.budget, self.macs = budget, cost.count(net, image_size).macs
         self.loop: Loop | None = None
         if budget is not None:
             self.loop = Loop(budget, settings, self.cost_fraction, architecture, steps * phase.architecture_steps / phase.cycle)
 
     def cost_fraction(self, gates: Tensor) -> Tensor:
         """Expected cost at gates (N,), as a fraction of the full network's; a differentiable scalar."""
-        return getattr(cost.expected(self.net, self.image_size, gates), self.unit) / self.full
+        if self.budget is None:
+            return cost.expected(self.net, self.image_size, gates).macs / self.macs
+        return (self.budget.spent(self.net, self.image_size, gates) / self.budget.full).to(gates.dtype)
 
     def driven(self, delta: float, step: int, lag: float) -> tuple[float, float]:
         """The weight in the search's iteration `step` and the new lag of the closed loop (0 at first). Only with a budget."""

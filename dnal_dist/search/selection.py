@@ -13,64 +13,110 @@ from torch import Tensor
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedNetwork, masks
 from dnal_dist.nets.cost import count, expected
-from dnal_dist.recipe import amount
+from dnal_dist.recipe import amount, duration
+from dnal_dist.search import timing
+from dnal_dist.search.timing import Table
 
 # Most masks that the exact step counts in looking for one inside the tolerance, beyond those that its first pass takes.
 TRIES = 4000
 
 
 class Budget(NamedTuple):
-    """The cost that a network may have, `least` to `most`. `unit` is "macs" or "params", `full` the cost of all channels."""
+    """The cost that a network may have, `least` to `most`. `unit` is "macs", "params" or "latency" (in nanoseconds, as `table`
+    predicts it), `full` the cost of all channels. `others` are not to be exceeded either: the one that is used most counts."""
 
     unit: str
     least: int
     most: int
     full: int
+    table: Table | None = None
+    others: tuple["Budget", ...] = ()
 
     def of(self, cost) -> int | Tensor:
         """The component of a Cost, or of an Expected, in the budget's unit."""
         return getattr(cost, self.unit)
 
+    def used(self, net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
+        """The cost in this unit at gates (N,), differentiable."""
+        if self.table is not None:
+            return 1e9 * self.table.predict(net, image_size, gates)
+        return self.of(expected(net, image_size, gates))
+
+    def spent(self, net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
+        """Likewise, or if more of another budget is used, as much of this one."""
+        found = self.used(net, image_size, gates)
+        for other in self.others:
+            found = torch.maximum(found, other.used(net, image_size, gates) / other.most * self.most)
+        return found
+
     def __contains__(self, found: int) -> bool:
         return self.least <= found <= self.most
 
-    def missed(self, found: int) -> str | None:
-        """An error message if a network that costs `found` misses the budget."""
-        if found in self:
+    def records(self, net: GatedNetwork, image_size: int, keep: Tensor) -> list[dict]:
+        """Each budget, and what of it a network with the channels of `keep` uses, as a run's records hold them."""
+        rows = []
+        for one in (self, *self.others):
+            used = _whole(one.used(net, image_size, keep.double()))
+            rows.append({"unit": one.unit, "least": one.least, "most": one.most, "full": one.full, "used": used})
+        return rows
+
+    def missed(self, net: GatedNetwork, image_size: int, keep: Tensor) -> str | None:
+        """An error message if the network with the channels of `keep`, bool (N,), misses the budget."""
+        rows = self.records(net, image_size, keep)
+        if all(row["used"] <= row["most"] for row in rows) and any(row["used"] >= row["least"] for row in rows):
             return None
+        row = max(rows, key=lambda row: row["used"] / row["most"])
+        used, least, most = (_written(row["unit"], row[key]) for key in ("used", "least", "most"))
         return (
-            f"key 'architecture.target.{self.unit}': missed, the network costs {found:,} where {self.least:,} to {self.most:,} "
+            f"key 'architecture.target.{row['unit']}': missed, the network costs {used} where {least} to {most} "
             f"were asked for; raise architecture.tolerance, or choose another target"
         )
 
 
-def budget(settings, net: GatedNetwork, image_size: int) -> Budget | None:
-    """What a recipe's `architecture` settings ask of `net`; None if they give a penalty weight instead.
+def _whole(cost: Tensor) -> int:
+    """Rounded up, but for what a sum of whole numbers is off by."""
+    return math.ceil(float(cost) - 1e-6)
 
-    Raises InputError if the target is above the full cost, or below what the network costs with every channel closed that may be.
+
+def _written(unit: str, cost: int) -> str:
+    return f"{cost / 1e6:.4g} ms" if unit == "latency" else f"{cost:,}"
+
+
+def budget(settings, net: GatedNetwork, image_size: int, network: dict | None = None) -> Budget | None:
+    """What a recipe's `architecture` settings ask of `net`, which `network` builds; None if they give a penalty weight instead.
+
+    Raises InputError if a target is above the full cost, or below what the network costs with every channel closed that may be.
     """
     if settings.target is None:
         return None
-    unit, text = settings.target.chosen
-    value, relative = amount(text)
-    full = getattr(count(net, image_size), unit)
-    most = int(value * full if relative else value)
-    floor = getattr(count(net, image_size, cheapest(net, image_size, unit, settings.round_to)), unit)
-    key = f"key 'architecture.target.{unit}': {text}"
+    chosen = settings.target.chosen
+    table = timing.load(settings.target.table, network or {}) if "latency" in dict(chosen) else None
+    first, *others = [_budget(settings, net, image_size, unit, text, table) for unit, text in chosen]
+    return first._replace(others=tuple(others))
+
+
+def _budget(settings, net: GatedNetwork, image_size: int, unit: str, text, table: Table | None) -> Budget:
+    value, relative = duration(text) if unit == "latency" else amount(text)
+    found = Budget(unit, 0, 0, 0, table if unit == "latency" else None)
+    full = _whole(found.used(net, image_size, torch.ones(net.num_gates, dtype=torch.float64)))
+    most = int(value * full if relative else value * 1e9 if unit == "latency" else value)
+    floor = _whole(found.used(net, image_size, cheapest(net, image_size, unit, settings.round_to).double()))
+    key, full_words, floor_words = f"key 'architecture.target.{unit}': {text}", _written(unit, full), _written(unit, floor)
     if most >= full:
-        raise InputError(f"{key} is not below the {full:,} of the full network, so nothing would be learned; lower it")
+        raise InputError(f"{key} is not below the {full_words} of the full network, so nothing would be learned; lower it")
     if most < floor:
         raise InputError(
-            f"{key}{f' is {most:,}, which' if relative else ''} is below {floor:,}, the least that this network can cost "
-            f"({floor / full:.2%} of the full one: a channel in each layer that no shortcut goes around); raise it"
+            f"{key}{f' is {_written(unit, most)}, which' if relative else ''} is below {floor_words}, the least that this network "
+            f"can cost ({floor / full:.2%} of the full one: a channel in each layer that no shortcut goes around); raise it"
         )
-    return Budget(unit, max(floor, math.ceil(most * (1 - settings.tolerance))), most, full)
+    return found._replace(least=max(floor, math.ceil(most * (1 - settings.tolerance))), most=most, full=full)
 
 
 def cheapest(net: GatedNetwork, image_size: int, unit: str, round_to: int = 1) -> Tensor:
     """The keep mask, bool (N,), of the least channels that the network works with, through the cheapest candidates of its cells."""
     gates = torch.full((net.num_gates,), 1e-3, dtype=torch.float64, requires_grad=True)
-    (price,) = torch.autograd.grad(getattr(expected(net, image_size, gates), unit), gates)
+    price_unit = "macs" if unit == "latency" else unit
+    (price,) = torch.autograd.grad(getattr(expected(net, image_size, gates), price_unit), gates)
     return rounded(net, masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), -price)[0], -price, round_to)
 
 
@@ -110,7 +156,7 @@ class Choice:
         self.orders = [part.argsort(descending=True, stable=True) for part in net.by_site(strength).values()]
         self.ranked = strength.argsort(descending=True, stable=True)
         closed = rounded(net, masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool), strength)[0], strength, round_to)
-        if target.of(count(net, image_size, closed)) > target.most:
+        if _whole(target.spent(net, image_size, closed.double())) > target.most:
             closed = cheapest(net, image_size, target.unit, round_to)
         self.least = [int(part.sum()) for part in net.by_site(closed).values()]
         self.sites = torch.repeat_interleave(torch.arange(len(self.orders)), torch.tensor([len(order) for order in self.orders]))
@@ -129,7 +175,7 @@ class Choice:
     def cost(self, counts: tuple[int, ...]) -> int:
         if counts not in self._costs:
             # As `count` has it, which first closes what is read by nothing: here a branch is closed altogether or works.
-            self._costs[counts] = round(float(self.target.of(expected(self.net, self.image_size, self.mask(counts).double()))))
+            self._costs[counts] = _whole(self.target.spent(self.net, self.image_size, self.mask(counts).double()))
         return self._costs[counts]
 
     def by_rank(self) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
-from dnal_dist.report import outputs, records
+from dnal_dist.nets import masks
+from dnal_dist.report import outputs
 from dnal_dist.training import stopping, usage
 from dnal_dist.training.run import Run
 from dnal_dist.training.speed import record_latency
@@ -79,7 +80,7 @@ def _missed(run: Run) -> str | None:
     target = run.budget
     if target is None:
         return None
-    return target.missed(records.summary(run.folder)["compact"]["exact"][target.unit])
+    return target.missed(run.supernet, run.recipe.data.image_size, masks.unpack(run.state.mask, run.supernet.num_gates))
 
 
 def refuse(run, context, signals, error: InputError) -> None:

@@ -28,7 +28,9 @@ def prune(run: Run) -> None:
     elif target is None:
         (keep, rescued, collapsed), selected_by = select_by_gates(run), {"threshold": settings.threshold}
     else:
-        keep, rescued, collapsed, selected_by = select_by_budget(run, target), [], False, {"budget": target._asdict()}
+        keep, rescued, collapsed, selected_by = select_by_budget(run, target), [], False, {}
+        own, *others = target.records(supernet, image_size, keep)
+        selected_by = {"budget": own, "further_budgets": others or None}
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.context.agree("the keep mask", supernet.by_site(keep))
     with span("compaction"):
@@ -100,6 +102,6 @@ def select_by_budget(run: Run, target: selection.Budget) -> Tensor:
     """The keep mask of the strongest channels that meet the budget exactly; a warning if none was found that does."""
     image_size = run.recipe.data.image_size
     keep = selection.select(run.supernet, image_size, run.architecture.alpha, target, run.recipe.architecture.round_to)
-    if message := target.missed(target.of(cost.count(run.supernet, image_size, keep))):
+    if message := target.missed(run.supernet, image_size, keep):
         run.log.warn(message)
     return keep

@@ -42,7 +42,9 @@ def prepare(
     preflight.check_search_length(settings, train.steps_per_epoch)
     local_batch = settings.data.global_batch // context.world_size
     preflight.check_images(network, settings.data, local_batch // context.accumulation_steps(settings.data))
-    budget = selection.budget(settings.architecture, network, settings.data.image_size) if settings.searches else None
+    budget = None
+    if settings.searches:
+        budget = selection.budget(settings.architecture, network, settings.data.image_size, settings.network)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))

@@ -24,7 +24,15 @@ def asked(unit: str, text, **settings) -> ArchitectureSettings:
 
 @pytest.mark.parametrize(
     "text, number, relative",
-    [("300M", 300e6, False), ("1.2G", 1.2e9, False), ("40k", 40e3, False), (".5x", 0.5, True), ("1e6", 1e6, False), (7, 7, False)],
+    [
+        ("300M", 300e6, False),
+        ("1.2G", 1.2e9, False),
+        ("40k", 40e3, False),
+        (".5x", 0.5, True),
+        ("50%", 0.5, True),
+        ("1e6", 1e6, False),
+        (7, 7, False),
+    ],
 )
 def test_amounts(text, number, relative):
     assert recipe.amount(text) == (pytest.approx(number), relative)
@@ -39,8 +47,10 @@ def test_malformed_amounts_are_refused(text):
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("architecture.target={}", r"'architecture\.target'.*exactly one of 'macs' and 'params'"),
-        ("architecture.target={macs: 1M, params: 1M}", r"'architecture\.target'.*exactly one of 'macs' and 'params'"),
+        ("architecture.target={}", r"'architecture\.target'.*one or several of 'macs', 'params' and 'latency'"),
+        ("architecture.target={flops: 1M}", r"'architecture\.target'.*'flops' counts a multiply-add.*give 'macs'"),
+        ("architecture.target={latency: 3ms}", r"'architecture\.target'.*'latency' needs 'table'.*--profile FILE"),
+        ("architecture.target={latency: 3, table: x}", r"'architecture\.target\.latency': expected a latency such as 3ms"),
         ("architecture.target.macs=lots", r"'architecture\.target\.macs': expected an amount such as 300M.*'lots'"),
         ("architecture.target.macs=[1]", r"'architecture\.target\.macs': expected an amount such as 300M"),
         ("architecture.target=0.5x", r"'architecture\.target': say what the amount counts, such as \{macs: 0\.5x\}"),
@@ -58,7 +68,7 @@ def test_an_impossible_target_is_reported_with_its_key(override, words):
 def test_a_target_in_an_override_replaces_the_penalty_weight():
     for override in ("architecture.target.macs=0.3x", "architecture.target={macs: 0.3x}"):
         settings = recipe.load("recipes/digits.yaml", [override]).architecture
-        assert settings.penalty_weight is None and settings.target.chosen == ("macs", "0.3x")
+        assert settings.penalty_weight is None and settings.target.chosen == [("macs", "0.3x")]
 
 
 @pytest.mark.parametrize("unit", ["macs", "params"])

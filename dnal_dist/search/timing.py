@@ -1,0 +1,128 @@
+"""A network's latency from a table of its own layers' times, measured on a device: what `latency --profile` writes."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from dnal_dist.common.errors import InputError, reason
+from dnal_dist.common.files import read_regular
+from dnal_dist.nets import GatedNetwork
+from dnal_dist.nets.streams import costs
+
+MOST_BYTES = 64 << 20
+# Kernels treat channels in groups of so many, and the rest apart: 15 channels can take longer than 16.
+ALIGNED = 4
+
+
+class Grid(BaseModel):
+    """Seconds of one kind of layer by its input and output channels. Aligned counts and others have points of their own."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    inputs: list[int] = Field(min_length=1)
+    """One alone where the time depends on the outputs only."""
+    outputs: list[int] = Field(min_length=1)
+    seconds: list[list[float]]
+
+    @model_validator(mode="after")
+    def _is_full(self):
+        points = [*self.inputs, *self.outputs]
+        if min(points) < 1 or any(sorted(set(side)) != side for side in (self.inputs, self.outputs)):
+            raise ValueError("its channels are not numbers in ascending order")
+        if [len(row) for row in self.seconds] != [len(self.outputs)] * len(self.inputs) or min(map(min, self.seconds)) <= 0:
+            raise ValueError("its times are not one for each pair of channels, above 0")
+        return self
+
+    def at(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Interpolated seconds, float64 (n,), differentiable in the channels, (n,) each."""
+        table = torch.tensor(self.seconds, dtype=torch.float64, device=outputs.device)
+        total = torch.zeros_like(outputs)
+        for rows, share in _between(self.inputs, inputs):
+            for columns, other in _between(self.outputs, outputs):
+                total = total + share * other * table[rows, columns]
+        # From one channel to none the layer goes.
+        return total * outputs.clamp(max=1) * (inputs.clamp(max=1) if len(self.inputs) > 1 else 1)
+
+
+def _between(points: list[int], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two points of the table around each of x, as indices, and their shares, which sum to 1."""
+    every = torch.tensor(points, device=x.device)
+    kinds = {aligned: every[(every % ALIGNED == 0) == aligned] for aligned in (True, False)}
+    found: dict[bool, list[tuple[Tensor, Tensor]]] = {}
+    for aligned, own in kinds.items():
+        own = own if len(own) else every
+        upper = torch.searchsorted(own.to(x.dtype), x.detach()).clamp(min(1, len(own) - 1), len(own) - 1)
+        lower = (upper - 1).clamp_min(0)
+        width = (own[upper] - own[lower]).clamp_min(1)
+        share = ((x - own[lower]) / width).clamp(0, 1) * (upper > lower)
+        found[aligned] = [(torch.searchsorted(every, own[at]), part) for at, part in ((lower, 1 - share), (upper, share))]
+    whole = x.detach().round()
+    # What is no whole number is on its way to one, best an aligned one.
+    use = (whole % ALIGNED == 0) | ((x.detach() - whole).abs() > 1e-6)
+    return [
+        (torch.where(use, one[0], other[0]), torch.where(use, one[1], other[1]))
+        for one, other in zip(found[True], found[False], strict=True)
+    ]
+
+
+class Table(BaseModel):
+    """Times of the layers of one network on one device, in one runtime; the network's are factor * their sum + glue."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    format: Literal[1] = 1
+    network: dict
+    """As nets.build takes it."""
+    device: str
+    runtime: str
+    batch: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    kinds: dict[str, Grid]
+    layers: list[str]
+    """The kind of each layer of the network, in forward order."""
+    factor: float = Field(1.0, gt=0)
+    """Of whole networks to the sums of their layers, which were timed one by one."""
+    glue: float = Field(0.0, ge=0)
+    """Seconds beside the layers, for each layer that there is: sums, pooling, the runtime's own."""
+
+    @cached_property
+    def _of_kind(self) -> dict[str, Tensor]:
+        return {kind: torch.tensor([i for i, own in enumerate(self.layers) if own == kind]) for kind in self.kinds}
+
+    def predict(self, net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
+        """Seconds for a batch if each gate, (N,), is the probability that its channel stays; differentiable."""
+        gates = gates.double()
+        streams = net.streams(image_size, "exact", gates.device)
+        macs, _, inputs, outputs = costs(streams, net.gating, gates)
+        full, _, all_inputs, all_outputs = costs(streams, net.gating, torch.ones_like(gates))
+        layers = list(net.graph.layers.values())
+        by_outputs = torch.tensor([layer.groups > 1 for layer in layers], device=gates.device)
+        pairs = outputs / all_outputs * torch.where(by_outputs, 1.0, inputs / all_inputs)
+        # Of a branch that is closed no layer is left.
+        there = (macs / full / pairs.clamp_min(1e-12)).clamp(0, 1)
+        total = gates.new_zeros(())
+        for kind, those in self._of_kind.items():
+            times = self.kinds[kind].at(inputs[those], outputs[those])
+            total = total + (there[those] * (self.factor * times + self.glue)).sum()
+        return total
+
+
+def load(path: str, network: dict) -> Table:
+    """The table in a file, of the network that recipes build by `network`. Raises InputError."""
+    key = f"key 'architecture.target.table': {path}"
+    again = "write it by python -m dnal_dist.latency RECIPE --profile FILE"
+    try:
+        table = Table.model_validate(json.loads(read_regular(Path(path), MOST_BYTES)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"{key}: not a table of latencies ({first['loc']}: {first['msg']}); {again}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{key}: cannot be read ({reason(error)}); {again}") from None
+    if set(table.layers) - table.kinds.keys():
+        raise InputError(f"{key}: lacks the times of some layers; {again}")
+    if other := next((name for name in network if table.network.get(name) != network[name]), None):
+        raise InputError(f"{key}: measured for {other} {table.network.get(other)!r}, not {network[other]!r}; {again}")
+    return table

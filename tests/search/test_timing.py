@@ -1,0 +1,95 @@
+"""Latency as a budget: predictions from a table of layers, and networks that keep to it."""
+
+import pytest
+import torch
+from runs import SHORT, arguments, records
+
+from dnal_dist import nets, recipe
+from dnal_dist.common.errors import InputError
+from dnal_dist.nets import cost, masks
+from dnal_dist.recipe import ArchitectureSettings, Target
+from dnal_dist.report import records as reported
+from dnal_dist.report import words
+from dnal_dist.search import selection, timing
+
+PER_CHANNEL = 1e-6
+
+
+def table_of(name: str, path) -> str:
+    """A file in which each layer takes PER_CHANNEL for each output channel; aligned numbers take half of it."""
+    network = recipe.load("recipes/digits.yaml", [f"model.name={name}"]).network
+    net = nets.build(name)
+    widths = [len(layer.outputs) for layer in net.graph.layers.values()]
+    points = {width: sorted({1, 3, 4, *range(7, width + 1, 8), *range(8, width + 1, 8), width}) for width in widths}
+
+    def seconds(channels: int) -> float:
+        return PER_CHANNEL * channels / (1 if channels % timing.ALIGNED else 2)
+
+    kinds = {str(w): timing.Grid(inputs=[1], outputs=p, seconds=[[seconds(n) for n in p]]) for w, p in points.items()}
+    facts = {"device": "none", "runtime": "eager", "batch": 1, "threads": 1, "glue": PER_CHANNEL}
+    path.write_text(timing.Table(network=network, kinds=kinds, layers=[*map(str, widths)], **facts).model_dump_json())
+    return str(path)
+
+
+def asked(path: str, **target) -> ArchitectureSettings:
+    return ArchitectureSettings(target=Target(table=path, **target), tolerance=0.03)
+
+
+@pytest.mark.parametrize("name", ["vgg_digits", "supernet_digits"])
+def test_a_prediction_is_the_sum_of_the_layers_that_are_left(name, tmp_path):
+    net, table = nets.build(name), timing.load(table_of(name, tmp_path / "table"), {})
+    torch.manual_seed(0)
+    for keep in (masks.all_open(net), masks.rescue(net, torch.rand(net.num_gates) < 0.2)[0]):
+        left = [row["outputs"][0] for row in cost.by_layer(net, 8, keep) if row["macs"]]
+        expected = sum(1 + (n if n % timing.ALIGNED else n / 2) for n in left)
+        assert float(table.predict(net, 8, keep.double())) == pytest.approx(PER_CHANNEL * expected, rel=1e-6)
+    gates = torch.full((net.num_gates,), 0.37, requires_grad=True)
+    (slope,) = torch.autograd.grad(table.predict(net, 8, gates), gates)
+    assert bool(slope.isfinite().all()) and float(slope.max()) > 0
+
+
+@pytest.mark.parametrize("target", [{"latency": "0.4x"}, {"latency": "40%", "macs": "0.9x"}, {"latency": "0.9x", "macs": "0.2x"}])
+def test_all_budgets_hold_and_the_tightest_is_met(target, tmp_path):
+    net, path = nets.build("vgg_digits"), table_of("vgg_digits", tmp_path / "table")
+    network = recipe.load("recipes/digits.yaml").network
+    budget = selection.budget(asked(path, **target), net, 8, network)
+    torch.manual_seed(0)
+    keep = selection.select(net, 8, torch.randn(net.num_gates), budget)
+    rows = {row["unit"]: row for row in budget.records(net, 8, keep)}
+    assert rows.keys() == set(target) and budget.missed(net, 8, keep) is None
+    assert all(row["used"] <= row["most"] for row in rows.values())
+    tight = "latency" if target["latency"] != "0.9x" else "macs"
+    assert rows[tight]["used"] >= rows[tight]["least"]
+    everything = budget.missed(net, 8, masks.all_open(net))
+    assert everything is not None and "missed, the network costs" in everything
+
+
+def test_targets_out_of_reach_and_tables_that_are_none_are_refused(tmp_path):
+    net, path = nets.build("vgg_digits"), table_of("vgg_digits", tmp_path / "table")
+    network = recipe.load("recipes/digits.yaml").network
+    for latency, message in (("1s", "is not below the .* ms of the full network"), ("1us", "is below .* ms, the least")):
+        with pytest.raises(InputError, match=message):
+            selection.budget(asked(path, latency=latency), net, 8, network)
+    with pytest.raises(InputError, match="measured for name 'vgg_digits', not 'resnet_digits'"):
+        selection.budget(asked(path, latency="0.5x"), net, 8, network | {"name": "resnet_digits"})
+    for number, content in enumerate(("[", "{}", "[1]", (tmp_path / "table").read_text().replace('"threads":1', '"threads":0'))):
+        (tmp_path / str(number)).write_text(content)
+        with pytest.raises(InputError, match=r"key 'architecture\.target\.table': .*--profile FILE"):
+            timing.load(str(tmp_path / str(number)), network)
+
+
+def test_a_run_keeps_to_its_latency(train_here, digits, tmp_path):
+    path = table_of("vgg_digits", tmp_path / "table")
+    target = (f"architecture.target={{latency: 0.5x, params: 0.9x, table: {path}}}", "architecture.tolerance=0.05")
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, *target))
+    assert ended.code == 0, ended.err
+    (pruned,) = records(tmp_path / "run", "prune")
+    assert [pruned["budget"]["unit"], *(one["unit"] for one in pruned["further_budgets"])] == ["params", "latency"]
+    latency = pruned["further_budgets"][0]
+    assert latency["least"] <= latency["used"] <= latency["most"] == latency["full"] // 2
+    rows = [
+        value
+        for label, value in words.rows(reported.summary(tmp_path / "run") | {"untrained": False, "ended": set()})
+        if label == "budget"
+    ]
+    assert len(rows) == 2 and "as predicted" in rows[1]
