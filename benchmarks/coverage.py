@@ -24,7 +24,7 @@ from torch import nn
 from dnal_dist import nets
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import cost, masks
-from dnal_dist.nets.gate import check_exact
+from dnal_dist.nets.checking import check_exact
 
 TORCHVISION = (
     *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11_bn", "vgg16", "densenet121", "mobilenet_v2"),

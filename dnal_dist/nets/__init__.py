@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from dnal_dist.common.errors import InputError
-from dnal_dist.nets.gate import GatedNetwork, Reading, check_exact, gate, reading
+from dnal_dist.nets.checking import check_exact
+from dnal_dist.nets.gate import GatedNetwork, Reading, gate, reading
 from dnal_dist.nets.gated import ConvBN, GatedBatchNorm, computing_again, frozen_statistics
 from dnal_dist.nets.graph import Gated
 from dnal_dist.nets.libraries import make

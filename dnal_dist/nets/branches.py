@@ -53,6 +53,15 @@ class Nodes:
             if node.op == "call_function" and name_of(node).endswith("_"):
                 now |= {known: node for known, last in now.items() if last is now.get(node.args[0], node.args[0])}
                 now[node.args[0]] = node
+        self.calls: dict[str, set] = {}
+        """The nodes of each convolution and Linear."""
+        self.readers: dict[str, set] = {}
+        """The nodes that read each parameter or buffer."""
+        for node in self.reads:
+            if name_of(node) in ("conv2d", "linear"):
+                self.calls.setdefault(graph.where(node), set()).add(node)
+            for name in filter(None, map(graph.tensor_of, node.all_input_nodes)):
+                self.readers.setdefault(name, set()).add(node)
         self.users: dict[torch.fx.Node, list[torch.fx.Node]] = {node: [] for node in self.reads}
         self.before: dict[torch.fx.Node, int] = {}
         """The nodes that a node needs, itself among them, as the bits of a number."""
@@ -138,13 +147,10 @@ def _is_closed(nodes: Nodes, inside: list, operand) -> bool:
 
 def _branch(graph: Graph, nodes: Nodes, node, operand, inside: list, sites: "_Sites") -> Branch:
     members = set(inside)
-    outside = [n for n in nodes.reads if n not in members]
     # What is called or read elsewhere, too, stays.
-    shared = {graph.where(n) for n in outside if name_of(n) in ("conv2d", "linear")}
     layers = dict.fromkeys(graph.where(n) for n in inside if name_of(n) in ("conv2d", "linear"))
-    layers = tuple(path for path in layers if path in graph.layers and path not in shared)
-    tensors = {graph.tensor_of(a) for n in inside for a in n.all_input_nodes} - {None}
-    tensors -= {graph.tensor_of(a) for n in outside for a in n.all_input_nodes}
+    layers = tuple(path for path in layers if path in graph.layers and nodes.calls[path] <= members)
+    tensors = {name for n in inside for a in n.all_input_nodes if (name := graph.tensor_of(a)) and nodes.readers[name] <= members}
     added, within, inner = graph.values[operand].labels.flatten(), [], []
     for site in sites.written_by(layers):
         gates = sites.gates[site]

@@ -59,7 +59,8 @@ class Classes:
     def add(self, some: Tensor, others: Tensor, deeper: int) -> Tensor:
         """Labels of a free sum, element by element. deeper: which operand has more layers behind it, the first (1), the second (-1)
         or neither (0)."""
-        pairs = torch.stack([t.flatten() for t in torch.broadcast_tensors(some, others)], 1)
+        both = torch.broadcast_tensors(some, others)
+        pairs = torch.stack([t.flatten() for t in both], 1)
         unique, places = torch.unique(pairs, dim=0, return_inverse=True)
         found = []
         for a, b in unique.tolist():
@@ -69,7 +70,7 @@ class Classes:
                 self._known[own] = int(self.new(1))
                 self.sums[self._known[own]] = own
             found.append(self._known[own])
-        return torch.tensor(found)[places].view(torch.broadcast_shapes(some.shape, others.shape))
+        return torch.tensor(found)[places].view(both[0].shape)
 
     def nearest(self, label: int) -> tuple[int, ...]:
         return self.sums[label].nearest if label in self.sums else (label,)

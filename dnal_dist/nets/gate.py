@@ -1,7 +1,10 @@
 """Gates for any network: `gate(module, example)`."""
 
 import copy
+import itertools
+from bisect import bisect_right
 from collections.abc import Collection
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.nets import branches
 from dnal_dist.nets.activation import ReLU6
 from dnal_dist.nets.branches import Branch
+from dnal_dist.nets.checking import check_exact
 from dnal_dist.nets.gated import GatedBatchNorm, Gates, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Gated, Graph, read
@@ -21,9 +25,6 @@ from dnal_dist.nets.rules import RULES
 from dnal_dist.nets.sites import Gating, Ungated, freeze
 from dnal_dist.nets.streams import Streams, exact, paper
 from dnal_dist.nets.tracing import Tracer, exported
-
-# Largest relative difference, in float64, between the network with closed gates and its compact one.
-EXACT = 1e-10
 
 
 class Reading(NamedTuple):
@@ -71,11 +72,11 @@ class GatedNetwork(nn.Module):
         self.__dict__["own"] = module
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         own = self.__dict__
-        own["graph"], own["gating"], own["branches"], own["_read_size"], own["_trace"] = found
+        own["graph"], own["gating"], own["branches"], read_size, own["_trace"] = found
         own["image_size"] = image_size or found.image_size
         own["gate_sites"] = dict(self.gating.sites)
         own["num_classes"] = self.graph.outputs.shape[-1]
-        own["_streams"] = {}
+        own["_streams"], own["_places"] = {}, {read_size: self.graph.positions()}
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in self.graph.reached)
@@ -139,14 +140,23 @@ class GatedNetwork(nn.Module):
 
     def gates_of(self, site: str) -> Tensor:
         """The gates of a site, indices of the flat vector."""
-        return self.by_site(torch.arange(self.num_gates))[site]
+        start = self._starts[site]
+        return torch.arange(start, start + self.gate_sites[site])
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """The first gate of each site."""
+        return dict(zip(self.gate_sites, itertools.accumulate([0, *self.gate_sites.values()]), strict=False))
+
+    def _site_at(self, gate: int) -> str:
+        """The site of a gate."""
+        return list(self._starts)[bisect_right(list(self._starts.values()), gate) - 1]
 
     def site_of(self, layer: str) -> str | None:
         """The site of the gates that are on a layer's own output channels, the first of several."""
         if not {layer, self.graph.norms.get(layer)} & self.gated_paths:
             return None
-        first = int(self.gating.of_label[self.graph.layers[layer].outputs].min())
-        return next(site for site in self.gate_sites if first in self.gates_of(site))
+        return self._site_at(int(self.gating.of_label[self.graph.layers[layer].outputs].min()))
 
     def strength(self) -> Tensor:
         """The magnitude of each gate's BatchNorm weight, (N,); zero where there is none."""
@@ -163,14 +173,13 @@ class GatedNetwork(nn.Module):
 
     def coupled(self) -> dict[str, list[str]]:
         """By site, the other layers whose output channels close with its own."""
-        ends, sites = torch.tensor([*self.gate_sites.values()]).cumsum(0), list(self.gate_sites)
-        found: dict[str, list[str]] = {site: [] for site in sites}
+        found: dict[str, list[str]] = {site: [] for site in self.gate_sites}
         for layer in self.graph.layers.values():
             gates = self.gating.of(layer.outputs) - {self.gating.always}
-            for i in sorted({int((ends <= gate).sum()) for gate in gates}):
-                own = (layer.path, layer.path.rpartition(".")[0], self.graph.norms.get(layer.path))
-                if sites[i].partition("#")[0] not in own:
-                    found[sites[i]].append(layer.path)
+            own = (layer.path, layer.path.rpartition(".")[0], self.graph.norms.get(layer.path))
+            for site in dict.fromkeys(map(self._site_at, gates)):
+                if site.partition("#")[0] not in own:
+                    found[site].append(layer.path)
         return found
 
     def shortcuts(self) -> list[str]:
@@ -189,13 +198,15 @@ class GatedNetwork(nn.Module):
         """What costs by a rule, exact or paper, are computed from. Raises InputError if the network cannot take such images."""
         key = image_size, rule, torch.device(device)
         if key not in self._streams:
-            graph = self.graph
-            if image_size != self._read_size:
-                images = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
-                graph = read(self.own, images, RULES, self.graph.gated, self._trace)
-            positions = {layer.path: layer.positions for layer in graph.layers.values()}
-            self._streams[key] = (exact if rule == "exact" else paper)(self, positions).to(device)
+            self._streams[key] = (exact if rule == "exact" else paper)(self, self._positions(image_size)).to(device)
         return self._streams[key]
+
+    def _positions(self, image_size: int) -> dict[str, int]:
+        """At how many places each layer computes for one image."""
+        if image_size not in self._places:
+            images = torch.zeros(2, 3, image_size, image_size, device=next(self.parameters()).device)
+            self._places[image_size] = read(self.own, images, RULES, self.graph.gated, self._trace).positions()
+        return self._places[image_size]
 
     def must_have(self) -> list[Tensor]:
         """Groups of gates of which one must be open: those of what a tensor of the network consists of."""
@@ -263,48 +274,3 @@ def segments(network: nn.Module) -> list[list[nn.Module]]:
             found.append([])
         found[-1].append(child)
     return [segment for segment in found if any(True for module in segment for _ in module.parameters())]
-
-
-@torch.no_grad()
-def check_exact(network: GatedNetwork, seed: int = 0) -> float:
-    """Close half of the gates at random, then also one site of every branch, in float64, and compare with the compact network:
-    returns the difference of the logits relative to their size. Raises InputError if it is above EXACT. The network is left as it
-    was."""
-    from dnal_dist.nets.masks import rescue
-
-    generator = torch.Generator().manual_seed(seed)
-    double = copy.deepcopy(network).cpu().double().eval()
-    for name, tensor in [*double.named_parameters(), *double.named_buffers()]:
-        # A weight near zero, as some networks begin with, would hide what it multiplies.
-        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
-        if small and "running_var" not in name:
-            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
-    keep = torch.rand(network.num_gates, generator=generator) < 0.5
-    masks = [rescue(double, keep)[0]]
-    if network.branches:  # and with one site of every branch closed
-        for branch in network.branches:
-            site = int(torch.randint(len(branch.sites), (), generator=generator))
-            keep[network.gates_of(branch.sites[site])] = False
-        masks.append(rescue(double, keep)[0])
-    images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
-    # Three images for what the graph holds of the two that it was read with; one is enough after that.
-    return max(_difference(network, double, mask, images[: 3 - 2 * i]) for i, mask in enumerate(masks))
-
-
-def _difference(network: GatedNetwork, double: GatedNetwork, keep: Tensor, images: Tensor) -> float:
-    name = type(network.own).__name__
-    try:
-        compact = double.cut(keep).double().eval()
-        masked, compact_logits = double(images, keep.double()), compact(images)
-        if masked.shape != compact_logits.shape or masked.dim() != 2:
-            raise ValueError(f"it returns {tuple(masked.shape)}, not (n, classes)")
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
-        why = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{name} has no compact network: {type(error).__name__} {why}") from None
-    difference = float((masked - compact_logits).abs().max() / masked.abs().max().clamp_min(1e-30))
-    if not difference <= EXACT:
-        raise InputError(
-            f"{name}: its compact network differs from the masked one by {difference:.1e}; "
-            "name the modules that do something special in `ignore`"
-        )
-    return difference

@@ -116,6 +116,10 @@ class Graph:
     def __deepcopy__(self, _) -> "Graph":
         return self  # nothing in it changes, and it holds no weights
 
+    def positions(self) -> dict[str, int]:
+        """At how many places each layer computes for one image."""
+        return {layer.path: layer.positions for layer in self.layers.values()}
+
     def tensor_of(self, node) -> str | None:
         """The name of the parameter, buffer or constant that `node` stands for."""
         return self.names.get(node.name) if isinstance(node, torch.fx.Node) and node.op == "placeholder" else None

@@ -1,15 +1,17 @@
 """Keep masks: which channels are live, useful and present."""
 
 import base64
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dnal_dist.nets.gate import GatedNetwork
+if TYPE_CHECKING:
+    from dnal_dist.nets.gate import GatedNetwork
 
 
-def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> tuple[Tensor, list[str]]:
+def rescue(net: "GatedNetwork", keep: Tensor, strength: Tensor | None = None) -> tuple[Tensor, list[str]]:
     """`keep`, bool (N,), with channels opened so that something of the image reaches every layer around which there is no way.
 
     Where all of a tensor closed, its strongest channel opens; where all branches of a sum that has no other way did, the strongest
@@ -36,12 +38,12 @@ def rescue(net: GatedNetwork, keep: Tensor, strength: Tensor | None = None) -> t
     return keep, list(dict.fromkeys(names[int((ends <= gate).sum())] for gate in opened))
 
 
-def all_open(net: GatedNetwork) -> Tensor:
+def all_open(net: "GatedNetwork") -> Tensor:
     """The keep mask, bool (N,), that keeps every channel."""
     return torch.ones(net.num_gates, dtype=torch.bool)
 
 
-def useful(net: GatedNetwork, keep: Tensor) -> Tensor:
+def useful(net: "GatedNetwork", keep: Tensor) -> Tensor:
     """The channels of `keep`, bool (N,), that have a say in what the network computes: where all channels of a site in a branch
     closed, what lies before it in that branch is read by nothing."""
     keep = keep.cpu().clone()
@@ -53,7 +55,7 @@ def useful(net: GatedNetwork, keep: Tensor) -> Tensor:
     return keep
 
 
-def present(net: GatedNetwork, keep: Tensor) -> Tensor:
+def present(net: "GatedNetwork", keep: Tensor) -> Tensor:
     """The channels of `keep`, bool (N,), that the compact network has. A branch with a closed site is a constant, of which only the
     channels that it adds are left."""
     keep = useful(net, keep)

@@ -10,7 +10,8 @@ from toy_networks import SIZE, Small
 
 from dnal_dist import nets
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.nets.gate import EXACT, gate
+from dnal_dist.nets.checking import EXACT
+from dnal_dist.nets.gate import gate
 
 
 class Bottleneck(Small):

@@ -12,7 +12,8 @@ from toy_networks import KINDS, SIZE, Dense, Depthwise, Flattened, FrozenNorm, L
 from dnal_dist import nets
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.nets.gate import EXACT, check_exact, gate
+from dnal_dist.nets.checking import EXACT, check_exact
+from dnal_dist.nets.gate import gate
 
 
 def example(number: int = 2) -> torch.Tensor:
