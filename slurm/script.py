@@ -15,16 +15,23 @@ ROOT = Path(__file__).resolve().parent.parent
 _BIN = str(Path(sys.executable).parent)
 
 
+# How the script knows that a run is finished, or that its pretrain is.
+ENDED = """grep -qs '"kind": "end"' "$run/metrics.jsonl\""""
+PRETRAINED = """ls "$run/checkpoints" 2>/dev/null | grep -q -- '-search$'"""
+
+
 class _Template(Template):
     """With @, since the shell uses $."""
 
     delimiter = "@"
 
 
-def render(options: Options, name: str, folders: list[Path], place: Path, command: list[str], array: bool) -> str:
+def render(
+    options: Options, name: str, folders: list[Path], place: Path, command: list[str], array: bool, pretrain: bool = False
+) -> str:
     """The script's text. folders: run folders, one for each job of the array. place: folder of this submission, with the
-    recipes (0.yaml, ...) and the log. Raises ValueError, also for a name or a path of several lines: each line of a script is a
-    command, whatever stands in the one before."""
+    recipes (0.yaml, ...) and the log. pretrain: the run goes no further than that phase. Raises ValueError, also for a name or a
+    path of several lines: each line of a script is a command, whatever stands in the one before."""
     for what, value in (("the job's name", name), ("key 'output'", place), ("the working directory", Path.cwd())):
         if printable(str(value)) != str(value):
             raise ValueError(f"{what}: expected one line without control characters, found {str(value)[:80]!r}; change it")
@@ -40,8 +47,13 @@ def render(options: Options, name: str, folders: list[Path], place: Path, comman
         srun=shlex.join(_srun(options)),
         launcher=shlex.join(_launcher(options)).replace("'", "'\\''"),
         launch=shlex.join(_launch(options)),
-        train=shlex.join(word for key in options.allow_changed for word in ("--allow-changed", key)),
+        finished=PRETRAINED if pretrain else ENDED,
+        train=shlex.join(_train(options, pretrain)),
     )
+
+
+def _train(options: Options, pretrain: bool) -> list[str]:
+    return [*(["--until", "pretrain"] if pretrain else []), *(w for key in options.allow_changed for w in ("--allow-changed", key))]
 
 
 def _directives(options: Options, name: str, jobs: int, place: Path, array: bool) -> list[str]:

@@ -43,17 +43,27 @@ def main() -> None:
     args = _arguments()
     try:
         options = options_of.read(args)
-        path, name, place, members = _runs(args)
+        path, name, place, members, pretrain = _runs(args)
         if options.cpus_per_node is None and options.gpus_per_node:
             options.cpus_per_node = options.processes * (1 + max(m.recipe.data.workers for m in members))
         if args.dry_run:
+            if pretrain:
+                print(_render(options, f"{name}_pretrain", pretrain.folder / "submit" / "001", [pretrain], False, True), end="\n\n")
             print(_render(options, name, place / "submit" / "001", members, bool(args.sweep)), end="")
             return
         members = _unfinished(members)
-        _check_folders(members)
+        if pretrain and _is_pretrained(pretrain.folder):
+            print(f"{pretrain.folder} is finished: its network is where the others begin")
+            pretrain = None
+        _check_folders([*filter(None, [pretrain]), *members])
         if not args.skip_doctor:
-            _run_doctor(path, members[0], options)
-        jobs, submission = _submit(options, name, place, members, bool(args.sweep))
+            _run_doctor(path, pretrain or members[0], options)
+        after = None
+        if pretrain:
+            first, submission = _submit(options, f"{name}_pretrain", pretrain.folder, [pretrain], False, pretrain=True)
+            _print_summary(first, submission, pretrain.folder, [pretrain], False)
+            after = first[-1]
+        jobs, submission = _submit(options, name, place, members, bool(args.sweep), after)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -81,17 +91,18 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _runs(args: argparse.Namespace) -> tuple[str, str, Path, list[Member]]:
-    """Path of the recipe, name of the job, the folder of its submissions, and its runs. Raises InputError."""
+def _runs(args: argparse.Namespace) -> tuple[str, str, Path, list[Member], Member | None]:
+    """Path of the recipe, name of the job, the folder of its submissions, its runs, and the run whose pretrain these share, if they
+    do. Raises InputError."""
     if args.sweep:
-        grid, members = sweep.load(args.sweep, args.overrides)
-        return grid.recipe, Path(args.sweep).stem, Path(grid.output).absolute(), members
+        grid, members, pretrain = sweep.load(args.sweep, args.overrides)
+        return grid.recipe, Path(args.sweep).stem, Path(grid.output).absolute(), members, pretrain
     member = Member(recipe.load(args.recipe, args.overrides), args.overrides)
-    return args.recipe, member.recipe.name, member.folder, [member]
+    return args.recipe, member.recipe.name, member.folder, [member], None
 
 
-def _render(options: Options, name: str, place: Path, members: list[Member], array: bool) -> str:
-    return script.render(options, name, [member.folder for member in members], place, ["python", *sys.argv], array)
+def _render(options: Options, name: str, place: Path, members: list[Member], array: bool, pretrain: bool = False) -> str:
+    return script.render(options, name, [member.folder for member in members], place, ["python", *sys.argv], array, pretrain)
 
 
 def _unfinished(members: list[Member]) -> list[Member]:
@@ -108,6 +119,10 @@ def _is_finished(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return b'"kind": "end"' in read_regular(folder / "metrics.jsonl", MOST_RECORDS)
     return False
+
+
+def _is_pretrained(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*-search"))
 
 
 def _check_folders(members: list[Member]) -> None:
@@ -167,8 +182,17 @@ def _run_doctor(path: str, member: Member, options: Options) -> None:
         raise InputError("a check of the doctor failed (above); correct it, or submit by --skip-doctor")
 
 
-def _submit(options: Options, name: str, place: Path, members: list[Member], array: bool) -> tuple[list[str], Path]:
-    """The jobs, and the folder with what was submitted. If SLURM refuses, nothing is left. Raises InputError."""
+def _submit(
+    options: Options,
+    name: str,
+    place: Path,
+    members: list[Member],
+    array: bool,
+    first: str | None = None,
+    pretrain: bool = False,
+) -> tuple[list[str], Path]:
+    """The jobs, and the folder with what was submitted. If SLURM refuses, nothing is left. first: the job that must have succeeded
+    before; pretrain: the run goes no further than that phase. Raises InputError."""
     kept = dict.fromkeys([place / "submit", *(member.folder / "submit" for member in members)])
     new = [folder for folder in kept if not folder.exists()]
     jobs: list[str] = []
@@ -179,12 +203,14 @@ def _submit(options: Options, name: str, place: Path, members: list[Member], arr
         taken = [int(old.name) for old in (place / "submit").iterdir() if old.name.isdecimal()]
         submission = place / "submit" / f"{max(taken, default=0) + 1:03d}"
         submission.mkdir()
-        (submission / "train.sbatch").write_text(_render(options, name, submission, members, array), encoding="utf-8")
+        (submission / "train.sbatch").write_text(_render(options, name, submission, members, array, pretrain), encoding="utf-8")
         for number, member in enumerate(members):
             (submission / f"{number}.yaml").write_text(recipe.dump(member.recipe), encoding="utf-8")
         _snapshot_code(submission)
         for _ in range(options.chain):
-            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            # Of a pretrain that failed nothing would ever begin.
+            begin = [f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes"] if first else []
+            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else begin
             jobs.append(_slurm("sbatch", "--parsable", *after, str(submission / "train.sbatch")).partition(";")[0])
             _record(jobs[-1], submission, members, array)
     except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,10 @@ from dnal_dist.recipe.schema import Place
 
 # Runs of one sweep; SLURM's arrays hold 1,000 tasks unless the site allows more.
 MOST = 1000
+
+
+# What a pretrain depends on: runs that differ in it cannot share one.
+OF_PRETRAIN = ("phases.pretrain", "model", "data", "training")
 
 
 class Member(NamedTuple):
@@ -45,11 +49,13 @@ class Sweep(BaseModel):
     """Keys of the recipe, each with its values; every combination is a run."""
     set: dict[str, str] = {}
     """Keys of the recipe with one value for all runs."""
+    share: Literal["pretrain"] | None = None
+    """pretrain: one run, OUTPUT/pretrain, takes this phase, and all others begin with its network."""
 
 
-def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
-    """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest. overrides: of all runs.
-    Raises InputError."""
+def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member], Member | None]:
+    """The runs of the sweep in the file at `path`, in the order of its lists, the last one varying fastest, and the run whose
+    pretrain they share, if they do. overrides: of all runs. Raises InputError."""
     path = expanded(path, "--sweep: ")
     try:
         # As text: each value becomes an override of the recipe.
@@ -70,12 +76,20 @@ def load(path: str, overrides: list[str]) -> tuple[Sweep, list[Member]]:
     if output := [word for word in [*overrides, *sweep.vary, *sweep.set] if word.partition("=")[0] == "output"]:
         raise InputError(f"{output[0]}: each run of a sweep has a folder of its own in {sweep.output} (key 'output' of {path})")
     common = [f"{key}={value}" for key, value in sweep.set.items()] + overrides
+    begin, pretrain = [], None
+    if sweep.share:
+        if own := [key for key in sweep.vary if any(key == part or key.startswith(f"{part}.") for part in OF_PRETRAIN)]:
+            raise InputError(f"{path}: key 'vary.{own[0]}': runs that differ in it have no pretrain to share; remove 'share'")
+        changes = [*common, f"output={Path(sweep.output, 'pretrain')}"]
+        pretrain = Member(recipes.load(sweep.recipe, changes), changes)
+        # The weights come from there alone, also where the recipe begins with published ones.
+        begin = [f"model.init_from={pretrain.folder}", "model.pretrained=false", "phases.pretrain.epochs=0"]
     members = []
     for values in itertools.product(*sweep.vary.values()):
         varied = [f"{key}={value}" for key, value in zip(sweep.vary, values, strict=True)]
-        changes = [*common, *varied, f"output={Path(sweep.output, _name(varied))}"]
+        changes = [*common, *begin, *varied, f"output={Path(sweep.output, _name(varied))}"]
         members.append(Member(recipes.load(sweep.recipe, changes), changes))
-    return sweep, members
+    return sweep, members, pretrain
 
 
 def _name(varied: list[str]) -> str:

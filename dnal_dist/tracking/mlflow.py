@@ -16,7 +16,8 @@ class MLflow:
 
         self.mlflow, self.folder, self.recipe, self.context, self.run, self.sites = mlflow, folder, recipe, context, run, {}
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            mlflow.set_tracking_uri((folder / "mlflow").resolve().as_uri())
+            (folder / "mlflow").mkdir(exist_ok=True)
+            mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow' / 'mlflow.db').resolve()}")
 
     def start(self, behind: int) -> None:
         project, tags = self.recipe.tracking.project, {"dnal_dist": self.run}

@@ -143,13 +143,31 @@ def test_the_sweep_of_resnet50_is_the_paper_s(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "slurm")
     import sweep
 
-    _, members = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
+    _, members, pretrain = sweep.load(str(ROOT / "recipes/sweeps/resnet50_lambda.yaml"), [])
     published = yaml.safe_load((ROOT / "dnal_dist" / "report" / "published.yaml").read_text())["tables"]["resnet50_imagenet"][
         "rows"
     ]
     weights = sorted(float(row["penalty_weight"]) for row in published if "penalty_weight" in row)
     assert sorted(member.recipe.architecture.penalty_weight for member in members) == weights
     assert len({member.folder for member in members}) == 4
+    # One pretrain, of the paper's length, where all of them begin.
+    assert pretrain.recipe.phases.pretrain.epochs == 30 and pretrain.recipe.model.init_from is None
+    assert {(m.recipe.model.init_from, m.recipe.phases.pretrain.epochs) for m in members} == {(str(pretrain.folder), 0)}
+
+
+def test_a_shared_pretrain_is_a_job_of_its_own(submit, tmp_path):
+    sweep = tmp_path / "grid.yaml"
+    text = f"recipe: {DIGITS}\noutput: {tmp_path}/grid\nshare: pretrain\n"
+    sweep.write_text(text + "vary: {architecture.penalty_weight: [0.01, 0.02]}\n")
+    printed = script(submit("--sweep", sweep, *JOB, "--dry-run"))
+    first, array = re.split(r"(?m)^(?=#!/bin/bash)", printed)[1:]
+    is_bash(first)
+    is_bash(array)
+    assert "--until pretrain" in first and f"run={tmp_path}/grid/pretrain\n" in first and "array" not in directives(first)
+    assert "--until" not in array and directives(array)["array"] == "0-1" and "'-search$'" in first
+    sweep.write_text(text + "vary: {phases.pretrain.epochs: [1, 2]}\n")
+    found = submit("--sweep", sweep, *JOB, "--dry-run")
+    assert found.returncode == 2 and "key 'vary.phases.pretrain.epochs': runs that differ in it have no pretrain" in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,7 +184,7 @@ def test_the_sweep_of_resnet50_is_the_paper_s(monkeypatch):
         ((DIGITS, *JOB, "--setup", "a\nb"), ["--setup", "one line"]),
         (("nowhere.yaml", *JOB), ["nowhere.yaml", "no such recipe"]),
         (("--sweep", "nowhere.yaml", *JOB), ["nowhere.yaml", "recipes/sweeps/"]),
-        (("--sweep", DIGITS, *JOB), [DIGITS, "recipe, output, vary, set"]),
+        (("--sweep", DIGITS, *JOB), [DIGITS, "recipe, output, vary, set, share"]),
         ((DIGITS, *JOB, "--site", "nowhere.yaml"), ["nowhere.yaml", "cannot be read"]),
     ],
 )
