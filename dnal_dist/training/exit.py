@@ -58,6 +58,7 @@ def pause(run: Run, phase: str) -> None:
     """Close a run that goes no further than behind `phase`. Raises InputError if its last checkpoint could not be written."""
     if not run.context.from_main(run.writer.finish()):
         raise InputError(f"{run.folder}: the checkpoint behind {phase} cannot be written (see the warnings above)")
+    run.log.record("stop", phase=run.state.phase, step=run.state.step, reason=f"--until {phase}")
     run.log.print(f"{phase} is done: the same command without --until goes on")
     run.log.close()
     run.context.close()
