@@ -28,6 +28,7 @@ from dnal_dist.data.kept import Kept, KeptImage, kept_for
 from dnal_dist.data.loader import loader_of, settled, shared
 from dnal_dist.data.nvjpeg import Encoded
 from dnal_dist.data.order import GlobalOrder, Place
+from dnal_dist.data.policy import Policy, policy_for
 from dnal_dist.data.prefetch import Prefetcher
 from dnal_dist.data.remote import RemoteError
 from dnal_dist.data.samples import Fault
@@ -102,8 +103,8 @@ class SamplesInOrder:
 class Decoder:
     """The stage from encoded to decoded images, which `kept` keeps; on_device: plain JPEGs are left to the device."""
 
-    def __init__(self, transform: Transform, on_device: bool, kept: Kept):
-        self.transform, self.on_device, self.kept = transform, on_device, kept
+    def __init__(self, transform: Transform, on_device: bool, kept: Kept, policy: Policy | None = None):
+        self.transform, self.on_device, self.kept, self.policy = transform, on_device, kept, policy
 
     def __call__(self, item: Item) -> Item:
         if item.fault is not None:
@@ -113,7 +114,10 @@ class Decoder:
             geometry = self.transform.plan(header, item.place.epoch, item.place.index)
             if self.on_device and nvjpeg.takes(header, item.image):
                 return item._replace(geometry=geometry)
-            return item._replace(image=self._pixels(item, header, geometry), geometry=geometry, alpha=header.alpha)
+            pixels = self._pixels(item, header, geometry)
+            if self.policy is not None:
+                pixels = self.policy(pixels, item.place.epoch, item.place.index)
+            return item._replace(image=pixels, geometry=geometry, alpha=header.alpha)
         except Exception as error:  # ImageError, and whatever else an image may do to a decoder
             return Item(item.place, item.origin.fault(reason(error)))
 
@@ -214,7 +218,7 @@ class Stream:
         self.first_stage = SamplesInOrder(shards, order, self.ahead, kept)
         self.pipeline = webdataset.DataPipeline(
             self.first_stage,
-            webdataset.map(Decoder(transform, on_device, kept)),
+            webdataset.map(Decoder(transform, on_device, kept, policy_for(data, seed) if train else None)),
             Batches(data.image_size, train, on_device),
             *stages,
         )

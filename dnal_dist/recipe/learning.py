@@ -71,6 +71,12 @@ class Phase(Section):
     """Share of each label that is spread evenly over all classes, in the loss of this phase's steps. Recorded cross-entropies are
     without it, the recorded loss is with it."""
 
+    mixup: float = Field(0.0, ge=0)
+    """Mixup (arXiv 1710.09412): pairs of neighbours in the global order are mixed, images and labels, with a share from
+    Beta(mixup, mixup), one for each step; 0: not at all. Recorded cross-entropies and accuracies are those of mixed images."""
+    cutmix: float = Field(0.0, ge=0)
+    """CutMix (arXiv 1905.04899): likewise, a rectangle of one image is put into the other. With both, either has half of the
+    steps."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights and running statistics, such as 0.999: the average is what is evaluated, and what
     the phase leaves. Of the first iterations it is nearly their mean. Not in the search, whose weights follow the gates."""

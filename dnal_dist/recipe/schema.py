@@ -58,6 +58,15 @@ class Augmentation(Section):
     flip: bool = False
     """Mirror left and right with probability 1/2."""
 
+    policy: Literal["none", "trivial_augment", "rand_augment"] = "none"
+    """Random changes of colours and shapes behind the crop, torchvision's TrivialAugmentWide or RandAugment."""
+    operations: int = Field(2, ge=1, le=14)
+    """Changes that rand_augment makes to an image, one after the other."""
+    magnitude: int = Field(9, ge=0, le=30)
+    """How strong those of rand_augment are."""
+    erasing: float = Field(0.0, ge=0, le=1)
+    """Probability that a random rectangle of an image is replaced by `data.mean` (arXiv 1708.04896)."""
+
     @model_validator(mode="after")
     def _scale_is_a_range(self):
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -125,6 +134,12 @@ class Data(Section):
     """Height times width beyond which an image is not decoded, however small its file; it is then skipped as one that fails to."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Fraction of a set's samples that may be unusable; they are skipped, counted and named. Beyond it the run stops."""
+
+    @model_validator(mode="after")
+    def _policies_need_pixels(self):
+        if self.decode == "cuda" and (self.augmentation.policy != "none" or self.augmentation.erasing):
+            raise ValueError("'augmentation.policy' and 'erasing' are done by loader processes; set decode to cpu, or remove them")
+        return self
 
     @model_validator(mode="after")
     def _crop_fits(self):

@@ -13,7 +13,7 @@ from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.search import schedule
 from dnal_dist.tracking.progress import Pace, brief
-from dnal_dist.training import divergence, state, usage
+from dnal_dist.training import divergence, mixing, state, usage
 from dnal_dist.training.evaluate import evaluate
 from dnal_dist.training.metrics import SOFT, Metrics, check_skipped, epochs
 from dnal_dist.training.objective import objective
@@ -70,8 +70,10 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
             counts = class_counts(run, fed.batch.labels) if position.global_step < per_epoch else ()
             run.receipt.take(fed.batch.tally, len(fed.batch.labels), fed.batch.bad, counts)
             metrics.add_batch(fed)
+            classes = run.train.shards.num_classes
+            images, labels = mixing.mixed(phase, fed.images, fed.labels, classes, recipe.seed, position.global_step)
             with metrics.measured_traffic():
-                outcome = take_step(trained, position.step, fed.images, fed.labels, run.local_batch, accumulation)
+                outcome = take_step(trained, position.step, images, labels, run.local_batch, accumulation)
             metrics.add_outcome(outcome)
             run.advance()
             if trained.average is not None:

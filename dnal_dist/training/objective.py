@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
+from dnal_dist.training import mixing
 from dnal_dist.training.run import Run
 
 
@@ -25,7 +26,7 @@ class Objective(NamedTuple):
     def __call__(self, logits: Tensor, images: Tensor, labels: Tensor, cross_entropy: Tensor) -> Tensor:
         loss = cross_entropy
         if self.label_smoothing:
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+            loss = mixing.cross_entropy(logits, labels, self.label_smoothing)
         if self.teacher is None:
             return loss
         weight, heat = self.distillation.weight, self.distillation.temperature

@@ -21,7 +21,7 @@ from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
-from dnal_dist.training import finished, preflight, pretrained, state
+from dnal_dist.training import finished, mixing, preflight, pretrained, state
 from dnal_dist.training.run import Run
 from dnal_dist.training.run_folder import Opened, has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.training.stopping import StopPoll
@@ -109,6 +109,7 @@ def _opened_run(
         resumed=saved is not None,
         given=given,
     )
+    mixing.check(run)
     if saved is not None:
         preflight.check_same_shards(run, saved.state.shards, allowed)
         state.restore(run, saved)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnal_dist.common.span import span, spanned
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import frozen_statistics
 from dnal_dist.search.architecture import Architecture
+from dnal_dist.training import mixing
 
 
 class Outcome(NamedTuple):
@@ -27,9 +27,9 @@ class Outcome(NamedTuple):
 @spanned("forward")
 def _forward(trained: Trained, network: nn.Module, images: Tensor, labels: Tensor, gates: Tensor | None) -> Outcome:
     logits = trained.forward(network, images, gates)
-    cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+    cross_entropy = mixing.cross_entropy(logits, labels)
     loss = cross_entropy if trained.objective is None else trained.objective(logits, images, labels, cross_entropy)
-    return Outcome(loss, cross_entropy.detach(), (logits.detach().argmax(1) == labels).sum())
+    return Outcome(loss, cross_entropy.detach(), mixing.correct(logits.detach(), labels))
 
 
 def _micro_batches(images: Tensor, labels: Tensor, accumulation: int) -> list[tuple[Tensor, Tensor]]:

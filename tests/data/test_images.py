@@ -10,7 +10,10 @@ from torchvision.transforms import v2
 from dnal_dist.data import images
 from dnal_dist.data.decoding import Header, decode
 from dnal_dist.data.images import Transform, _random_part, normalise, reduction_of
-from dnal_dist.data.pipeline import Batches
+from dnal_dist.data.kept import Kept
+from dnal_dist.data.order import Place
+from dnal_dist.data.pipeline import Batches, Decoder, Item
+from dnal_dist.data.policy import policy_for
 from dnal_dist.recipe import Data
 
 KINDS = ["none", "pad_crop", "resized_crop"]
@@ -176,3 +179,31 @@ def test_normalise_is_the_usual_one(dtype):
     mirrored = normalise(images, mean, std, flips, dtype, torch.channels_last)
     assert mirrored.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(mirrored[flips], found[flips].flip(-1)) and torch.equal(mirrored[~flips], found[~flips])
+
+
+@pytest.mark.parametrize("policy", ["trivial_augment", "rand_augment"])
+def test_a_policy_is_torchvisions_and_depends_on_seed_epoch_and_sample_alone(policy):
+    """And neither moves torch's generator nor is moved by it."""
+    made = {"trivial_augment": v2.TrivialAugmentWide, "rand_augment": v2.RandAugment}[policy](fill=[124, 116, 104])
+    change = policy_for(settings(augmentation={"policy": policy}), 7)
+    image, before = scene(24, 24), torch.get_rng_state()
+    torch.manual_seed(1)
+    found = [change(image, 2, index) for index in range(8)]
+    assert torch.initial_seed() == 1 and torch.equal(torch.get_rng_state(), torch.manual_seed(1).get_state())
+    again = Decoder(Transform(settings(image_size=24), 7, True), False, Kept(), change)
+    encoded = Item(Place(0, 2, 0, 3), None, None, 0, encode(image, "PNG"))
+    assert np.array_equal(again(encoded).image, found[3])
+    assert any(not np.array_equal(one, image) for one in found)
+    torch.manual_seed(int(np.random.SeedSequence((7, 2, 3, 1)).generate_state(1, np.uint64)[0] >> 1))
+    expected = made(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+    torch.set_rng_state(before)
+    assert np.array_equal(found[3], expected)
+
+
+def test_erased_parts_are_the_mean():
+    change = policy_for(settings(augmentation={"erasing": 1.0}, mean=(0.2, 0.4, 0.6)), 0)
+    image = np.full((32, 32, 3), 250, np.uint8)
+    found = change(image, 0, 0)
+    erased = (found == (51, 102, 153)).all(-1)
+    assert 0.02 < erased.mean() < 0.4 and (found[~erased] == 250).all()
+    assert policy_for(settings(), 0) is None

@@ -4,8 +4,10 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 from test_docs import FENCE
 
+from dnal_dist import recipe
 from dnal_dist.recipe.reference import reference
 from dnal_dist.report import outputs
 
@@ -53,3 +55,14 @@ def test_the_python_page_runs(digits, tmp_path, monkeypatch, capsys):
     assert "of 355" in said and "\nTrue\n" in said
     assert names["result"].cost.macs <= names["cost"].count(names["gated"], 8).macs / 4
     assert round(names["right"] / 355, 6) == names["result"].accuracy
+
+
+@pytest.mark.parametrize("name", ["resnet50_imagenet", "mobilenetv2_imagenet"])
+def test_modern_recipes_train_the_papers_networks_from_published_weights(name):
+    """By options that are all off in the paper's recipes."""
+    modern, paper = recipe.load(f"recipes/modern/{name}.yaml"), recipe.load(f"recipes/{name}.yaml")
+    assert modern.model.name == paper.model.name == name and modern.model.init_from and modern.architecture.target.macs
+    options = ("ema", "label_smoothing", "mixup", "cutmix")
+    assert not any(getattr(paper.phases.finetune, option) for option in options) and paper.phases.distillation is None
+    assert modern.phases.finetune.ema and modern.phases.finetune.label_smoothing and modern.phases.distillation
+    assert modern.phases.finetune.optimizer.nesterov and modern.phases.finetune.schedule.warmup

@@ -1,5 +1,7 @@
 """What a recipe may add to the paper's steps: each option against its mathematics, and all of them in one run."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Constant, Distillation, Phase, Training
 from dnal_dist.search import schedule
+from dnal_dist.training import mixing
 from dnal_dist.training.objective import Objective
 from dnal_dist.training.steps import weight_step
 
@@ -85,6 +88,34 @@ def test_the_average_of_weights_and_statistics_is_exponential():
     torch.testing.assert_close([*again.average.weights, *again.average.statistics], expected)
 
 
+def test_pairs_are_mixed_by_one_share():
+    """Images and labels alike, in halves of a batch as in the whole; a filling image counts for nothing."""
+    phase = Phase(epochs=1, optimizer=SGD(lr=1.0), mixup=0.4)
+    images, labels = torch.randn(8, 3, 6, 6), torch.tensor([0, 1, 2, 3, 4, 5, 6, -100])
+    found, shares = mixing.mixed(phase, images, labels, 7, seed=3, step=5)
+    assert torch.equal(found[:4], mixing.mixed(phase, images[:4], labels[:4], 7, 3, 5)[0])
+    share = float(shares[0, 0])
+    torch.testing.assert_close(found[0], share * images[0] + (1 - share) * images[1])
+    torch.testing.assert_close(found[1], share * images[1] + (1 - share) * images[0])
+    assert shares.sum(1).tolist() == pytest.approx([1] * 6 + [share, 1 - share])
+    logits = torch.randn(8, 7)
+    one = share * F.cross_entropy(logits[:1], labels[:1]) + (1 - share) * F.cross_entropy(logits[:1], labels[1:2])
+    torch.testing.assert_close(mixing.cross_entropy(logits[:1], shares[:1]), one)
+    whole = F.cross_entropy(logits, F.one_hot(labels.clamp_min(0), 7).float(), reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(mixing.cross_entropy(logits, F.one_hot(labels.clamp_min(0), 7).float(), 0.2), whole)
+
+
+def test_cutmix_shares_are_those_of_the_area():
+    phase = Phase(epochs=1, optimizer=SGD(lr=1.0), cutmix=1.0)
+    images = torch.stack([torch.full((3, 8, 8), float(i)) for i in range(4)])
+    seen = set()
+    for step in range(20):
+        found, shares = mixing.mixed(phase, images, torch.arange(4), 4, 0, step)
+        assert float(found[2].mean()) == pytest.approx(float(shares[2] @ torch.arange(4.0)))
+        seen.add(round(float(shares[0, 0]), 2))
+    assert len(seen) > 8 and images[0].eq(0).all()
+
+
 def test_label_smoothing_is_torchs():
     found = stepped(SGD(lr=0.05), Objective(0.2, None, None))
     smooth = reference(
@@ -114,6 +145,11 @@ def test_distillation_is_the_divergence_from_the_teacher():
         ("phases.search.optimizer={lr: 0.1, momentum: 0.0, nesterov: true}", "nesterov needs a momentum above 0"),
         ("phases.finetune.label_smoothing=1.0", r"'phases\.finetune\.label_smoothing': input should be less than 1"),
         ("phases.distillation.weight=0", r"'phases\.distillation\.weight': input should be greater than 0"),
+        ("data.augmentation.erasing=0.1 data.decode=cuda", "done by loader processes; set decode to cpu"),
+        (
+            "phases.search.mixup=0.2 data.global_batch=9",
+            r"'phases\.search\.mixup': mixes pairs .*leaves 9 to a process",
+        ),
         ("phases.search.ema=0.9", r"'phases\.search': the search has no 'ema'"),
         ("phases.pretrain.epochs=0", r"key 'phases\.distillation' wants a teacher that has learned: 'phases\.pretrain'"),
         (
@@ -123,13 +159,15 @@ def test_distillation_is_the_divergence_from_the_teacher():
     ],
 )
 def test_options_out_of_range_are_refused(train, change, message):
-    refused(train(change, *(["phases.distillation.weight=0.5"] if "epochs=0" in change else [])), message)
+    refused(train(*re.split(r" (?=data)", change), *(["phases.distillation.weight=0.5"] if "epochs=0" in change else [])), message)
 
 
 OPTIONS = (
     "phases.pretrain.schedule.warmup=1", "phases.search.label_smoothing=0.1", "phases.finetune.label_smoothing=0.1",
     "phases.search.optimizer.nesterov=true", "phases.finetune.optimizer.decay_norms=false", "phases.distillation.weight=0.5",
     "phases.pretrain.ema=0.5", "phases.finetune.ema=0.5",
+    "phases.search.mixup=0.2", "phases.finetune.cutmix=1.0", "data.augmentation.policy=rand_augment",
+    "data.augmentation.erasing=0.5",
 )  # fmt: skip
 
 
