@@ -110,9 +110,25 @@ def save(drawing: Drawing, stem: Path) -> None:
     """Write STEM.svg and STEM.png, each whole or not at all; equal figures give equal files. Raises OSError."""
     settle(drawing.figure)
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
-        content = io.BytesIO()
-        drawing.figure.savefig(content, format=suffix[1:], metadata=metadata)
-        atomic.put(stem.with_name(stem.name + suffix), content.getvalue())
+        atomic.put(stem.with_name(stem.name + suffix), _printed(drawing.figure, suffix[1:], metadata))
+
+
+def _printed(figure, form: str, metadata: dict | None = None) -> bytes:
+    """The settled figure as svg or png. Figure.savefig draws twice, first for a layout."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    content, dpi = io.BytesIO(), figure.dpi
+    try:
+        figure.dpi = matplotlib.rcParams["savefig.dpi"]
+        if form == "svg":
+            FigureCanvasSVG(figure).print_svg(content, metadata=metadata)
+        else:
+            FigureCanvasAgg(figure).print_png(content, metadata=metadata)
+    finally:
+        figure.dpi = dpi
+    return content.getvalue()
 
 
 def embed(drawing: Drawing) -> dict:
@@ -121,17 +137,16 @@ def embed(drawing: Drawing) -> dict:
     from matplotlib.collections import QuadMesh
 
     settle(drawing.figure)
-    content = io.BytesIO()
     # A heat map has thousands of cells: as an image it stays small.
     meshes = drawing.figure.findobj(QuadMesh)
     for mesh in meshes:
         mesh.set_rasterized(True)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        drawing.figure.savefig(content, format="svg")
+        content = _printed(drawing.figure, "svg").decode()
     for mesh in meshes:
         mesh.set_rasterized(False)
     # What a document of its own needs, and a part of a page must not have.
-    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", content.getvalue().decode(), flags=re.S)
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", content, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
     svg = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: _variable(found[0]), svg)
