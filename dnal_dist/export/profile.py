@@ -26,8 +26,9 @@ from dnal_dist.search import timing
 from dnal_dist.search.selection import rounded
 from dnal_dist.search.timing import ALIGNED, Grid, Table
 
-# Fractions of a layer's channels that are timed, among aligned numbers and among others.
+# Fractions of a layer's channels that are timed, among aligned numbers and among others; and where all are aligned.
 FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+EIGHTHS = tuple(n / 8 for n in range(1, 9))
 # Pairs of a measurement: at least, and more while that takes fewer seconds.
 PAIRS, SECONDS = 9, 0.02
 NETWORK_SECONDS = 1.0
@@ -44,7 +45,11 @@ class Bench:
         self.clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
         self.unit = float("inf")
         self._folder = tempfile.TemporaryDirectory()
+        # What a call of the runtime takes that computes nothing: a network is one call, however many layers it has.
+        self.call = 0.0
         self.reference = self.runner(_cell(nn.Conv2d(32, 32, 3, padding=1), True), (32, 16, 16))
+        if runtime == "onnx":
+            self.call = min(self.times(self.runner(nn.Linear(1, 1), (1,)), 10 * SECONDS))
 
     def runner(self, module: nn.Module, shape: tuple[int, ...]) -> Callable:
         images = torch.randn(self.batch, *shape, device=self.device)
@@ -125,7 +130,7 @@ def table(network: dict, net: GatedNetwork, image_size: int, bench: Bench, round
         grids, known = {}, dict.fromkeys(kinds)
         for number, kind in enumerate(known, 1):
             tell(f"layers of kind {number} of {len(known)}: {kind}")
-            grids[kind] = _grid(*shapes[kind], bench)
+            grids[kind] = _grid(*shapes[kind], bench, round_to)
         for kind, ratios in grids.items():
             seconds = [[ratio * bench.unit for ratio in row] for row in ratios.seconds]
             grids[kind] = ratios.model_copy(update={"seconds": seconds})
@@ -163,25 +168,28 @@ def _layers(net: GatedNetwork, image_size: int) -> tuple[list[str], dict[str, tu
     return kinds, shapes
 
 
-def _points(channels: int, free: bool) -> list[int]:
+def _points(channels: int, free: bool, round_to: int) -> list[int]:
+    """The numbers of channels that are timed."""
     if not free:
         return [channels]
+    if round_to % ALIGNED == 0:
+        return sorted({min(channels, max(1, round(part * channels / round_to)) * round_to) for part in EIGHTHS})
     aligned = {max(ALIGNED, round(part * channels / ALIGNED) * ALIGNED) for part in FRACTIONS}
     return sorted({n for n in {1, channels} | aligned | {n - 1 for n in aligned} if 0 < n <= channels})
 
 
-def _grid(module: nn.Module, shape: tuple[int, ...], free: list[bool], norm: bool, bench: Bench) -> Grid:
+def _grid(module: nn.Module, shape: tuple[int, ...], free: list[bool], norm: bool, bench: Bench, round_to: int) -> Grid:
     """Ratios to the reference in place of seconds."""
     linear = isinstance(module, nn.Linear)
     ins, outs = (module.in_features, module.out_features) if linear else (module.in_channels, module.out_channels)
     whole_only = not linear and module.groups > 1
-    inputs, outputs = _points(ins, free[0] and not whole_only), _points(outs, free[1])
+    inputs, outputs = _points(ins, free[0] and not whole_only, round_to), _points(outs, free[1], round_to)
     rows = []
     for i in inputs:
         rows.append([])
         for o in outputs:
             run = bench.runner(*_narrow(module, shape, i, o, norm))
-            rows[-1].append(statistics.median(bench.times(run)))
+            rows[-1].append(max(statistics.median(bench.times(run)) - bench.call, 1e-6))
     return Grid(inputs=inputs, outputs=outputs, seconds=rows)
 
 
