@@ -22,7 +22,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import argument
 from dnal_dist.common.text import amount, fewer
 
-RUNTIMES = ("eager", "compile", "onnx", "openvino", "pt2")
+RUNTIMES = ("eager", "compile", "onnx", "openvino", "executorch", "pt2")
 
 
 def _numbers(text: str) -> list[int]:

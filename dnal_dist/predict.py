@@ -13,7 +13,7 @@ from dnal_dist.common.door import door
 from dnal_dist.common.paths import argument
 from dnal_dist.common.text import percent, printable
 
-RUNTIMES = ("onnx", "openvino", "pt2", "torch")
+RUNTIMES = ("onnx", "openvino", "executorch", "pt2", "torch")
 
 
 @door

@@ -16,7 +16,7 @@ from dnal_dist.common.door import door
 from dnal_dist.common.paths import argument
 from dnal_dist.common.text import short
 
-KINDS = ("pt2", "onnx", "openvino")
+KINDS = ("pt2", "onnx", "openvino", "executorch")
 # As of training that missed its target.
 UNPROVEN = 3
 
@@ -42,7 +42,9 @@ def main() -> None:
         prog="python -m dnal_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=argument, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--to", type=_kinds, default=["pt2", "onnx"], metavar="KINDS", help="pt2,onnx (default), openvino")
+    parser.add_argument(
+        "--to", type=_kinds, default=["pt2", "onnx"], metavar="KINDS", help="pt2,onnx (default), openvino, executorch"
+    )
     parser.add_argument("--fold-bn", action="store_true", help="BatchNorm becomes part of the convolutions (model.onnx: always)")
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; by default what torch writes")
     parser.add_argument("--any-size", action="store_true", help="height and width are free too, if the network allows it")

@@ -186,7 +186,7 @@ def _describe(
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("dnal-dist", "torch", "onnx", "onnxruntime", "openvino"):
+    for name in ("dnal-dist", "torch", "onnx", "onnxruntime", "openvino", "executorch"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.export.program import SLOW
 
 # What ONNX's own operations are called.
@@ -59,20 +59,40 @@ def write_openvino(program: ExportedProgram, folder: Path, opset: int | None = N
         (folder / "model.onnx").unlink()
 
 
+def write_executorch(program: ExportedProgram, folder: Path, opset: int | None = None) -> None:
+    """model.pte, lowered to XNNPACK, for as many images at a time as ExecuTorch plans memory for; height and width are fixed."""
+    _require("executorch", "executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    (node,) = (
+        node for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    )
+    if not all(isinstance(size, int) for size in node.meta["val"].shape[2:]):
+        raise InputError("--to executorch: its files are of one height and width; leave out --any-size, or executorch")
+    with _quiet():
+        try:
+            made = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        except Exception as error:  # of many kinds: the exporter's own
+            raise InputError(f"--to executorch: the network cannot be exported ({reason(error)})") from None
+    (folder / "model.pte").write_bytes(made.buffer)
+
+
 WRITERS: dict[str, Callable[[ExportedProgram, Path, int | None], None]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
     "openvino": write_openvino,
+    "executorch": write_executorch,
 }
 # The file of each kind that a reader opens.
-NAMES = {"pt2": "model.pt2", "onnx": "model.onnx", "openvino": "model.xml"}
+NAMES = {"pt2": "model.pt2", "onnx": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}
 
 
 def _require(kind: str, *modules: str) -> None:
     import importlib.util
 
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        extra = "openvino" if kind == "openvino" else "export"
+        extra = kind if kind in ("openvino", "executorch") else "export"
         raise InputError(f"--to {kind}: {missing[0]} is not installed; pip install 'dnal-dist[{extra}]', or leave it out")
 
 

@@ -33,7 +33,7 @@ EIGHTHS = tuple(n / 8 for n in range(1, 9))
 PAIRS, SECONDS = 9, 0.02
 NETWORK_SECONDS = 1.0
 # Whole networks by which the factor and the glue are found.
-NETWORKS = 6
+NETWORKS = 10
 
 
 class Bench:
@@ -208,10 +208,11 @@ def _narrow(module: nn.Module, shape: tuple[int, ...], inputs: int, outputs: int
 
 
 def masks(net: GatedNetwork, count: int, round_to: int, seed: int) -> Iterator[Tensor]:
-    """Random keep masks, bool (N,): of a fraction of all channels, and in each site of half to one and a half times that."""
+    """Random keep masks, bool (N,): of a tenth to nine tenths of all channels, and in each site of half to one and a half
+    times that fraction."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        fraction, parts = float(torch.rand((), generator=generator) * 0.7 + 0.15), []
+    for number in range(count):
+        fraction, parts = 0.1 + 0.8 * (number + 0.5) / count, []
         for channels in net.gate_sites.values():
             own = fraction * float(torch.rand((), generator=generator) + 0.5)
             kept = min(channels, max(1, round(own * channels)))
@@ -247,7 +248,7 @@ def _fitted(found: Table, net: GatedNetwork, rows: list[tuple[Tensor, float, flo
     layers = float(len(found.layers))
     sides = torch.tensor([[predicted / measured, layers / measured] for _, predicted, measured in rows], dtype=torch.float64)
     factor, glue = torch.linalg.lstsq(sides, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
-    if glue < 0 or factor <= 0:
+    if factor <= 0:
         factor, glue = statistics.median(measured / predicted for _, predicted, measured in rows), 0.0
     return found.model_copy(update={"factor": factor, "glue": glue})
 

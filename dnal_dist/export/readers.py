@@ -15,7 +15,7 @@ import numpy as np
 Runner = Callable[[np.ndarray], np.ndarray]
 """Images (n, 3, H, W) -> logits (n, classes)."""
 # By file: the name of the runtime in commands.
-FILES = {"model.py": "torch", "model.pt2": "pt2", "model.onnx": "onnx", "model.xml": "openvino"}
+FILES = {"model.py": "torch", "model.pt2": "pt2", "model.onnx": "onnx", "model.xml": "openvino", "model.pte": "executorch"}
 
 
 def opened(folder: Path, file: str, threads: int | None = None, precision: str = "float32") -> Runner:
@@ -26,6 +26,8 @@ def opened(folder: Path, file: str, threads: int | None = None, precision: str =
         return _onnx(path, threads)
     if file == "model.xml":
         return _openvino(path, threads)
+    if file == "model.pte":
+        return _executorch(path)
     import torch
 
     if threads:
@@ -73,6 +75,25 @@ def _openvino(path: Path, threads: int | None) -> Runner:
     settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
     model = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: np.array(model([images])[0])
+
+
+def _executorch(path: Path) -> Runner:
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    # It has planned its memory for so many images at a time.
+    most = program.metadata("forward").input_tensor_meta(0).sizes()[0]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # A copy of the logits, whose memory the next call uses again.
+        parts = torch.from_numpy(np.ascontiguousarray(images)).split(most)
+        return np.concatenate([method.execute([part])[0].numpy().copy() for part in parts])
+
+    # What a method points to must stay.
+    run.program = program
+    return run
 
 
 def send(pipe: BinaryIO, array: np.ndarray) -> None:

@@ -17,6 +17,8 @@ from dnal_dist.nets.streams import costs
 MOST_BYTES = 64 << 20
 # Kernels treat channels in groups of so many, and the rest apart: 15 channels can take longer than 16.
 ALIGNED = 4
+# Share of a layer's own time that is left of it, however much the glue takes off.
+LEAST = 0.2
 
 
 class Grid(BaseModel):
@@ -85,8 +87,9 @@ class Table(BaseModel):
     """The kind of each layer of the network, in forward order."""
     factor: float = Field(1.0, gt=0)
     """Of whole networks to the sums of their layers, which were timed one by one."""
-    glue: float = Field(0.0, ge=0)
-    """Seconds beside the layers, for each layer that there is: sums, pooling, the runtime's own."""
+    glue: float = 0.0
+    """Seconds beside the layers, for each layer that there is: sums, pooling, the runtime's own; below 0 where a runtime goes from
+    layer to layer with less than a layer alone takes to begin and to end."""
 
     @cached_property
     def _of_kind(self) -> dict[str, Tensor]:
@@ -106,7 +109,8 @@ class Table(BaseModel):
         total = gates.new_zeros(())
         for kind, those in self._of_kind.items():
             times = self.kinds[kind].at(inputs[those], outputs[those])
-            total = total + (there[those] * (self.factor * times + self.glue)).sum()
+            times = self.factor * times
+            total = total + (there[those] * torch.maximum(times + self.glue, LEAST * times)).sum()
         return total
 
 

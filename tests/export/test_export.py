@@ -130,6 +130,16 @@ def test_a_file_of_any_size_is_proven_at_two_sizes(exported, tmp_path):
                 proof.prove(network, tmp_path, ["model.pt2"], images, any_size=True)
 
 
+def test_a_file_of_executorch_is_proven(exported, tmp_path):
+    pytest.importorskip("executorch")
+    network, images = compact.load(exported / "compact"), validation_images(load(exported / "recipe.yaml"), 10, 80)
+    files.write_executorch(program(network, 8), tmp_path)
+    (check,) = proof.prove(network, tmp_path, ["model.pte"], images)
+    assert check.holds and check.images == 80
+    with pytest.raises(InputError, match="of one height and width; leave out --any-size"):
+        files.write_executorch(program(network, 16, any_size=True), tmp_path)
+
+
 def test_a_file_that_never_answers_is_named(exported, tmp_path, monkeypatch):
     folder = shutil.copytree(exported / "export", tmp_path / "export")
     (folder / "model.py").write_text("import time; time.sleep(600)")
