@@ -10,7 +10,7 @@ from stepping import free, reporting
 from torch import Tensor, nn
 
 from dnal_dist import nets
-from dnal_dist.distributed.sgd import SGD
+from dnal_dist.distributed.optimizers import SGD
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = {"bf16": (torch.bfloat16, True), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}

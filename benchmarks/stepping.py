@@ -22,7 +22,7 @@ from subject import Subject
 from torch import Tensor, nn
 
 from dnal_dist.distributed.context import Context
-from dnal_dist.distributed.sgd import SGD
+from dnal_dist.distributed.optimizers import SGD
 from dnal_dist.recipe import SGD as Optimizer
 from dnal_dist.recipe import Training
 from dnal_dist.search.architecture import Architecture

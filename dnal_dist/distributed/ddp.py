@@ -19,11 +19,9 @@ class Replicated(Trained):
     def wrap(self, momentum):
         self.module.to(memory_format=self.options.memory_format)
         self.graphs: dict[tuple, CudaGraph | None] = {}
-        self.optimizer = self.sgd()
-        for name, buffer in momentum.items():
-            # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
-            own = torch.empty_like(self.parameters[name])
-            self.optimizer.state[self.parameters[name]]["momentum_buffer"] = own.copy_(buffer)
+        self.optimizer = self.made_optimizer()
+        # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
+        self.start_with(momentum, lambda whole, parameter: torch.empty_like(parameter).copy_(whole).detach())
         if self.options.backend == "single":
             return self.module
         with warnings.catch_warnings():

@@ -37,7 +37,7 @@ class Memory(NamedTuple):
     gradients: int
     """Between the backward pass and the optimiser's step."""
     optimizer: int
-    """Momentum, and ZeRO's copy of the weights in float32."""
+    """What the optimizer keeps, a moving average, and ZeRO's copy of the weights in float32."""
     other: int
     """Alpha with its gradient and momentum, and BatchNorm's running statistics."""
     working: int
@@ -152,29 +152,36 @@ def _touched(net: nn.Module, ranks: int) -> int:
     return max(touched.values())
 
 
-def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", parts: int = 1) -> Memory:
-    """What one of so many ranks keeps beside images and activations."""
+def states_of(settings: recipe.Recipe) -> int:
+    """What is kept of each parameter beside it and its gradient, in its size: one of SGD, two of AdamW, a moving average."""
+    phases = (settings.phases.pretrain, settings.phases.search)
+    return max((2 if phase.optimizer.kind == "adamw" else 1) + (phase.ema is not None) for phase in phases)
+
+
+def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", parts: int = 1, states: int = 1) -> Memory:
+    """What one of so many ranks keeps beside images and activations. states: see states_of."""
     low, total = PRECISIONS[precision].itemsize, sum(_sizes(net))
     other = 12 * net.num_gates + sum(b.numel() * b.element_size() for b in net.buffers())
     if backend == "ddp":
         # Autocast keeps its copies of what convolutions and Linear layers take.
         cast = sum(p.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in m.parameters())
-        return Memory(4 * total, 4 * total, 4 * total, other, low * cast * (precision != "no"))
+        return Memory(4 * total, 4 * total, 4 * total * states, other, low * cast * (precision != "no"))
     if backend == "fsdp2":
         share = 4 * sum(_groups(net, ranks))
         root, *inner = (ranks * rows for rows in _groups(net, ranks))
         largest = max(inner, default=0)
         # The group at work and the next one, gradients in the same precision, and those that are being sent.
         working = low * (2 * root + 3 * largest) + 4 * max(root, largest)
-        return Memory(share, share, share, other, working + 4 * total * (parts > 1))
+        return Memory(share, share, share * states, other, working + 4 * total * (parts > 1))
     # The bucket that gradients are reduced in is as large as the network.
     working = low * total + 2 * low * total * (parts > 1)
     if backend == "zero3":
         small, large = _persistent(net, ranks)
         share, together = (sum(small) + sum(large)) // ranks, ranks > 1
-        return Memory(low * (share + together * sum(small)), low * share, 8 * share, other, working + low * together * sum(large))
+        whole = low * (share + together * sum(small))
+        return Memory(whole, low * share, 4 * (1 + states) * share, other, working + low * together * sum(large))
     share = _in_zero(total, ranks)
-    return Memory(low * share * ranks, low * _touched(net, ranks), 8 * share, other, working)
+    return Memory(low * share * ranks, low * _touched(net, ranks), 4 * (1 + states) * share, other, working)
 
 
 def activations(net: GatedNetwork, image_size: int, precision: str = "no", checkpointing: bool = False) -> Activations:
@@ -239,11 +246,12 @@ def plan(settings: recipe.Recipe, ranks: int, device_memory: int | None = None, 
         )
     net = nets.on_meta(**settings.network)
     share, size = data.global_batch // ranks, data.image_size
+    states = states_of(settings)
     usable, limit = math.inf if device_memory is None else USABLE * device_memory, data.per_device_batch_limit or share
     kept, images = activations(net, size, precision, checkpointing), 12 * size**2 * share
 
     def needed(backend: str, parts: int) -> dict[str, int]:
-        found = memory(net, backend, ranks, precision, parts)._asdict() | {"images": images}
+        found = memory(net, backend, ranks, precision, parts, states)._asdict() | {"images": images}
         found["activations"] = kept.fixed + kept.each * (share // parts)
         return found | {"total": sum(found.values())}
 

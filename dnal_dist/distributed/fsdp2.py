@@ -32,12 +32,8 @@ class FullySharded(Trained):
             raise InputError(
                 f"FSDP2 was asked for, but it left parameters whole; use another config of {named('recipes/accelerate')}"
             )
-        self.optimizer = self.sgd()
-        # Each is a collective, and a checkpoint's names come in another order on each process.
-        for name, p in self.parameters.items():
-            if name in momentum:
-                buffer = momentum[name].to(p.device)
-                self.optimizer.state[p]["momentum_buffer"] = distribute_tensor(buffer, p.device_mesh, p.placements)
+        self.optimizer = self.made_optimizer()
+        self.start_with(momentum, lambda whole, p: distribute_tensor(whole.to(p.device), p.device_mesh, p.placements))
         return self.module
 
     def forward(self, network, images, gates=None):
@@ -71,4 +67,5 @@ class FullySharded(Trained):
         return self.parameters[name].full_tensor()
 
     def momentum(self):
-        return {name: buffer.full_tensor() for name, buffer in super().momentum().items()}
+        found = super().momentum()
+        return {name: buffer.full_tensor() if isinstance(buffer, DTensor) else buffer for name, buffer in found.items()}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dnal_dist.common.span import span
+from dnal_dist.distributed import optimizers
 from dnal_dist.distributed.activation_checkpoint import checkpoint_activations
 from dnal_dist.distributed.average import Average
 from dnal_dist.distributed.batchnorm import replace_norms
-from dnal_dist.distributed.sgd import SGD
 from dnal_dist.nets.gate import segments
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
@@ -48,7 +48,8 @@ class Options(NamedTuple):
 
 
 class Trained:
-    """`network` wrapped for training with SGD; momentum by parameter name starts it, where there is any.
+    """`network` wrapped for training by SGD or AdamW; momentum, what it kept of each parameter, starts it where there is any, by
+    the keys of optimizers.key.
 
     network: the wrapped copy, as a weight step calls it. module: the copy as an architecture step calls it, so that nothing of its
     weights is synchronised.
@@ -57,9 +58,12 @@ class Trained:
     def __init__(self, network: nn.Module, sgd, momentum: dict[str, Tensor], options: Options):
         self.plain, self.options, self.clip_norm = network, options, sgd.clip_norm
         self.module = _prepared(copy.deepcopy(network).to(options.device).train(), options)
-        self.settings = {"lr": sgd.lr, "momentum": sgd.momentum, "weight_decay": sgd.weight_decay, "nesterov": sgd.nesterov}
+        self.kind, self.settings, self.buffers = sgd.kind, optimizers.settings(sgd), optimizers.buffers(sgd)
         self.decay_norms = sgd.decay_norms or not sgd.weight_decay
-        self.network = self.wrap(momentum)
+        kept = {optimizers.key(name, buffer) for name, _ in network.named_parameters() for buffer in self.buffers}
+        # A phase of another kind leaves nothing that this one could go on with.
+        goes_on = not kept.isdisjoint(momentum)
+        self.network = self.wrap({k: v for k, v in momentum.items() if goes_on and (k in kept or k == optimizers.STEP)})
         self.plain.cpu()
 
     def wrap(self, momentum: dict[str, Tensor]) -> nn.Module:
@@ -70,15 +74,26 @@ class Trained:
     """The loss of a step as a function of logits (n, classes), images, labels and their cross-entropy, which it is where this is
     None; all summed over the images."""
 
-    def sgd(self) -> SGD:
-        """SGD over the copy's parameters as they are now."""
+    def made_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over the copy's parameters as they are now."""
+        kind = optimizers.KINDS[self.kind][0]
         if self.decay_norms:
-            return SGD(self.module.parameters(), **self.settings)
+            return kind(self.module.parameters(), **self.settings)
         # In the order of the network within each, as checkpoints of ZeRO want it.
         decayed = [parameter for parameter in self.module.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.module.parameters() if parameter.dim() <= 1]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        return SGD([group for group in groups if group["params"]], **self.settings)
+        return kind([group for group in groups if group["params"]], **self.settings)
+
+    def start_with(self, momentum: dict[str, Tensor], shared: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+        """Put saved buffers into self.optimizer. shared: what of a whole buffer this process keeps; each call may be a collective,
+        and a checkpoint's names come in another order on each process."""
+        for name, parameter in self.parameters.items():
+            for buffer in self.buffers:
+                if (whole := momentum.get(optimizers.key(name, buffer))) is not None:
+                    self.optimizer.state[parameter][buffer] = shared(whole, parameter)
+                    if optimizers.STEP in momentum:
+                        self.optimizer.state[parameter]["step"] = momentum[optimizers.STEP].cpu().clone()
 
     def forward(self, network: nn.Module, images: Tensor, gates: Tensor | None = None) -> Tensor:
         """Logits (n, classes), in float32 or wider, of `network`: self.network or self.module."""
@@ -140,16 +155,18 @@ class Trained:
         return self.parameters[name]
 
     def momentum(self) -> dict[str, Tensor]:
-        states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.parameters.items())
-        return {name: state["momentum_buffer"] for name, state in states if state.get("momentum_buffer") is not None}
+        states = [(name, self.optimizer.state.get(parameter, {})) for name, parameter in self.parameters.items()]
+        found = {optimizers.key(n, buffer): state[buffer] for n, state in states for buffer in self.buffers if buffer in state}
+        steps = [state["step"] for _, state in states if "step" in state]
+        return found | ({optimizers.STEP: steps[0]} if steps else {})
 
     def shares(self) -> tuple[list[Tensor], list[Tensor]]:
         """What this process's optimiser holds of the weights and of their momentum, as it is stored."""
         # DeepSpeed's optimisers have the one that they were given inside.
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         weights = {id(p): p for group in inner.param_groups for p in group["params"]} | {id(p): p for p in inner.state}
-        buffers = (state.get("momentum_buffer") for state in inner.state.values())
-        return list(weights.values()), [buffer for buffer in buffers if buffer is not None]
+        found = [state.get(buffer) for state in inner.state.values() for buffer in self.buffers]
+        return list(weights.values()), [buffer for buffer in found if buffer is not None]
 
     @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

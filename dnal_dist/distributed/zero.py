@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.span import span
+from dnal_dist.distributed import optimizers
 from dnal_dist.distributed.accelerate_config import without_deepspeed
 from dnal_dist.distributed.wrapper import Trained
 
@@ -31,7 +32,7 @@ class Zero(Trained):
             raise InputError(f"ZeRO cannot hold {frozen[0]}, which does not train; use DDP or FSDP2, or a network without it")
         statistics = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        optimizer = self.sgd()
+        optimizer = self.made_optimizer()
         given = self.options.settings["deepspeed"]
         # Its own buckets are made for networks of billions of parameters: gradients alone would take 2 GB.
         size = sum(p.numel() for p in self.module.parameters())
@@ -71,9 +72,9 @@ class Zero(Trained):
     def shares(self):
         if self.stage < 3:
             return super().shares()
-        keys = (None, "momentum_buffer") if self.stepped and self.settings["momentum"] else (None,)
+        keys = (None, *self.buffers) if self.stepped else (None,)
         found = [[share[:own] for share, own in (self._share(p, key) for p in self.parameters.values()) if own] for key in keys]
-        return found[0], found[1] if len(found) > 1 else []
+        return found[0], [share for part in found[1:] for share in part]
 
     def held(self):
         if self.stage < 3:
@@ -87,13 +88,16 @@ class Zero(Trained):
         inner = self.optimizer.optimizer
         shares = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups
         for share in shares:
-            inner.state[share]["momentum_buffer"] = torch.zeros_like(share)
+            inner.state[share] |= {buffer: torch.zeros_like(share) for buffer in self.buffers}
+            if optimizers.STEP in momentum:
+                inner.state[share]["step"] = momentum[optimizers.STEP].cpu().clone()
         if self.stage < 3:
             # Its public function finds nothing to write to before a step was taken.
             self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, p in self.parameters.items():
-            if name in momentum:
-                self._set(p, momentum[name].to(self.options.device), "momentum_buffer")
+            for buffer in self.buffers:
+                if (whole := momentum.get(optimizers.key(name, buffer))) is not None:
+                    self._set(p, whole.to(self.options.device), buffer)
         self.stepped = True
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -143,13 +147,19 @@ class Zero(Trained):
     def momentum(self):
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not self.stepped or not self.settings["momentum"]:
+        if not self.stepped or not self.buffers:
             return {}
         if self.stage < 3:
             # It links them after the first group's step, when the second group has none yet.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        return {name: safe_get_full_optimizer_state(p, "momentum_buffer") for name, p in self.parameters.items()}
+        found = {
+            optimizers.key(name, buffer): safe_get_full_optimizer_state(p, buffer)
+            for name, p in self.parameters.items()
+            for buffer in self.buffers
+        }
+        steps = [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
+        return found | ({optimizers.STEP: steps[0]} if steps else {})
 
     def close(self):
         self.engine.destroy()

@@ -18,7 +18,7 @@ from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import nvjpeg
 from dnal_dist.distributed.context import Context
-from dnal_dist.distributed.sgd import SGD
+from dnal_dist.distributed.optimizers import SGD
 from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture

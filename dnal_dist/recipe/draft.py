@@ -217,6 +217,7 @@ phases:
     optimizer: {{lr: {rate}, nesterov: true, weight_decay: {decay}, decay_norms: false}}
     schedule: {{kind: cosine, warmup: {warmup}}}
     label_smoothing: 0.1
+    ema: 0.999  # a moving average of the weights is what is evaluated and goes on
   # Weights and gates in turn: three steps of the weights to one of the gates.
   search:
     epochs: {search}
@@ -229,6 +230,7 @@ phases:
     optimizer: {{lr: {rate}, nesterov: true, weight_decay: {decay}, decay_norms: false}}
     schedule: {{kind: cosine}}
     label_smoothing: 0.1
+    ema: 0.999
   # Search and finetune learn also from the network as pretrain left it.
   distillation: {{weight: 0.5, temperature: 2.0}}
 architecture:
@@ -239,5 +241,5 @@ architecture:
   delta_final: 30
   penalty: root_macs
   round_to: {round_to}  # each layer keeps a multiple of so many channels, at which runtimes are fast
-tracking: {{tracker: none}}  # or wandb, tensorboard
+tracking: {{tracker: none}}  # or wandb, tensorboard, mlflow
 """

@@ -10,8 +10,15 @@ from dnal_dist.recipe.section import OneLine, Section
 
 
 class SGD(Section):
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW (arXiv 1711.05101), whose rates are smaller by a factor of about 100. alpha takes SGD, with whose
+    steps the control of a budget reckons."""
     lr: float = Field(gt=0)
     """Base learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), strict=False)
+    """AdamW's decays of the means of the gradient and of its square."""
+    eps: float = Field(1e-8, gt=0)
+    """What AdamW adds to the root of the latter."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the last update that the next one goes on with."""
     nesterov: bool = False
@@ -25,6 +32,8 @@ class SGD(Section):
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self):
+        if self.nesterov and self.kind != "sgd":
+            raise ValueError("nesterov is a form of SGD's momentum; leave it out with adamw")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         return self
@@ -64,7 +73,7 @@ class Phase(Section):
     steps: int | None = Field(None, ge=1)
     """Duration in iterations, of any kind (exactly one of epochs and steps)."""
     optimizer: SGD
-    """SGD of the weights."""
+    """Optimizer of the weights. A phase of another kind than the one before begins without its momentum."""
     schedule: Constant | Steps | Cosine = Field(Constant(), discriminator="kind")
     """How the learning rate of the weights moves over the phase."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -265,6 +274,12 @@ class ArchitectureSettings(Section):
     min_macs: float = Field(0.02, ge=0, lt=1)
     """Collapse guard, as a share of the full network's MACs: below it the penalty rests during the search, and at
     pruning the channels with the largest alpha stay open until it is reached. 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _alpha_takes_sgd(self):
+        if self.optimizer.kind != "sgd":
+            raise ValueError(f"'optimizer.kind': alpha takes sgd, found {self.optimizer.kind!r}")
+        return self
 
     @model_validator(mode="after")
     def _delta_grows(self):

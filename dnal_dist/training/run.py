@@ -11,7 +11,7 @@ from dnal_dist.common.lock import Lock
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.receipts import Receipt
 from dnal_dist.distributed.context import Context
-from dnal_dist.distributed.sgd import SGD
+from dnal_dist.distributed.optimizers import SGD
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture

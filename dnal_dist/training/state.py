@@ -10,6 +10,7 @@ from dnal_dist.checkpoint.format import Checkpoint, RunState, name
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
+from dnal_dist.distributed import optimizers
 from dnal_dist.nets import compact
 from dnal_dist.training.metrics import SUMS, Metrics
 from dnal_dist.training.run import Run
@@ -131,7 +132,9 @@ def _restore(run: Run, tensors: dict[str, Tensor], saved: RunState) -> None:
         run.network.load_state_dict(part["network."])
     weights = dict(run.network.named_parameters())
     for kind in kinds[1:]:
-        if wrong := [key for key, buffer in part[kind].items() if key not in weights or buffer.shape != weights[key].shape]:
+        # Of AdamW's the names of its buffers stand behind a colon, and its number of steps is no parameter's.
+        owners = {key: weights.get(key.partition(":")[0]) for key in part[kind] if key != optimizers.STEP}
+        if wrong := [key for key, owner in owners.items() if owner is None or part[kind][key].shape != owner.shape]:
             raise ValueError(f"{kind[:-1]} of {wrong[0]}")
     if part["average."] and part["average."].keys() != weights.keys():
         raise ValueError("an average of some weights only")

@@ -16,6 +16,7 @@ EQUAL = [
     "supernet_digits:2:1:fixed:checkpointing:shared:last",
     "any_network:1:1:batch:sync:checkpointing",
     "any_network:2:1:fixed:parts:shared",
+    "vgg_digits:1:1:fixed:adamw",
 ]
 # Two processes have batch statistics of their own.
 OWN = "resnet_digits:1:1:batch"

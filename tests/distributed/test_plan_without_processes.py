@@ -130,3 +130,11 @@ def test_the_docs_page_holds_the_planned_table(monkeypatch):
 def test_neither_accelerate_nor_deepspeed_is_loaded():
     words = "import sys; import dnal_dist.plan; assert not {'accelerate', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", words], check=True)
+
+
+def test_adamw_and_an_average_are_counted():
+    def kept(*overrides) -> int:
+        return estimate.plan(recipe.load("recipes/digits.yaml", overrides), 2)["backends"]["ddp"]["memory"]["optimizer"]
+
+    assert kept("phases.search.optimizer.kind=adamw") == kept("phases.pretrain.ema=0.9") == 2 * kept()
+    assert kept("phases.pretrain.optimizer.kind=adamw", "phases.pretrain.ema=0.9") == 3 * kept()

@@ -153,7 +153,7 @@ def _left_in_memory(trained) -> int:
 
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared"}
+    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw"}
     fix_statistics(statistics == "fixed")
     _configure(context, extras)
     dtype = torch.float64 if "double" in extras else torch.float32
@@ -161,6 +161,9 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     context.tune(training)
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip, nesterov=clip is not None, decay_norms=clip is None)
+    if "adamw" in extras:
+        # Without so large an eps a gradient that is nothing but rounding would be a whole step.
+        sgd = SGD(kind="adamw", lr=0.002, weight_decay=1e-2, decay_norms=False, eps=1e-2)
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
     alpha, share = Alpha(net.num_gates, context, dtype), BATCH // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)
@@ -169,7 +172,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
         trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
             batch = _batch(context, count, mine, dtype)
-            trained.set_rate(0.02 / (1 + count))
+            trained.set_rate(sgd.lr / (1 + count))
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)
             else:

@@ -54,6 +54,22 @@ def test_nesterov_is_torchs():
     torch.testing.assert_close(stepped(SGD(lr=0.05, weight_decay=1e-2, nesterov=True)), expected)
 
 
+def test_adamw_is_torchs():
+    """Also from saved buffers and steps on."""
+    given = SGD(kind="adamw", lr=0.01, weight_decay=1e-2, betas=(0.8, 0.99))
+    whole = reference(lambda net: torch.optim.AdamW(net.parameters(), 0.01, (0.8, 0.99), weight_decay=1e-2))
+    torch.testing.assert_close(stepped(given), whole)
+    torch.manual_seed(0)
+    trained = Context().wrap(nets.build("vgg_digits").double(), given, {}, Training())
+    for step in range(3):
+        if step == 2:
+            with trained.gathered() as saved:
+                kept = {name: tensor.clone() for name, tensor in saved.items()}
+            trained = Context().wrap(trained.plain, given, kept, Training())
+        weight_step(trained, torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8), 8)
+    torch.testing.assert_close([p.detach() for p in trained.module.parameters()], whole)
+
+
 def test_norms_and_biases_are_not_decayed_if_the_recipe_says_so():
     def groups(net):
         flat = [p for p in net.parameters() if p.dim() == 1]
@@ -145,6 +161,7 @@ def test_distillation_is_the_divergence_from_the_teacher():
         ("phases.search.optimizer={lr: 0.1, momentum: 0.0, nesterov: true}", "nesterov needs a momentum above 0"),
         ("phases.finetune.label_smoothing=1.0", r"'phases\.finetune\.label_smoothing': input should be less than 1"),
         ("phases.distillation.weight=0", r"'phases\.distillation\.weight': input should be greater than 0"),
+        ("architecture.optimizer={lr: 0.1, kind: adamw}", r"'architecture': 'optimizer\.kind': alpha takes sgd"),
         ("data.augmentation.erasing=0.1 data.decode=cuda", "done by loader processes; set decode to cpu"),
         (
             "phases.search.mixup=0.2 data.global_batch=9",
