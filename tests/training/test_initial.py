@@ -158,7 +158,8 @@ def test_a_pruned_network_is_refused_and_the_old_run_stays(source, begins, tmp_p
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     newest = checkpoint.found(finished / "checkpoints")[0]
     ended, _ = begins("--overwrite", "--init-from", newest)
-    refused(ended, rf"{newest} holds a network that is pruned already \(done\); to go on with it, give phases\.search\.steps=0, or model\.name=compact:RUN")
+    pruned = rf"{newest} holds a network that is pruned already \(done\); to go on with it, give phases\.search\.steps=0"
+    refused(ended, rf"{pruned}, or model\.name=compact:RUN")
     for own in (tmp_path / "run", checkpoint.found(tmp_path / "run" / "checkpoints")[0]):
         refused(begins("--overwrite", "--init-from", own)[0], r"is in the run folder that this run replaces; name another")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
