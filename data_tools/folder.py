@@ -56,10 +56,19 @@ def _folders(source: Path, split: float | None, val_from: str | None) -> tuple[P
             raise ValueError(f"{val}: validation images are there already; leave out --split {split:g}, or move them into train")
         if not train.is_dir() and not source.is_dir():
             raise ValueError(f"{source}: no such folder")
-        return (train if train.is_dir() else source), None
+        if train.is_dir():
+            return train, None
+        if other := next((name for name in OTHER_NAMES if (source / name).is_dir()), None):
+            raise ValueError(
+                f"{source / other}: beside folders of classes, and named as images for validation; put the classes into "
+                f"{train} and give --val-from {other}, or move it elsewhere, or rename it if it is a class"
+            )
+        return source, None
     if val_from is not None:
         if not (source / val_from).is_dir():
             raise ValueError(f"{source / val_from}: no such folder; --val-from wants the name of one in {source}")
+        if (source / val_from).resolve() == train.resolve():
+            raise ValueError(f"--val-from {val_from}: these are the training images; name another folder, or give --split 0.1")
         return train, source / val_from
     if source.is_dir() and not val.is_dir():
         other = next((name for name in OTHER_NAMES if (source / name).is_dir()), None)

@@ -20,8 +20,10 @@ from dnal_dist.common.door import door
 @door
 def main() -> None:
     args = _arguments()
-    # As JSON, since YAML would read some names as other types.
-    source = [] if args.init_from is None else [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}"]
+    source = []
+    if args.init_from is not None:
+        # As JSON, since YAML would read some names as other types. A recipe may begin with published weights otherwise.
+        source = [f"model.init_from={json.dumps(args.init_from, ensure_ascii=False)}", "model.pretrained=false"]
     # Torch and everything else is imported after the arguments have been parsed.
     from dnal_dist.training import command
 

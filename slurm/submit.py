@@ -25,7 +25,7 @@ import options as options_of
 import script
 import sweep
 from options import Options
-from sweep import Member
+from sweep import OF_PRETRAIN, Member
 
 from dnal_dist import recipe
 from dnal_dist.common.commands import output_of
@@ -52,7 +52,7 @@ def main() -> None:
             print(_render(options, name, place / "submit" / "001", members, bool(args.sweep)), end="")
             return
         members = _unfinished(members)
-        if pretrain and _is_pretrained(pretrain.folder):
+        if pretrain and _is_pretrained(pretrain):
             print(f"{pretrain.folder} is finished: its network is where the others begin")
             pretrain = None
         _check_folders([*filter(None, [pretrain]), *members])
@@ -121,8 +121,22 @@ def _is_finished(folder: Path) -> bool:
     return False
 
 
-def _is_pretrained(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step-*-search"))
+def _is_pretrained(pretrain: Member) -> bool:
+    """Whether the pretrain is done. Raises InputError if it was another recipe's."""
+    if not any((pretrain.folder / "checkpoints").glob("step-*-search")):
+        return False
+    before, now = (
+        recipe.flat(one.model_dump(mode="json")) for one in (recipe.load(pretrain.folder / "recipe.yaml"), pretrain.recipe)
+    )
+    free = recipe.free_keys("resume")
+    for key in before | now:
+        of_it = key == "seed" or any(key.startswith(f"{part}.") for part in OF_PRETRAIN)
+        if of_it and not recipe.is_free(key, free) and before.get(key) != now.get(key):
+            raise InputError(
+                f"{pretrain.folder}: its pretrain is over and was of {key} {before.get(key)}, not {now.get(key)}; "
+                "name another output in the sweep, or remove that folder"
+            )
+    return True
 
 
 def _check_folders(members: list[Member]) -> None:
@@ -209,8 +223,9 @@ def _submit(
         _snapshot_code(submission)
         for _ in range(options.chain):
             # Of a pretrain that failed nothing would ever begin.
-            begin = [f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes"] if first else []
-            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else begin
+            before = [*([f"afterok:{first}"] if first else []), *([f"afterany:{jobs[-1]}"] if jobs else [])]
+            after = [f"--dependency={','.join(before)}"] if before else []
+            after += ["--kill-on-invalid-dep=yes"] if first else []
             jobs.append(_slurm("sbatch", "--parsable", *after, str(submission / "train.sbatch")).partition(";")[0])
             _record(jobs[-1], submission, members, array)
     except (OSError, ValueError) as error:

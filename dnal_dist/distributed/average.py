@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Average:
@@ -65,3 +65,16 @@ class Average:
             before = other.clone()
             other.copy_(one)
             one.copy_(before)
+
+
+def combined(every: Tensor, network: nn.Module) -> Tensor:
+    """The averaged buffers of all processes (world size, numbers) as those of one: mean of means, law of total variance."""
+    sizes = {name: buffer.numel() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+    parts = dict(zip(sizes, every.double().split(list(sizes.values()), dim=1), strict=True))
+    found = []
+    for name, part in parts.items():
+        found.append(part.mean(0))
+        if name.endswith("running_var"):
+            mean = parts[name.removesuffix("var") + "mean"]
+            found[-1] = (found[-1] + (mean**2).mean(0) - mean.mean(0) ** 2).clamp_min(0)
+    return torch.cat(found).to(every.dtype)

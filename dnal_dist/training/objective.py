@@ -31,7 +31,9 @@ class Objective(NamedTuple):
             return loss
         weight, heat = self.distillation.weight, self.distillation.temperature
         student, taught = ((found / heat).log_softmax(1) for found in (logits, self.teacher(images)))
-        divergence = F.kl_div(student, taught, reduction="sum", log_target=True)
+        # Images that fill a batch up count for nothing.
+        counts = (labels >= 0).to(student.dtype) if labels.dim() == 1 else labels.sum(1)
+        divergence = (F.kl_div(student, taught, reduction="none", log_target=True).sum(1) * counts).sum()
         return (1 - weight) * loss + weight * heat**2 * divergence
 
 

@@ -188,7 +188,10 @@ def _of_run(checkpoints: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]
         except ValueError as error:
             damaged.append(str(error))
     _, saved, newer = checkpoint.latest(checkpoints)
-    return saved, [f"{fault}; it was skipped" for fault in dict.fromkeys([*damaged, *newer.values()])]
+    warnings = [f"{fault}; it was skipped" for fault in dict.fromkeys([*damaged, *newer.values()])]
+    if saved is not None and saved.state.phase == "pretrain":
+        warnings.append(f"{checkpoints.parent} was still in its pretrain, at iteration {saved.state.global_step}")
+    return saved, warnings
 
 
 def fill(network: GatedNetwork, source: Source, model: str) -> list[str]:

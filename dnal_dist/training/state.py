@@ -10,7 +10,7 @@ from dnal_dist.checkpoint.format import Checkpoint, RunState, name
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.span import spanned
 from dnal_dist.data.receipts import Receipt
-from dnal_dist.distributed import optimizers
+from dnal_dist.distributed import average, optimizers
 from dnal_dist.nets import compact
 from dnal_dist.training.metrics import SUMS, Metrics
 from dnal_dist.training.run import Run
@@ -169,7 +169,7 @@ def _restore_per_process(run: Run, tensors: dict[str, Tensor], saved: RunState) 
             torch.cuda.set_rng_state(tensors["ranks.random_cuda"][rank].clone(), run.context.device)
     if "ranks.average_statistics" in tensors:
         every = tensors["ranks.average_statistics"]
-        run.average_statistics = every[rank] if same else every.mean(0)
+        run.average_statistics = every[rank] if same else average.combined(every, run.network)
     if saved.metrics is not None:
         sums = tensors["ranks.sums"]
         own = sums[rank] if same else sums.sum(0) if run.context.main else torch.zeros_like(sums[0])

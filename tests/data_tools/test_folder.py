@@ -205,7 +205,12 @@ def test_validation_images_are_found_elsewhere_or_drawn(images, tmp_path, capsys
     (images / "val").rename(images / "test")
     assert "no folder val/ for validation; --val-from test takes test/ for validation, --split 0.1 draws" in line()
     assert "--split and --val-from name two sources" in line("--split", 0.1, "--val-from", "test")
+    assert "--val-from train: these are the training images" in line("--val-from", "train")
     assert "nowhere: no such folder; --val-from wants the name of one" in line("--val-from", "nowhere")
     assert "no folder val/ for validation; --split 0.1 draws" in refused(capsys, "folder", images / "train", tmp_path / "shards")
     code, said = command(capsys, "folder", images, tmp_path / "shards", "--val-from", "test")
     assert code == 0 and said.endswith("22 samples for train, 6 samples for val\n")
+    for folder in list((images / "train").iterdir()):
+        folder.rename(images / folder.name)
+    (images / "train").rmdir()
+    assert "test: beside folders of classes, and named as images for validation" in line("--split", 0.1)

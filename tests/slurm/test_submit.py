@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dnal_dist import recipe
 from dnal_dist.common import errors
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,6 +169,16 @@ def test_a_shared_pretrain_is_a_job_of_its_own(submit, tmp_path):
     sweep.write_text(text + "vary: {phases.pretrain.epochs: [1, 2]}\n")
     found = submit("--sweep", sweep, *JOB, "--dry-run")
     assert found.returncode == 2 and "key 'vary.phases.pretrain.epochs': runs that differ in it have no pretrain" in found.stderr
+
+
+def test_a_shared_pretrain_of_another_recipe_is_not_taken(submit, tmp_path):
+    sweep, done = tmp_path / "grid.yaml", tmp_path / "grid" / "pretrain"
+    text = f"recipe: {DIGITS}\noutput: {tmp_path}/grid\nshare: pretrain\nvary: {{architecture.penalty_weight: [0.01, 0.02]}}\n"
+    sweep.write_text(text)
+    (done / "checkpoints" / "step-00000020-search").mkdir(parents=True)
+    (done / "recipe.yaml").write_text(recipe.dump(recipe.load(DIGITS, ["phases.pretrain.optimizer.lr=0.5", f"output={done}"])))
+    found = submit("--sweep", sweep, *JOB)
+    assert found.returncode == 2 and "its pretrain is over and was of phases.pretrain.optimizer.lr 0.5, not" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,12 @@ def test_pretrain_starts_from_given_weights(source, begins, tmp_path):
     assert "accuracy after pretrain" in ended.out and "at the start" not in ended.out
 
 
+def test_a_source_of_the_command_replaces_published_weights(begins, tmp_path):
+    """`pretrained: true`, as a drafted recipe has it."""
+    ended, _ = begins("model.name=torchvision:resnet18", "model.pretrained=true", "--init-from", tmp_path / "nowhere")
+    refused(ended, r"key 'model\.init_from': .*nowhere")
+
+
 def test_other_classes_are_warned_of_in_the_record(source, begins, tmp_path):
     ended, _ = begins("--init-from", source[0], SKIP, "model.num_classes=12")
     assert ended.code == 0, ended.err
@@ -144,8 +150,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_taken(sou
     ended, found = begins("--init-from", broken.parent, SKIP)
     assert ended.code == 0, ended.err
     assert same(found, source[1])
-    (warning,) = report_records.summary(tmp_path / "run")["warnings"]
-    assert f"{newest}: checkpoint is damaged (" in warning and "; it was skipped" in warning
+    damaged, early = report_records.summary(tmp_path / "run")["warnings"]
+    assert f"{newest}: checkpoint is damaged (" in damaged and "; it was skipped" in damaged
+    assert early.endswith("broken was still in its pretrain, at iteration 20")
     refused(begins("--init-from", newest, "--overwrite")[0], rf"{newest}: checkpoint is damaged \(.*\); give another")
 
 

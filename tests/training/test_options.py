@@ -10,6 +10,7 @@ from runs import records
 
 from dnal_dist import nets
 from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.distributed.average import combined
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Constant, Distillation, Phase, Training
 from dnal_dist.search import schedule
@@ -150,9 +151,25 @@ def test_distillation_is_the_divergence_from_the_teacher():
     expected = 0.7 * cross_entropy + 0.3 * 4 * (p * (p / q).log()).sum()
     torch.testing.assert_close(objective(logits, torch.zeros(5, 3, 8, 8), labels, cross_entropy), expected)
 
+    filled = F.cross_entropy(logits[:3], labels[:3], reduction="sum")
+    labels = torch.tensor([0, 1, 2, -100, -100])  # images that fill a batch up
+    p, q = p[:3], q[:3]
+    expected = 0.7 * filled + 0.3 * 4 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(objective(logits, torch.zeros(5, 3, 8, 8), labels, filled), expected)
+    shares = F.one_hot(labels.clamp_min(0), 7) * (labels >= 0).unsqueeze(1).float()
+    torch.testing.assert_close(objective(logits, torch.zeros(5, 3, 8, 8), shares, filled), expected)
+
     alone = Objective(0.0, Distillation(weight=1.0), lambda images: logits.detach())
     (gradient,) = torch.autograd.grad(alone(logits, torch.zeros(5, 3, 8, 8), labels, cross_entropy), logits)
     assert gradient.abs().max() < 1e-6
+
+
+def test_averaged_statistics_of_processes_are_combined_as_those_of_one():
+    """Two processes saw half of the numbers each: what one would have seen of all."""
+    norm, numbers = torch.nn.BatchNorm2d(3), torch.randn(2, 50, 3, dtype=torch.float64) + torch.tensor([[[0.0]], [[3.0]]])
+    every = torch.stack([torch.cat([half.mean(0), half.var(0, unbiased=False)]) for half in numbers])
+    whole = numbers.flatten(0, 1)
+    torch.testing.assert_close(combined(every, norm), torch.cat([whole.mean(0), whole.var(0, unbiased=False)]))
 
 
 @pytest.mark.parametrize(
