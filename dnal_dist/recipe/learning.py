@@ -183,7 +183,6 @@ def duration(text: str | int | float) -> tuple[float, bool]:
     Raises ValueError for anything else, and for what is not above 0.
     """
     words = "" if isinstance(text, bool) else str(text)
-    words = "" if isinstance(text, bool) else str(text)
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(us|ms|s|x|%)\s*", words)
     number = float(found[1]) * {"us": 1e-6, "ms": 1e-3, "%": 0.01}.get(found[2], 1) if found else 0.0
     if not 0 < number < 1e6:
