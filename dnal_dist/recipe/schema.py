@@ -170,7 +170,7 @@ class Training(Section):
     sync_batchnorm: bool = False
     """BatchNorm normalises with the statistics of all processes' batches instead of each its own."""
     activation_checkpointing: bool = Field(False, json_schema_extra=FREE_IN_SETTING)
-    """Activations within a block are computed anew in the backward pass instead of kept: less memory, a third more work."""
+    """Activations within a block are computed again in the backward pass instead of kept: less memory, a third more work."""
     compile: bool = False
     """Each block goes through torch.compile."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
