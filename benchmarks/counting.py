@@ -63,7 +63,7 @@ def count(case: Case, report: Callable[[dict], None]) -> None:
                 "operations": found.operations,
                 "macs_each": forward * (2 if step == "architecture" and who == "ours" else 3),
             }
-            report({"network": case.network, "image_size": case.image_size, "width": case.width, "step": step, "who": who, **work})
+            report({**{key: value for key, value in case._asdict().items() if key != "batch"}, "step": step, "who": who, **work})
 
 
 def _ours(step: str, networks: list[nn.Module], images: Tensor, labels: Tensor) -> list[Tensor]:

@@ -23,9 +23,20 @@ TUNED = Way(mode="graphs", cudnn_benchmark=True)
 BEST = Way("formulation", "bf16", "channels_last")
 SUPERNET = ("proxyless_supernet", 224)
 
-# Parts that time steps: for each the network, its image size, and lists of batch, steps and ways, in this order.
-STEP_PARTS: dict[str, list[tuple[tuple[str, int], int, tuple[str, ...], list[Way]]]] = {
-    "supernet96-bf16": [(SUPERNET, 96, STEPS[:3], [OURS, CONTIGUOUS, PUBLISHED])],
+RESNET50 = ("resnet50_imagenet", 224)
+# The same with compact networks whose sites keep multiples of 8 channels.
+SUPERNET8, RESNET8, MOBILENET8 = (*SUPERNET, 8), (*RESNET50, 8), ("mobilenetv2_imagenet", 224, 8)
+
+# Parts that time steps: for each the network, its image size and perhaps the multiples that it keeps, and lists of batch, steps and
+# ways, in this order.
+STEP_PARTS: dict[str, list[tuple[tuple, int, tuple[str, ...], list[Way]]]] = {
+    "supernet96-bf16": [(SUPERNET, 96, STEPS[:3], [GRAPHS, OURS, PUBLISHED])],
+    "supernet96-contiguous": [(SUPERNET, 96, STEPS[:3], [CONTIGUOUS, CONTIGUOUS_GRAPHS])],
+    "multiples": [
+        (RESNET8, 128, ("finetune",), [GRAPHS, OURS, PUBLISHED]),
+        (SUPERNET8, 96, ("finetune",), [GRAPHS, PUBLISHED]),
+        (MOBILENET8, 256, ("finetune",), [GRAPHS, PUBLISHED]),
+    ],
     "supernet96-finetune": [(SUPERNET, 96, ("finetune",), [CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED])],
     "supernet96-finetune-last": [(SUPERNET, 96, ("finetune",), [OURS, GRAPHS])],
     "supernet32-graphs": [
@@ -37,16 +48,16 @@ STEP_PARTS: dict[str, list[tuple[tuple[str, int], int, tuple[str, ...], list[Way
         (SUPERNET, 96, ("pretrain",), [Way("formulation", "fp32", "contiguous"), Way(precision="fp32")]),
     ],
     "cudnn-benchmark": [
-        (("resnet50_imagenet", 224), 128, ("pretrain", "finetune"), [TUNED]),
+        (RESNET50, 128, ("pretrain", "finetune"), [TUNED]),
         (("mobilenetv2_imagenet", 224), 256, ("pretrain", "finetune"), [TUNED]),
         (SUPERNET, 96, ("pretrain", "architecture", "finetune"), [TUNED]),
     ],
     "resnet50": [
-        (("resnet50_imagenet", 224), 128, ("pretrain", "architecture"), [OURS, CONTIGUOUS, PUBLISHED]),
-        (("resnet50_imagenet", 224), 128, ("finetune",), [OURS, GRAPHS, CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED]),
-        (("resnet50_imagenet", 224), 128, ("search weights",), [OURS, TF32, PUBLISHED]),
+        (RESNET50, 128, ("pretrain", "architecture"), [GRAPHS, OURS, CONTIGUOUS, PUBLISHED]),
+        (RESNET50, 128, ("finetune",), [OURS, GRAPHS, CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED]),
+        (RESNET50, 128, ("search weights",), [OURS, TF32, PUBLISHED]),
     ],
-    "mobilenetv2": [(("mobilenetv2_imagenet", 224), 256, STEPS, [OURS, CONTIGUOUS, CONTIGUOUS_GRAPHS, PUBLISHED])],
+    "mobilenetv2": [(("mobilenetv2_imagenet", 224), 256, STEPS, [GRAPHS, OURS, PUBLISHED])],
     "supernet32": [(SUPERNET, 32, STEPS, [OURS, GRAPHS, PUBLISHED])],
     "cifar": [
         (("resnet56_cifar", 32), 128, STEPS, [OURS, GRAPHS, PUBLISHED]),
@@ -135,16 +146,22 @@ SMALL = {
 }
 
 
-def reduced(network: str, image_size: int, batch: int, small: bool) -> Case:
+def reduced(network: str, image_size: int, multiple: int, batch: int, small: bool) -> Case:
     """The case, or one that a CPU can take in a moment."""
-    return Case(SMALL[network][0], 4, SMALL[network][1], 0.125) if small else Case(network, batch, image_size)
+    if small:
+        return Case(SMALL[network][0], 4, SMALL[network][1], 0.125, multiple)
+    return Case(network, batch, image_size, multiple=multiple)
+
+
+def named(network: str, image_size: int, multiple: int = 1) -> tuple[str, int, int]:
+    return network, image_size, multiple
 
 
 def steps(part: Part, subject: Subject) -> None:
     """A part of STEP_PARTS. subject: of its first case."""
-    for (network, size), batch, names, ways in STEP_PARTS[part.name]:
-        case = reduced(network, size, batch, part.small)
-        if case.network != subject.case.network:
+    for network, batch, names, ways in STEP_PARTS[part.name]:
+        case = reduced(*named(*network), batch, part.small)
+        if case._replace(batch=subject.case.batch) != subject.case:
             with reporting(case._asdict(), part.report) as failed:
                 subject = Subject(case)
             if failed:
@@ -202,8 +219,8 @@ def run(name: str, device: str, out: Path, others: list[str], begin: Callable[[]
     # Another part is being timed.
     torch.set_num_threads(min(4, threads))
     if name in STEP_PARTS or name == "batchmax":
-        (network, size), batch, *_ = STEP_PARTS[name][0] if name in STEP_PARTS else (SUPERNET, 16)
-        subject = Subject(reduced(network, size, batch, device == "cpu"))
+        network, batch, *_ = STEP_PARTS[name][0] if name in STEP_PARTS else (SUPERNET, 16)
+        subject = Subject(reduced(*named(*network), batch, device == "cpu"))
     seconds = begin()
     if name != "work":
         torch.set_num_threads(threads)
@@ -214,8 +231,8 @@ def run(name: str, device: str, out: Path, others: list[str], begin: Callable[[]
         from counting import count
 
         with reporting({}, part.report):
-            for network, size in {case: None for other in others for case, *_ in STEP_PARTS.get(other, [])}:
-                count(reduced(network, size, 1, part.small), part.report)
+            for network in {named(*case): None for other in others for case, *_ in STEP_PARTS.get(other, [])}:
+                count(reduced(*network, 1, part.small), part.report)
     else:
         module, function = MODULES[name]
         take: Callable[[Part], None] = getattr(importlib.import_module(module), function)

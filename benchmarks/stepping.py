@@ -37,8 +37,7 @@ class Way(NamedTuple):
     layout: str = "channels_last"
     """Of images, activations and weights: channels_last or contiguous."""
     mode: str = "eager"
-    """eager; compile and graphs (ours only): the recipe's training.compile and training.cuda_graphs, the latter without effect in
-    the search."""
+    """eager; compile and graphs (ours only): the recipe's training.compile and training.cuda_graphs."""
     cudnn_benchmark: bool = False
     """The same for all ways of a process: an algorithm once chosen for a shape stays with it, whatever the switch says later."""
 
@@ -95,7 +94,7 @@ class Contender:
         self.transient = 0
 
     def in_graph(self) -> bool:
-        """Whether the step was captured: those of the search are not."""
+        """Whether the step was captured."""
         return any(getattr(getattr(self, "trained", None), "graphs", {}).values())
 
     def tune(self) -> None:
@@ -106,7 +105,7 @@ class Contender:
         subject, batch, images, labels = self.subject, self.subject.case.batch, self.images, self.labels
         network = subject.compact if self.step == "finetune" else subject.network
         sgd = Optimizer(lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        trained = self.context.wrap(network, sgd, {}, self.training)
+        trained = self.trained = self.context.wrap(network, sgd, {}, self.training)
         if self.step in ("pretrain", "finetune"):
             return lambda: weight_step(trained, images, labels, batch).cross_entropy / batch
         architecture = Architecture(subject.network.num_gates).to(self.device)

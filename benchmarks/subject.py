@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dnal_dist import nets
 from dnal_dist.nets import GatedNetwork, compact, cost, frozen_statistics, masks
+from dnal_dist.search.selection import rounded
 
 # Fraction of the MACs that the finetune's compact network has.
 COMPACT = 0.15
@@ -21,6 +22,8 @@ class Case(NamedTuple):
     batch: int
     image_size: int
     width: float = 1.0
+    multiple: int = 1
+    """Of so many channels each site of the compact network keeps a multiple, or all."""
 
 
 class Subject:
@@ -33,7 +36,7 @@ class Subject:
         torch.manual_seed(0)
         self.case = case
         self.network: GatedNetwork = nets.build(case.network, width=case.width)
-        self.keep = thinned(self.network, case.image_size)
+        self.keep = thinned(self.network, case.image_size, multiple=case.multiple)
         self.formulation = Formulation(self.network)
         self.formulation.set_mask(self.keep)
         self.difference = difference(self.network, self.keep, self.formulation)
@@ -55,17 +58,18 @@ class Subject:
         return images, torch.randint(self.network.num_classes, (count,), generator=generator, device=device)
 
 
-def thinned(network: GatedNetwork, image_size: int, fraction: float = COMPACT) -> Tensor:
-    """A keep mask, bool (N,), drawn with a fixed seed, of about `fraction` of the MACs: each site keeps one channel at least."""
+def thinned(network: GatedNetwork, image_size: int, fraction: float = COMPACT, multiple: int = 1) -> Tensor:
+    """A keep mask, bool (N,), drawn with a fixed seed, of about `fraction` of the MACs: each site keeps one channel at least, and a
+    multiple of `multiple`, or all."""
     drawn = torch.rand(network.num_gates, generator=torch.Generator().manual_seed(0))
     for part in network.by_site(drawn).values():
         part[part.argmin()] = 0.0
     full, low, high = cost.count(network, image_size).macs, 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        above = cost.count(network, image_size, drawn <= middle).macs > fraction * full
+        above = cost.count(network, image_size, rounded(network, drawn <= middle, -drawn, multiple)).macs > fraction * full
         low, high = (low, middle) if above else (middle, high)
-    return masks.rescue(network, drawn <= low)[0]
+    return masks.rescue(network, rounded(network, drawn <= low, -drawn, multiple))[0]
 
 
 def difference(network: GatedNetwork, keep: Tensor, formulation: Formulation) -> dict[str, float]:

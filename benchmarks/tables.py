@@ -4,13 +4,16 @@ import json
 import os
 from pathlib import Path
 
-STEP_COLUMNS = ("network", "batch", "step", "who", "precision", "layout", "mode", "cudnn_benchmark")
+STEP_COLUMNS = ("network", "batch", "multiple", "step", "who", "precision", "layout", "mode", "cudnn_benchmark")
 STEPS = ("pretrain", "search weights", "architecture", "finetune")
 # Of the published recipes: pretrain, search, finetune.
 EPOCHS = {"proxyless_supernet": (100, 10, 110), "mobilenetv2_imagenet": (80, 10, 90), "resnet50_imagenet": (30, 10, 70)}
 HIDDEN = {"traceback", "width", "difference", "ms_least", "ms_most", "steps"}
-KEY = ("network", "image_size", "width", "batch", "step")
-NAMES = {"cudnn_benchmark": "cudnn. benchmark", "images_per_second": "images/s", "memory_bytes": "memory, GB"}
+KEY = ("network", "image_size", "width", "multiple", "batch", "step")
+WORK = ("network", "image_size", "width", "multiple", "step", "who")
+# What a row means that does not say it.
+UNSAID = {"multiple": 1}
+NAMES = {"multiple": "multiples of channels", "cudnn_benchmark": "cudnn. benchmark", "images_per_second": "images/s", "memory_bytes": "memory, GB"}
 
 
 def write_results(out: Path, results: dict[str, dict]) -> None:
@@ -24,7 +27,7 @@ def write_results(out: Path, results: dict[str, dict]) -> None:
         lines += [", ".join(f"{key} {value}" for key, value in machine.items() if value is not None), ""]
     lines += EXPLANATION
     able = rates(found.get("machine"))
-    counted = {key_of(row, "network", "image_size", "width", "step", "who"): row for row in (found["work"] or {}).get("rows", [])}
+    counted = {key_of(row, *WORK): row for row in (found["work"] or {}).get("rows", [])}
     steps = [row for part in found.values() if part for row in part["rows"] if row.get("who") == "formulation" and "ms" in row]
     for name, result in results.items():
         lines += [f"## {name}", "", f"{result['status']}" + (f", {result['seconds']} s" if "seconds" in result else ""), ""]
@@ -58,7 +61,7 @@ def load(path: Path) -> dict | None:
 
 
 def key_of(row: dict, *names: str) -> tuple:
-    return tuple(row.get(name) for name in names)
+    return tuple(row.get(name, UNSAID.get(name)) for name in names)
 
 
 def rates(machine: dict | None) -> dict[str, float]:
@@ -80,7 +83,7 @@ def derived(row: dict, rows: list[dict], able: dict[str, float], counted: dict[t
     base = published(row, rows)
     if base is not None:
         shown["x published"] = round(base["ms"] / row["ms"], 2)
-    work, seconds = counted.get(key_of(row, "network", "image_size", "width", "step", "who")), row["ms"] / 1000
+    work, seconds = counted.get(key_of(row, *WORK)), row["ms"] / 1000
     if work and able:
         size = 2 if row["precision"] == "bf16" else 4
         moved = size * work["activations_each"] * row["batch"] + 4 * work["others"]

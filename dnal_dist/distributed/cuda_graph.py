@@ -15,11 +15,12 @@ class CudaGraph:
     """`compute` of `inputs`, captured; it returns the named tuple, of tensors or None, that a replay gives. It sets the gradients
     of `network`'s parameters, which must be None before, and moves its statistics; so does each replay.
 
-    A replay overwrites gradients instead of adding to them. What the passes keep in memory is never given back for other use.
+    A replay overwrites gradients instead of adding to them. What the passes keep in memory stays in `pool`, for other graphs of it
+    only: one of them runs at a time, so they need the memory of the largest.
     Raises RuntimeError if something in `compute` cannot be captured, torch.OutOfMemoryError, a kind of it, if memory is short.
     """
 
-    def __init__(self, network: nn.Module, compute: Callable[..., NamedTuple], inputs: tuple[Tensor | None, ...]):
+    def __init__(self, network: nn.Module, compute: Callable[..., NamedTuple], inputs: tuple[Tensor | None, ...], pool: tuple):
         self.inputs = [None if tensor is None else tensor.detach().clone() for tensor in inputs]
         device = next(network.parameters()).device
         buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -27,7 +28,7 @@ class CudaGraph:
         random = generator.clone_state()
         try:
             self._warm_up(network, compute, own)
-            outputs = self._capture(compute)
+            outputs = self._capture(compute, pool)
             generator.set_state(random.get_state())
         except BaseException:
             # A capture that failed leaves both in the midst of it.
@@ -58,7 +59,7 @@ class CudaGraph:
             torch.cuda.set_sync_debug_mode(mode)
             own.wait_stream(side)
 
-    def _capture(self, compute: Callable[..., NamedTuple]) -> NamedTuple:
+    def _capture(self, compute: Callable[..., NamedTuple], pool: tuple) -> NamedTuple:
         self.graph = torch.cuda.CUDAGraph()
         # What is collected meanwhile might free device memory, which no capture allows.
         gc.collect()
@@ -66,7 +67,7 @@ class CudaGraph:
         gc.disable()
         try:
             # Loader threads go on pinning memory.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 return compute(*self.inputs)
         finally:
             if collecting:

@@ -19,6 +19,7 @@ class Replicated(Trained):
     def wrap(self, momentum):
         self.module.to(memory_format=self.options.memory_format)
         self.graphs: dict[tuple, CudaGraph | None] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.options.cuda_graphs else None
         self.optimizer = self.made_optimizer()
         # In the parameter's own layout: the optimiser's fast path is for tensors of one layout.
         self.start_with(momentum, lambda whole, parameter: torch.empty_like(parameter).copy_(whole).detach())
@@ -57,10 +58,8 @@ class Replicated(Trained):
 
     def step(self, forward, micro_batches, batch):
         scaler = self.options.scaler
-        if len(micro_batches) == 1 and (graph := self._graph(forward, micro_batches[0], batch)) is not None:
-            # Both passes.
-            with span("backward"):
-                outcomes = [graph.replay(*micro_batches[0])]
+        if len(micro_batches) == 1:
+            outcomes = [self._passes("weights", functools.partial(self._backward, forward, batch), batch, micro_batches[0])]
         else:
             outcomes = []
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -83,16 +82,24 @@ class Replicated(Trained):
             self.options.scaler.scale(outcome.loss / batch).backward()
         return outcome
 
-    def _graph(self, forward, micro_batch, batch: int) -> CudaGraph | None:
-        """The CUDA graph of such a micro-batch, captured when it first comes; None where there are none."""
-        images, _, gates = micro_batch
-        # In the search a graph's memory would come on top of an architecture step's.
-        if not self.options.cuda_graphs or gates is not None:
+    def passes(self, compute, batch, inputs):
+        return self._passes("architecture", compute, batch, inputs)
+
+    def _passes(self, step: str, compute, batch: int, inputs: tuple):
+        """compute(*inputs), by a CUDA graph where there are any."""
+        if (graph := self._graph(step, compute, batch, inputs)) is None:
+            return compute(*inputs)
+        with span("backward"):
+            return graph.replay(*inputs)
+
+    def _graph(self, step: str, compute, batch: int, inputs: tuple) -> CudaGraph | None:
+        """The graph of such passes, captured when they first come; None where there are none."""
+        if not self.options.cuda_graphs:
             return None
-        key = batch, images.shape
+        key = step, batch, *(None if tensor is None else tensor.shape for tensor in inputs)
         if key not in self.graphs:
             try:
-                self.graphs[key] = CudaGraph(self.module, functools.partial(self._backward, forward, batch), micro_batch)
+                self.graphs[key] = CudaGraph(self.module, compute, inputs, self.pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -42,7 +42,7 @@ class Options(NamedTuple):
     activation_checkpointing: bool = False
     compile: bool = False
     cuda_graphs: bool = False
-    """For the passes of weight steps without gates; a single process's on a GPU only."""
+    """For the passes of steps; a single process's on a GPU only."""
     memory_format: torch.memory_format = torch.contiguous_format
     """Of activations, and of the weights of backends that keep each parameter whole."""
 
@@ -107,6 +107,11 @@ class Trained:
         micro-batches are computed one after the other, so that only one of them needs memory for its activations.
         """
         raise NotImplementedError
+
+    def passes(self, compute: Callable[..., NamedTuple], batch: int, inputs: tuple[Tensor, ...]) -> NamedTuple:
+        """compute(*inputs): the passes of an architecture step, of a local batch of `batch` images, through self.module. What they
+        give may be valid until the next call only."""
+        return compute(*inputs)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[dict[str, Tensor]]:

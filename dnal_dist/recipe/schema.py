@@ -179,8 +179,8 @@ class Training(Section):
     tf32: bool = True
     """On a GPU, convolutions and matrix products in float32 may round their factors to TF32 (10 bits of mantissa)."""
     cuda_graphs: bool = True
-    """On a GPU, the passes of a weight step in pretrain and finetune run as one CUDA graph where this can be: in a single process
-    without torch.compile, activation checkpointing, float16 and micro-batches. Kernels need not wait for Python then."""
+    """On a GPU, the passes of a step run as one CUDA graph where this can be: in a single process without torch.compile, activation
+    checkpointing, float16 and micro-batches. Kernels need not wait for Python then."""
     cudnn_benchmark: bool = False
     """On a GPU, cuDNN times its algorithms when it first meets a convolution, and keeps the fastest: seconds to minutes at the
     first step of each phase, for a few percent in the others."""

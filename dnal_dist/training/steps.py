@@ -55,6 +55,24 @@ def weight_step(
     return _sum(trained.step(functools.partial(_forward, trained), micro_batches, batch))
 
 
+class Passes(NamedTuple):
+    """Of an architecture step: sums over the images as in Outcome, and the gradient of the gates (N,)."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    correct: Tensor
+    gradient: Tensor
+
+
+def _passes(trained: Trained, batch: int, images: Tensor, labels: Tensor, gates: Tensor) -> Passes:
+    gates = gates.detach().requires_grad_()
+    with frozen_statistics(trained.module):
+        outcome = _forward(trained, trained.module, images, labels, gates)
+    with span("backward"):
+        (gradient,) = torch.autograd.grad(trained.options.scaler.scale(outcome.loss / batch), gates)
+    return Passes(outcome.loss.detach(), outcome.cross_entropy, outcome.correct, gradient)
+
+
 @spanned("architecture step")
 def architecture_step(
     trained: Trained,
@@ -83,11 +101,11 @@ def architecture_step(
         (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
     outcomes = []
     for micro_batch in _micro_batches(images, labels, accumulation):
-        with frozen_statistics(trained.module):
-            outcome = _forward(trained, trained.module, *micro_batch, architecture.gates(delta))
-        with span("backward"):
-            gradient = gradient + torch.autograd.grad(scaler.scale(outcome.loss / batch), alpha)[0]
-        outcomes.append(outcome)
+        gates = architecture.gates(delta)
+        found = trained.passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
+        gradient = gradient + torch.autograd.grad(gates, alpha, found.gradient)[0]
+        # The next micro-batch may be computed where this one's sums are.
+        outcomes.append(Outcome(found.loss.clone(), found.cross_entropy.clone(), found.correct.clone()))
     with span("sync"):
         alpha.grad = average_(gradient)
     with span("optimizer"):

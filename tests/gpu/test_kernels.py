@@ -34,7 +34,7 @@ def test_compiled_segments_follow_the_plain_trajectory_and_compile_a_bounded_num
     from dnal_dist.nets.gate import segments
 
     case, net = "vgg_digits:1:1:batch", nets.build("vgg_digits")
-    number, modules = len(segments(net)), len(compact.compact(net, masks.all_open(net)))
+    number, modules = len(segments(net)), len(list(compact.compact(net, masks.all_open(net)).modules()))
     found = on_gpu("kernels_on_ranks:compiled", str(tmp_path / "ours"), [f"{case}:compile"], timeout=140)
     assert not found["failed"], found["failed"]
     ranks.run("single", 1, "trajectory_on_ranks:trajectories", tmp_path / "exact", [case])
