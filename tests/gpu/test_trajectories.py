@@ -21,7 +21,7 @@ MORE = [
 # Without CUDA graphs, in which the steps of one process run otherwise.
 EAGER = [f"{case}:eager" for case in PLAIN]
 # The supernet's batch statistics multiply what float32 rounds away by a thousand.
-DOUBLE = ["supernet_digits:1:1:batch:double", "vgg_digits:1:1:batch:double:checkpointing"]
+DOUBLE = ["supernet_digits:1:1:batch:double", "vgg_digits:1:1:batch:double:checkpointing", "resnet_digits:1:1:batch:double"]
 # Each process has batch statistics of its own, unless they are synchronised.
 DIVIDED = ["vgg_digits:1:1:fixed", "resnet_digits:1:1:fixed:clip:parts:shared", "supernet_digits:2:1:fixed:last"]
 SYNCED = ["resnet_digits:1:1:batch:sync", "resnet_digits:1:1:batch:sync:checkpointing:last"]
