@@ -242,6 +242,10 @@ class Target(Section):
 
 
 class ArchitectureSettings(Section):
+    criterion: Literal["alpha", "taylor"] = "alpha"
+    """How channels are chosen. alpha: alphas are learned by gradient descent while their gates harden. taylor, which needs
+    `target`: gates are 0 or 1, and channels close in eight rounds until the target is met, first those with the least mean square
+    of the gate's gradients over batches, per unit of cost; `optimizer`, `delta_*`, `penalty` and `threshold` are unused."""
     optimizer: SGD = SGD(lr=0.01)
     """SGD of alpha."""
     delta_start: float = Field(1.0, gt=0)
@@ -290,4 +294,6 @@ class ArchitectureSettings(Section):
     def _weight_or_target(self):
         if (self.penalty_weight is None) == (self.target is None):
             raise ValueError("give exactly one of 'penalty_weight' (such as 1e-4) and 'target' (such as {macs: 0.5x})")
+        if self.criterion == "taylor" and self.target is None:
+            raise ValueError("'criterion': taylor closes channels until a target is met; give 'target', such as {macs: 0.5x}")
         return self

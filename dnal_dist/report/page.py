@@ -53,6 +53,7 @@ def _shared(run: Run, result: dict) -> dict:
         "about": words.about(run),
         "headline": words.headline(run, result),
         "collapse": words.collapse(run),
+        "signal": words.signal(run),
         "warnings": text.counted(result["warnings"]),
         "accuracy": tables.accuracy(run, result),
         "classes": tables.classes(run),

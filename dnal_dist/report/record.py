@@ -108,6 +108,8 @@ class Record(Usage, total=False):
     histogram: Counts
     by_site: dict[Text, Counts]
     open: dict[Text, Count]
+    # signal
+    significant: Fraction
     # prune
     kept: dict[Text, Count]
     mask: str

@@ -68,6 +68,17 @@ def collapse(run: Run) -> str:
     )
 
 
+def signal(run: Run) -> str:
+    """What the t-test of the gates' gradients found; nothing without its record."""
+    found = run.last("signal")
+    if not {"significant", "batches"} <= found.keys():
+        return ""
+    return (
+        f"At the start of the search the gradients of {percent(found['significant'])} of the gates stood out of noise, by a t-test "
+        f"over {found['batches']:,} batches; 5 % would by chance."
+    )
+
+
 def latencies(result: dict) -> list[dict]:
     return result.get("latency", {}).get("rows", [])
 

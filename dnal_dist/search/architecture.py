@@ -7,14 +7,20 @@ from torch import Tensor, nn
 
 
 class Architecture(nn.Module):
-    """All architecture parameters of a network, `alpha` of shape (N,), float32, one for each prunable channel, starting at 0."""
+    """All architecture parameters of a network, `alpha` of shape (N,), float32, one for each prunable channel, starting at 0.
 
-    def __init__(self, num_gates: int):
+    hard: gates are 1 where alpha is at least 0, else 0; see taylor.py.
+    """
+
+    def __init__(self, num_gates: int, hard: bool = False):
         super().__init__()
+        self.hard = hard
         self.alpha = nn.Parameter(torch.zeros(num_gates))
 
     def gates(self, delta: float) -> Tensor:
-        """Gates sigmoid(delta * alpha), shape (N,): 0.5 at the start, 0 or 1 as delta grows."""
+        """Gates sigmoid(delta * alpha), shape (N,): 0.5 at the start, 0 or 1 as delta grows. Hard ones pass their gradient on."""
+        if self.hard:
+            return (self.alpha.detach() >= 0).to(self.alpha.dtype) + (self.alpha - self.alpha.detach())
         return torch.sigmoid(delta * self.alpha)
 
     def penalty(self, kind: str, delta: float, cost_fraction: Callable[[Tensor], Tensor] | None = None) -> Tensor:

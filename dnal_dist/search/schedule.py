@@ -32,6 +32,12 @@ def is_architecture_step(step: int, weight_steps: int, architecture_steps: int) 
     return step % (weight_steps + architecture_steps) >= weight_steps
 
 
+def architecture_steps(steps: int, weight: int, architecture: int) -> int:
+    """Number of architecture steps among the search's first `steps` iterations."""
+    cycles, rest = divmod(steps, weight + architecture)
+    return cycles * architecture + max(0, rest - weight)
+
+
 def learning_rate_at(phase, step: int, per_epoch: int) -> float:
     """Learning rate of a recipe's `phase` after `step` iterations of it, `per_epoch` of which are an epoch."""
     unit, duration = (1, phase.steps) if phase.epochs is None else (per_epoch, phase.epochs)

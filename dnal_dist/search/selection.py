@@ -49,6 +49,12 @@ class Budget(NamedTuple):
             found = torch.maximum(found, other.used(net, image_size, gates) / other.most * self.most)
         return found
 
+    def on_the_way(self, fraction: float) -> "Budget":
+        """The budget after `fraction` of the way here from the full cost, an even way in its logarithm."""
+        most = int(self.full * (self.most / self.full) ** fraction)
+        others = tuple(other.on_the_way(fraction) for other in self.others)
+        return self._replace(least=math.ceil(most * self.least / self.most), most=most, others=others)
+
     def __contains__(self, found: int) -> bool:
         return self.least <= found <= self.most
 

@@ -115,7 +115,7 @@ def _end_epoch(run: Run, trained: Trained, metrics: Metrics, clock: Clock, total
         position.evaluated, position.accuracy = position.global_step, accuracy
         per_epoch = run.train.steps_per_epoch
         result = f"{epochs(position.step / per_epoch, total / per_epoch)}  val {accuracy:.2%}  {metrics.summary}"
-        if position.phase == "search" and position.step < total:
+        if position.phase == "search" and position.step < total and not run.architecture.hard:
             run.log.explain(SOFT)
         warn_of_alpha(run)
         clock.record(metrics.bytes_sent() if position.step == total else None)
@@ -205,7 +205,7 @@ def record_gates(run: Run, delta: float) -> None:
         phase="search",
         step=run.state.step,
         epoch=round(run.state.step / run.train.steps_per_epoch, 4),
-        delta=delta,
+        delta=None if run.architecture.hard else delta,
         histogram=torch.histc(gates, 20, 0, 1).int().tolist(),
         by_site={site: torch.histc(part, 10, 0, 1).int().tolist() for site, part in run.supernet.by_site(gates).items()},
         open={site: int(part.sum()) for site, part in run.supernet.by_site(kept).items()},

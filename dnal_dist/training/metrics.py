@@ -201,7 +201,7 @@ class Metrics:
         if position.phase == "search":
             values |= self._gates()
             open_share = f"  open {values['open_share']:.0%}"
-            if values["open_share"] < 0.1 and position.step < total:
+            if values["open_share"] < 0.1 and position.step < total and not run.architecture.hard:
                 run.log.explain(SOFT)
         left = pace.left(position.step)
         if left is not None:
@@ -217,6 +217,7 @@ class Metrics:
         delta = schedule.delta_at(run.recipe.phases.search, settings, run.state.step - 1, run.train.steps_per_epoch)
         macs, params = cost.expected(run.supernet, run.recipe.data.image_size, run.architecture.gates(delta))
         open_share = run.architecture.keep(delta, settings.threshold).float().mean()
-        values = {"delta": delta, "open_share": round(float(open_share), 6)}
+        values = {"delta": None if run.architecture.hard else delta, "open_share": round(float(open_share), 6)}
         values |= {"expected_macs": round(float(macs)), "expected_params": round(float(params))}
-        return values if run.budget is None else values | {"penalty_weight": run.state.penalty_weight}
+        driven = run.budget is not None and not run.architecture.hard
+        return values | {"penalty_weight": run.state.penalty_weight} if driven else values

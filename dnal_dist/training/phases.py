@@ -4,13 +4,14 @@ import contextlib
 from collections.abc import Generator
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.phases import Phase
 from dnal_dist.common.span import attached, span, spanned
 from dnal_dist.data.device import Fed
 from dnal_dist.nets import compact
-from dnal_dist.search import schedule
+from dnal_dist.search import schedule, signal, taylor
 from dnal_dist.search.penalty import Penalty
 from dnal_dist.training import state
 from dnal_dist.training.loop import delta_at, evaluate_and_record, optimise, record_gates, record_receipt, training_batches
@@ -70,9 +71,12 @@ def search(run: Run, batches: Generator[Fed]) -> None:
 
     def step_either(trained, step, images, labels, local_batch, accumulation) -> Outcome:
         delta = delta_at(run, step)
+        if run.architecture.hard and (number := taylor.due(step, total, phase.cycle)) is not None:
+            size, round_to = run.recipe.data.image_size, settings.round_to
+            taylor.close(run.supernet, size, run.architecture, run.budget, number, round_to)
         if not schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
             return weight_step(trained, images, labels, local_batch, run.architecture.gates(delta), accumulation)
-        return architecture_step(
+        outcome = architecture_step(
             trained,
             run.architecture,
             run.architecture_optimizer,
@@ -85,8 +89,10 @@ def search(run: Run, batches: Generator[Fed]) -> None:
             run.context.average_,
             penalty.cost_fraction,
             accumulation,
-            settings.optimizer.clip_norm,
+            None if run.architecture.hard else settings.optimizer.clip_norm,
         )
+        check_signal(run, outcome.gradient, step, total)
+        return outcome
 
     if run.state.step == 0:
         record_gates(run, settings.delta_start)
@@ -98,6 +104,8 @@ def search(run: Run, batches: Generator[Fed]) -> None:
 def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float:
     """The penalty weight of the search's iteration `step`. Below the recipe's floor of MACs the penalty is frozen."""
     settings, position = run.recipe.architecture, run.state
+    if run.architecture.hard:
+        return 0.0
     if run.budget is not None:
         position.penalty_weight, position.penalty_lag = penalty.driven(delta, step, position.penalty_lag)
         return position.penalty_weight
@@ -110,6 +118,28 @@ def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float
             )
         position.penalty_frozen = fraction is not None
     return 0.0 if position.penalty_frozen else settings.penalty_weight
+
+
+def check_signal(run: Run, gradient: Tensor, step: int, total: int) -> None:
+    """Count the gates' gradient of the search's iteration `step` of `total`; with the last that counts record how many gates' stand
+    out of noise, and warn if few do."""
+    phase = run.recipe.phases.search
+    done, every = (schedule.architecture_steps(n, phase.weight_steps, phase.architecture_steps) for n in (step + 1, total))
+    if done > signal.BATCHES:
+        return
+    run.signal = signal.add(run.signal, gradient)
+    if done < min(signal.BATCHES, every):
+        return
+    batches, share = int(run.signal[0, 0]), signal.share(run.signal)
+    run.signal = None
+    run.log.record("signal", phase="search", step=step + 1, batches=batches, significant=round(share, 6))
+    if share < signal.BLIND and batches >= signal.LEAST and not run.architecture.hard:
+        rate, first = phase.optimizer.lr, run.recipe.phases.pretrain.optimizer.lr
+        run.log.warn(
+            f"the search is nearly blind: the gradients of {share:.1%} of the gates stand out of noise over {batches} batches, 5% "
+            f"would by chance, since the weights have converged; give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of "
+            f"pretrain ({first:g}), shorten key 'phases.pretrain', or use architecture.criterion=taylor with a target"
+        )
 
 
 @spanned("finetune")

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.span import span, spanned
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.search import selection
+from dnal_dist.search import selection, taylor
 from dnal_dist.training import usage
 from dnal_dist.training.loop import evaluate_and_record, training_batches
 from dnal_dist.training.run import Run
@@ -100,8 +100,10 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
 
 def select_by_budget(run: Run, target: selection.Budget) -> Tensor:
     """The keep mask of the strongest channels that meet the budget exactly; a warning if none was found that does."""
-    image_size = run.recipe.data.image_size
-    keep = selection.select(run.supernet, image_size, run.architecture.alpha, target, run.recipe.architecture.round_to)
+    image_size, strength = run.recipe.data.image_size, run.architecture.alpha
+    if run.architecture.hard:
+        strength = taylor.strength(run.supernet, image_size, run.architecture, target.unit)
+    keep = selection.select(run.supernet, image_size, strength, target, run.recipe.architecture.round_to)
     if message := target.missed(run.supernet, image_size, keep):
         run.log.warn(message)
     return keep

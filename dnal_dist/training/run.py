@@ -16,6 +16,7 @@ from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.search.selection import Budget
+from dnal_dist.search.taylor import Squares
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training.finished import Finished
 from dnal_dist.training.profiling import Breakdown
@@ -59,6 +60,8 @@ class Run:
     """This process's running statistics of that average, flat."""
     receipt: Receipt = field(default_factory=Receipt)
     """Receipt of the pass over the training set that is under way."""
+    signal: Tensor | None = None
+    """Sums of the gates' gradients over the first architecture steps of the search; see signal.py."""
     pending: tuple[PendingMetrics, Tensor, bool] | None = None
     """After a resume within a phase: its metrics since the last record, this process's sums, and whether processes and backend are
     the same as before."""
@@ -68,6 +71,9 @@ class Run:
     def __post_init__(self):
         self.log.global_step = self.state.global_step
         settings = self.recipe.architecture.optimizer
+        if self.architecture.hard:
+            self.architecture_optimizer = Squares(self.architecture)
+            return
         self.architecture_optimizer = SGD(
             self.architecture.parameters(),
             settings.lr,

@@ -90,7 +90,8 @@ def _opened_run(
     _warn(run_log, context, [*faults, *(source.warnings if source else ())], [train, val])
     private_temp(folder, context.rank, context.world_size)
     supernet = network.to(context.device)
-    architecture = Architecture(network.num_gates).to(context.device)
+    hard = settings.architecture.criterion == "taylor"
+    architecture = Architecture(network.num_gates, hard).to(context.device)
     writer = Writer(folder / "checkpoints", settings.checkpoint, run_log.warn, run_log.to_disk)
     run = Run(
         recipe=settings,

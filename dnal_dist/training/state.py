@@ -49,6 +49,8 @@ def take(run: Run, momentum: dict[str, Tensor], metrics: Metrics | None = None) 
     optimizer_state = run.architecture_optimizer.state.get(run.architecture.alpha, {})
     if optimizer_state.get("momentum_buffer") is not None:
         tensors["alpha_momentum"] = _copy(optimizer_state["momentum_buffer"])
+    if run.signal is not None:
+        tensors["signal"] = _copy(run.signal)
     statistics = ranks["statistics"].cpu()
     if all(torch.equal(one, statistics[0]) for one in statistics):
         del ranks["statistics"]
@@ -146,6 +148,8 @@ def _restore(run: Run, tensors: dict[str, Tensor], saved: RunState) -> None:
     if "alpha_momentum" in tensors:
         buffer = tensors["alpha_momentum"].to(run.context.device).reshape_as(run.architecture.alpha)
         run.architecture_optimizer.state[run.architecture.alpha]["momentum_buffer"] = buffer
+    if "signal" in tensors:
+        run.signal = tensors["signal"].to(run.context.device).reshape(3, -1)
     if run.context.main and saved.receipt:
         # The other processes begin with an empty receipt, however many there are now.
         run.receipt = Receipt.unpacked(saved.receipt)

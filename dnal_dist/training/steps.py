@@ -16,12 +16,13 @@ from dnal_dist.training import mixing
 
 class Outcome(NamedTuple):
     """Sums over the local batch, as tensors on the device: the loss whose gradient is taken, the cross-entropy, correct answers,
-    and the weighted penalty."""
+    and the weighted penalty; and the mean over processes of the loss's gradient of alpha, (N,), times the loss scale."""
 
     loss: Tensor
     cross_entropy: Tensor
     correct: Tensor
     penalty: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 @spanned("forward")
@@ -36,9 +37,9 @@ def _micro_batches(images: Tensor, labels: Tensor, accumulation: int) -> list[tu
     return list(zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True))
 
 
-def _sum(outcomes: list[Outcome], penalty: Tensor | None = None) -> Outcome:
+def _sum(outcomes: list[Outcome], *of_alpha: Tensor) -> Outcome:
     loss, cross_entropy = sum(o.loss.detach() for o in outcomes), sum(o.cross_entropy for o in outcomes)
-    return Outcome(loss, cross_entropy, sum(o.correct for o in outcomes), penalty)
+    return Outcome(loss, cross_entropy, sum(o.correct for o in outcomes), *of_alpha)
 
 
 @spanned("weight step")
@@ -98,8 +99,8 @@ def architecture_step(
     alpha, scaler = architecture.alpha, trained.options.scaler
     weighted = penalty_weight * architecture.penalty(penalty, delta, cost_fraction)
     with span("backward"):
-        (gradient,) = torch.autograd.grad(scaler.scale(weighted), alpha)
-    outcomes = []
+        (pushed,) = torch.autograd.grad(scaler.scale(weighted), alpha)
+    outcomes, gradient = [], torch.zeros_like(pushed)
     for micro_batch in _micro_batches(images, labels, accumulation):
         gates = architecture.gates(delta)
         found = trained.passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
@@ -107,7 +108,8 @@ def architecture_step(
         # The next micro-batch may be computed where this one's sums are.
         outcomes.append(Outcome(found.loss.clone(), found.cross_entropy.clone(), found.correct.clone()))
     with span("sync"):
-        alpha.grad = average_(gradient)
+        gradient = average_(gradient)
+        alpha.grad = gradient + pushed
     with span("optimizer"):
         scaler.unscale_(optimizer)
         if clip_norm is not None:
@@ -115,4 +117,4 @@ def architecture_step(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return _sum(outcomes, weighted.detach())
+    return _sum(outcomes, weighted.detach(), gradient)

@@ -1,0 +1,27 @@
+"""Whether the gates' gradients say anything: a t-test over the first architecture steps of a search."""
+
+import torch
+from torch import Tensor
+
+# Batches of the test; fewer than LEAST are no ground for a warning.
+BATCHES, LEAST = 40, 20
+# By chance 5 % of the gates have such a t, in absolute value.
+HIGH = 2.0
+BLIND = 0.1
+
+
+def add(sums: Tensor | None, gradient: Tensor) -> Tensor:
+    """`sums` (3, N), float32: number, mean, and sum of the squared distances from the mean, of the gradients (N,) so far; with one
+    more. A gradient that is not finite, of a step that is skipped, does not count."""
+    sums = torch.zeros(3, len(gradient), device=gradient.device) if sums is None else sums
+    number, mean, spread = sums[0] + 1, sums[1], sums[2]
+    off = gradient.float() - mean
+    more = torch.stack([number, mean + off / number, spread + off * (off - off / number)])
+    return torch.where(gradient.isfinite().all(), more, sums)
+
+
+def share(sums: Tensor) -> float:
+    """Share of the gates whose mean gradient is more than HIGH standard errors from 0."""
+    number, mean, spread = sums
+    error = (spread / (number - 1).clamp_min(1) / number).sqrt()
+    return float((mean.abs() > HIGH * error).float().mean())

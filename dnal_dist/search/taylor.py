@@ -1,0 +1,58 @@
+"""Criterion taylor: channels close in rounds, first those with the least mean square of the gate's gradients per unit of cost."""
+
+import torch
+from torch import Tensor
+
+from dnal_dist.nets import GatedNetwork, cost
+from dnal_dist.search import selection
+from dnal_dist.search.architecture import Architecture
+from dnal_dist.search.selection import Budget
+
+ROUNDS = 8
+
+
+class Squares:
+    """In the place of alpha's optimizer: adds the square of each gradient to the alpha of every open channel."""
+
+    def __init__(self, architecture: Architecture):
+        self.alpha = architecture.alpha
+        self.param_groups, self.state = [{"params": [self.alpha]}], {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.alpha += torch.where(self.alpha >= 0, self.alpha.grad.square(), 0)
+
+    def zero_grad(self) -> None:
+        self.alpha.grad = None
+
+
+def strength(net: GatedNetwork, image_size: int, architecture: Architecture, unit: str) -> Tensor:
+    """What ranks the channels, (N,): of open ones alpha for each MAC or parameter that closing this one alone would save; of closed
+    ones alpha, which is below 0 and the lower, the earlier they closed."""
+    alpha = architecture.alpha.detach()
+    gates = (alpha >= 0).double().requires_grad_()
+    found = cost.expected(net, image_size, gates)
+    (price,) = torch.autograd.grad(found.params if unit == "params" else found.macs, gates)
+    return torch.where(alpha >= 0, alpha.double() / price.clamp_min(1e-6 * price.max()), alpha.double())
+
+
+def due(step: int, steps: int, cycle: int) -> int | None:
+    """The round that ends before iteration `step` of a search of `steps` iterations, 1 to ROUNDS - 1; None if none does. Each has a
+    whole cycle. Pruning ends the last one."""
+    rounds = max(1, min(ROUNDS, steps // cycle))
+    number = next((k for k in range(1, rounds) if steps * k // rounds == step), None)
+    # A short search has fewer and larger rounds.
+    return None if number is None else max(1, ROUNDS * number // rounds)
+
+
+def close(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, round_to: int) -> None:
+    """End round `number`: all but the strongest channels close that cost what the whole way to `target` allows by then, which falls
+    by the same factor in each round. The sums of those that stay begin again at 0."""
+    ranks = strength(net, image_size, architecture, target.unit)
+    keep = selection.select(net, image_size, ranks, target.on_the_way(number / ROUNDS), round_to).to(ranks.device)
+    alpha = architecture.alpha.detach()
+    closes = (alpha >= 0) & ~keep
+    place = ranks.masked_fill(~closes, torch.inf).argsort(stable=True).argsort()
+    # Earlier ones move out of (-1, 0), where these come.
+    fallen = torch.where(closes, (place + 0.5) / (closes.sum() + 1) - 1, alpha - 1)
+    alpha.copy_(torch.where(keep, torch.zeros_like(alpha), fallen.to(alpha.dtype)))

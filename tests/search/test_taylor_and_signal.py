@@ -1,0 +1,91 @@
+"""Criterion taylor closes channels in rounds, to the exact budget; the t-test of the signal tells gradients from noise."""
+
+import itertools
+
+import pytest
+import torch
+
+from dnal_dist import nets
+from dnal_dist.nets import cost
+from dnal_dist.recipe import ArchitectureSettings
+from dnal_dist.search import selection, signal, taylor
+from dnal_dist.search.architecture import Architecture
+
+SIZE = 8
+
+
+def searched(name: str, round_to: int = 1, unit: str = "macs"):
+    """A network, its architecture after all rounds, with random sums of squares in each, the budget, and the costs by round."""
+    torch.manual_seed(0)
+    net = nets.build(name, width=0.5)
+    architecture, costs = Architecture(net.num_gates, hard=True), []
+    settings = ArchitectureSettings(criterion="taylor", target={unit: "0.3x"}, round_to=round_to, tolerance=0.05)
+    target = selection.budget(settings, net, SIZE)
+    squares = taylor.Squares(architecture)
+    for number in range(1, taylor.ROUNDS):
+        for _ in range(2):
+            architecture.alpha.grad = torch.randn(net.num_gates)
+            squares.step()
+        taylor.close(net, SIZE, architecture, target, number, round_to)
+        costs.append(getattr(cost.count(net, SIZE, architecture.gates(1.0) > 0.5), unit))
+    return net, architecture, target, costs
+
+
+@pytest.mark.parametrize(
+    ("name", "round_to", "unit"), [("vgg_digits", 4, "macs"), ("resnet_digits", 1, "params"), ("supernet_digits", 1, "macs")]
+)
+def test_rounds_of_taylor_end_at_the_exact_budget(name, round_to, unit):
+    net, architecture, target, costs = searched(name, round_to, unit)
+    allowed = [target.on_the_way(number / taylor.ROUNDS) for number in range(1, taylor.ROUNDS)]
+    assert all(found <= budget.most for found, budget in zip(costs, allowed, strict=True)) and costs == sorted(costs, reverse=True)
+    last = taylor.strength(net, SIZE, architecture, unit)
+    keep = selection.select(net, SIZE, last, target, round_to)
+    assert target.missed(net, SIZE, keep) is None
+    assert all(int(part.sum()) % round_to == 0 for part in net.by_site(keep).values())
+
+
+def test_what_closed_later_ranks_above_what_closed_before():
+    torch.manual_seed(0)
+    net = nets.build("vgg_digits", width=0.5)
+    architecture = Architecture(net.num_gates, hard=True)
+    target = selection.budget(ArchitectureSettings(criterion="taylor", target={"macs": "0.2x"}), net, SIZE)
+    masks = []
+    for number in (1, 4, 7):
+        with torch.no_grad():
+            architecture.alpha[architecture.alpha >= 0] = torch.rand(int((architecture.alpha >= 0).sum()))
+        taylor.close(net, SIZE, architecture, target, number, 1)
+        masks.append(architecture.alpha.detach() >= 0)
+    alpha = architecture.alpha.detach()
+    assert alpha[~masks[0]].max() < alpha[masks[0] & ~masks[1]].min() <= alpha[masks[1] & ~masks[2]].max() < 0
+
+
+def test_hard_gates_are_exact_and_pass_their_gradient_on():
+    architecture = Architecture(3, hard=True)
+    with torch.no_grad():
+        architecture.alpha.copy_(torch.tensor([0.3, 0.0, -0.7]))
+    gates = architecture.gates(5.0)
+    gates.backward(torch.tensor([1.0, 2.0, 3.0]))
+    assert gates.tolist() == [1, 1, 0] and architecture.alpha.grad.tolist() == [1, 2, 3]
+    taylor.Squares(architecture).step()
+    assert torch.allclose(architecture.alpha, torch.tensor([1.3, 4.0, -0.7]))
+
+
+@pytest.mark.parametrize(("steps", "cycle"), [(1, 2), (7, 2), (60, 2), (64, 4), (1000, 2)])
+def test_each_round_has_a_whole_cycle(steps, cycle):
+    ends = {step: number for step in range(steps) if (number := taylor.due(step, steps, cycle)) is not None}
+    assert list(ends.values()) == sorted(set(ends.values())) and all(1 <= number < taylor.ROUNDS for number in ends.values())
+    edges = [0, *ends, max(steps, cycle)]
+    assert all(later - earlier >= cycle for earlier, later in itertools.pairwise(edges))
+
+
+def test_gradients_with_a_mean_stand_out_of_noise_and_others_do_not():
+    torch.manual_seed(0)
+    sums = None
+    for batch in range(signal.BATCHES):
+        gradient = 1e-4 * torch.randn(4000)
+        gradient[:1000] += 1e-3 + 2e-4
+        sums = signal.add(sums, gradient)
+        if batch == 3:
+            assert torch.equal(sums, signal.add(sums, torch.full((4000,), torch.inf)))
+    assert int(sums[0, 0]) == signal.BATCHES
+    assert signal.share(sums[:, :1000]) == 1 and 0.03 < signal.share(sums[:, 1000:]) < 0.08
