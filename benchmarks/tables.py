@@ -13,7 +13,11 @@ KEY = ("network", "image_size", "width", "multiple", "batch", "step")
 WORK = ("network", "image_size", "width", "multiple", "step", "who")
 # What a row means that does not say it.
 UNSAID = {"multiple": 1}
-NAMES = {"multiple": "multiples of channels", "cudnn_benchmark": "cudnn. benchmark", "images_per_second": "images/s", "memory_bytes": "memory, GB"}
+NAMES = {"multiple": "multiples of channels"} | {
+    "cudnn_benchmark": "cudnn. benchmark",
+    "images_per_second": "images/s",
+    "memory_bytes": "memory, GB",
+}
 
 
 def write_results(out: Path, results: dict[str, dict]) -> None:

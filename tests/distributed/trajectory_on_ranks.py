@@ -3,8 +3,9 @@ batches, for each case in turn.
 
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
 evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
-checkpointing, compile, double, eager (no CUDA graphs), last (channels_last memory) and shared: the smallest parameter and block are
-shared out and gathered too, where a backend does so.
+checkpointing, compile, double, eager (no CUDA graphs), last (channels_last memory), shared: the smallest parameter and block are
+shared out and gathered too, where a backend does so, and apart: other batches, for which no activation of resnet_digits is so near
+the kink of a ReLU (4e-6) that rounding decides on which side it is.
 """
 
 import gc
@@ -153,7 +154,8 @@ def _left_in_memory(trained) -> int:
 
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    assert not set(extras) - {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw"}
+    known = {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw", "apart"}
+    assert not set(extras) - known
     fix_statistics(statistics == "fixed")
     _configure(context, extras)
     dtype = torch.float64 if "double" in extras else torch.float32
@@ -171,7 +173,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     for phase, steps in STEPS.items():
         trained = context.wrap(network, sgd, momentum, training)
         for step in range(steps):
-            batch = _batch(context, count, mine, dtype)
+            batch = _batch(context, count + (192 if "apart" in extras else 0), mine, dtype)
             trained.set_rate(sgd.lr / (1 + count))
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)

@@ -9,7 +9,7 @@ from jpegs import drawn, jpeg
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.data import device, nvjpeg
-from dnal_dist.data.decoding import decode, read_header
+from dnal_dist.data.decoding import ImageError, decode, read_header
 from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
