@@ -4,19 +4,23 @@ import json
 import runpy
 import sys
 
+import pytest
+
 CELL = [
-    *("--networks", "vgg", "--budgets", "0.5", "--seeds", "0", "--methods", "learned", "l1", "--only", "vgg", "0"),
-    *("phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "data.global_batch=32", "data.workers=0"),
-    *("architecture.recalibration_batches=2", "tracking.plots=false"),
+    *("--methods", "learned", "taylor", "long", "l1", "--networks", "vgg", "--budgets", "0.5"),
+    *("--seeds", "0", "--only", "vgg", "0", "--side", "8", "--epochs", "0.1", "0.2", "0.1", "--images", "320"),
+    *("data.global_batch=16", "data.workers=0", "architecture.recalibration_batches=2"),
 ]
 
 
 def test_a_cell_of_the_pareto_benchmark_meets_its_budget(digits, tmp_path, monkeypatch):
-    shards = [f"data.{split}={digits}/{split}-*.tar" for split in ("train", "val")]
-    monkeypatch.setattr(sys, "argv", ["pareto.py", *CELL, *shards, "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["pareto.py", *CELL, "--data", str(digits), "--output", str(tmp_path)])
     monkeypatch.syspath_prepend("benchmarks")
     runpy.run_path("benchmarks/pareto.py", run_name="__main__")
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [r["method"] for r in results] == ["full", "learned", "l1"]
-    assert {r["steps"] for r in results} == {8} and all(0 <= r["accuracy"] <= 1 for r in results)
-    assert all(0.495 * r["full_macs"] <= r["macs"] <= 0.5 * r["full_macs"] for r in results[1:])
+    found = {r["method"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert list(found) == ["learned", "taylor", "long", "l1"]
+    assert all(r["milliseconds"]["64"] > 0 and 0 <= r["accuracy"] <= 1 for r in found.values())
+    assert all(0.495 * r["full_macs"] <= r["macs"] <= 0.5 * r["full_macs"] for r in found.values())
+    assert {r["steps"] for method, r in found.items() if method != "long"} == {8}
+    assert found["long"]["training_macs"] == pytest.approx(found["learned"]["training_macs"], rel=0.06)
+    assert found["l1"]["training_macs"] < found["learned"]["training_macs"]
