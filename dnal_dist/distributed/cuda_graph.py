@@ -1,6 +1,7 @@
 """A forward and backward pass as one CUDA graph: a launch instead of thousands, where the GPU would wait for Python."""
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,9 @@ class CudaGraph:
                 for number in range(WARM_UP):
                     if number + 1 == WARM_UP:
                         # What waits for the device cannot be captured. It fails here: a capture that fails cannot be cleaned up.
-                        torch.cuda.set_sync_debug_mode("error")
+                        with warnings.catch_warnings():
+                            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+                            torch.cuda.set_sync_debug_mode("error")
                     compute(*self.inputs)
                     for parameter in network.parameters():
                         parameter.grad = None

@@ -42,7 +42,8 @@ class Replicated(Trained):
         """Let DDP arrange its buckets again now, as it does once after the first backward pass. Three processes or more sum in an
         order that depends on the buckets, and a resumed run would sum its first step otherwise than the one that went on."""
         own = self.module.__dict__.get("forward")
-        self.module.forward = lambda _: sum((p * 0).sum() for p in self.module.parameters())
+        # Gradients in the parameters' own layout, or DDP warns of each.
+        self.module.forward = lambda _: sum((p * torch.zeros_like(p)).sum() for p in self.module.parameters())
         for _ in range(2):
             # On a GPU, DDP fails without an argument.
             network(torch.zeros((), device=self.options.device)).backward()

@@ -10,6 +10,7 @@ the kink of a ReLU (4e-6) that rounding decides on which side it is.
 
 import gc
 import traceback
+import warnings
 import weakref
 
 import torch
@@ -28,6 +29,8 @@ from dnal_dist.search import schedule
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
+# DDP says so of gradients that it has to copy into its buckets.
+warnings.filterwarnings("error", message="Grad strides do not match")
 BATCH, DELTA = 12, 3.0
 STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
 
