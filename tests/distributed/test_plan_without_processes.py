@@ -18,8 +18,9 @@ RECIPE, DIGITS = "recipes/proxyless.yaml", "recipes/digits.yaml"
 
 
 def test_tables_are_printed_whole(capsys):
-    code, out, _ = called(plan.main, capsys, RECIPE, "--ranks", 64, "--device-memory", "80GB")
-    assert code == 0 and all(backend in out for backend in estimate.BACKENDS) and "1 x 6" in out
+    words = ("recipes/resnet56_cifar.yaml", "data.global_batch=384", "--ranks", 64, "--device-memory", "30MB")
+    code, out, _ = called(plan.main, capsys, *words)
+    assert code == 0 and all(backend in out for backend in estimate.BACKENDS) and "2 x 3" in out
 
 
 def test_json_adds_up(capsys):
@@ -102,7 +103,7 @@ def test_nothing_takes_memory():
             return out
 
     with NothingLarge():
-        estimate.plan(recipe.load(RECIPE), 64, 10**10)
+        estimate.plan(recipe.load("recipes/resnet56_cifar.yaml"), 64, 10**10)
 
 
 def test_a_single_process_sends_nothing_to_another():
