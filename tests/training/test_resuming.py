@@ -10,8 +10,7 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.training import stopping
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize(("which", "when"), [(0, "before"), (0, "after"), (1, "before"), (2, "after"), (3, "before"), (4, "after")])
 def test_a_run_killed_around_a_checkpoint_records_nothing_twice(train_here, short, digits, tmp_path, which, when):
     """Records of the next phase carry the same global step as the checkpoint it begins with. The five checkpoints of a short run
     are those at its start and at the ends of its phases; killed before the first, it starts again."""
@@ -26,7 +25,7 @@ def test_a_run_killed_around_a_checkpoint_records_nothing_twice(train_here, shor
     assert (anew in ended.out) == (which == 0 and when == "before")
 
 
-@pytest.mark.parametrize("left", ["metrics.jsonl", "metrics.jsonl and an empty recipe.yaml", "half a recipe.yaml"])
+@pytest.mark.parametrize("left", ["metrics.jsonl", "half a recipe.yaml"])
 def test_a_run_killed_at_its_start_starts_again(train_here, digits, tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()
