@@ -193,3 +193,8 @@ def resolves(name: str) -> bool:
             found = getattr(found, attribute, None)
         return found is not None
     return False
+
+
+def test_the_claim_of_the_readme_is_the_first_line_of_the_pareto_page():
+    claim = TEXT[Path("docs/pareto.md")].split("\n\n")[1]
+    assert len(claim) > 80 and f"\n{claim}\n" in TEXT[Path("README.md")]

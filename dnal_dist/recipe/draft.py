@@ -235,6 +235,7 @@ phases:
   distillation: {{weight: 0.5, temperature: 2.0}}
 architecture:
   target: {{macs: {budget}}}  # 300M or 1.2G are MACs in numbers, {{params: 2M}} counts parameters
+  criterion: taylor  # channels close in rounds, by the gradients of their gates; alpha is the method's own, with what follows
   # Gates that harden gently, and a price that goes with the square root of what a channel costs, suit budgets.
   optimizer: {{lr: 0.05}}
   delta_start: 3

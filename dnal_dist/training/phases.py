@@ -134,11 +134,14 @@ def check_signal(run: Run, gradient: Tensor, step: int, total: int) -> None:
     run.signal = None
     run.log.record("signal", phase="search", step=step + 1, batches=batches, significant=round(share, 6))
     if share < signal.BLIND and batches >= signal.LEAST and not run.architecture.hard:
-        rate, first = phase.optimizer.lr, run.recipe.phases.pretrain.optimizer.lr
+        first, rate, remedies = run.recipe.phases.pretrain, phase.optimizer.lr, ["use architecture.criterion=taylor with a target"]
+        if rate < first.optimizer.lr:
+            remedies.append(f"give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of pretrain ({first.optimizer.lr:g})")
+        if first.iterations(run.train.steps_per_epoch):
+            remedies.append("shorten key 'phases.pretrain'")
         run.log.warn(
-            f"the search is nearly blind: the gradients of {share:.1%} of the gates stand out of noise over {batches} batches, 5% "
-            f"would by chance, since the weights have converged; give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of "
-            f"pretrain ({first:g}), shorten key 'phases.pretrain', or use architecture.criterion=taylor with a target"
+            f"the search sees little: the gradients of {share:.1%} of the gates stand out of noise over {batches} batches, "
+            f"5% would by chance, as where the weights have converged; {', or '.join(remedies)}"
         )
 
 
