@@ -4,7 +4,7 @@ python -m dnal_dist.latency runs/digits
 python -m dnal_dist.latency runs/digits --batch 1,32 --threads 1,2 --runtime eager,compile,onnx,openvino
 python -m dnal_dist.latency some/export --runtime onnx,pt2  its own files, without the run
 python -m dnal_dist.latency resnet56_cifar                 a recipe: the full network alone
-python -m dnal_dist.latency resnet56_cifar --profile resnet56.json --runtime onnx --check 20
+python -m dnal_dist.latency resnet56_cifar architecture.round_to=8 --profile resnet56.json --runtime onnx --check 20
                                                            the times of its layers, for architecture.target.latency
 
 The networks take turns, so that what else the machine does meets all of them.
@@ -43,6 +43,7 @@ def main() -> None:
         prog="python -m dnal_dist.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=argument, metavar="RUN|EXPORT|RECIPE", help="a finished run, an export, or a recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe, as `dnal_dist.train` takes them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=_numbers, default=[1], metavar="N,N", help="images at a time (1)")
     parser.add_argument("--threads", type=_numbers, default=[1], metavar="N,N", help="of the CPU (1)")
@@ -60,7 +61,7 @@ def main() -> None:
         "--check", type=int, default=0, metavar="N", help="with --profile: so many random compact networks, predicted and measured"
     )
     parser.add_argument("--json", action="store_true", help="print an object")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.device == "cuda" and (other := set(args.runtime or ()) - {"eager", "compile"}):
         raise InputError(f"--runtime {other.pop()}: it is measured on the CPU only; give eager or compile with --device cuda")
     import torch
@@ -73,7 +74,7 @@ def main() -> None:
     device = torch.device(args.device)
     if args.profile is not None:
         return _profile(args, device)
-    made, network, image_size, runtimes = _networks(Path(args.path), args.runtime, args.device)
+    made, network, image_size, runtimes = _networks(Path(args.path), args.overrides, args.runtime, args.device)
     lines, rows = list(itertools.product(args.batch, args.threads, runtimes)), []
     with Console(stderr=True).status("") as status:
         measured = latency.measure(made, image_size, device, lines, args.seconds)
@@ -101,7 +102,7 @@ def _profile(args: argparse.Namespace, device) -> None:
     from dnal_dist.export import profile
 
     path = Path(args.path)
-    settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path)
+    settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, args.overrides)
     if max(len(args.batch), len(args.threads), len(args.runtime or [])) > 1:
         raise InputError("--profile: a table is of one batch, one number of threads and one runtime; give one of each")
     (batch,), (threads,), (runtime,) = args.batch, args.threads, args.runtime or ["eager"]
@@ -123,11 +124,13 @@ def _profile(args: argparse.Namespace, device) -> None:
         print(f"off by {statistics.median(sizes):.1%} in the median, {sizes[-1]:.1%} at most; {within} of {len(sizes)} within 5 %")
 
 
-def _networks(path: Path, runtimes: list[str] | None, device: str):
+def _networks(path: Path, overrides: list[str], runtimes: list[str] | None, device: str):
     """The networks to compare, the name of the full one, the image size, and the runtimes."""
     from dnal_dist import recipe
     from dnal_dist.export import compared
 
+    if path.is_dir() and overrides:
+        raise InputError(f"{overrides[0]}: {path} is measured as it is; give overrides to a recipe")
     if path.is_dir() and not (path / "recipe.yaml").exists():
         if not (path / "preprocessing.json").exists():
             raise InputError(f"{path}: is neither a run folder nor an export; give a recipe, a run's `output` or its export")
@@ -137,7 +140,7 @@ def _networks(path: Path, runtimes: list[str] | None, device: str):
             raise InputError(f"{path}: there is no model.onnx or model.xml; name --runtime eager or pt2, if the export is your own")
         return *compared.of_export(path, bool({"eager", "compile"} & set(runtimes))), runtimes
     run = path if path.is_dir() else None
-    settings = recipe.load(path if run is None else path / "recipe.yaml")
+    settings = recipe.load(path if run is None else path / "recipe.yaml", overrides)
     return compared.of_recipe(settings, run), settings.model.name, settings.data.image_size, runtimes or ["eager"]
 
 

@@ -4,6 +4,7 @@ Every time is a ratio to a reference that is run right before it, times the refe
 or has other work, slows both.
 """
 
+import importlib.metadata
 import statistics
 import tempfile
 import time
@@ -51,6 +52,11 @@ class Bench:
         if runtime == "onnx":
             self.call = min(self.times(self.runner(nn.Linear(1, 1), (1,)), 10 * SECONDS))
 
+    def facts(self) -> dict[str, str | int]:
+        """What tables of other such facts do not hold for."""
+        where = latency.device_name(self.device)
+        return {"device": where, "runtime": self.runtime, "batch": self.batch, "threads": self.threads}
+
     def runner(self, module: nn.Module, shape: tuple[int, ...]) -> Callable:
         images = torch.randn(self.batch, *shape, device=self.device)
         module = module.eval().to(self.device)
@@ -85,6 +91,12 @@ class Bench:
         run()
         latency.wait(self.device)
         return self.clock() - start
+
+
+def versions(runtime: str) -> dict[str, str]:
+    """Of what computes in a runtime."""
+    names = ["torch"] + ["onnxruntime"] * (runtime == "onnx")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _cell(layer: nn.Module, norm: bool) -> nn.Module:
@@ -134,9 +146,9 @@ def table(network: dict, net: GatedNetwork, image_size: int, bench: Bench, round
         for kind, ratios in grids.items():
             seconds = [[ratio * bench.unit for ratio in row] for row in ratios.seconds]
             grids[kind] = ratios.model_copy(update={"seconds": seconds})
-        where = latency.device_name(bench.device)
-        facts = {"device": where, "runtime": bench.runtime, "batch": bench.batch, "threads": bench.threads}
-        found = Table(network=network, kinds=grids, layers=kinds, **facts)
+        found = Table(
+            network=network, kinds=grids, layers=kinds, round_to=round_to, versions=versions(bench.runtime), **bench.facts()
+        )
         rows = list(checked(found, net, image_size, bench, NETWORKS, round_to, 0, tell))
         return _fitted(found, net, rows)
 
@@ -255,12 +267,13 @@ def _fitted(found: Table, net: GatedNetwork, rows: list[tuple[Tensor, float, flo
 
 def kept(path: Path, settings: recipe.Recipe, net: GatedNetwork, bench: Bench, tell: Callable[[str], None]) -> tuple[Table, bool]:
     """The table in a file, or measured and written there; and whether it was. Raises InputError, also for another table there."""
-    where = latency.device_name(bench.device)
     if path.exists():
-        found = timing.load(str(path), settings.network)
-        own = {"device": where, "runtime": bench.runtime, "batch": bench.batch, "threads": bench.threads}
+        found = timing.load(str(path), settings.network, settings.architecture.round_to)
+        own = {**bench.facts(), "versions": versions(bench.runtime)}
         if other := next((name for name, value in own.items() if getattr(found, name) != value), None):
-            raise InputError(f"--profile {path}: holds a table of {other} {getattr(found, other)}; name another file, or remove it")
+            there = getattr(found, other)
+            text = ", ".join(f"{name} {version}" for name, version in there.items()) if isinstance(there, dict) else there
+            raise InputError(f"--profile {path}: holds a table of {other} {text or 'unknown'}; name another file, or remove it")
         return found, False
     found = table(settings.network, net, settings.data.image_size, bench, settings.architecture.round_to, tell)
     try:

@@ -96,7 +96,7 @@ def budget(settings, net: GatedNetwork, image_size: int, network: dict | None = 
     if settings.target is None:
         return None
     chosen = settings.target.chosen
-    table = timing.load(settings.target.table, network or {}) if "latency" in dict(chosen) else None
+    table = timing.load(settings.target.table, network or {}, settings.round_to) if "latency" in dict(chosen) else None
     first, *others = [_budget(settings, net, image_size, unit, text, table) for unit, text in chosen]
     return first._replace(others=tuple(others))
 

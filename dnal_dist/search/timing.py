@@ -82,6 +82,10 @@ class Table(BaseModel):
     runtime: str
     batch: int = Field(ge=1)
     threads: int = Field(ge=1)
+    round_to: int = Field(1, ge=1)
+    """Where it is a multiple of ALIGNED, only multiples of it were timed."""
+    versions: dict[str, str] = {}
+    """Of the libraries that computed."""
     kinds: dict[str, Grid]
     layers: list[str]
     """The kind of each layer of the network, in forward order."""
@@ -114,8 +118,9 @@ class Table(BaseModel):
         return total
 
 
-def load(path: str, network: dict) -> Table:
-    """The table in a file, of the network that recipes build by `network`. Raises InputError."""
+def load(path: str, network: dict, round_to: int | None = None) -> Table:
+    """The table in a file, of the network that recipes build by `network`, whose sites keep multiples of `round_to`. Raises
+    InputError."""
     key = f"key 'architecture.target.table': {path}"
     again = "write it by python -m dnal_dist.latency RECIPE --profile FILE"
     try:
@@ -129,4 +134,9 @@ def load(path: str, network: dict) -> Table:
         raise InputError(f"{key}: lacks the times of some layers; {again}")
     if other := next((name for name in network if table.network.get(name) != network[name]), None):
         raise InputError(f"{key}: measured for {other} {table.network.get(other)!r}, not {network[other]!r}; {again}")
+    if table.round_to % ALIGNED == 0 and round_to is not None and round_to % ALIGNED:
+        raise InputError(
+            f"key 'architecture.round_to': {round_to}, but {path} knows the times of multiples of {table.round_to} channels only; "
+            f"set it to a multiple of {ALIGNED}, or {again}"
+        )
     return table

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from in_process import called
 
 from dnal_dist import latency as door
@@ -26,11 +27,17 @@ def test_a_table_has_every_layer_and_predicts(runtime, quick, tmp_path, capsys, 
     assert len(found["layers"]) == 7 and set(found["layers"]) == set(found["kinds"])
     kind = found["kinds"]["conv 32-64 3x3/1 of 4x4 with norm"]
     assert kind["inputs"] == [1, 15, 16, 31, 32] and kind["outputs"] == [1, 31, 32, 63, 64]
+    assert found["round_to"] == 1 and torch.__version__.startswith(found["versions"]["torch"])
     code, out, _ = called(door.main, capsys, *words[:-2])
     assert code == 0 and "there already" in out
+    (tmp_path / "older.json").write_text(json.dumps(found | {"versions": {"torch": "2.0"}}))
+    code, _, err = called(door.main, capsys, "digits", "--profile", tmp_path / "older.json", *words[3:-2])
+    assert code == 2 and "holds a table of versions torch 2.0" in err
     other = "eager" if runtime == "onnx" else "onnx"
     code, _, err = called(door.main, capsys, *words[:3], "--runtime", other)
     assert code == 2 and f"holds a table of runtime {runtime}" in err
+    code, _, err = called(door.main, capsys, "digits", "model.name=resnet_digits", *words[1:-2])
+    assert code == 2 and "measured for name 'vgg_digits', not 'resnet_digits'" in err
 
 
 def test_layers_of_groups_are_timed_by_their_outputs():
