@@ -110,7 +110,7 @@ def assert_gone(session: int) -> None:
 
 def test_ctrl_c_ends_all_processes_and_the_same_command_continues(tmp_path):
     folder, apart = tmp_path / "shards", tmp_path / "apart"
-    drawn = ["synthetic", "--classes", "5", "--train", "1200", "--val", "50", "--size", "100", "--shard-samples", "100"]
+    drawn = ["synthetic", "--classes", "5", "--train", "600", "--val", "50", "--size", "64", "--shard-samples", "50"]
     command = [sys.executable, "-m", "data_tools.make_shards", *drawn]
     # Where the tests themselves run in the background of a shell, Ctrl-C is ignored, and that would be handed on.
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731

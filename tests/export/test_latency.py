@@ -16,11 +16,11 @@ from dnal_dist.nets import cost
 
 
 def test_a_run_is_compared_with_the_full_and_an_evenly_thinned_network(exported, capsys):
-    code, out, _ = called(door.main, capsys, exported, "--batch", "1,2", "--runtime", "eager,onnx", "--seconds", "0", "--json")
+    code, out, _ = called(door.main, capsys, exported, "--batch", "2", "--runtime", "eager,onnx", "--seconds", "0", "--json")
     found = json.loads(out)
     assert code == 0 and found["device"] and found["macs"]["full"] == 2_415_872
     assert found["macs"]["even"] <= found["macs"]["compact"] < found["macs"]["full"]
-    assert [(row["batch"], row["runtime"]) for row in found["rows"]] == [(b, r) for b in (1, 2) for r in ("eager", "onnx")]
+    assert [(row["batch"], row["runtime"]) for row in found["rows"]] == [(2, "eager"), (2, "onnx")]
     for row in found["rows"]:
         assert row["median"].keys() == found["macs"].keys() and all(seconds > 0 for seconds in row["median"].values())
         assert row["faster"].keys() == {"compact", "even"} and all(ratio > 0 for ratio in row["faster"].values())
