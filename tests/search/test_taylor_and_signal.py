@@ -1,15 +1,17 @@
 """Criterion taylor closes channels in rounds, to the exact budget; the t-test of the signal tells gradients from noise."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dnal_dist import nets
+from dnal_dist import nets, recipe
 from dnal_dist.nets import cost
 from dnal_dist.recipe import ArchitectureSettings
-from dnal_dist.search import selection, signal, taylor
+from dnal_dist.search import schedule, selection, signal, taylor
 from dnal_dist.search.architecture import Architecture
+from dnal_dist.training import phases
 
 SIZE = 8
 
@@ -89,3 +91,30 @@ def test_gradients_with_a_mean_stand_out_of_noise_and_others_do_not():
             assert torch.equal(sums, signal.add(sums, torch.full((4000,), torch.inf)))
     assert int(sums[0, 0]) == signal.BATCHES
     assert signal.share(sums[:, :1000]) == 1 and 0.03 < signal.share(sums[:, 1000:]) < 0.08
+
+
+class Log:
+    def __init__(self):
+        self.recorded, self.warned = [], []
+
+    def record(self, kind, **values):
+        self.recorded.append((kind, values["batches"]))
+
+    def warn(self, message):
+        self.warned.append(message)
+
+
+@pytest.mark.parametrize(("mean", "rate", "hard"), [(0.0, 0.02, False), (0.0, 0.05, False), (5.0, 0.02, False), (0.0, 0.02, True)])
+def test_a_search_without_a_signal_warns_once_and_names_what_helps(mean, rate, hard):
+    torch.manual_seed(0)
+    settings = recipe.load("digits", [f"phases.search.optimizer.lr={rate}"])
+    run = SimpleNamespace(recipe=settings, signal=None, log=Log(), architecture=Architecture(200, hard))
+    run.train = SimpleNamespace(steps_per_epoch=22)
+    phase = settings.phases.search
+    for step in range(200):
+        if schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
+            phases.check_signal(run, mean + torch.randn(200), step, 200)
+    assert run.log.recorded == [("signal", signal.BATCHES)] and run.signal is None
+    assert len(run.log.warned) == (mean == 0 and not hard)
+    for message in run.log.warned:
+        assert "criterion=taylor" in message and ("phases.search.optimizer.lr" in message) == (rate < 0.05)
