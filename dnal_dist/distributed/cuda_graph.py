@@ -17,7 +17,7 @@ class CudaGraph:
     of `network`'s parameters, which must be None before, and moves its statistics; so does each replay.
 
     A replay overwrites gradients instead of adding to them. What the passes keep in memory stays in `pool`, for other graphs of it
-    only: one of them runs at a time, so they need the memory of the largest.
+    only: one of them runs at a time, so they need the memory of the largest. While a further one is made, its passes run beside it.
     Raises RuntimeError if something in `compute` cannot be captured, torch.OutOfMemoryError, a kind of it, if memory is short.
     """
 

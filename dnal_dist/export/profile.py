@@ -4,7 +4,7 @@ Every time is a ratio to a reference that is run right before it, times the refe
 or has other work, slows both.
 """
 
-import importlib.metadata
+import importlib
 import statistics
 import tempfile
 import time
@@ -96,7 +96,7 @@ class Bench:
 def versions(runtime: str) -> dict[str, str]:
     """Of what computes in a runtime."""
     names = ["torch"] + ["onnxruntime"] * (runtime == "onnx")
-    return {name: importlib.metadata.version(name) for name in names}
+    return {name: importlib.import_module(name).__version__ for name in names}
 
 
 def _cell(layer: nn.Module, norm: bool) -> nn.Module:

@@ -137,6 +137,6 @@ def load(path: str, network: dict, round_to: int | None = None) -> Table:
     if table.round_to % ALIGNED == 0 and round_to is not None and round_to % ALIGNED:
         raise InputError(
             f"key 'architecture.round_to': {round_to}, but {path} knows the times of multiples of {table.round_to} channels only; "
-            f"set it to a multiple of {ALIGNED}, or {again}"
+            f"set it to {table.round_to}, or write another file by python -m dnal_dist.latency RECIPE --profile FILE"
         )
     return table

@@ -100,16 +100,19 @@ def architecture_step(
     weighted = penalty_weight * architecture.penalty(penalty, delta, cost_fraction)
     with span("backward"):
         (pushed,) = torch.autograd.grad(scaler.scale(weighted), alpha)
-    outcomes, gradient = [], torch.zeros_like(pushed)
+    outcomes, gradient = [], pushed
+    # With micro-batches weight steps have no graphs, whose memory these would take beside them.
+    passes = trained.passes if accumulation == 1 else lambda compute, _, inputs: compute(*inputs)
     for micro_batch in _micro_batches(images, labels, accumulation):
         gates = architecture.gates(delta)
-        found = trained.passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
+        found = passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
         gradient = gradient + torch.autograd.grad(gates, alpha, found.gradient)[0]
-        # The next micro-batch may be computed where this one's sums are.
+        # The next step may be computed where this one's sums are.
         outcomes.append(Outcome(found.loss.clone(), found.cross_entropy.clone(), found.correct.clone()))
     with span("sync"):
-        gradient = average_(gradient)
-        alpha.grad = gradient + pushed
+        # Together, so that alpha stays the same bit for bit on processes whose penalties round differently, as on GPUs.
+        alpha.grad = average_(gradient)
+        gradient = alpha.grad - pushed
     with span("optimizer"):
         scaler.unscale_(optimizer)
         if clip_norm is not None:

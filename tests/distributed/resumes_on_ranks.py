@@ -7,8 +7,8 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.training import phases, setup, state
 from dnal_dist.training.stopping import Stopped, StopPoll
 
-# In the middle of each phase; the search's step 0 is a weight step, its step 1 one of the architecture.
-STOPS = (2, 6, 15)
+# In the middle of each phase; in the search its alphas have momentum then.
+STOPS = (2, 9, 15)
 
 
 class StoppingPoll(StopPoll):

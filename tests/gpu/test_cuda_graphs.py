@@ -1,4 +1,4 @@
-"""A weight step as a CUDA graph is the step that it was captured from."""
+"""A step as a CUDA graph is the step that it was captured from."""
 
 import pytest
 

@@ -192,7 +192,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits,
     assert re.match(r"error: key 'data\.workers': a loader process died \(DataLoader worker \(.*\) .*\); lower it, or give", line)
 
 
-@pytest.mark.parametrize("whom", ["Ctrl-C to all", "SIGUSR1 to one process", "SIGKILL to the launcher"])
+@pytest.mark.parametrize("whom", ["Ctrl-C to all", "SIGTERM to the launcher", "SIGUSR1 to one process", "SIGKILL to the launcher"])
 def test_two_processes_stop_together(train_command, train_here, digits, tmp_path, whom):
     run = tmp_path / "run"
     changes = (*SMALL, "phases.pretrain.epochs=4", "phases.search.steps=4", "phases.finetune.steps=4")
@@ -208,6 +208,8 @@ def test_two_processes_stop_together(train_command, train_here, digits, tmp_path
     elif whom == "SIGUSR1 to one process":
         ranks = [one for one in processes if one.ppid() == process.pid and one.environ().get("RANK") == "1"]
         ranks[0].send_signal(signal.SIGUSR1)
+    elif whom == "SIGTERM to the launcher":
+        process.terminate()
     else:
         process.kill()
     # The ranks may outlive their launcher.
@@ -220,7 +222,7 @@ def test_two_processes_stop_together(train_command, train_here, digits, tmp_path
         err
     )
     # Between processes only one may have heard it.
-    assert stand.split(")")[0].split("(")[1] in ("SIGINT", "SIGUSR1", "a signal", "the launcher is gone")
+    assert stand.split(")")[0].split("(")[1] in ("SIGINT", "SIGTERM", "SIGUSR1", "a signal", "the launcher is gone")
     # The launcher shows where it was itself; the processes do not.
     assert "/train.py" not in err and "KeyboardInterrupt" not in err, err
     assert checkpoint.latest(run / "checkpoints")[1].state.global_step == last["step"]
