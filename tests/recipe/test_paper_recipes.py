@@ -34,7 +34,7 @@ PROXYLESS = [
     lambda e: half_cosine(0.05, 100 + e, 150),
     lambda e: half_cosine(0.05, 40 + e, 150),
 ]
-CIFAR = [lambda e: half_cosine(0.1, e, 160), lambda e: 0.01, lambda e: half_cosine(0.1, e, 160)]
+CIFAR = [lambda e: half_cosine(0.1, e, 160), lambda e: 0.1, lambda e: half_cosine(0.1, e, 160)]
 
 # network, epochs of each phase, global batch, weight decay, augmentation, learning rates, penalty weight
 PAD, CROP = ("pad_crop", 4), "resized_crop"
