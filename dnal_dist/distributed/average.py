@@ -67,14 +67,18 @@ class Average:
             one.copy_(before)
 
 
+def pooled(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (n,), over all processes from those of each, (world size, n), by the law of total variance."""
+    mean = means.mean(0)
+    return mean, ((variances + means**2).mean(0) - mean**2).clamp_min(0)
+
+
 def combined(every: Tensor, network: nn.Module) -> Tensor:
-    """The averaged buffers of all processes (world size, numbers) as those of one: mean of means, law of total variance."""
+    """The averaged buffers of all processes (world size, numbers) as those of one."""
     sizes = {name: buffer.numel() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
     parts = dict(zip(sizes, every.double().split(list(sizes.values()), dim=1), strict=True))
     found = []
     for name, part in parts.items():
-        found.append(part.mean(0))
-        if name.endswith("running_var"):
-            mean = parts[name.removesuffix("var") + "mean"]
-            found[-1] = (found[-1] + (mean**2).mean(0) - mean.mean(0) ** 2).clamp_min(0)
+        spread = name.endswith("running_var")
+        found.append(pooled(parts[name.removesuffix("var") + "mean"], part)[1] if spread else part.mean(0))
     return torch.cat(found).to(every.dtype)

@@ -93,12 +93,11 @@ def _statistics(run: Run) -> list[Tensor]:
 def _combine(statistics: Tensor, norms: list[tuple[str, _BatchNorm]], tensors: dict[str, Tensor]) -> None:
     """Write the combined running statistics of all processes (see Context.average_statistics) into `tensors`, from (world size,
     2 * features) numbers."""
-    mean, variance = statistics.double().chunk(2, dim=1)
-    variance = (variance + mean**2).mean(0) - mean.mean(0) ** 2
+    mean, variance = average.pooled(*statistics.double().chunk(2, dim=1))
     sizes = [norm.num_features for _, norm in norms]
-    for (key, _), m, v in zip(norms, mean.mean(0).split(sizes), variance.split(sizes), strict=True):
+    for (key, _), m, v in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
         tensors[f"{key}.running_mean"].copy_(m)
-        tensors[f"{key}.running_var"].copy_(v.clamp_min(0))
+        tensors[f"{key}.running_var"].copy_(v)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -56,22 +56,14 @@ def weight_step(
     return _sum(trained.step(functools.partial(_forward, trained), micro_batches, batch))
 
 
-class Passes(NamedTuple):
-    """Of an architecture step: sums over the images as in Outcome, and the gradient of the gates (N,)."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    correct: Tensor
-    gradient: Tensor
-
-
-def _passes(trained: Trained, batch: int, images: Tensor, labels: Tensor, gates: Tensor) -> Passes:
+def _passes(trained: Trained, batch: int, images: Tensor, labels: Tensor, gates: Tensor) -> Outcome:
+    """Of an architecture step: the sums over the images, and the gradient of the gates, (N,), in place of alpha's."""
     gates = gates.detach().requires_grad_()
     with frozen_statistics(trained.module):
         outcome = _forward(trained, trained.module, images, labels, gates)
     with span("backward"):
         (gradient,) = torch.autograd.grad(trained.options.scaler.scale(outcome.loss / batch), gates)
-    return Passes(outcome.loss.detach(), outcome.cross_entropy, outcome.correct, gradient)
+    return outcome._replace(loss=outcome.loss.detach(), gradient=gradient)
 
 
 @spanned("architecture step")
@@ -102,13 +94,12 @@ def architecture_step(
         (pushed,) = torch.autograd.grad(scaler.scale(weighted), alpha)
     outcomes, gradient = [], pushed
     # With micro-batches weight steps have no graphs, whose memory these would take beside them.
-    passes = trained.passes if accumulation == 1 else lambda compute, _, inputs: compute(*inputs)
+    passes = trained.passes if accumulation == 1 else functools.partial(Trained.passes, trained)
     for micro_batch in _micro_batches(images, labels, accumulation):
         gates = architecture.gates(delta)
         found = passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
         gradient = gradient + torch.autograd.grad(gates, alpha, found.gradient)[0]
-        # The next step may be computed where this one's sums are.
-        outcomes.append(Outcome(found.loss.clone(), found.cross_entropy.clone(), found.correct.clone()))
+        outcomes.append(found)
     with span("sync"):
         # Together, so that alpha stays the same bit for bit on processes whose penalties round differently, as on GPUs.
         alpha.grad = average_(gradient)
