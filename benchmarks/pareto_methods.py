@@ -1,5 +1,6 @@
 """The methods of pareto.py: what each trains, on images in memory, from its beginning to its end."""
 
+import copy
 import statistics
 import sys
 import time
@@ -157,6 +158,13 @@ class Bench:
             run.supernet.load_state_dict(self._pretrained.weights)
             run.momentum, run.state.global_step = self._pretrained.momentum, self._pretrained.steps
         run.state.phase, run.state.step = "search", 0
+        return self.taught(run)
+
+    def taught(self, run: phases.Run) -> phases.Run:
+        """With a teacher, if the recipe asks for one: for every method the network as pretrain left it."""
+        if run.recipe.phases.distillation is not None:
+            run.teacher = copy.deepcopy(run.supernet).eval().requires_grad_(False)
+            run.teacher.load_state_dict(self._pretrained.weights)
         return run
 
     def searched(self, method: str, share: float) -> tuple[phases.Run, Tensor]:
@@ -185,7 +193,9 @@ class Bench:
         return run
 
     def baseline(self, method: str, share: float, learned: dict) -> tuple[phases.Run, Tensor]:
-        run = self.from_pretrained(share) if method in ("l1", "random", "gamma") else self.assemble(share)
+        if self.settings(share).phases.distillation is not None and self._pretrained is None:
+            self.from_pretrained(share).close()
+        run = self.from_pretrained(share) if method in ("l1", "random", "gamma") else self.taught(self.assemble(share))
         net, side = run.supernet, self.form.side
         if method == "full":
             keep = masks.all_open(net)
@@ -196,20 +206,24 @@ class Bench:
             keep = selection.select(net, side, strength(net, method, self.seed), target)
         steps = None
         if method == "long":
-            a_step = 3 * run.recipe.data.global_batch * cost.count(net, side, keep).macs
+            teacher = cost.count(net, side).macs * (run.teacher is not None)
+            a_step = run.recipe.data.global_batch * (3 * cost.count(net, side, keep).macs + teacher)
             steps = max(1, round(learned["training_macs"] / a_step))
         return self.trained(run, keep, steps), keep
 
     def training_macs(self, method: str, run: phases.Run, macs: int, full: int) -> int:
-        """MACs of the whole training: a weight step three times the forward pass's, an architecture step twice."""
+        """MACs of the whole training: a weight step three times the forward pass's, an architecture step twice, and a teacher's
+        forward pass in each that has one."""
         settings, batch = run.recipe.phases, run.recipe.data.global_batch
         first = settings.pretrain.steps * (not self.args.given)
+        taught = full * (run.teacher is not None)
+        finetune = (3 * macs + taught) * settings.finetune.steps
         if method in SEARCHED:
             search = settings.search
             gates = schedule.architecture_steps(search.steps, search.weight_steps, search.architecture_steps)
-            return batch * (full * (3 * (first + search.steps - gates) + 2 * gates) + 3 * macs * settings.finetune.steps)
+            return batch * (full * (3 * (first + search.steps - gates) + 2 * gates) + taught * search.steps + finetune)
         first *= method in ("l1", "random", "gamma")
-        return 3 * batch * (full * first + macs * settings.finetune.steps)
+        return batch * (3 * full * first + finetune)
 
 
 def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:

@@ -10,6 +10,8 @@ CELL = [
     *("--methods", "learned", "taylor", "long", "l1", "--networks", "vgg", "--budgets", "0.5"),
     *("--seeds", "0", "--only", "vgg", "0", "--side", "8", "--epochs", "0.1", "0.2", "0.1", "--images", "320"),
     *("data.global_batch=16", "data.workers=0", "architecture.recalibration_batches=2"),
+    # Extras that all methods get.
+    *("phases.distillation={weight: 0.5, temperature: 2}", "phases.finetune.ema=0.9", "phases.finetune.label_smoothing=0.1"),
 ]
 
 

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "tracking": {"common", "report", "distributed"},
     "export": {"common", "recipe", "nets", "search", "data", "distributed", "report"},
     "training": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "report", "tracking", "export"},
-    "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "tracking", "training"},
+    "doctor": {"common", "recipe", "nets", "search", "data", "distributed", "checkpoint", "report", "tracking", "training"},
     "chaos": {"common", "recipe", "nets", "report", "checkpoint", "training"},
 }
 

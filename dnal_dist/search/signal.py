@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dnal_dist.recipe import Recipe
+
 # Batches of the test; fewer than LEAST are no ground for a warning.
 BATCHES, LEAST = 40, 20
 # By chance 5 % of the gates have such a t, in absolute value. With 5 to 17 % alphas chose worse than criterion taylor
@@ -26,3 +28,21 @@ def share(sums: Tensor) -> float:
     number, mean, spread = sums
     error = (spread / (number - 1).clamp_min(1) / number).sqrt()
     return float((mean.abs() > HIGH * error).float().mean())
+
+
+def blindness(settings: Recipe, significant: float, batches: int) -> tuple[str, list[str]] | None:
+    """What a search by alpha does not see, given the test's share of the gates and number of batches, and what helps; None where it
+    sees enough, cannot tell, or does not need it."""
+    if significant >= BLIND or batches < LEAST or settings.architecture.criterion == "taylor":
+        return None
+    first, rate, remedies = (
+        settings.phases.pretrain,
+        settings.phases.search.optimizer.lr,
+        ["use architecture.criterion=taylor with a target"],
+    )
+    if rate < first.optimizer.lr:
+        remedies.append(f"give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of pretrain ({first.optimizer.lr:g})")
+    if first.epochs or first.steps:
+        remedies.append("shorten key 'phases.pretrain'")
+    found = f"the gradients of {significant:.1%} of the gates stand out of noise over {batches} batches, 5% would by chance"
+    return f"{found}, as where the weights have converged", remedies

@@ -133,16 +133,8 @@ def check_signal(run: Run, gradient: Tensor, step: int, total: int) -> None:
     batches, share = int(run.signal[0, 0]), signal.share(run.signal)
     run.signal = None
     run.log.record("signal", phase="search", step=step + 1, batches=batches, significant=round(share, 6))
-    if share < signal.BLIND and batches >= signal.LEAST and not run.architecture.hard:
-        first, rate, remedies = run.recipe.phases.pretrain, phase.optimizer.lr, ["use architecture.criterion=taylor with a target"]
-        if rate < first.optimizer.lr:
-            remedies.append(f"give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of pretrain ({first.optimizer.lr:g})")
-        if first.iterations(run.train.steps_per_epoch):
-            remedies.append("shorten key 'phases.pretrain'")
-        run.log.warn(
-            f"the search sees little: the gradients of {share:.1%} of the gates stand out of noise over {batches} batches, "
-            f"5% would by chance, as where the weights have converged; {', or '.join(remedies)}"
-        )
+    if blind := signal.blindness(run.recipe, share, batches):
+        run.log.warn(f"the search sees little: {blind[0]}; {', or '.join(blind[1])}")
 
 
 @spanned("finetune")

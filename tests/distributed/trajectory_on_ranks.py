@@ -4,10 +4,11 @@ batches, for each case in turn.
 A case is network:weight_steps:architecture_steps:statistics, statistics being batch (BatchNorm as usual) or fixed (as in
 evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
 checkpointing, compile, double, eager (no CUDA graphs), last (channels_last memory), shared: the smallest parameter and block are
-shared out and gathered too, where a backend does so, and apart: other batches, for which no activation of resnet_digits is so near
-the kink of a ReLU (4e-6) that rounding decides on which side it is.
+shared out and gathered too, where a backend does so, taylor: that criterion in place of alpha, and apart: other batches, for which
+no activation of resnet_digits is so near the kink of a ReLU (4e-6) that rounding decides on which side it is.
 """
 
+import functools
 import gc
 import traceback
 import warnings
@@ -24,14 +25,14 @@ from user_networks import Mixed
 from dnal_dist import nets
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact, masks
-from dnal_dist.recipe import SGD, Training
-from dnal_dist.search import schedule
+from dnal_dist.recipe import SGD, ArchitectureSettings, Training
+from dnal_dist.search import schedule, selection, taylor
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
 # DDP says so of gradients that it has to copy into its buckets.
 warnings.filterwarnings("error", message="Grad strides do not match")
-BATCH, DELTA = 12, 3.0
+BATCH, SIDE, DELTA = 12, 8, 3.0
 STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
 
 
@@ -78,19 +79,29 @@ def _training(extras: list[str]) -> Training:
 def _batch(context: Context, number: int, mine: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's part of a batch."""
     generator = torch.Generator().manual_seed(number)
-    images = torch.randn(BATCH, 3, 8, 8, generator=generator)[mine]
+    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)[mine]
     labels = torch.randint(0, 10, (BATCH,), generator=generator)[mine]
     return images.to(context.device, dtype, memory_format=context.memory_format), labels.to(context.device)
 
 
-def _keep(context: Context, net: nets.GatedNetwork, alpha: torch.Tensor) -> torch.Tensor:
-    """A keep mask, cut between two alphas that are well apart, so that the last bit of neither decides."""
+def _keep(context: Context, net: nets.GatedNetwork, architecture: Architecture) -> torch.Tensor:
+    """A keep mask: by criterion taylor that of the budget, else cut between two alphas that are well apart, so that the last bit of
+    neither decides."""
+    alpha = architecture.alpha.detach()
+    if architecture.hard:
+        keep = selection.select(net, SIDE, taylor.strength(net, SIDE, architecture, "macs"), _budget(net))
+        context.agree("the keep mask", net.by_site(keep))
+        return keep
     ordered = alpha.sort().values
     gaps = ordered.diff()[len(ordered) // 3 : len(ordered) // 2]
     cut = len(ordered) // 3 + int(gaps.argmax())
     keep, _ = masks.rescue(net, alpha > (ordered[cut] + ordered[cut + 1]) / 2, alpha)
     context.agree("the keep mask", net.by_site(keep))
     return keep
+
+
+def _budget(net: nets.GatedNetwork) -> selection.Budget:
+    return selection.budget(ArchitectureSettings(criterion="taylor", target={"macs": "0.3x"}, tolerance=0.05), net, SIDE)
 
 
 def _configure(context: Context, extras: list[str]) -> None:
@@ -105,9 +116,10 @@ def _configure(context: Context, extras: list[str]) -> None:
 class Alpha:
     """The architecture with its optimiser, and all that a weight step must leave alone."""
 
-    def __init__(self, gates: int, context: Context, dtype: torch.dtype):
-        self.architecture = Architecture(gates).to(context.device, dtype)
-        self.optimizer = torch.optim.SGD(self.architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
+    def __init__(self, gates: int, hard: bool, context: Context, dtype: torch.dtype):
+        self.architecture = Architecture(gates, hard).to(context.device, dtype)
+        learning = functools.partial(torch.optim.SGD, self.architecture.parameters(), 0.05, 0.9, weight_decay=1e-3)
+        self.optimizer = taylor.Squares(self.architecture) if hard else learning()
 
     def state(self) -> list[torch.Tensor]:
         buffers = (state["momentum_buffer"] for state in self.optimizer.state.values())
@@ -157,7 +169,7 @@ def _left_in_memory(trained) -> int:
 
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    known = {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw", "apart"}
+    known = {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw", "taylor", "apart"}
     assert not set(extras) - known
     fix_statistics(statistics == "fixed")
     _configure(context, extras)
@@ -170,7 +182,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
         # Without so large an eps a gradient that is nothing but rounding would be a whole step.
         sgd = SGD(kind="adamw", lr=0.002, weight_decay=1e-2, decay_norms=False, eps=1e-2)
     parts = 3 if "parts" in extras and context.world_size == 1 else 2 if "parts" in extras else 1
-    alpha, share = Alpha(net.num_gates, context, dtype), BATCH // context.world_size
+    alpha, share = Alpha(net.num_gates, "taylor" in extras, context, dtype), BATCH // context.world_size
     mine = slice(context.rank * share, (context.rank + 1) * share)
     found, count, momentum, network = {}, 0, {}, net
     for phase, steps in STEPS.items():
@@ -178,6 +190,8 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
         for step in range(steps):
             batch = _batch(context, count + (192 if "apart" in extras else 0), mine, dtype)
             trained.set_rate(sgd.lr / (1 + count))
+            if alpha.architecture.hard and phase == "search" and (number := taylor.due(step, steps, 2)) is not None:
+                taylor.close(net, SIDE, alpha.architecture, _budget(net), number, 1)
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)
             else:
@@ -195,7 +209,12 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             assert not left, f"{case}: the wrap of {phase} is still in memory"
         if phase == "search":
             found["alpha"] = alpha.architecture.alpha.detach().clone()
-            network, momentum = compact.compact(net, _keep(context, net, found["alpha"])), {}
+            keep = _keep(context, net, alpha.architecture)
+            network, momentum = compact.compact(net, keep), {}
+            if alpha.architecture.hard:
+                # What closed channels have is a rank, too large beside sums of squares.
+                found["alpha"] *= found["alpha"] >= 0
+                found["keep"] = keep.float()
     return found
 
 

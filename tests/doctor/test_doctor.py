@@ -1,5 +1,6 @@
 """The doctor's checks of shards, run folder and disk, each with a fault that it must find."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from runs import SHORT
 from servers import FileServer, without_proxies
 
 from dnal_dist.doctor import data, disk
+
+TAYLOR = ("architecture.criterion=taylor", "architecture.target.macs=0.5x")
 
 
 @pytest.fixture
@@ -123,6 +126,26 @@ def test_remote_shards_are_read_in_part_and_not_copied(case_of, tmp_path, digits
 
 
 # --- the run folder and its disk
+
+
+@pytest.mark.parametrize(
+    ("changes", "record", "status", "words", "remedy"),
+    [
+        ((), None, "pass", "not known yet", ""),
+        ((), {"batches": 40, "significant": 0.5}, "pass", "50.0% of the gates", ""),
+        ((), {"batches": 40, "significant": 0.07}, "warn", "saw little: the gradients of 7.0%", "criterion=taylor"),
+        (("phases.search.optimizer.lr=0.005",), None, "warn", "'phases.search.optimizer.lr' is 0.005", "optimizer.lr=0.05"),
+        (("phases.search.optimizer.lr=0.005", "phases.pretrain.epochs=0"), None, "pass", "not known yet", ""),
+        (TAYLOR, {"batches": 40, "significant": 0.07}, "pass", "no alphas", ""),
+    ],
+)
+def test_a_search_that_would_see_little_warns(case_of, changes, record, status, words, remedy):
+    case = case_of(*changes)
+    if record is not None:
+        case.folder.mkdir(parents=True)
+        line = {"kind": "signal", "time": 1.0, "phase": "search", "step": 80, "global_step": 80, **record}
+        (case.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    found(disk.signal, case, status, words, remedy)
 
 
 def test_a_new_run_folder_passes_and_is_not_created(case_of, tmp_path):

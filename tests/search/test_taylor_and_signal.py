@@ -107,7 +107,8 @@ class Log:
 @pytest.mark.parametrize(("mean", "rate", "hard"), [(0.0, 0.02, False), (0.0, 0.05, False), (5.0, 0.02, False), (0.0, 0.02, True)])
 def test_a_search_without_a_signal_warns_once_and_names_what_helps(mean, rate, hard):
     torch.manual_seed(0)
-    settings = recipe.load("digits", [f"phases.search.optimizer.lr={rate}"])
+    by_taylor = ["architecture.criterion=taylor", "architecture.target.macs=0.5x"] if hard else []
+    settings = recipe.load("digits", [f"phases.search.optimizer.lr={rate}", *by_taylor])
     run = SimpleNamespace(recipe=settings, signal=None, log=Log(), architecture=Architecture(200, hard))
     run.train = SimpleNamespace(steps_per_epoch=22)
     phase = settings.phases.search
