@@ -153,6 +153,17 @@ def test_overrides_of_the_readme_are_valid(case):
             assert changed.output != case.settings.output
 
 
+@pytest.mark.parametrize("case", [stem for stem in PAPER if stem.endswith("_cifar")], indirect=True)
+def test_what_we_recommend_has_the_cost_of_the_published_row(case):
+    full = next(row for row in case.table.rows if row.method == "Baseline")
+    own = next(r for r in case.table.rows if r.penalty_weight and float(r.penalty_weight) == case.expected.penalty_weight)
+    share = f"{float(own.flops) / float(full.flops):.3f}"
+    overrides = f"architecture.criterion=taylor architecture.target.macs={share}x output=runs/{case.path.stem}_taylor"
+    assert f"recipes/{case.path.name} {overrides}\n" in Path("recipes/README.md").read_text()
+    changed = recipe.load(case.path, overrides.split())
+    assert changed.architecture.criterion == "taylor" and changed.phases == case.settings.phases
+
+
 def test_head_gives_data_command_and_published_result(case):
     row = next(r for r in case.table.rows if r.penalty_weight and float(r.penalty_weight) == case.expected.penalty_weight)
     figures = [f"{row.top1} % top-1", f"{row.top5} % top-5", f"{row.params} M parameters"]
