@@ -9,6 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
 DIGITS := data/digits/index.json
+# uv unpacks several gigabytes on all cores. It knows nothing of pip's own settings, such as another index, so that pip may have to.
+PACKAGES := --quiet --constraint constraints.txt --editable '.[dev]'
+export UV_SYSTEM_CERTS := true
 
 .PHONY: setup demo test gpu bench lint format clean
 
@@ -17,7 +20,8 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	{ $(BIN)/python -m pip install --quiet --constraint constraints.txt uv && \
+	  $(BIN)/uv pip install --python $(BIN)/python $(PACKAGES); } || $(BIN)/python -m pip install $(PACKAGES)
 	touch $@
 
 $(DIGITS): data_tools/digits.py data_tools/writing.py | $(VENV)/.installed
