@@ -110,7 +110,12 @@ def _configure(context: Context, extras: list[str]) -> None:
         context.config.settings["min_params"] = 1 if "shared" in extras else 100_000
     if context.backend == "zero3":
         zero = context.config.settings["deepspeed"]["zero_optimization"]
+        zero.pop("stage3_max_reuse_distance", None)
         zero["stage3_param_persistence_threshold"] = 0 if "shared" in extras else 100_000
+        # By default a parameter stays gathered until its backward pass, and DeepSpeed looks, at the end of each module, through all
+        # that come: of a supernet half of the job's time. Recomputed modules gather what was let go.
+        if "checkpointing" in extras or "shared" not in extras:
+            zero["stage3_max_reuse_distance"] = 0
 
 
 class Alpha:

@@ -56,9 +56,9 @@ def saved(request, tmp_path):
     return tmp_path / "compact"
 
 
-def test_a_million_layers_and_files_without_end_are_refused(saved):
+def test_too_many_layers_and_files_without_end_are_refused(saved):
     whole = (saved / "architecture.json").read_text()
-    (saved / "architecture.json").write_text(json.dumps({"network": [["Flatten", []]] * 1_000_000}))
+    (saved / "architecture.json").write_text(json.dumps({"network": [["Flatten", []]] * 100_000}))
     with pytest.raises(ValueError, match="more than 20000 modules"):
         compact.load(saved)
     (saved / "architecture.json").unlink()

@@ -179,7 +179,8 @@ def test_sites_say_where_they_are():
     assert sites["last"] == 1280
 
 
-@pytest.mark.parametrize("name", nets.NETWORKS)
+# The large supernet is the small one's class, and takes seconds.
+@pytest.mark.parametrize("name", [name for name in nets.NETWORKS if name != "proxyless_supernet"])
 def test_classes_and_width(name):
     """Any network takes both, passes images and gates, and a narrower one is cheaper."""
     net = nets.build(name, 37, width=0.25)

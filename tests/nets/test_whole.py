@@ -38,7 +38,7 @@ def test_whole_branches_compute_the_same(name, image_size, fraction):
 
 
 def test_whole_branches_scatter_and_gather_nothing():
-    for name, image_size in CASES[1:4]:
+    for name, image_size in CASES[1:3]:
         network = small(name, 1, 0.5)
         images = torch.randn(2, 3, image_size, image_size)
         used = [{str(node.target) for node in torch.export.export(n, (images,)).graph.nodes} for n in (network, whole(network))]

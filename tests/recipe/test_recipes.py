@@ -7,7 +7,7 @@ import sources
 import torch
 
 from data_tools import cifar10, fashion_mnist, make_shards
-from dnal_dist import nets, recipe
+from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.nets import compact
 from dnal_dist.report import published, records
@@ -104,12 +104,3 @@ def test_a_recipe_leaves_a_smaller_network_and_its_cost_by_both_rules(path, fini
 def test_recipe_begins_with_a_comment_that_gives_its_command(path):
     head = path.read_text().split("\nname:")[0]
     assert head.startswith("#") and f"recipes/{path.name}" in head
-
-
-def test_every_small_network_trains_by_the_demos_recipe(digits, tmp_path, train_here):
-    for name in sorted(name for name in nets.NETWORKS if name.endswith("_digits")):
-        folder = tmp_path / name
-        shards = [f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar"]
-        ended = train_here("recipes/digits.yaml", *FEW_STEPS, *shards, f"model.name={name}", f"output={folder}")
-        assert ended.code == 0, ended
-        assert (folder / "compact" / "weights.safetensors").exists()
