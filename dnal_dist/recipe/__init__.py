@@ -1,4 +1,5 @@
-"""Recipes: what a run does, as pydantic models."""
+"""Recipes: what a run does, as pydantic models. Other rooms take these names from here."""
+# ruff: noqa: F401
 
 from dnal_dist.recipe.learning import (
     SGD,
@@ -6,7 +7,6 @@ from dnal_dist.recipe.learning import (
     Constant,
     Cosine,
     Distillation,
-    OptionalPhase,
     Phase,
     Phases,
     SearchPhase,
@@ -14,48 +14,6 @@ from dnal_dist.recipe.learning import (
     Target,
     amount,
     duration,
-)  # fmt: skip
+)
 from dnal_dist.recipe.loading import dump, faults, load
-from dnal_dist.recipe.schema import (
-    Augmentation,
-    Checkpoints,
-    Data,
-    Keep,
-    Network,
-    Recipe,
-    Tracking,
-    Training,
-    flat,
-    free_keys,
-    is_free,
-)  # fmt: skip
-
-__all__ = [
-    "SGD",
-    "ArchitectureSettings",
-    "Augmentation",
-    "Checkpoints",
-    "Constant",
-    "Cosine",
-    "Data",
-    "Distillation",
-    "Keep",
-    "Network",
-    "OptionalPhase",
-    "Phase",
-    "Phases",
-    "Recipe",
-    "SearchPhase",
-    "Steps",
-    "Target",
-    "Tracking",
-    "Training",
-    "amount",
-    "dump",
-    "duration",
-    "faults",
-    "flat",
-    "free_keys",
-    "is_free",
-    "load",
-]  # fmt: skip
+from dnal_dist.recipe.schema import Augmentation, Checkpoints, Data, Network, Recipe, Tracking, Training, flat, free_keys, is_free
