@@ -20,15 +20,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from data_tools.make_shards import count
 from data_tools.survey import Survey, Surveyor, unread_line
 from data_tools.workers import in_order
 from data_tools.writing import write_index
 from dnal_dist.common.cores import cores
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of, whole
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
-from dnal_dist.common.paths import argument, expanded
+from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import printable
 from dnal_dist.data.classes import are_numbers, class_names, class_numbers
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
@@ -177,7 +176,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="EXTENSION", help="extension of the image, as data.image of a recipe, such as crop2.png")
     parser.add_argument("--label", metavar="EXTENSION", help="extension of the label, as data.label of a recipe")
     parser.add_argument("--label-key", metavar="KEY", help="key of the label in .json members, as data.label_key of a recipe")
-    parser.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+    parser.add_argument("--workers", type=whole(), default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
 
 
 def form_of(options: argparse.Namespace) -> SampleFormat:
@@ -185,9 +184,7 @@ def form_of(options: argparse.Namespace) -> SampleFormat:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("data_tools.index", __doc__)
     add_common_arguments(parser)
     parser.add_argument("--classes", type=argument, metavar="FILE", help="names of the classes, one a line (else their numbers)")
     parser.add_argument("--output", type=argument, metavar="FILE", help="path of the index, if not index.json beside the shards")

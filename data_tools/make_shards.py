@@ -34,9 +34,8 @@ from data_tools.imagenet import imagenet
 from data_tools.images import MAX_BAD
 from data_tools.synthetic import synthetic
 from dnal_dist.common.cores import cores
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of, whole
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 
 MORE = {
     "digits": "They come with scikit-learn. Every fifth image of a class is for validation.",
@@ -106,9 +105,7 @@ def _skipped(folder: Path) -> str:
 
 def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
     """The function that makes the shards, and its arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.make_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("data_tools.make_shards", __doc__)
     kinds = parser.add_subparsers(required=True, metavar="KIND", title="kinds")
 
     def kind(name: str, make: Callable, text: str, source: str | None = None) -> argparse.ArgumentParser:
@@ -140,47 +137,23 @@ def _arguments() -> tuple[Callable[..., dict[str, int]], dict[str, Any]]:
         ("val", 5_000, "validation images"),
         ("size", 500, "longer side of a typical image, in pixels"),
     ):
-        drawn.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{text} (%(default)s)")
-    drawn.add_argument("--seed", type=_seed, default=0, help="seed of all images (%(default)s)")
+        drawn.add_argument(f"--{name}", type=whole(), default=default, metavar="N", help=f"{text} (%(default)s)")
+    drawn.add_argument("--seed", type=whole(0), default=0, help="seed of all images (%(default)s)")
     for one in (fashion, cifar, large, own, drawn):
-        one.add_argument("--shard-samples", type=count, default=5000, metavar="N", help="samples of a shard, at most (%(default)s)")
-        one.add_argument("--workers", type=count, default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
+        one.add_argument("--shard-samples", type=whole(), default=5000, metavar="N", help="most samples of a shard (%(default)s)")
+        one.add_argument("--workers", type=whole(), default=cores(), metavar="N", help="processes (all cores, here %(default)s)")
     options = vars(parser.parse_args())
     return options.pop("make"), options
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of the training images' order (%(default)s)")
-    parser.add_argument(
-        "--resize", type=count, metavar="N", help="reduce larger images to a shorter side of N pixels (Lanczos, JPEG 4:2:0)"
-    )
-    parser.add_argument("--quality", type=_quality, default=90, metavar="Q", help="quality of resized JPEGs (%(default)s)")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="decode every image, as --resize does too; by default only heads and ends of JPEGs are read",
-    )
-    parser.add_argument(
-        "--max-bad", type=_fraction, default=MAX_BAD, metavar="FRACTION", help="of a split's images, may be left out (%(default)s)"
-    )
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or above, found {text!r}")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 95:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 95, found {text!r}")
-    return int(text)
+    add = parser.add_argument
+    add("--seed", type=whole(0), default=0, help="seed of the training images' order (%(default)s)")
+    add("--resize", type=whole(), metavar="N", help="reduce larger images to a shorter side of N pixels (Lanczos, JPEG 4:2:0)")
+    add("--quality", type=whole(1, 95), default=90, metavar="Q", help="quality of resized JPEGs (%(default)s)")
+    check = "decode every image, as --resize does too; by default only heads and ends of JPEGs are read"
+    add("--check", action="store_true", help=check)
+    add("--max-bad", type=_fraction, default=MAX_BAD, metavar="FRACTION", help="of a split's images, may be left out (%(default)s)")
 
 
 def _fraction(text: str) -> float:

@@ -30,11 +30,9 @@ from data_tools import findings
 from data_tools.contact_sheet import contact_sheet, refuse_unwritable
 from data_tools.findings import Finding
 from data_tools.index import add_common_arguments, find, folder_of, form_of, survey
-from data_tools.make_shards import count
 from data_tools.survey import Survey, unread_line
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of, whole
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 from dnal_dist.common.text import printable
 from dnal_dist.data.classes import are_numbers, class_names, conflicts
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
@@ -155,14 +153,12 @@ def _print(summary: dict[str, Any], found: list[Finding], notes: list[str], list
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("data_tools.verify", __doc__)
     add_common_arguments(parser)
     parser.add_argument("--decode", action="store_true", help="decode every image, and report their sizes")
     parser.add_argument("--contact-sheet", type=argument, metavar="PNG", help="write an image of 64 samples drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, help="seed of the contact sheet's samples (%(default)s)")
-    parser.add_argument("--list", type=count, default=LISTED, metavar="N", help="findings of a kind to print (%(default)s)")
+    parser.add_argument("--list", type=whole(), default=LISTED, metavar="N", help="findings of a kind to print (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""What a network costs: MACs for one image and parameters, for any choice of channels kept.
+"""What a network costs for one image, layer by layer: MACs and parameters, for any choice of channels kept, by the exact rule
+(those of the compact network) and by the rule of the paper's tables.
 
-python -m dnal_dist.cost recipes/proxyless.yaml          the full network of a recipe, layer by layer
+python -m dnal_dist.cost recipes/proxyless.yaml          the full network of a recipe
 python -m dnal_dist.cost runs/digits                     what a run kept of it
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnal_dist import recipe
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument, expanded
+from dnal_dist.common.paths import expanded
 from dnal_dist.common.text import spaced
 from dnal_dist.report import records
 
@@ -110,14 +110,9 @@ def _print(settings: recipe.Recipe, net: "GatedNetwork", keep: "Tensor | None") 
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.cost",
-        description="Print what a recipe's network costs for one image, layer by layer, or what a run kept of it. MACs "
-        "and parameters by the exact rule (those of the compact network) and by the rule of the paper's tables.",
-    )
-    parser.add_argument(
-        "path", type=argument, metavar="RECIPE|RUN", help="a recipe's file or name, such as proxyless, or a run folder"
-    )
+    parser = parser_of("dnal_dist.cost", __doc__)
+    path = "a recipe's file or name, such as proxyless, or a run folder"
+    parser.add_argument("path", type=argument, metavar="RECIPE|RUN", help=path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example model.width=0.5")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_intermixed_args()

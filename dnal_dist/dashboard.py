@@ -9,11 +9,10 @@ needs `wandb login` (or WANDB_API_KEY) and the package wandb-workspaces: pip ins
 new view; the workspace and its other views stay unchanged.
 """
 
-import argparse
 import importlib.util
 import json
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import door, parser_of
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 
@@ -21,9 +20,7 @@ from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 @door
 def main() -> None:
     """Command line: exit code 2 and one line on stderr if the view cannot be built or saved."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.dashboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.dashboard", __doc__)
     parser.add_argument("--entity", required=True, help="user or team at W&B")
     parser.add_argument("--project", required=True, help="project at W&B, tracking.project of the recipes")
     parser.add_argument("--name", default="dnal_dist", help="name of the view (default: dnal_dist)")

@@ -6,14 +6,12 @@ python -m dnal_dist.evaluate runs/digits/export --runtime onnx --output onnx
 accelerate launch -m dnal_dist.evaluate runs/digits                          each process takes a part of the images
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.errors import InputError, reason, remedy
-from dnal_dist.common.paths import argument
 from dnal_dist.common.text import percent, printable
 from dnal_dist.predict import RUNTIMES
 
@@ -23,16 +21,11 @@ LISTED = 10
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.evaluate", __doc__)
     parser.add_argument("path", type=argument, metavar="RUN|EXPORT", help="the folder of a finished run, or of an export")
     parser.add_argument("--shards", metavar="PATTERN", help="by default the recipe's data.val")
-    parser.add_argument(
-        "--runtime",
-        choices=RUNTIMES,
-        help="of an export's file, as in predict; a run is evaluated by torch if this is absent",
-    )
+    runtime = "of an export's file, as in predict; a run is evaluated by torch if this is absent"
+    parser.add_argument("--runtime", choices=RUNTIMES, help=runtime)
     parser.add_argument("--output", type=argument, metavar="FOLDER", help="by default RUN/evaluation; of an export none is written")
     parser.add_argument("--json", action="store_true", help="print what evaluation.json holds")
     args = parser.parse_args()

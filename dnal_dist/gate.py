@@ -5,12 +5,11 @@ python -m dnal_dist.gate timm:mobilenetv3_large_100 --image-size 224 --classes 1
 python -m dnal_dist.gate my_package.networks:small depth=3          with what the function takes
 """
 
-import argparse
 import json
 
 import yaml
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import door, parser_of, whole
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import spaced
 
@@ -74,18 +73,14 @@ def _print(found: dict) -> None:
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.gate", __doc__)
     parser.add_argument("network", help="torchvision:NAME, timm:NAME, PACKAGE.MODULE:FUNCTION, or a name of dnal_dist.nets")
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="what the network's function is called with")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="height and width of its images (224)")
+    parser.add_argument("--image-size", type=whole(1, 4096), default=224, metavar="PIXELS", help="sides of its images (224)")
     parser.add_argument("--classes", type=int, metavar="N", help="classes to tell apart; by default the network's own number")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATH", help="modules whose output channels all stay")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     args = parser.parse_args()
-    if not 1 <= args.image_size <= 4096:
-        raise InputError(f"--image-size {args.image_size}: expected 1 to 4096")
     found = facts(args.network, args.image_size, args.classes, _arguments(args.arguments), args.ignore)
     print(json.dumps(found, indent=1)) if args.json else _print(found)
 

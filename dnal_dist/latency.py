@@ -17,49 +17,28 @@ import statistics
 import sys
 from pathlib import Path
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import among, argument, door, parser_of, several, whole
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 from dnal_dist.common.text import amount, fewer
 
 RUNTIMES = ("eager", "compile", "onnx", "openvino", "executorch", "pt2")
 
 
-def _numbers(text: str) -> list[int]:
-    if not all(word.isdecimal() and 0 < int(word) <= 4096 for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, separated by commas")
-    return [int(word) for word in text.split(",")]
-
-
-def _runtimes(text: str) -> list[str]:
-    if unknown := [word for word in text.split(",") if word not in RUNTIMES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(RUNTIMES)}, separated by commas")
-    return text.split(",")
-
-
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.latency", __doc__)
     parser.add_argument("path", type=argument, metavar="RUN|EXPORT|RECIPE", help="a finished run, an export, or a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe, as `dnal_dist.train` takes them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=_numbers, default=[1], metavar="N,N", help="images at a time (1)")
-    parser.add_argument("--threads", type=_numbers, default=[1], metavar="N,N", help="of the CPU (1)")
-    parser.add_argument(
-        "--runtime",
-        type=_runtimes,
-        metavar="NAMES",
-        help=", ".join(RUNTIMES) + " (eager; of an export onnx, or openvino: the others run programs of whoever wrote it)",
-    )
+    for name, text in (("--batch", "images at a time (1)"), ("--threads", "of the CPU (1)")):
+        parser.add_argument(name, type=several(whole(1, 4096)), default=[1], metavar="N,N", help=text)
+    runtimes = f"{', '.join(RUNTIMES)} (eager; of an export onnx, or openvino: the others run programs of whoever wrote it)"
+    parser.add_argument("--runtime", type=several(among(RUNTIMES)), metavar="NAMES", help=runtimes)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each line (5)")
-    parser.add_argument(
-        "--profile", type=argument, metavar="FILE", help="write the table that architecture.target.table names; one there is kept"
-    )
-    parser.add_argument(
-        "--check", type=int, default=0, metavar="N", help="with --profile: so many random compact networks, predicted and measured"
-    )
+    profile = "write the table that architecture.target.table names; one there is kept"
+    parser.add_argument("--profile", type=argument, metavar="FILE", help=profile)
+    check = "with --profile: so many random compact networks, predicted and measured"
+    parser.add_argument("--check", type=int, default=0, metavar="N", help=check)
     parser.add_argument("--json", action="store_true", help="print an object")
     args = parser.parse_intermixed_args()
     if args.device == "cuda" and (other := set(args.runtime or ()) - {"eager", "compile"}):

@@ -1,16 +1,16 @@
-"""What a recipe needs of memory and of the network between processes, for each backend, before anything is started.
+"""What a recipe needs on each backend, before anything is started: the memory of a rank, what a weight step and an architecture
+step of the search send, and the smallest gradient accumulation that fits.
 
-python -m dnal_dist.plan recipes/proxyless.yaml --ranks 64 --device-memory 80GB     what a rank keeps, what a step sends, what fits
+python -m dnal_dist.plan recipes/proxyless.yaml data.global_batch=4096 --ranks 64 --device-memory 80GB
 
-Everything is computed on meta tensors, which have a shape and no memory. Backends are configured as in recipes/accelerate.
+Everything is computed on meta tensors, which have a shape and no memory. Backends are configured as in recipes/accelerate. Bytes
+are those of the tensor that a collective is about.
 """
 
-import argparse
 import json
 
 from dnal_dist import recipe
-from dnal_dist.common.door import door
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.text import bytes_of, short, spaced
 
 
@@ -53,17 +53,9 @@ def _print(found: dict) -> None:
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.plan",
-        description="Print what a recipe needs on each backend: the memory of a rank, what a weight step and an architecture step "
-        "of the search send, and the smallest gradient accumulation that fits. Nothing is trained, and no network takes memory.",
-        epilog="Bytes are those of the tensor that a collective is about. The backends are configured as in recipes/accelerate. "
-        "Example: python -m dnal_dist.plan recipes/proxyless.yaml data.global_batch=4096 --ranks 64 --device-memory 80GB",
-    )
+    parser = parser_of("dnal_dist.plan", __doc__)
     parser.add_argument("recipe", type=argument, metavar="RECIPE", help="a YAML file such as recipes/proxyless.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, for example data.global_batch=4096"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")
     parser.add_argument("--ranks", type=int, default=1, help="processes, one a device (default 1)")
     parser.add_argument("--device-memory", metavar="AMOUNT", help="of one device: 80GB, 24GiB, 500MB; a part of it is left free")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (default no: float32)")

@@ -4,13 +4,11 @@ python -m dnal_dist.predict runs/digits/export one.png another.jpg
 python -m dnal_dist.predict runs/digits/export *.png --runtime pt2 --json
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from dnal_dist.common.door import door
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.text import percent, printable
 
 RUNTIMES = ("onnx", "openvino", "executorch", "pt2", "torch")
@@ -18,9 +16,7 @@ RUNTIMES = ("onnx", "openvino", "executorch", "pt2", "torch")
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.predict", __doc__)
     parser.add_argument("export", type=argument, metavar="EXPORT", help="the folder of an export, or of a run that has one")
     parser.add_argument("images", type=argument, nargs="+", metavar="IMAGE", help="files: JPEG, PNG, WebP, BMP, TIFF")
     parser.add_argument(

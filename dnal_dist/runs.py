@@ -5,7 +5,6 @@ python -m dnal_dist.runs runs --watch     again every few seconds
 python -m dnal_dist.runs runs --json      for programs
 """
 
-import argparse
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 
 from dnal_dist.common import text
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import argument, parser_of
 from dnal_dist.report.run_list import DEPTH, EVERY, SILENT, STATES, listed
 
 COLOURS = {"running": "green", "seems to run": "green", "queued": "cyan", "stopped": "yellow", "killed": "red", "broken": "red"}
@@ -64,15 +63,9 @@ def _print(folder: Path, found: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.runs",
-        description=__doc__,
-        epilog="states: "
-        + "; ".join(STATES.values())
-        + ". A run seems to run if its disk is shared with other machines, where its "
-        f"lock may not be seen, and its last record is younger than {SILENT / 60:.0f} minutes.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    seems = "its disk is shared with other machines, where its lock may not be seen, and its last record is younger than"
+    states = f"states: {'; '.join(STATES.values())}.\nA run seems to run if {seems} {SILENT / 60:.0f} minutes."
+    parser = parser_of("dnal_dist.runs", __doc__, epilog=states)
     parser.add_argument("folder", type=argument, metavar="FOLDER", help="for example runs")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.add_argument("--watch", action="store_true", help=f"repeat every {EVERY:.0f} s, until Ctrl-C")

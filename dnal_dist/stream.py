@@ -6,16 +6,14 @@ of the slice, so any number of ranks and workers sees the same batches and a run
 python -m dnal_dist.stream --audit RUN      proves from a run's receipts that each epoch had every sample once
 """
 
-import argparse
 import sys
 
-from dnal_dist.common.door import door
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import argument, door, parser_of
 
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dnal_dist.stream", description="What a run's stream of samples was.")
+    parser = parser_of("dnal_dist.stream", __doc__)
     parser.add_argument("--audit", metavar="RUN", type=argument, required=True, help="check a run's receipts against its shards")
     args = parser.parse_args()
     # Torch is imported when the arguments have been parsed.

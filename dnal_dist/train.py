@@ -14,7 +14,7 @@ a disk that fails or training that diverged (the last line names it), 3 trained,
 import argparse
 import json
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import door, parser_of
 
 
 @door
@@ -33,9 +33,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.train", __doc__)
     parser.add_argument(
         "recipe",
         help="a YAML file, or the name of a packaged recipe such as digits; `python -m dnal_dist.recipe --schema` has all keys",

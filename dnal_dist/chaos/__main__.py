@@ -15,9 +15,8 @@ from pathlib import Path
 
 from dnal_dist import recipe
 from dnal_dist.chaos import instrument
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of, several, whole
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import named
 
 
@@ -88,32 +87,20 @@ def _base(keep: Path | None) -> Path:
     return keep
 
 
-def _ranks(text: str) -> list[int]:
-    ranks = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-    if 0 in ranks or len(set(ranks)) < len(ranks):
-        raise argparse.ArgumentTypeError(f"expected numbers of processes such as 2 or 1,2, found {text!r}")
-    return ranks
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.chaos", __doc__)
     parser.add_argument("recipe", help="recipe to run; choose short phases, since it runs many times")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: 50)")
+    parser.add_argument("--kills", type=whole(), default=50, metavar="N", help="number of kills (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default: 0)")
-    parser.add_argument("--ranks", type=_ranks, default=[1], metavar="N[,N]", help="numbers of processes, one drawn for each start")
+    ranks = "numbers of processes, one drawn for each start"
+    parser.add_argument("--ranks", type=several(whole()), default=[1], metavar="N[,N]", help=ranks)
     parser.add_argument("--config_file", type=argument, metavar="FILE", help="start by `accelerate launch` with this config")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.03, help="on the accuracy, with several numbers of processes (default: 0.03)"
-    )
+    tolerance = "on the accuracy, with several numbers of processes (default: 0.03)"
+    parser.add_argument("--tolerance", type=float, default=0.03, help=tolerance)
     parser.add_argument("--report", type=argument, metavar="FILE", help="also write the report to this Markdown file")
     parser.add_argument("--keep", type=argument, metavar="FOLDER", help="work in this folder and keep everything there")
-    args = parser.parse_intermixed_args()
-    if args.kills < 1:
-        parser.error("--kills: expected at least 1")
-    return args
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

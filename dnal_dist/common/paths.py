@@ -1,9 +1,7 @@
 """The one rule for paths in recipes, overrides and commands: `~` and `$VAR` are expanded, whatever the shell did."""
 
-import argparse
 import os
 import re
-from pathlib import Path
 
 from dnal_dist.common.errors import InputError
 
@@ -26,11 +24,3 @@ def expanded(text: str, where: str = "") -> str:
     if found.startswith("~") and not os.path.lexists(found):
         raise InputError(f"{where}{text!r:.200} begins with ~, but there is no such home folder; write the path in full")
     return found
-
-
-def argument(text: str) -> Path:
-    """A path as an argument of a command, for argparse's `type`."""
-    try:
-        return Path(expanded(text))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -29,17 +29,18 @@ def settle() -> None:
         except OSError:
             # Left closed, the number would be that of the next file, and everything printed would go into it.
             _null(number)
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    # A name that the terminal's encoding lacks is no reason to fail.
+    for number, name, errors in ((1, "stdout", "replace"), (2, "stderr", "backslashreplace")):
         stream = getattr(sys, name)
         # What a test or a notebook put there stays.
         if stream is None or stream is getattr(sys, f"__{name}__"):
-            kept = {"encoding": getattr(stream, "encoding", None) or "utf-8", "errors": getattr(stream, "errors", "replace")}
+            encoding = getattr(stream, "encoding", None) or "utf-8"
             buffered = getattr(stream, "line_buffering", True) or number == 2
             if stream is not None:
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
             raw = io.BufferedWriter(_Lasting(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, line_buffering=buffered, **kept))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=buffered))
 
 
 def _null(number: int) -> None:

@@ -13,14 +13,11 @@ import time
 
 import psutil
 
-from dnal_dist.common.door import door
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import argument, door, parser_of
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.doctor", __doc__)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a YAML file such as recipes/digits.yaml")
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe: dotted keys, YAML values")

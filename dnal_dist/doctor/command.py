@@ -109,8 +109,6 @@ def show(findings: dict[str, Finding], seconds: float) -> None:
 
 def run(args: argparse.Namespace, begun: float) -> None:
     """Check and print, and leave the process. begun: when it was started, on the monotonic clock. Raises InputError."""
-    # A name that the terminal's encoding lacks is no reason to fail.
-    sys.stdout.reconfigure(errors="replace")
     # So that files are removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     case = case_of(args)

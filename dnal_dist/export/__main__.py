@@ -7,13 +7,11 @@ python -m dnal_dist.export runs/digits --hub my-model           beside it, the f
 Exit codes: 0 exported and proven, 2 wrong input, 3 a file is not the network of the run (nothing is left of it).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from dnal_dist.common.door import door
-from dnal_dist.common.paths import argument
+from dnal_dist.common.door import among, argument, door, parser_of, several, whole
 from dnal_dist.common.text import short
 
 KINDS = ("pt2", "onnx", "openvino", "executorch")
@@ -22,35 +20,24 @@ UNPROVEN = 3
 
 
 def _kinds(text: str) -> list[str]:
-    kinds = [word for word in text.split(",") if word]
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(KINDS)}, separated by commas")
-    return list(dict.fromkeys(kinds))
+    return several(among(KINDS))(text) if text else []
 
 
 def _images(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images, or all")
-    return int(text)
+    return None if text == "all" else whole()(text)
 
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("dnal_dist.export", __doc__)
     parser.add_argument("run", type=argument, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument(
-        "--to", type=_kinds, default=["pt2", "onnx"], metavar="KINDS", help="pt2,onnx (default), openvino, executorch"
-    )
+    kinds = "pt2,onnx (default), openvino, executorch"
+    parser.add_argument("--to", type=_kinds, default=["pt2", "onnx"], metavar="KINDS", help=kinds)
     parser.add_argument("--fold-bn", action="store_true", help="BatchNorm becomes part of the convolutions (model.onnx: always)")
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; by default what torch writes")
     parser.add_argument("--any-size", action="store_true", help="height and width are free too, if the network allows it")
-    parser.add_argument(
-        "--images", type=_images, default=1000, metavar="N|all", help="validation images that the files are compared on (1000)"
-    )
+    images = "validation images that the files are compared on (1000)"
+    parser.add_argument("--images", type=_images, default=1000, metavar="N|all", help=images)
     parser.add_argument("--hub", type=argument, metavar="FOLDER", help="a new folder with config.json, weights, code and card")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     args = parser.parse_args()

@@ -1,4 +1,6 @@
-"""python -m dnal_dist.recipe --schema            the JSON schema, for editors
+"""Check a recipe, or write or describe one.
+
+python -m dnal_dist.recipe --schema            the JSON schema, for editors
 python -m dnal_dist.recipe FILE [key=value]    check a recipe and print it with its defaults filled in
 python -m dnal_dist.recipe --describe          every key, its type, default and meaning: docs/recipe.md
 python -m dnal_dist.recipe --copy FOLDER       copy the packaged recipes, sweeps and Accelerate configs
@@ -6,14 +8,12 @@ python -m dnal_dist.recipe --new own.yaml --data data/own --model timm:mobilenet
                                                write a first recipe for shards of your own
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 from dnal_dist.common.shipped import shipped
 from dnal_dist.recipe.draft import draft, write
 from dnal_dist.recipe.loading import dump, load
@@ -23,18 +23,14 @@ from dnal_dist.recipe.schema import Recipe
 
 @door
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dnal_dist.recipe", description="Check a recipe, or print the schema of all.")
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        help="recipe to check, a YAML file or the name of a packaged recipe; it is printed with its defaults filled in",
-    )
+    parser = parser_of("dnal_dist.recipe", __doc__)
+    checked = "recipe to check, a YAML file or the name of a packaged recipe; it is printed with its defaults filled in"
+    parser.add_argument("recipe", nargs="?", help=checked)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example architecture.penalty_weight=0.02")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     parser.add_argument("--describe", action="store_true", help="print every key, its type, default and meaning, as Markdown")
-    parser.add_argument(
-        "--copy", type=argument, metavar="FOLDER", help="copy the packaged recipes, sweeps and Accelerate configs into a new folder"
-    )
+    copy = "copy the packaged recipes, sweeps and Accelerate configs into a new folder"
+    parser.add_argument("--copy", type=argument, metavar="FOLDER", help=copy)
     new = parser.add_argument_group("a first recipe for shards of your own")
     new.add_argument("--new", type=argument, metavar="FILE", help="write a commented recipe that trains well as it stands")
     new.add_argument("--data", type=argument, metavar="FOLDER", help="the shards, with their index.json")

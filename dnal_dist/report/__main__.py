@@ -1,15 +1,11 @@
-"""Reports of runs, finished or not, from their folders alone: no torch, no network.
+"""Reports of runs, finished, stopped or still going, from their folders alone: no torch, no network.
 
-python -m dnal_dist.report RUN            write RUN/report.html, RUN/report.md and RUN/plots/, and print the table
-python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's folder
+python -m dnal_dist.report RUN            write RUN/report.html, RUN/report.md and RUN/plots/, and print the run's final table
+python -m dnal_dist.report RUN RUN ...    compare runs, or those of a sweep's folder: mean and standard deviation over seeds
 """
 
-import argparse
-import sys
-
-from dnal_dist.common.door import door
+from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument
 from dnal_dist.report import comparison
 from dnal_dist.report.outputs import compare, print_table, write_all
 from dnal_dist.report.records import load
@@ -18,18 +14,11 @@ from dnal_dist.report.records import load
 @door
 def main() -> None:
     """Command line: exit code 2 and one line on stderr if a folder holds no run or cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dnal_dist.report",
-        description="One run: write RUN/report.html, a page that needs no network, RUN/report.md and RUN/plots/, and print the "
-        "run's final table. Several: compare them, mean and standard deviation over seeds. Works while runs are still going, and "
-        "on those that were stopped.",
-    )
+    parser = parser_of("dnal_dist.report", __doc__)
     help_ = "run folder, for example runs/digits, or a sweep's, which holds runs"
     parser.add_argument("run", nargs="+", type=argument, metavar="RUN", help=help_)
     parser.add_argument("--output", type=argument, metavar="FOLDER", help="where a comparison goes; default: near all its runs")
     args = parser.parse_args()
-    # A name that the terminal's encoding lacks is no reason to fail.
-    sys.stdout.reconfigure(errors="replace")
     try:
         if len(args.run) > 1 or comparison.is_sweep(args.run[0]):
             compare(args.run, args.output)

@@ -266,7 +266,7 @@ at("report", write)
     "options, message",
     [
         (["seeed=1"], "error: .*unknown key 'seeed'"),
-        (["--ranks", "2,x"], r".*error: argument --ranks: expected numbers of processes such as 2 or 1,2, found '2,x'"),
+        (["--ranks", "2,x"], r".*error: argument --ranks: expected a whole number of 1 or more, found 'x'"),
         (["output=x"], "error: override 'output=x': chaos runs into folders of its own"),
         (["--config_file", "no.yaml"], "error: --config_file no.yaml: no such file"),
         (["--report", "no/such/report.md"], "error: --report no/such/report.md: there is no folder no/such"),

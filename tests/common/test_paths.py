@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dnal_dist import recipe
+from dnal_dist.common.door import argument
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.paths import argument, expanded
+from dnal_dist.common.paths import expanded
 from dnal_dist.data.cache import Cache
 from dnal_dist.data.shardlist import expand
 

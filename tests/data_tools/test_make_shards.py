@@ -147,11 +147,11 @@ def test_older_shards_are_not_left_among_new_ones(tmp_path):
 @pytest.mark.parametrize(
     "option, value, said",
     [
-        ("--shard-samples", "0", "expected a whole number above 0, found '0'"),
-        ("--workers", "-1", "expected a whole number above 0, found '-1'"),
-        ("--resize", "large", "expected a whole number above 0, found 'large'"),
+        ("--shard-samples", "0", "expected a whole number of 1 or more, found '0'"),
+        ("--workers", "-1", "expected a whole number of 1 or more, found '-1'"),
+        ("--resize", "large", "expected a whole number of 1 or more, found 'large'"),
         ("--quality", "96", "expected a whole number from 1 to 95, found '96'"),
-        ("--seed", "-1", "expected a whole number, 0 or above, found '-1'"),
+        ("--seed", "-1", "expected a whole number of 0 or more, found '-1'"),
         ("--max-bad", "5%", "expected a fraction from 0 to 1, found '5%'"),
     ],
 )

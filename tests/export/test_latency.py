@@ -72,7 +72,7 @@ def test_networks_that_differ_are_not_timed():
 
 
 WRONG = {
-    "expected whole numbers": ("--batch", "0"),
+    "expected a whole number from 1 to 4096": ("--batch", "0"),
     "expected some of eager": ("--runtime", "tvm"),
     "on the CPU only": ("--device", "cuda", "--runtime", "onnx"),
 }
