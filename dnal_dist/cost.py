@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnal_dist import recipe
+from dnal_dist.common import console
 from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.paths import expanded
@@ -79,33 +80,24 @@ def _kept(folder: Path, net: "GatedNetwork") -> "Tensor | None":
 
 
 def _print(settings: recipe.Recipe, net: "GatedNetwork", keep: "Tensor | None") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from dnal_dist.nets.cost import by_layer, count
     from dnal_dist.nets.masks import present
 
-    size, table = settings.data.image_size, Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer (* gated)", no_wrap=True)
-    for name in ("inputs", "outputs", "MACs", "share", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
+    size, say, lines = settings.data.image_size, console.printer(), []
     rows = by_layer(net, size, keep)
     total = max(1, sum(row["macs"] for row in rows))
     for row in rows:
         channels = [str(now) if now == full else f"{now} of {full}" for now, full in (row["inputs"], row["outputs"])]
         name = row["layer"].removesuffix(".conv") + (" *" if row["site"] else "")
-        table.add_row(name, *channels, spaced(row["macs"]), f"{row['macs'] / total:.1%}", spaced(row["params"]))
-    console = Console()
-    # Long lines wrap; cut numbers would be wrong numbers.
-    console.width = max(console.width, 120)
-    console.print(table)
+        lines.append([name, *channels, spaced(row["macs"]), f"{row['macs'] / total:.1%}", spaced(row["params"])])
+    console.table(("layer (* gated)", "inputs", "outputs", "MACs", "share", "parameters"), lines)
     kept = "" if keep is None else f", {int(present(net, keep).sum())} of {len(keep)} channels kept"
-    console.print(f"\n{settings.model.name}, images of {size}x{size}, {net.num_gates} gates{kept}", highlight=False)
+    say(f"\n{settings.model.name}, images of {size}x{size}, {net.num_gates} gates{kept}")
     for rule in ("exact", "paper"):
         full, now = count(net, size, None, rule), count(net, size, keep, rule)
         for what, one, other in zip(("MACs", "parameters"), now, full, strict=True):
             share = "" if keep is None else f", {one / other:.2%} of {spaced(other)}"
-            console.print(f"{what} ({rule} rule): [bold]{spaced(one)}[/bold]{share}", highlight=False)
+            say(f"{what} ({rule} rule): ", (spaced(one), "bold"), share)
 
 
 @door

@@ -9,6 +9,7 @@ import json
 
 import yaml
 
+from dnal_dist.common import console
 from dnal_dist.common.door import door, parser_of, whole
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import spaced
@@ -42,33 +43,22 @@ def facts(name: str, image_size: int, num_classes: int | None, arguments: dict, 
 
 
 def _print(found: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.width = max(console.width, 100)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, side in (("site", "left"), ("gates", "right"), ("they also close channels of", "left")):
-        table.add_column(heading, justify=side)
+    rows = []
     for row in found["sites"]:
         also = row["coupled"]
-        table.add_row(row["site"], str(row["gates"]), ", ".join(also[:3]) + (f" and {len(also) - 3} more" if len(also) > 3 else ""))
-    console.print(table)
+        more = f" and {len(also) - 3} more" if len(also) > 3 else ""
+        rows.append([row["site"], str(row["gates"]), ", ".join(also[:3]) + more])
+    console.table(("site", "gates", "they also close channels of"), rows, (0, 2), 100)
     if found["ungated"]:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading, side in (("stays whole", "left"), ("channels", "right"), ("because", "left")):
-            table.add_column(heading, justify=side)
-        for row in found["ungated"]:
-            table.add_row(row["layer"], str(row["channels"]), row["reason"])
-        console.print()
-        console.print(table)
+        print()
+        rows = [[row["layer"], str(row["channels"]), row["reason"]] for row in found["ungated"]]
+        console.table(("stays whole", "channels", "because"), rows, (0, 2), 100)
     exact = found["cost"]["exact"]
-    console.print(
+    print(
         f"\n{found['network']}, images of {found['image_size']}x{found['image_size']}: {found['gates']} gates at "
-        f"{len(found['sites'])} sites, {spaced(exact['macs'])} MACs, {spaced(exact['params'])} parameters",
-        highlight=False,
+        f"{len(found['sites'])} sites, {spaced(exact['macs'])} MACs, {spaced(exact['params'])} parameters\n"
+        "The compact network of a random mask equals the network with those gates closed."
     )
-    console.print("The compact network of a random mask equals the network with those gates closed.", highlight=False)
 
 
 @door

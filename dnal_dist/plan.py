@@ -10,35 +10,26 @@ are those of the tensor that a collective is about.
 import json
 
 from dnal_dist import recipe
+from dnal_dist.common import console
 from dnal_dist.common.door import argument, door, parser_of
 from dnal_dist.common.text import bytes_of, short, spaced
 
 
 def _print(found: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    # Long lines wrap; cut numbers would be wrong numbers.
-    console.width = max(console.width, 120)
     columns = ("parameters", "gradients", "optimizer", "other", "working", "images", "activations", "total")
-    kept, sent = (Table(box=None, pad_edge=False, header_style="bold") for _ in range(2))
-    for name in ("memory of a rank", *columns, "accumulation"):
-        kept.add_column(name, justify="left" if " " in name else "right", no_wrap=True)
-    for name in ("sent in a step", "weight: collectives", "bytes", "architecture: collectives", "bytes"):
-        sent.add_column(name, justify="left" if " in " in name else "right", no_wrap=True)
+    kept, sent = [], []
     for backend, one in found["backends"].items():
         fitting = f"{one['parts']} x {one['images_at_a_time']}" if one["fits"] else "does not fit"
-        kept.add_row(backend, *(short(one["memory"][name]) for name in columns), fitting)
+        kept.append([backend, *(short(one["memory"][name]) for name in columns), fitting])
         steps = [one["weight_step"], one["architecture_step"]]
-        sent.add_row(backend, *(spaced(step[what]) for step in steps for what in ("collectives", "bytes")))
+        sent.append([backend, *(spaced(step[what]) for step in steps for what in ("collectives", "bytes"))])
     device = f" in devices of {short(found['device_memory'])}" if found["device_memory"] else ""
     ranks = f"{found['ranks']} rank" + "s" * (found["ranks"] > 1)
-    console.print(f"{found['network']}, images of {found['image_size']}x{found['image_size']}, {ranks}{device}", highlight=False)
-    console.print(f"local batch: {found['share']} images, mixed precision: {found['precision']}\n", highlight=False)
-    console.print(kept)
-    console.print()
-    console.print(sent)
+    print(f"{found['network']}, images of {found['image_size']}x{found['image_size']}, {ranks}{device}")
+    print(f"local batch: {found['share']} images, mixed precision: {found['precision']}\n")
+    console.table(("memory of a rank", *columns, "accumulation"), kept)
+    print()
+    console.table(("sent in a step", "weight: collectives", "bytes", "architecture: collectives", "bytes"), sent)
     tail = "\naccumulation: steps x images of a micro-batch"
     if not found["device_memory"]:
         tail += "; --device-memory finds the fewest steps that fit"
@@ -46,9 +37,9 @@ def _print(found: dict) -> None:
         tail += f", the fewest steps that take at most {found['usable']:.0%} of the device memory"
         if not all(one["fits"] for one in found["backends"].values()):
             tail += ";\nbackends that do not fit are shown with the smallest micro-batch"
-    console.print(tail, highlight=False)
+    print(tail)
     if found["ranks"] == 1:
-        console.print("a single process sends nothing; ZeRO calls its reductions all the same", highlight=False)
+        print("a single process sends nothing; ZeRO calls its reductions all the same")
 
 
 @door

@@ -1,7 +1,6 @@
 """The doctor's checks in their order, and their table."""
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from dnal_dist import recipe
+from dnal_dist.common.console import printer
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.shipped import shipped
 from dnal_dist.common.text import bytes_of
@@ -90,21 +90,15 @@ def case_of(args: argparse.Namespace) -> Case:
 
 
 def show(findings: dict[str, Finding], seconds: float) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    # Lines are wrapped by a terminal, and left whole in a pipe. Captured, since rich has an exit code of its own for a closed pipe.
-    console, width = Console(highlight=False, soft_wrap=True), max(map(len, findings))
+    say, width = printer(), max(map(len, findings))
     count = {status: sum(one.status == status for one in findings.values()) for status in COLOURS}
     worst = next(status for status in ("fail", "warn", "pass") if count[status])
     line = f"{len(findings)} checks in {seconds:.0f} s: {count['pass']} passed, {count['warn']} warned, {count['fail']} failed"
-    with console.capture() as capture:
-        for name, (status, found, remedy) in findings.items():
-            console.print(Text.assemble((status, COLOURS[status]), f"  {name:<{width}}  {found}"))
-            if remedy:
-                console.print(Text(f"{'':{width + 8}}remedy: {remedy}"))
-        console.print(Text(line, COLOURS[worst]))
-    print(capture.get(), end="")
+    for name, (status, found, remedy) in findings.items():
+        say((status, COLOURS[status]), f"  {name:<{width}}  {found}")
+        if remedy:
+            say(f"{'':{width + 8}}remedy: {remedy}")
+    say((line, COLOURS[worst]))
 
 
 def run(args: argparse.Namespace, begun: float) -> None:
@@ -119,11 +113,9 @@ def run(args: argparse.Namespace, begun: float) -> None:
     except (SystemExit, KeyboardInterrupt) as ended:
         # Without Python's own end, which waits for a check that hangs in a disk or a server.
         os._exit(128 + signal.SIGINT if isinstance(ended, KeyboardInterrupt) else ended.code)
-    # A reader that closes the pipe early, such as head, has read enough.
-    with contextlib.suppress(BrokenPipeError):
-        if args.json:
-            print(json.dumps([{"check": name, **one._asdict()} for name, one in findings.items()], indent=1))
-        else:
-            show(findings, time.monotonic() - begun)
-        sys.stdout.flush()
+    if args.json:
+        print(json.dumps([{"check": name, **one._asdict()} for name, one in findings.items()], indent=1))
+    else:
+        show(findings, time.monotonic() - begun)
+    sys.stdout.flush()
     os._exit(int(any(one.status == "fail" for one in findings.values())))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dnal_dist.common import atomic, text
+from dnal_dist.common.console import printer
 from dnal_dist.common.span import spanned
 from dnal_dist.report import comparison, comparison_files, figures, page, published, records, style, words
 from dnal_dist.report.records import Run, load
@@ -71,12 +72,3 @@ def compare(given: list[str | Path], output: str | Path | None = None, console=N
     folder = Path(output) if output else found.parent
     comparison_files.write(found, folder)
     comparison_files.show(found, folder, printer(console))
-
-
-def printer(console=None) -> Callable:
-    """A function that prints words, or (words, style), uncut; plain where stdout is no terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = console or Console()
-    return lambda *parts: console.print(Text.assemble(*parts), soft_wrap=True, highlight=False)
