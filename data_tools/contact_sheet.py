@@ -5,15 +5,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from data_tools.images import MAX_PIXELS
 from data_tools.survey import Good, Survey
+from dnal_dist.common.sheet import sheet
 from dnal_dist.data.decoding import ImageError, check_size, decode, read_header
 from dnal_dist.data.samples import Fault
 
-COLUMNS, ROWS = 8, 8
-TILE, CAPTION = 160, 20
+SAMPLES, TILE = 64, 160
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -23,42 +23,22 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def contact_sheet(surveys: Sequence[Survey], classes: Sequence[str], path: Path, seed: int = 0) -> None:
-    """Write a PNG of 8 x 8 samples, drawn by `seed`, with their labels below. Raises ValueError if there is no sample."""
+    """Write a PNG of 64 samples, drawn by `seed`, with their labels below. Raises ValueError if there is no sample."""
     samples = [(one, good) for one in surveys for good in one.good]
     if not samples:
         raise ValueError("no sample to put on a contact sheet")
-    chosen = random.Random(seed).sample(samples, min(COLUMNS * ROWS, len(samples)))
-    rows = -(-len(chosen) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + CAPTION)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, (one, good) in enumerate(chosen):
-        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
-        tile = _tile(one, good)
-        sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        name = classes[good.label] if good.label < len(classes) else ""
-        draw.text((left + 4, top + TILE + 3), _fitting(f"{good.label} {name}", font), "black", font=font)
-    sheet.save(path, "PNG")
+    chosen = random.Random(seed).sample(samples, min(SAMPLES, len(samples)))
+    labels = [good.label for _, good in chosen]
+    captions = [[(f"{label} {classes[label] if label < len(classes) else ''}", "black")] for label in labels]
+    sheet((_image(*one) for one in chosen), captions, TILE).save(path, "PNG")
 
 
-def _tile(one: Survey, good: Good) -> Image.Image:
-    inner = TILE - 8
+def _image(one: Survey, good: Good) -> Image.Image:
     try:
         encoded = one.image(good)
         header = read_header(encoded)
         check_size((header.height, header.width), MAX_PIXELS)
-        image = Image.fromarray(decode(encoded, header))
+        return Image.fromarray(decode(encoded, header))
     except (ImageError, Fault):
         # With its label, so that an image that cannot be decoded is seen too.
-        return Image.new("RGB", (inner, inner), "red")
-    scale = inner / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    # An image of 8 pixels is clearer as squares.
-    return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS)
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
-    # The built-in font has Latin letters only.
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    while len(text) > 1 and font.getlength(text) > TILE - 8:
-        text = text[:-1]
-    return text
+        return Image.new("RGB", (8, 8), "red")

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
+from dnal_dist.common.sheet import sheet
 from dnal_dist.data.images import normalise
 from dnal_dist.data.pipeline import Batch
 from dnal_dist.export.prediction import probabilities
@@ -22,7 +23,8 @@ from dnal_dist.recipe import Data
 
 # Images on the contact sheet, and pairs of classes that are listed.
 WORST, PAIRS = 40, 20
-COLUMNS, TILE, CAPTION = 8, 128, 30
+# Pixels of an image there.
+TILE = 128
 
 
 class Mistake(NamedTuple):
@@ -115,7 +117,8 @@ def write(tally: Tally, facts: dict, folder: Path) -> None:
         (unfinished / "evaluation.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _draw(tally.confusion, names, unfinished / "confusion.png")
         if tally.mistakes:
-            _sheet(tally.mistakes, names).save(unfinished / "worst.png")
+            captions = [[(names[one.label], "black"), (f"not {names[one.predicted]}", "red")] for one in tally.mistakes]
+            sheet((Image.fromarray(one.image) for one in tally.mistakes), captions, TILE).save(unfinished / "worst.png")
 
 
 def _draw(confusion: np.ndarray, names: list[str], path: Path) -> None:
@@ -142,21 +145,3 @@ def _draw(confusion: np.ndarray, names: list[str], path: Path) -> None:
                 axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.8)
     figure.savefig(path, dpi=120)
-
-
-def _sheet(mistakes: list[Mistake], names: list[str]) -> Image.Image:
-    """A contact sheet: below each image its class, and the class that was predicted."""
-    rows = -(-len(mistakes) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + CAPTION)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, one in enumerate(mistakes):
-        left, top = number % COLUMNS * TILE, number // COLUMNS * (TILE + CAPTION)
-        image = Image.fromarray(one.image)
-        # An image of 8 pixels is clearer as squares.
-        sampling = Image.Resampling.NEAREST if image.width * 4 < TILE else Image.Resampling.LANCZOS
-        sheet.paste(image.resize((TILE - 6, TILE - 6), sampling), (left + 3, top + 3))
-        for line, words in enumerate((names[one.label], f"not {names[one.predicted]}")):
-            # The built-in font has Latin letters only.
-            words = words.encode("latin-1", "replace").decode("latin-1")[:24]
-            draw.text((left + 4, top + TILE + 13 * line), words, "red" if line else "black", font=font)
-    return sheet
