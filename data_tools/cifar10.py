@@ -1,12 +1,11 @@
 """CIFAR-10, from the binary version of its archive."""
 
-import contextlib
-import tarfile
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
+from data_tools.archive import contents
 from data_tools.images import pixel_sample
 from data_tools.record import Record, digest
 from data_tools.writing import Split, shards_for, write
@@ -20,19 +19,17 @@ PIXELS = 3 * 32 * 32
 MOST_BYTES = 40 << 20
 TAKE = "take cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
 
-Read = Callable[[str], bytes]
-
 
 def cifar10(source: Path, folder: Path, shard_samples: int = 5000, workers: int = 1, overwrite: bool = False) -> dict[str, int]:
     """CIFAR-10: 50 000 training and 10 000 validation images, 32x32 RGB, 10 classes, as PNG; from the archive
     cifar-10-binary.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) or its unpacked folder. Nothing is unpacked to disk.
     Returns the number of samples of each split. Raises ValueError for any other archive."""
-    with _files(source) as (names, read):
-        _refuse_missing(source, names)
-        classes = read(NAMES).decode("ascii", "replace").split()
-        if len(classes) != 10:
-            raise ValueError(f"{source}: {NAMES} names {len(classes)} classes, expected CIFAR-10's 10; {TAKE}")
-        found = {split: [_batch(source, file, read) for file in files] for split, files in FILES.items()}
+    content_of = _files(source)
+    _refuse_missing(source, content_of)
+    classes = content_of[NAMES].decode("ascii", "replace").split()
+    if len(classes) != 10:
+        raise ValueError(f"{source}: {NAMES} names {len(classes)} classes, expected CIFAR-10's 10; {TAKE}")
+    found = {split: [_batch(source, file, content_of[file]) for file in files] for split, files in FILES.items()}
     content = digest(array.tobytes() for batches in found.values() for batch in batches for array in batch)
     record = Record(folder, {"kind": "cifar10", "shard_samples": shard_samples, "source": content}, overwrite)
     splits = {}
@@ -47,9 +44,9 @@ def _upright(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def _batch(source: Path, file: str, read: Read) -> tuple[np.ndarray, np.ndarray]:
+def _batch(source: Path, file: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Pixels, uint8 (RECORDS, 3072), and labels, uint8 (RECORDS,)."""
-    data, expected = read(file), RECORDS * (1 + PIXELS)
+    expected = RECORDS * (1 + PIXELS)
     if len(data) != expected:
         than = "less" if len(data) < expected else "more"
         raise ValueError(f"{source}: {file} holds {than} than {RECORDS} records of {1 + PIXELS} bytes; download it again")
@@ -60,7 +57,7 @@ def _batch(source: Path, file: str, read: Read) -> tuple[np.ndarray, np.ndarray]
     return records[:, 1:], records[:, 0]
 
 
-def _refuse_missing(source: Path, names: set[str]) -> None:
+def _refuse_missing(source: Path, names: Collection[str]) -> None:
     missing = [name for name in (NAMES, *FILES["train"], *FILES["val"]) if name not in names]
     if missing and PYTHON_FILE in names:
         raise ValueError(f"{source}: the Python version of CIFAR-10, whose pickled batches are not read; {TAKE}")
@@ -68,41 +65,15 @@ def _refuse_missing(source: Path, names: set[str]) -> None:
         raise ValueError(f"{source}: holds no {missing[0]}; {TAKE}")
 
 
-@contextlib.contextmanager
-def _files(source: Path) -> Iterator[tuple[set[str], Read]]:
-    """The names of the files in the archive or folder, and a function that reads one by its name, up to MOST_BYTES. Nothing of an
-    archive is written to disk, so the names of its members can do no harm."""
-    if source.is_dir():
-        inner = next((source / name for name in (FOLDER, PYTHON_FOLDER) if (source / name).is_dir()), source)
-        found = {path.name: path for path in inner.iterdir() if path.is_file()}
-
-        def read(name: str) -> bytes:
-            with found[name].open("rb") as file:
-                return file.read(MOST_BYTES)
-
-        yield set(found), read
-        return
-    with contextlib.ExitStack() as stack:
-        with _damage_named(source):
-            tar = stack.enter_context(tarfile.open(source))
-            members = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
-            # The checksum, which shows damage within a file, lies at the end of the archive.
-            while tar.fileobj.read(1 << 20):
-                pass
-
-        def read(name: str) -> bytes:
-            with _damage_named(source):
-                return tar.extractfile(members[name]).read(MOST_BYTES)
-
-        yield set(members), read
-
-
-@contextlib.contextmanager
-def _damage_named(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file; {TAKE}") from None
-    except Exception as error:  # of many kinds, depending on where the archive is damaged
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-        raise ValueError(f"{source}: not a whole tar archive ({why}); {TAKE}") from None
+def _files(source: Path) -> dict[str, bytes]:
+    """The content of each file that is there, in the archive or its folder, up to MOST_BYTES."""
+    wanted = (NAMES, *FILES["train"], *FILES["val"], PYTHON_FILE)
+    if not source.is_dir():
+        return contents(source, wanted, MOST_BYTES, TAKE)
+    inner = next((source / name for name in (FOLDER, PYTHON_FOLDER) if (source / name).is_dir()), source)
+    found = {}
+    for path in (inner / name for name in wanted):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = file.read(MOST_BYTES)
+    return found

@@ -3,10 +3,11 @@
 import csv
 import io
 import re
-import tarfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
+
+from data_tools.archive import contents
 
 WNID = re.compile(r"n\d{8}")
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -50,17 +51,7 @@ def find_truth(source: Path) -> Truth:
 def _reader(source: Path) -> tuple[Read, Path]:
     archive = source / f"{DEVKIT}.tar.gz"
     if archive.is_file():
-        try:
-            with tarfile.open(archive) as tar:
-                wanted = {GROUND_TRUTH, *SYNSETS}
-                members = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}
-                # The checksum, which shows damage within a file, lies at the end of the archive.
-                while tar.fileobj.read(1 << 20):
-                    pass
-                content = {name: tar.extractfile(members[name]).read(MOST_BYTES) for name in wanted if name in members}
-        except Exception as error:  # of many kinds, where a header means harm
-            raise ValueError(f"{archive}: not a whole tar archive ({error}); download it again") from None
-        return content.get, archive
+        return contents(archive, (GROUND_TRUTH, *SYNSETS), MOST_BYTES, "download it again").get, archive
     folders = [source, source / DEVKIT / "data", source / "data", source / DEVKIT]
 
     def read(name: str) -> bytes | None:
