@@ -33,7 +33,7 @@ from data_tools.index import add_common_arguments, find, folder_of, form_of, sur
 from data_tools.survey import Survey, unread_line
 from dnal_dist.common.door import argument, door, parser_of, whole
 from dnal_dist.common.errors import InputError
-from dnal_dist.common.text import printable
+from dnal_dist.common.text import printable, short
 from dnal_dist.data.classes import are_numbers, class_names, conflicts
 from dnal_dist.data.samples import ANY_FORMAT, SampleFormat
 from dnal_dist.data.shardlist import Url, read_index
@@ -108,39 +108,17 @@ def _as_spread(spread: tuple[int, float, int] | None) -> str:
     return f"{spread[0]:,} / {spread[1]:,.0f} / {spread[2]:,}" if spread else "-"
 
 
-def _as_bytes(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _as_number(value: int) -> str:
-    return f"{value:,}"
-
-
-ROWS: dict[str, Callable[[Any], str]] = {
-    "shards": _as_number,
-    "samples": _as_number,
-    "bytes": _as_bytes,
-    "classes": _as_number,
-    "per_class": _as_spread,
-    "width": _as_spread,
-    "height": _as_spread,
-    "faulty": _as_number,
-    "same_picture": _as_number,
-    "with_alpha": _as_number,
-}
+ROWS = ("shards", "samples", "bytes", "classes", "per_class", "width", "height", "faulty", "same_picture", "with_alpha")
+FORMS: dict[str, Callable[[Any], str]] = {"bytes": short, **dict.fromkeys(("per_class", "width", "height"), _as_spread)}
 
 
 def _print(summary: dict[str, Any], found: list[Finding], notes: list[str], listed: int) -> None:
     console, table = Console(soft_wrap=True), Table("")
     for split in summary:
         table.add_column(escape(printable(split)), justify="right")
-    for name, shown in ROWS.items():
+    for name in ROWS:
         if any(row[name] is not None for row in summary.values()):
-            table.add_row(name.replace("_", " "), *(shown(row[name]) for row in summary.values()))
+            table.add_row(name.replace("_", " "), *(FORMS.get(name, "{:,}".format)(row[name]) for row in summary.values()))
     console.print(table)
     for note in notes:
         console.print(printable(note), markup=False, highlight=False)
