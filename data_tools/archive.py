@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 
 def contents(archive: Path, wanted: Iterable[str], most: int, remedy: str) -> dict[str, bytes]:
-    """Up to `most` bytes of each wanted file of a tar, compressed or not, wherever in it. Nothing is written to disk, so names in it
-    can do no harm. Raises ValueError for what is no whole archive; remedy: the end of the message."""
+    """Up to `most` bytes of each wanted file of a tar, compressed or not, wherever in it. Nothing is written to disk, so names in
+    it can do no harm. Raises ValueError for what is no whole archive; remedy: the end of the message."""
     try:
         with tarfile.open(archive) as tar:
             members = {PurePosixPath(member.name).name: member for member in tar if member.isreg()}

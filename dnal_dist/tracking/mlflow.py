@@ -4,17 +4,18 @@ import os
 from pathlib import Path
 
 from dnal_dist.distributed.context import Context
-from dnal_dist.tracking.values import outcome, sent
+from dnal_dist.tracking.values import Sent, Tracker
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of an MLflow experiment, through Accelerate: on the server that MLFLOW_TRACKING_URI names, else in the run folder."""
 
     def __init__(self, folder: Path, recipe, context: Context, run: str):
         """run: a name of the run that resumes share, by which it is found again."""
         import mlflow  # before loaders are forked, which may wait for a module that is half there
 
-        self.mlflow, self.folder, self.recipe, self.context, self.run, self.sites = mlflow, folder, recipe, context, run, {}
+        super().__init__(folder, recipe, context)
+        self.mlflow, self.run = mlflow, run
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             (folder / "mlflow").mkdir(exist_ok=True)
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow' / 'mlflow.db').resolve()}")
@@ -32,23 +33,9 @@ class MLflow:
         if before is None:
             self.mlflow.log_dict(self.recipe.model_dump(mode="json"), "recipe.yaml")
 
-    def send(self, kind: str, values: dict, global_step: int, _: int) -> None:
-        if kind == "start":
-            self.sites = values["sites"]
-            return
-        found = sent(kind, values, self.sites)
+    def show(self, found: Sent, global_step: int, _: int) -> None:
         if found.scalars:
             self.context.log(found.scalars, global_step)
         for name, (columns, rows) in found.tables.items():
             table = {column: [row[number] for row in rows] for number, column in enumerate(columns)}
             self.mlflow.log_dict(table, f"{name}.json")
-
-    def finish(self, global_step: int) -> None:
-        """Send the numbers of the final table."""
-        self.context.log(outcome(self.folder), global_step)
-
-    def stop(self) -> None:
-        self.context.stop_tracker()
-
-    def give_up(self) -> None:
-        """Nothing to do: its requests have time limits of their own."""

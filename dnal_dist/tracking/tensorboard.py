@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 
 from dnal_dist.distributed.context import Context
-from dnal_dist.tracking.values import outcome, sent
+from dnal_dist.tracking.values import Sent, Tracker
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the run folder, through Accelerate."""
 
     def __init__(self, folder: Path, recipe, context: Context):
         import torch.utils.tensorboard  # noqa: F401  before loaders are forked, which may wait for a module that is half there
 
-        self.folder, self.recipe, self.context, self.sites = folder, recipe, context, {}
+        super().__init__(folder, recipe, context)
 
     def start(self, behind: int) -> None:
         # Records of later steps, from before a resume, are hidden; they come again.
@@ -23,11 +23,7 @@ class TensorBoard:
         settings = self.recipe.model_dump_json(indent=2)
         self.writer.add_text("recipe", "\n".join(f"    {line}" for line in settings.splitlines()), behind)
 
-    def send(self, kind: str, values: dict, global_step: int, _: int) -> None:
-        if kind == "start":
-            self.sites = values["sites"]
-            return
-        found = sent(kind, values, self.sites)
+    def show(self, found: Sent, global_step: int, _: int) -> None:
         self.context.log(found.scalars, global_step)
         for name, counts in found.histograms.items():
             self._histogram(name, counts, global_step)
@@ -49,13 +45,3 @@ class TensorBoard:
             bucket_counts=counts,
             global_step=global_step,
         )
-
-    def finish(self, global_step: int) -> None:
-        """Send the numbers of the final table."""
-        self.context.log(outcome(self.folder), global_step)
-
-    def stop(self) -> None:
-        self.context.stop_tracker()
-
-    def give_up(self) -> None:
-        """Nothing to do: it only waits for a disk."""

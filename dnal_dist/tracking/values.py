@@ -1,10 +1,11 @@
-"""Values of a run's records under the names by which W&B and TensorBoard show them."""
+"""Values of a run's records under the names by which trackers show them, and what trackers have in common."""
 
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
 from dnal_dist.common.errors import InputError
+from dnal_dist.distributed.context import Context
 from dnal_dist.report import records
 
 NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard", "mlflow": "MLflow"}
@@ -42,6 +43,29 @@ def sent(kind: str, values: dict, sites: dict[str, int]) -> Sent:
         table = ["site", "channels", "kept", "share"], rows
         return Sent(scalars | {"prune/collapsed": int(values["collapsed"])}, {}, {"prune/sites": table})
     return Sent(_scalars(kind, values), {}, {})
+
+
+class Tracker:
+    """What trackers have in common: a subclass says how it starts, and how it shows what is sent."""
+
+    def __init__(self, folder: Path, recipe, context: Context):
+        self.folder, self.recipe, self.context, self.sites = folder, recipe, context, {}
+
+    def send(self, kind: str, values: dict, global_step: int, age: int) -> None:
+        if kind == "start":
+            self.sites = values["sites"]
+        else:
+            self.show(sent(kind, values, self.sites), global_step, age)
+
+    def finish(self, global_step: int):
+        """Send the numbers of the final table."""
+        self.context.log(outcome(self.folder), global_step)
+
+    def stop(self) -> None:
+        self.context.stop_tracker()
+
+    def give_up(self) -> None:
+        """Nothing to do for one that waits for a disk only, or whose requests have time limits of their own."""
 
 
 def _scalars(kind: str, values: dict) -> dict[str, float]:

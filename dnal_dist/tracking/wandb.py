@@ -13,7 +13,7 @@ import numpy as np
 
 from dnal_dist.common.errors import reason
 from dnal_dist.distributed.context import Context
-from dnal_dist.tracking.values import outcome, sent, shown_name
+from dnal_dist.tracking.values import Sent, Tracker, outcome, shown_name
 
 # Seconds that W&B tries to start; fewer than a run waits for it (background.START_SECONDS).
 INIT_SECONDS = 15.0
@@ -77,12 +77,12 @@ def safe(name: str, most: int = 100) -> str:
     return re.sub(r"[^\w.-]+", "-", letters).strip("-.")[:most] or "run"
 
 
-class Wandb:
+class Wandb(Tracker):
     """A W&B run, through Accelerate."""
 
     def __init__(self, folder: Path, recipe, context: Context, run_id: str, mode: str):
-        self.wandb, self.context, self.folder = library(), context, folder.resolve()
-        self.recipe, self.id, self.mode, self.sites = recipe, run_id, mode, {}
+        super().__init__(folder.resolve(), recipe, context)
+        self.wandb, self.id, self.mode = library(), run_id, mode
         self.age, self.data, self.name = -1, None, shown_name(folder, recipe.name)
 
     def start(self, _: int) -> str:
@@ -120,10 +120,10 @@ class Wandb:
 
     def send(self, kind: str, values: dict, global_step: int, age: int) -> None:
         if kind == "start":
-            self.sites = values["sites"]
             self.run.config.update({"start": values}, allow_val_change=True)
-            return
-        found = sent(kind, values, self.sites)
+        super().send(kind, values, global_step, age)
+
+    def show(self, found: Sent, global_step: int, age: int) -> None:
         row = dict(found.scalars)
         for name, counts in found.histograms.items():
             row[name] = self.wandb.Histogram(np_histogram=(np.array(counts), np.linspace(0, 1, len(counts) + 1)))
@@ -157,7 +157,7 @@ class Wandb:
         if self.data is not None and os.environ.get("WANDB_DATA_DIR") == self.data:
             del os.environ["WANDB_DATA_DIR"]
         try:
-            self.context.stop_tracker()
+            super().stop()
         finally:
             # Else Python would wait at its end, without a limit, for W&B's service.
             leaving = threading.Thread(target=self._teardown, daemon=True)
