@@ -10,17 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+import torch
 
 from dnal_dist import recipe
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.text import fewer, percent, spaced
 from dnal_dist.export import files, proof
-from dnal_dist.export.images import Images, preprocessing, validation_images
+from dnal_dist.export.images import preprocessing, validation_images
 from dnal_dist.export.program import program
 from dnal_dist.export.source import source
-from dnal_dist.nets import compact
+from dnal_dist.export.subject import compact_of
 from dnal_dist.nets.narrow import Narrow
 from dnal_dist.report import records, templates
 
@@ -52,136 +52,141 @@ def export(run: Path, options: Options, tell: Callable[[str], None] = lambda _: 
     Raises InputError for a run that cannot be exported, and ProofError if a file is not the network of the run: then there is no
     RUN/export, or the one before.
     """
-    if not (run / "recipe.yaml").exists():
-        raise InputError(f"{run}: holds no recipe.yaml, so it is not a run folder; give a run's `output`")
-    if not (run / "compact").exists():
-        raise InputError(f"{run}: there is no compact network yet; the run has not finished")
-    settings, record = recipe.load(run / "recipe.yaml"), records.load(run)
-    try:
-        network = compact.load(run / "compact")
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    pruned = record.last("prune")
-    classes = settings.model.num_classes or _classes(network, settings.data.image_size)
-    images = validation_images(settings, classes, options.images)
-    notes = [f"drawn images, since the validation set cannot be read: {images.why}"] if images.why else []
-    if options.hub is not None and options.hub.exists():
-        raise InputError(f"--hub {options.hub}: there is something already; name a new folder")
+    made = _Export(run, options, tell)
     try:
         with atomic.folder(run / "export") as folder:
             try:
-                written = _write(folder, network, settings, options, tell)
-                checks = _prove(folder, written, network, settings, pruned.get("mask"), images, options.any_size, tell)
-                notes += [] if "mask" in pruned else ["metrics.jsonl has no mask, so the masked network was not compared"]
-                manifest = _describe(folder, settings, record, images, checks, classes, options, notes)
+                manifest = made.describe(folder, made.prove(folder, made.write(folder)))
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
         if options.hub is not None:
-            _lay_out(run / "export", options.hub, settings, manifest)
+            made.lay_out(run / "export")
     except OSError as error:
         raise InputError(f"{run}/export: cannot be written ({reason(error)}); {remedy(error)}") from None
-    return Exported(run / "export", manifest, notes)
+    return Exported(run / "export", manifest, made.notes)
 
 
-def _classes(network: nn.Module, image_size: int) -> int:
-    import torch
+class _Export:
+    """The parts of an export, in the order in which they are done."""
 
-    with torch.no_grad():
-        return network(torch.zeros(2, 3, image_size, image_size)).shape[1]
+    def __init__(self, run: Path, options: Options, tell: Callable[[str], None]):
+        if not (run / "recipe.yaml").exists():
+            raise InputError(f"{run}: holds no recipe.yaml, so it is not a run folder; give a run's `output`")
+        self.options, self.tell = options, tell
+        self.network = compact_of(run)
+        self.settings, self.record = recipe.load(run / "recipe.yaml"), records.load(run)
+        self.pruned, self.size = self.record.last("prune"), self.settings.data.image_size
+        self.classes = self.settings.model.num_classes or self._classes()
+        self.images = validation_images(self.settings, self.classes, options.images)
+        self.notes = []
+        if self.images.why:
+            self.notes.append(f"drawn images, since the validation set cannot be read: {self.images.why}")
+        if options.hub is not None and options.hub.exists():
+            raise InputError(f"--hub {options.hub}: there is something already; name a new folder")
 
+    @torch.no_grad()
+    def _classes(self) -> int:
+        return self.network(torch.zeros(2, 3, self.size, self.size)).shape[1]
 
-def _write(folder: Path, network: nn.Module, settings: recipe.Recipe, options: Options, tell: Callable) -> list[str]:
-    """The files of the network; their names, as readers open them."""
-    size = settings.data.image_size
-    tell("reading the network")
-    made = program(network, size, options.any_size)
-    title = f"{settings.model.name}, pruned: images float32 (n, 3, {size}, {size}) as in preprocessing.json -> logits"
-    try:
-        files.write_torch(*source(made, network, title), folder)
-    except ValueError as error:
-        raise InputError(f"model.py: {error}") from None
-    written = ["model.py"]
-    if options.fold_bn:
-        made = program(network, size, options.any_size, fold=True)
-    for kind in options.kinds:
-        tell(f"writing {files.NAMES[kind]}")
-        files.WRITERS[kind](made, folder, options.opset)
-        written.append(files.NAMES[kind])
-    return written
+    def write(self, folder: Path) -> list[str]:
+        """The files of the network; their names, as readers open them."""
+        options, size = self.options, self.size
+        self.tell("reading the network")
+        made = program(self.network, size, options.any_size)
+        title = f"{self.settings.model.name}, pruned: images float32 (n, 3, {size}, {size}) as in preprocessing.json -> logits"
+        try:
+            files.write_torch(*source(made, self.network, title), folder)
+        except ValueError as error:
+            raise InputError(f"model.py: {error}") from None
+        if options.fold_bn:
+            made = program(self.network, size, options.any_size, fold=True)
+        for kind in options.kinds:
+            self.tell(f"writing {files.NAMES[kind]}")
+            files.WRITERS[kind](made, folder, options.opset)
+        return ["model.py", *(files.NAMES[kind] for kind in options.kinds)]
 
+    def prove(self, folder: Path, written: list[str]) -> list[proof.Check]:
+        """Checks that all hold. Raises ProofError."""
+        self.tell(f"comparing {len(written)} files on {self.images.count} images")
+        checks = proof.prove(self.network, folder, written, self.images, self.options.any_size)
+        if "mask" not in self.pruned:
+            self.notes.append("metrics.jsonl has no mask, so the masked network was not compared")
+        elif isinstance(self.network, Narrow):  # of an older release, the layers have no names
+            checks.insert(0, proof.masked(self.settings, self.pruned["mask"], self.network, self.images))
+        for check in checks:
+            if not check.holds:
+                raise proof.ProofError(
+                    f"{check.file}: its logits differ by {check.difference:.1e} of the largest, more than {check.limit:.0e} in "
+                    f"{check.precision}, and the first class of {check.top1_differs} of {check.images} images"
+                )
+        return checks
 
-def _prove(
-    folder: Path,
-    written: list[str],
-    network: nn.Module,
-    settings: recipe.Recipe,
-    mask: str | None,
-    images: Images,
-    any_size: bool,
-    tell: Callable,
-) -> list[proof.Check]:
-    """Checks that all hold. Raises ProofError."""
-    tell(f"comparing {len(written)} files on {images.count} images")
-    checks = proof.prove(network, folder, written, images, any_size)
-    if mask is not None and isinstance(network, Narrow):  # of an older release, the layers have no names
-        checks.insert(0, proof.masked(settings, mask, network, images))
-    for check in checks:
-        if not check.holds:
-            raise proof.ProofError(
-                f"{check.file}: its logits differ by {check.difference:.1e} of the largest, more than {check.limit:.0e} in "
-                f"{check.precision}, and the first class of {check.top1_differs} of {check.images} images"
-            )
-    return checks
+    def describe(self, folder: Path, checks: list[proof.Check]) -> dict:
+        """Write preprocessing.json, architecture.json, README.md and manifest.json; returns what is in the last."""
+        settings, record, pruned, options = self.settings, self.record, self.pruned, self.options
+        result, how = records.summary(record), preprocessing(settings.data, self.images.class_names, self.classes)
+        sites = {site: {"channels": full, "kept": pruned.get("kept", {}).get(site)} for site, full in record.sites.items()}
+        shape = {"format": FORMAT, "network": settings.model.name, "image_size": self.size, "classes": self.classes}
+        costs = {"cost": {key: pruned[key] for key in ("full", "compact") if key in pruned}}
+        _json(folder / "preprocessing.json", {"format": FORMAT, **how})
+        _json(folder / "architecture.json", {**shape, **costs, "sites": sites})
+        start, end = record.last("start"), record.last("end")
+        provenance = {
+            "recipe": settings.model_dump(mode="json"),
+            "seed": settings.seed,
+            "code": start.get("code"),
+            "versions": {**start.get("versions", {}), "exported_with": _versions()},
+            "receipts": [{key: one[key] for key in ("epoch", "samples", "digest") if key in one} for one in record.of("receipt")],
+            "usage": end.get("ledger"),
+            "accuracy": result.get("accuracy", {}),
+        }
+        manifest = {
+            "format": FORMAT,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "options": {"fold_bn": options.fold_bn, "opset": options.opset, "any_size": options.any_size},
+            "proof": {
+                "images": "validation set" if self.images.of else "drawn",
+                "of": self.images.of,
+                "checks": [{**check._asdict(), "limit": check.limit} for check in checks],
+            },
+            "notes": self.notes,
+            "provenance": provenance,
+        }
+        (folder / "README.md").write_text(_card(settings, manifest, how, pruned, result), encoding="utf-8")
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in sorted(folder.iterdir())
+        }
+        _json(folder / "manifest.json", manifest)
+        return manifest
 
-
-def _describe(
-    folder: Path,
-    settings: recipe.Recipe,
-    record: records.Run,
-    images: Images,
-    checks: list[proof.Check],
-    classes: int,
-    options: Options,
-    notes: list[str],
-) -> dict:
-    """Write preprocessing.json, architecture.json, README.md and manifest.json; returns what is in the last."""
-    result, pruned = records.summary(record), record.last("prune")
-    how = preprocessing(settings.data, images.class_names, classes)
-    sites = {site: {"channels": full, "kept": pruned.get("kept", {}).get(site)} for site, full in record.sites.items()}
-    shape = {"format": FORMAT, "network": settings.model.name, "image_size": settings.data.image_size, "classes": classes}
-    costs = {"cost": {key: pruned[key] for key in ("full", "compact") if key in pruned}}
-    _json(folder / "preprocessing.json", {"format": FORMAT, **how})
-    _json(folder / "architecture.json", {**shape, **costs, "sites": sites})
-    start, end = record.last("start"), record.last("end")
-    provenance = {
-        "recipe": settings.model_dump(mode="json"),
-        "seed": settings.seed,
-        "code": start.get("code"),
-        "versions": {**start.get("versions", {}), "exported_with": _versions()},
-        "receipts": [{key: one[key] for key in ("epoch", "samples", "digest") if key in one} for one in record.of("receipt")],
-        "usage": end.get("ledger"),
-        "accuracy": result.get("accuracy", {}),
-    }
-    manifest = {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "options": {"fold_bn": options.fold_bn, "opset": options.opset, "any_size": options.any_size},
-        "proof": {
-            "images": "validation set" if images.of else "drawn",
-            "of": images.of,
-            "checks": [{**check._asdict(), "limit": check.limit} for check in checks],
-        },
-        "notes": notes,
-        "provenance": provenance,
-    }
-    (folder / "README.md").write_text(_card(settings, manifest, how, pruned, result), encoding="utf-8")
-    manifest["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.iterdir())
-    }
-    _json(folder / "manifest.json", manifest)
-    return manifest
+    def lay_out(self, folder: Path) -> None:
+        """What a model hub wants in a repository: config.json as timm writes it, weights, code, and the card."""
+        hub, how = self.options.hub, json.loads((folder / "preprocessing.json").read_text())
+        size, classes = how["image_size"], how["class_names"]
+        settings_of_images = {
+            "input_size": [3, size, size],
+            "fixed_input_size": not self.options.any_size,
+            "interpolation": how["interpolation"],
+            "crop_pct": size / how["resize"],
+            "crop_mode": "center",
+            "mean": how["mean"],
+            "std": how["std"],
+            "num_classes": len(classes),
+        }
+        config = {
+            # Programs that build a network by this name would build the full one, into which the weights do not fit.
+            "architecture": f"{self.settings.model.name.rpartition(':')[2].rpartition('/')[2]}_compact",
+            "num_classes": len(classes),
+            "label_names": classes,
+            "pretrained_cfg": settings_of_images,
+        }
+        hub.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.folder(hub) as made:
+            _json(made / "config.json", config)
+            for name in ("model.safetensors", "model.py", "README.md", "preprocessing.json", "manifest.json"):
+                shutil.copyfile(folder / name, made / name)
 
 
 def _versions() -> dict[str, str]:
@@ -217,31 +222,3 @@ def _card(settings: recipe.Recipe, manifest: dict, how: dict, pruned: dict, resu
         notes=manifest["notes"],
         files=sorted({check["file"] for check in manifest["proof"]["checks"]} - {"masked network"}),
     )
-
-
-def _lay_out(folder: Path, hub: Path, settings: recipe.Recipe, manifest: dict) -> None:
-    """What a model hub wants in a repository: config.json as timm writes it, weights, code, and the card."""
-    how = json.loads((folder / "preprocessing.json").read_text())
-    size, classes = how["image_size"], how["class_names"]
-    settings_of_images = {
-        "input_size": [3, size, size],
-        "fixed_input_size": not manifest["options"]["any_size"],
-        "interpolation": how["interpolation"],
-        "crop_pct": size / how["resize"],
-        "crop_mode": "center",
-        "mean": how["mean"],
-        "std": how["std"],
-        "num_classes": len(classes),
-    }
-    config = {
-        # Programs that build a network by this name would build the full one, into which the weights do not fit.
-        "architecture": f"{settings.model.name.rpartition(':')[2].rpartition('/')[2]}_compact",
-        "num_classes": len(classes),
-        "label_names": classes,
-        "pretrained_cfg": settings_of_images,
-    }
-    hub.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.folder(hub) as made:
-        _json(made / "config.json", config)
-        for name in ("model.safetensors", "model.py", "README.md", "preprocessing.json", "manifest.json"):
-            shutil.copyfile(folder / name, made / name)

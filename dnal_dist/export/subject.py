@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
@@ -64,7 +64,8 @@ def opened(path: Path, runtime: str | None, shards: str | None) -> Subject:
     context = Context()
     if is_run and runtime is None:
         settings = recipe.load(path / "recipe.yaml")
-        run, name, names = _of_run(path, context), "torch", None
+        network = compact_of(path).to(context.device)
+        run, name, names = (lambda images: network(images.to(context.device)).cpu().numpy()), "torch", None
     else:
         model = Model(export, runtime)
         settings = recipe_of(export / "manifest.json", model.how)
@@ -76,25 +77,15 @@ def opened(path: Path, runtime: str | None, shards: str | None) -> Subject:
     found = Shards(data.val, "data.val" if shards is None else "--shards", classes, data)
     if names is not None and names != [str(number) for number in range(classes)]:  # an export without names has those
         refuse_conflicts({f"{export}/preprocessing.json": names, **found.classes})
-    stream = Stream(
-        found,
-        data,
-        settings.seed,
-        False,
-        context.rank,
-        context.world_size,
-    )
+    stream = Stream(found, data, settings.seed, False, context.rank, context.world_size)
     return Subject(run, data, stream, context, is_run, name, classes)
 
 
-def _of_run(path: Path, context: Context) -> Callable[[Tensor], np.ndarray]:
-    if not (path / "compact").exists():
-        raise InputError(f"{path}: there is no compact network yet; the run has not finished")
-    try:
-        network = compact.load(path / "compact").to(context.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return lambda images: network(images.to(context.device)).cpu().numpy()
+def compact_of(run: Path) -> nn.Module:
+    """The compact network of a run, in eval mode. Raises InputError."""
+    if not (run / "compact").exists():
+        raise InputError(f"{run}: there is no compact network yet; the run has not finished")
+    return compact.load(run / "compact")
 
 
 def recipe_of(path: Path, how: dict) -> recipe.Recipe:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common import atomic
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.nets import narrow
 from dnal_dist.nets.gate import GatedNetwork
@@ -145,7 +146,7 @@ def save(network: nn.Module, folder: Path, **facts) -> None:
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The compact network saved in `folder`, in eval mode. Raises ValueError naming the folder and what is missing or wrong."""
+    """The compact network saved in `folder`, in eval mode. Raises InputError naming the folder and what is missing or wrong."""
     folder = Path(folder)
     try:
         description = json.loads(read_regular(folder / "architecture.json", MOST_BYTES))["network"]
@@ -154,7 +155,7 @@ def load(folder: Path | str) -> nn.Module:
             raise ValueError(f"{weights}: not a regular file")
         network = restored(description, load_file(weights))
     except Exception as error:
-        raise ValueError(f"{folder}: no compact network can be loaded from here ({error})") from None
+        raise InputError(f"{folder}: no compact network can be loaded from here ({error})") from None
     return network.eval()
 
 
