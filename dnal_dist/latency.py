@@ -63,7 +63,7 @@ def main() -> None:
     macs = {name: one.macs for name, one in made.items()}
     where = latency.device_name(device)
     if args.json:
-        print(json.dumps({"device": where, "macs": macs, "rows": [row._asdict() for row in rows]}, indent=1))
+        print(json.dumps({"device": where, "macs": macs, "rows": rows}, indent=1))
     else:
         _print(network, where, macs, rows)
     if "full" not in made:
@@ -132,9 +132,9 @@ def _print(network: str, where: str, macs: dict[str, int], rows: list) -> None:
     for row in rows:
         cells = ""
         for name in macs:
-            ratio = f"{row.faster[name]:.2f}x" if name in row.faster else ""
-            cells += f"{1000 * row.median[name]:>10.2f} ± {1000 * row.spread[name]:<5.2f}{ratio:>9}"
-        print(f"{row.batch:>5} {row.threads:>7} {row.runtime:<9}{cells}")
+            ratio = f"{row['faster'][name]:.2f}x" if name in row["faster"] else ""
+            cells += f"{1000 * row['median'][name]:>10.2f} ± {1000 * row['spread'][name]:<5.2f}{ratio:>9}"
+        print(f"{row['batch']:>5} {row['threads']:>7} {row['runtime']:<9}{cells}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError, reason
@@ -88,19 +89,9 @@ def _counted(path: Path) -> int:
 @torch.no_grad()
 def _macs(network: nn.Module, size: int) -> int:
     """Multiply-adds of the convolutions and Linear layers for one image."""
-    total = 0
-
-    def add(module: nn.Module, _, output: Tensor) -> None:
-        nonlocal total
-        weight = module.weight
-        total += weight[0].numel() * output[0].numel()
-
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    hooks = [module.register_forward_hook(add) for module in layers]
-    network(torch.zeros(1, 3, size, size))
-    for hook in hooks:
-        hook.remove()
-    return total
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2
 
 
 def evenly(network: nets.GatedNetwork, size: int, macs: int) -> Tensor:

@@ -1,39 +1,25 @@
 """How long networks take for a batch of images, in several runtimes, taking turns in one process."""
 
-import os
+import contextlib
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dnal_dist.common.cores import cores
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.export import files, readers
 from dnal_dist.export.compared import Compared
 from dnal_dist.export.program import program
+from dnal_dist.report.record import Latency
 
 # The least number of rounds, and the largest difference between runtimes, relative to the largest logit.
 ROUNDS, EQUAL = 5, 1e-4
-
-
-class Row(NamedTuple):
-    """One line of the table. Times by network, seconds a batch."""
-
-    batch: int
-    threads: int
-    runtime: str
-    median: dict[str, float]
-    spread: dict[str, float]
-    """Half of what lies between the first and the third quartile."""
-    faster: dict[str, float]
-    """How many times faster than the full network, if there is one: the median over rounds, each with its own time of both."""
-    slower: list[str]
-    """Networks that were slower than the full one in three rounds of four."""
 
 
 def runner(module: nn.Module, images: Tensor, runtime: str, threads: int, folder: Path) -> Callable[[], Tensor]:
@@ -88,7 +74,7 @@ def wait(device: torch.device) -> None:
 
 def measure(
     made: dict[str, Compared], image_size: int, device: torch.device, settings: Sequence[tuple[int, int, str]], seconds: float
-) -> Iterator[Row]:
+) -> Iterator[Latency]:
     """A row for each batch, threads and runtime of `settings`, in about so many seconds each. Raises InputError."""
     usual = torch.get_num_threads()
     try:
@@ -117,7 +103,7 @@ def _run(network: Compared, images: Tensor, runtime: str, threads: int, folder: 
     return run
 
 
-def _row(batch: int, threads: int, runtime: str, times: dict[str, list[float]]) -> Row:
+def _row(batch: int, threads: int, runtime: str, times: dict[str, list[float]]) -> Latency:
     quartiles = {name: statistics.quantiles(row, n=4) for name, row in times.items()}
     ratios = {
         name: [full / own for full, own in zip(times["full"], row, strict=True)]
@@ -125,17 +111,17 @@ def _row(batch: int, threads: int, runtime: str, times: dict[str, list[float]]) 
         if name != "full" and "full" in times
     }
     slower = [name for name, row in ratios.items() if statistics.quantiles(row, n=4)[2] < 1]
-    median = {name: statistics.median(row) for name, row in times.items()}
+    median, faster = ({name: statistics.median(row) for name, row in rows.items()} for rows in (times, ratios))
     spread = {name: (q[2] - q[0]) / 2 for name, q in quartiles.items()}
-    return Row(batch, threads, runtime, median, spread, {name: statistics.median(row) for name, row in ratios.items()}, slower)
+    return Latency(batch=batch, threads=threads, runtime=runtime, median=median, spread=spread, faster=faster, slower=slower)
 
 
-def warning(row: Row) -> str | None:
+def warning(row: Latency) -> str | None:
     """A warning about a compact network that is slower than the full one."""
-    if "compact" not in row.slower:
+    if "compact" not in row["slower"]:
         return None
     return (
-        f"the compact network is slower than the full one at batch {row.batch} in {row.runtime}; architecture.round_to=8 and "
+        f"the compact network is slower than the full one at batch {row['batch']} in {row['runtime']}; architecture.round_to=8 and "
         "architecture.streams=tied give shapes that runtimes are fast with"
     )
 
@@ -150,9 +136,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{model}, {cores()} cores"

@@ -38,13 +38,18 @@ class Budget(TypedDict):
 
 
 class Latency(TypedDict):
+    """Of a batch, by network, in seconds."""
+
     batch: Count
     threads: Count
     runtime: Text
     median: dict[Text, Positive]
     faster: dict[Text, Positive]
+    """How many times faster than the full network, if there is one: the median over rounds, each with its own time of both."""
     spread: NotRequired[dict[Text, Quantity]]
+    """Half of what lies between the first and the third quartile."""
     slower: NotRequired[list[Text]]
+    """Networks that were slower than the full one in three rounds of four."""
 
 
 class Usage(TypedDict, total=False):

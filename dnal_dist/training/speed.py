@@ -27,6 +27,6 @@ def record_latency(run: Run) -> None:
         run.log.warn(f"latency was not measured ({reason(error)}); later: python -m dnal_dist.latency {run.folder}")
         return
     where = ("1 thread of " if device.type == "cpu" else "") + latency.device_name(device)
-    run.log.record("latency", device=where, rows=[row._asdict() for row in rows])
+    run.log.record("latency", device=where, rows=rows)
     for warning in filter(None, map(latency.warning, rows)):
         run.log.warn(warning)

@@ -45,7 +45,8 @@ def test_even_thinning_takes_as_many_macs_as_there_are(fraction):
 
 def test_slower_compact_networks_are_warned_of(exported, capsys, monkeypatch):
     seconds = {"full": 1.0, "compact": 1.1, "even": 0.5}
-    rows = iter([latency.Row(1, 1, "eager", seconds, dict.fromkeys(seconds, 0.1), {"compact": 0.9, "even": 2.0}, ["compact"])])
+    row = {"batch": 1, "threads": 1, "runtime": "eager", "median": seconds, "spread": dict.fromkeys(seconds, 0.1)}
+    rows = iter([row | {"faster": {"compact": 0.9, "even": 2.0}, "slower": ["compact"]}])
     monkeypatch.setattr(latency, "measure", lambda *_: rows)
     code, out, err = called(door.main, capsys, exported)
     assert code == 0 and "0.90x" in out and "warning: the compact network is slower than the full one at batch 1 in eager" in err
