@@ -87,14 +87,12 @@ def _profile(args: argparse.Namespace, device) -> None:
     (batch,), (threads,), (runtime,) = args.batch, args.threads, args.runtime or ["eager"]
     torch.set_num_threads(threads)
     with Console(stderr=True).status("") as status:
-        bench = profile.Bench(runtime, batch, threads, device)
-        net = profile.build(settings.network)
-        table, made = profile.kept(args.profile, settings, net.to(device), bench, status.update)
+        bench = profile.Bench(settings, runtime, batch, threads, device, status.update)
+        table, made = profile.kept(args.profile, bench)
         print(f"{args.profile}: {'written' if made else 'there already'}; {table.runtime} on {table.device}, batch {table.batch}")
         print(f"whole networks take {table.factor:.2f} times their layers and {1e6 * table.glue:.1f} us beside each")
         errors = []
-        size, round_to = settings.data.image_size, settings.architecture.round_to
-        for _, predicted, measured in profile.checked(table, net, size, bench, args.check, round_to, 1, status.update):
+        for _, predicted, measured in profile.checked(table, bench, args.check, 1):
             errors.append(predicted / measured - 1)
             print(f"predicted {1000 * predicted:>9.3f} ms  measured {1000 * measured:>9.3f} ms  {errors[-1]:+.1%}")
     if errors:

@@ -38,10 +38,15 @@ NETWORKS = 10
 
 
 class Bench:
-    """Times modules in one runtime, on one thread setting, beside its reference."""
+    """Times modules of a recipe's network in one runtime, on one thread setting, beside its reference."""
 
-    def __init__(self, runtime: str, batch: int, threads: int, device: torch.device):
-        self.runtime, self.batch, self.threads, self.device = runtime, batch, threads, device
+    def __init__(
+        self, settings: recipe.Recipe, runtime: str, batch: int, threads: int, device: torch.device, tell: Callable[[str], None]
+    ):
+        self.runtime, self.batch, self.threads, self.device, self.tell = runtime, batch, threads, device, tell
+        self.settings, self.size, self.round_to = settings.network, settings.data.image_size, settings.architecture.round_to
+        torch.manual_seed(0)
+        self.net = nets.build(**self.settings).eval().to(device)
         # One thread's own time leaves out that of other programs.
         self.clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
         self.unit = float("inf")
@@ -52,10 +57,12 @@ class Bench:
         if runtime == "onnx":
             self.call = min(self.times(self.runner(nn.Linear(1, 1), (1,)), 10 * SECONDS))
 
-    def facts(self) -> dict[str, str | int]:
+    def facts(self) -> dict[str, str | int | dict[str, str]]:
         """What tables of other such facts do not hold for."""
+        names = ["torch"] + ["onnxruntime"] * (self.runtime == "onnx")
+        versions = {name: importlib.import_module(name).__version__ for name in names}
         where = latency.device_name(self.device)
-        return {"device": where, "runtime": self.runtime, "batch": self.batch, "threads": self.threads}
+        return {"device": where, "runtime": self.runtime, "batch": self.batch, "threads": self.threads, "versions": versions}
 
     def runner(self, module: nn.Module, shape: tuple[int, ...]) -> Callable:
         images = torch.randn(self.batch, *shape, device=self.device)
@@ -66,8 +73,8 @@ class Bench:
             return _onnx(module, images, self.threads)
         raise InputError(f"--runtime {self.runtime}: a table is made of eager or onnx")
 
-    def network(self, module: nn.Module, image_size: int) -> Callable:
-        images = torch.randn(self.batch, 3, image_size, image_size, device=self.device)
+    def network(self, module: nn.Module) -> Callable:
+        images = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
         with tempfile.TemporaryDirectory() as folder:
             return latency.runner(module.to(self.device), images, self.runtime, self.threads, Path(folder))
 
@@ -91,12 +98,6 @@ class Bench:
         run()
         latency.wait(self.device)
         return self.clock() - start
-
-
-def versions(runtime: str) -> dict[str, str]:
-    """Of what computes in a runtime."""
-    names = ["torch"] + ["onnxruntime"] * (runtime == "onnx")
-    return {name: importlib.import_module(name).__version__ for name in names}
 
 
 def _cell(layer: nn.Module, norm: bool) -> nn.Module:
@@ -135,22 +136,19 @@ def _onnx(module: nn.Module, images: Tensor, threads: int) -> Callable:
     return lambda: session.run(None, {"images": array})
 
 
-def table(network: dict, net: GatedNetwork, image_size: int, bench: Bench, round_to: int, tell: Callable[[str], None]) -> Table:
-    """The table of `net`, which nets.build makes by `network`. round_to: multiples that its sites will keep. Raises InputError."""
-    with torch.no_grad():
-        kinds, shapes = _layers(net, image_size)
-        grids, known = {}, dict.fromkeys(kinds)
-        for number, kind in enumerate(known, 1):
-            tell(f"layers of kind {number} of {len(known)}: {kind}")
-            grids[kind] = _grid(*shapes[kind], bench, round_to)
-        for kind, ratios in grids.items():
-            seconds = [[ratio * bench.unit for ratio in row] for row in ratios.seconds]
-            grids[kind] = ratios.model_copy(update={"seconds": seconds})
-        found = Table(
-            network=network, kinds=grids, layers=kinds, round_to=round_to, versions=versions(bench.runtime), **bench.facts()
-        )
-        rows = list(checked(found, net, image_size, bench, NETWORKS, round_to, 0, tell))
-        return _fitted(found, net, rows)
+@torch.no_grad()
+def table(bench: Bench) -> Table:
+    """The table of the bench's network. Raises InputError."""
+    kinds, shapes = _layers(bench.net, bench.size)
+    grids, known = {}, dict.fromkeys(kinds)
+    for number, kind in enumerate(known, 1):
+        bench.tell(f"layers of kind {number} of {len(known)}: {kind}")
+        grids[kind] = _grid(*shapes[kind], bench)
+    for kind, ratios in grids.items():
+        seconds = [[ratio * bench.unit for ratio in row] for row in ratios.seconds]
+        grids[kind] = ratios.model_copy(update={"seconds": seconds})
+    found = Table(network=bench.settings, kinds=grids, layers=kinds, round_to=bench.round_to, **bench.facts())
+    return _fitted(found, [(predicted, measured) for _, predicted, measured in checked(found, bench, NETWORKS, 0)])
 
 
 def _layers(net: GatedNetwork, image_size: int) -> tuple[list[str], dict[str, tuple]]:
@@ -190,12 +188,12 @@ def _points(channels: int, free: bool, round_to: int) -> list[int]:
     return sorted({n for n in {1, channels} | aligned | {n - 1 for n in aligned} if 0 < n <= channels})
 
 
-def _grid(module: nn.Module, shape: tuple[int, ...], free: list[bool], norm: bool, bench: Bench, round_to: int) -> Grid:
+def _grid(module: nn.Module, shape: tuple[int, ...], free: list[bool], norm: bool, bench: Bench) -> Grid:
     """Ratios to the reference in place of seconds."""
     linear = isinstance(module, nn.Linear)
     ins, outs = (module.in_features, module.out_features) if linear else (module.in_channels, module.out_channels)
     whole_only = not linear and module.groups > 1
-    inputs, outputs = _points(ins, free[0] and not whole_only, round_to), _points(outs, free[1], round_to)
+    inputs, outputs = _points(ins, free[0] and not whole_only, bench.round_to), _points(outs, free[1], bench.round_to)
     rows = []
     for i in inputs:
         rows.append([])
@@ -233,56 +231,42 @@ def masks(net: GatedNetwork, count: int, round_to: int, seed: int) -> Iterator[T
         yield rounded(net, keep, torch.rand(net.num_gates, generator=generator), round_to)
 
 
-def checked(
-    found: Table,
-    net: GatedNetwork,
-    image_size: int,
-    bench: Bench,
-    count: int,
-    round_to: int,
-    seed: int,
-    tell: Callable[[str], None],
-) -> Iterator[tuple[Tensor, float, float]]:
+def checked(found: Table, bench: Bench, count: int, seed: int) -> Iterator[tuple[Tensor, float, float]]:
     """Random compact networks: the mask, seconds as predicted, and as measured."""
-    for number, keep in enumerate(masks(net, count, round_to, seed), 1):
-        tell(f"whole network {number} of {count}")
+    for number, keep in enumerate(masks(bench.net, count, bench.round_to, seed), 1):
+        bench.tell(f"whole network {number} of {count}")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = whole(compact.compact(net, keep)).eval()
-            measured = statistics.median(bench.times(bench.network(module, image_size), NETWORK_SECONDS)) * bench.unit
-            yield keep, float(found.predict(net, image_size, keep.double())), measured
+            module = whole(compact.compact(bench.net, keep)).eval()
+            measured = statistics.median(bench.times(bench.network(module), NETWORK_SECONDS)) * bench.unit
+            yield keep, float(found.predict(bench.net, bench.size, keep.double())), measured
 
 
-def _fitted(found: Table, net: GatedNetwork, rows: list[tuple[Tensor, float, float]]) -> Table:
-    """With the factor and the glue that fit whole networks best, relative to their times."""
+def _fitted(found: Table, rows: list[tuple[float, float]]) -> Table:
+    """With the factor and the glue that fit whole networks best, relative to their times. rows: seconds as predicted, and as
+    measured."""
     if not rows:
         return found
     layers = float(len(found.layers))
-    sides = torch.tensor([[predicted / measured, layers / measured] for _, predicted, measured in rows], dtype=torch.float64)
+    sides = torch.tensor([[predicted / measured, layers / measured] for predicted, measured in rows], dtype=torch.float64)
     factor, glue = torch.linalg.lstsq(sides, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
     if factor <= 0:
-        factor, glue = statistics.median(measured / predicted for _, predicted, measured in rows), 0.0
+        factor, glue = statistics.median(measured / predicted for predicted, measured in rows), 0.0
     return found.model_copy(update={"factor": factor, "glue": glue})
 
 
-def kept(path: Path, settings: recipe.Recipe, net: GatedNetwork, bench: Bench, tell: Callable[[str], None]) -> tuple[Table, bool]:
+def kept(path: Path, bench: Bench) -> tuple[Table, bool]:
     """The table in a file, or measured and written there; and whether it was. Raises InputError, also for another table there."""
     if path.exists():
-        found = timing.load(str(path), settings.network, settings.architecture.round_to)
-        own = {**bench.facts(), "versions": versions(bench.runtime)}
-        if other := next((name for name, value in own.items() if getattr(found, name) != value), None):
+        found = timing.load(str(path), bench.settings, bench.round_to)
+        if other := next((name for name, value in bench.facts().items() if getattr(found, name) != value), None):
             there = getattr(found, other)
             text = ", ".join(f"{name} {version}" for name, version in there.items()) if isinstance(there, dict) else there
             raise InputError(f"--profile {path}: holds a table of {other} {text or 'unknown'}; name another file, or remove it")
         return found, False
-    found = table(settings.network, net, settings.data.image_size, bench, settings.architecture.round_to, tell)
+    found = table(bench)
     try:
         atomic.put(path, (found.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise InputError(f"--profile {path}: cannot be written ({reason(error)}); {remedy(error)}") from None
     return found, True
-
-
-def build(network: dict) -> GatedNetwork:
-    torch.manual_seed(0)
-    return nets.build(**network).eval()

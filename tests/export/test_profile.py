@@ -7,6 +7,7 @@ import torch
 from in_process import called
 
 from dnal_dist import latency as door
+from dnal_dist import nets
 from dnal_dist.export import profile
 
 
@@ -41,7 +42,7 @@ def test_a_table_has_every_layer_and_predicts(runtime, quick, tmp_path, capsys, 
 
 
 def test_layers_of_groups_are_timed_by_their_outputs():
-    net = profile.build({"name": "mobilenetv2_cifar", "image_size": 32})
+    net = nets.build("mobilenetv2_cifar", image_size=32)
     kinds, shapes = profile._layers(net, 32)
     module, shape, _, norm = shapes[next(kind for kind in kinds if "groups" in kind)]
     layer, narrower = profile._narrow(module, shape, module.in_channels, 5, norm)
