@@ -156,13 +156,8 @@ def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Image
     full = nets.build(**settings.network).double().eval()
     keep = unpack(mask, full.num_gates)
     drawn = {name: tensor.clone() for name, tensor in full.state_dict().items()}
-    first, numbered = 0, {}
-    for name, tensor in drawn.items():
-        numbered[name] = tensor
-        if tensor.is_floating_point():
-            numbered[name] = torch.arange(first, first + tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-            first += tensor.numel()
-    full.load_state_dict(numbered)
+    flat = torch.cat([tensor.flatten() for tensor in drawn.values() if tensor.is_floating_point()])
+    full.load_state_dict(_divided(torch.arange(len(flat), dtype=flat.dtype), drawn))
     small = compact.compact(full, keep)
     if compact.describe(small) != compact.describe(network):
         raise ProofError("compact: it is not what pruning makes of the recipe's network and the mask in metrics.jsonl")
@@ -170,20 +165,13 @@ def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Image
     if not len(batch):
         raise ProofError("masked network: no image of the validation set can be used")
     own, places = network.state_dict(), small.state_dict()
-    flat = torch.cat([tensor.flatten() for tensor in drawn.values() if tensor.is_floating_point()])
     everywhere = True
     for name, at in places.items():
         if at.is_floating_point():
-            inside = (at == at.round()) & (at >= 0) & (at < first)
+            inside = (at == at.round()) & (at >= 0) & (at < len(flat))
             everywhere = everywhere and bool(inside.all())
             flat[at[inside].long()] = own[name].double()[inside]
-    filled, first = {}, 0
-    for name, tensor in drawn.items():
-        filled[name] = tensor
-        if tensor.is_floating_point():
-            filled[name] = flat[first : first + tensor.numel()].view(tensor.shape)
-            first += tensor.numel()
-    found = None
+    found, filled = None, _divided(flat, drawn)
     for weights, tensors, other in (("the run's", filled, copy.deepcopy(network).double()), ("drawn", drawn, None)):
         full.load_state_dict(tensors)
         other = other or compact.compact(full, keep).eval()
@@ -194,3 +182,9 @@ def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Image
         if found.holds or everywhere:
             break
     return found
+
+
+def _divided(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the forms of `like`, the floating ones filled with the numbers of `flat` (N,) one after the other."""
+    parts = iter(flat.split([tensor.numel() for tensor in like.values() if tensor.is_floating_point()]))
+    return {name: next(parts).view(tensor.shape) if tensor.is_floating_point() else tensor for name, tensor in like.items()}
