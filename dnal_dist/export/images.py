@@ -1,17 +1,16 @@
 """Images for the proof, and the preprocessing of an export: what the evaluation of a recipe does to an image, as data."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
-from dnal_dist.data.decoding import check_size, decode, read_header
 from dnal_dist.data.images import Transform, normalise
 from dnal_dist.data.remote import RemoteError
 from dnal_dist.data.samples import Fault
@@ -85,17 +84,13 @@ def preprocessing(data: recipe.Data, class_names: list[str], classes: int) -> di
     }
 
 
-def preprocessed(encoded: bytes, how: dict, max_pixels: int = 100_000_000) -> np.ndarray:
-    """float32 (3, H, W) of an encoded image, as preprocessing.json says, by Pillow and NumPy. Raises ImageError."""
-    header = read_header(encoded, how["exif"])
-    check_size((header.height, header.width), max_pixels)
-    image = Image.fromarray(decode(encoded, header, background=tuple(how["background"])))
-    shorter, longer, size = min(image.size), max(image.size), how["image_size"]
-    longer = int(how["resize"] * longer / shorter)
-    shape = (how["resize"], longer) if image.width <= image.height else (longer, how["resize"])
-    check_size(shape[::-1], max_pixels)
-    image = image if image.size == shape else image.resize(shape, Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    mean, std = (np.array(how[key], dtype=np.float32) for key in ("mean", "std"))
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+def data_of(how: dict, **more) -> recipe.Data:
+    """The part of a recipe that preprocessing.json holds, beside `more`. Raises ValueError, LookupError or TypeError."""
+    own = {key: how[key] for key in ("image_size", "resize", "mean", "std", "background", "exif")}
+    return recipe.Data.model_validate_json(json.dumps({"train": "none", "val": "none", "global_batch": 1} | more | own))
+
+
+def preprocessed(encoded: bytes, data: recipe.Data) -> np.ndarray:
+    """float32 (1, 3, H, W) of an encoded image, as an evaluation has it. Raises ImageError."""
+    pixels = torch.from_numpy(Transform(data, 0, train=False)(encoded, 0, 0)[0])
+    return normalise(pixels.permute(2, 0, 1)[None], data.mean, data.std).numpy()

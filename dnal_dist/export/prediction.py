@@ -10,7 +10,7 @@ from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.files import read_regular
 from dnal_dist.data.decoding import ImageError
 from dnal_dist.export import readers
-from dnal_dist.export.images import preprocessed
+from dnal_dist.export.images import data_of, preprocessed
 
 # Bytes of preprocessing.json, and of an image file.
 MOST_JSON, MOST_IMAGE = 16 << 20, 1 << 30
@@ -46,10 +46,7 @@ def preprocessing_of(path: Path) -> dict:
     """The preprocessing of an export. Raises InputError."""
     try:
         how = json.loads(read_regular(path, MOST_JSON))
-        size, resize = how["image_size"], how["resize"]
-        lists = [how[key] for key in ("mean", "std", "background")]
-        fits = type(size) is int and type(resize) is int and 0 < size <= resize <= 1 << 14 and all(len(one) == 3 for one in lists)
-        if not fits or not all(isinstance(name, str) for name in how["class_names"]) or type(how["exif"]) is not bool:
+        if data_of(how).resize > 1 << 14 or not all(isinstance(name, str) for name in how["class_names"]):
             raise ValueError("its values are of other kinds")
         return how
     except FileNotFoundError:
@@ -64,7 +61,7 @@ def predicted(model: Model, path: Path, top: int) -> dict:
     """{"image", "classes": [{"class", "number", "probability"}]}, the likeliest first; "error" in place of classes that are not
     known, since the file is no image."""
     try:
-        images = preprocessed(read_regular(path, MOST_IMAGE), model.how)[None]
+        images = preprocessed(read_regular(path, MOST_IMAGE), data_of(model.how))
     except (OSError, ImageError, InputError) as error:
         return {"image": str(path), "error": reason(error)}
     (shares,) = probabilities(model.run(images))

@@ -20,6 +20,7 @@ from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
 from dnal_dist.export import evaluation
+from dnal_dist.export.images import data_of
 from dnal_dist.export.prediction import MOST_JSON, Model
 from dnal_dist.nets import compact
 
@@ -93,9 +94,7 @@ def recipe_of(path: Path, how: dict) -> recipe.Recipe:
     try:
         found = json.loads(read_regular(path, MOST_JSON))["provenance"]["recipe"]
         settings = recipe.Recipe.model_validate_json(json.dumps(found))
-        own = {key: how[key] for key in ("image_size", "resize", "mean", "std", "background", "exif")}
-        data = recipe.Data.model_validate_json(json.dumps(settings.data.model_dump(mode="json") | own))
-        return settings.model_copy(update={"data": data})
+        return settings.model_copy(update={"data": data_of(how, **settings.data.model_dump(mode="json"))})
     except ValidationError as error:
         raise InputError(f"{path}: its recipe is none ({recipe.faults(error, recipe.Recipe)})") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

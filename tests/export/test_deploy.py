@@ -13,8 +13,7 @@ from in_process import called
 from PIL import Image
 
 from dnal_dist import predict, recipe
-from dnal_dist.data.images import Transform, normalise
-from dnal_dist.export.images import preprocessed, preprocessing
+from dnal_dist.export.images import data_of, preprocessed, preprocessing
 
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```$", Path("docs/deploy.md").read_text())
 TORCH = ("model", "torch", "torchgen", "safetensors", "typing_extensions", "packaging")
@@ -53,14 +52,23 @@ def test_the_blocks_run_without_this_project(words, exported, clean_room, tmp_pa
 @pytest.mark.parametrize(
     "image", [(32, 32), (50, 33), (31, 77), (32, 41, "JPEG"), (200, 120, "JPEG"), (47, 45, "JPEG", "L"), (60, 70, "PNG", "P")]
 )
-def test_preprocessing_is_the_evaluation_transform(image, resize):
+def test_preprocessing_is_the_evaluation_transform(image, resize, tmp_path, monkeypatch):
+    """That of the block of docs/deploy.md."""
     data = recipe.Data(train="none", val="none", image_size=32, resize=resize, global_batch=1)
     content = encoded(*image)
-    pixels, _ = Transform(data, 0, train=False)(content, 0, 0)
-    import torch
+    assert (
+        np.abs(by_the_block(content, preprocessing(data, [], 10), tmp_path, monkeypatch) - preprocessed(content, data)).max()
+        <= 1e-6
+    )
 
-    expected = normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None], data.mean, data.std)[0]
-    assert np.abs(preprocessed(content, preprocessing(data, [], 10)) - expected.numpy()).max() <= 1e-6
+
+def by_the_block(content: bytes, how: dict, folder: Path, monkeypatch) -> np.ndarray:
+    (folder / "image.png").write_bytes(content)
+    (folder / "preprocessing.json").write_text(json.dumps(how))
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(compile(BLOCKS[0], "docs/deploy.md", "exec"), names)
+    return names["images"]
 
 
 @pytest.mark.parametrize("exif", [False, True])
@@ -73,15 +81,10 @@ def test_transparent_images_lie_on_the_recipe_s_background_and_are_turned(exif, 
     orientation = Image.Exif()
     orientation[274] = 3
     image.save(content, "PNG", exif=orientation)
-    found = preprocessed(content.getvalue(), how)
-    pixels = (found.transpose(1, 2, 0) * data.std + data.mean) * 255
+    found = preprocessed(content.getvalue(), data_of(how))
+    pixels = (found[0].transpose(1, 2, 0) * data.std + data.mean) * 255
     assert np.allclose(pixels[4, 4], (10, 20, 30), atol=1e-3) and np.allclose(pixels[7 if exif else 0, 0], (0, 255, 0), atol=1e-3)
-    (tmp_path / "image.png").write_bytes(content.getvalue())
-    (tmp_path / "preprocessing.json").write_text(json.dumps(how))
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(BLOCKS[0], "docs/deploy.md", "exec"), names)
-    assert np.abs(names["images"][0] - found).max() <= 1e-6
+    assert np.abs(by_the_block(content.getvalue(), how, tmp_path, monkeypatch) - found).max() <= 1e-6
 
 
 def test_images_are_predicted_by_each_runtime(exported, tmp_path, capsys):
