@@ -1,7 +1,10 @@
 """The templates of pages and Markdown files. Whatever comes from a run is escaped here: as HTML in *.html, as Markdown in *.md."""
 
+import json
 import re
 from functools import cache
+
+from markupsafe import Markup, escape
 
 from dnal_dist.common.text import printable
 
@@ -25,40 +28,24 @@ def _environment(form: str):
         finalize=_words if form == "md" else None,
     )
     environment.filters |= {"units": _units, "breakable": _breakable, "fence": _fence, "script": _script}
-    environment.globals["source"] = lambda name: _markup(environment.loader.get_source(environment, name)[0])
+    environment.globals["source"] = lambda name: Markup(environment.loader.get_source(environment, name)[0])
     return environment
 
 
-def _markup(content: str):
-    from markupsafe import Markup
-
-    return Markup(content)
-
-
-def _escape(words: object):
-    from markupsafe import escape
-
-    return escape(words)
-
-
-_UNITS = r"(\d) (?=(?:k?Wh|[kMGT]?B|[kMGsh]|min|UTC)\b|%)"
-
-
-def _units(words: str):
+def _units(words: str) -> Markup:
     """HTML in which a number stays on one line with its unit."""
-    return _markup(re.sub(_UNITS, r"\1&nbsp;", str(_escape(words))).replace("x fewer", "&times;&nbsp;fewer"))
+    units = r"(\d) (?=(?:k?Wh|[kMGT]?B|[kMGsh]|min|UTC)\b|%)"
+    return Markup(re.sub(units, r"\1&nbsp;", str(escape(words))).replace("x fewer", "&times;&nbsp;fewer"))
 
 
-def _breakable(name: str):
+def _breakable(name: str) -> Markup:
     """HTML of a module's name: a long one breaks at its dots first."""
-    return _markup(re.sub(r"([._])", r"\1<wbr>", str(_escape(name))))
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
-def _script(data: object):
+def _script(data: object) -> Markup:
     """JSON inside of a script element, which no text in it can end."""
-    import json
-
-    return _markup(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
+    return Markup(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def markdown(words: object) -> str:
@@ -72,12 +59,12 @@ def markdown(words: object) -> str:
     return re.sub(r"(?<!&)([@#])(?=\w)", r"\1<!-- -->", marked)
 
 
-def _words(value: object):
-    return value if hasattr(value, "__html__") else _markup(markdown(value))
+def _words(value: object) -> Markup:
+    return value if hasattr(value, "__html__") else Markup(markdown(value))
 
 
-def _fence(content: str, language: str = ""):
+def _fence(content: str, language: str = "") -> Markup:
     """Lines as a block of code in Markdown, whatever they hold."""
     lines = "\n".join(printable(line.expandtabs(4)) for line in content.splitlines())
     ticks = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", lines)), 3)
-    return _markup(f"{ticks}{language}\n{lines}\n{ticks}")
+    return Markup(f"{ticks}{language}\n{lines}\n{ticks}")
