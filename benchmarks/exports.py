@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dnal_dist import nets, recipe
-from dnal_dist.export import files, proof
+from dnal_dist.export import files, proof, readers
 from dnal_dist.export.images import Images
 from dnal_dist.export.program import program
 from dnal_dist.export.source import source
@@ -50,7 +50,7 @@ def row(name: str, image_size: int, count: int, kinds: list[str]) -> str:
         files.write_torch(text, state, Path(folder))
         for kind in kinds:
             files.WRITERS[kind](made, Path(folder), None)
-        names = ["model.py", *(files.NAMES[kind] for kind in kinds)]
+        names = ["model.py", *(readers.FILES[kind] for kind in kinds)]
         checks = proof.prove(small, Path(folder), names, Images(count, 0, "drawn", [], data, None, []))
     cells = [f"{one.difference:.0e}{'' if one.holds else ' (!)'}" for one in [checks[-1], *checks[:-1]]]
     differs = sum(one.top1_differs for one in checks)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--to", nargs="*", choices=files.WRITERS, default=["pt2", "onnx"])
     args = parser.parse_args()
-    head = ["network", "pixels", "model.py, float64", "model.py", *(files.NAMES[kind] for kind in args.to)]
+    head = ["network", "pixels", "model.py, float64", "model.py", *(readers.FILES[kind] for kind in args.to)]
     head += ["other classes", "lines of model.py", "time"]
     print(f"| {' | '.join(head)} |\n|---|{'--:|' * (len(head) - 1)}", flush=True)
     for name in args.networks:

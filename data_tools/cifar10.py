@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.archive import contents
-from data_tools.images import pixel_sample
-from data_tools.record import Record, digest
-from data_tools.writing import Split, shards_for, write
+from data_tools.images import write_pixels
 
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}
 NAMES = "batches.meta.txt"
@@ -29,32 +27,24 @@ def cifar10(source: Path, folder: Path, shard_samples: int = 5000, workers: int 
     classes = content_of[NAMES].decode("ascii", "replace").split()
     if len(classes) != 10:
         raise ValueError(f"{source}: {NAMES} names {len(classes)} classes, expected CIFAR-10's 10; {TAKE}")
-    found = {split: [_batch(source, file, content_of[file]) for file in files] for split, files in FILES.items()}
-    content = digest(array.tobytes() for batches in found.values() for batch in batches for array in batch)
-    record = Record(folder, {"kind": "cifar10", "shard_samples": shard_samples, "source": content}, overwrite)
-    splits = {}
-    for split, batches in found.items():
-        references = [one for pixels, labels in batches for one in zip(_upright(pixels), labels.tolist(), strict=True)]
-        splits[split] = Split(references, pixel_sample, shards_for(len(references), shard_samples))
-    return write(record, splits, classes, workers)
-
-
-def _upright(pixels: np.ndarray) -> np.ndarray:
-    """Red, green and blue planes (N, 3072) as images (N, 32, 32, 3)."""
-    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    arrays = {}
+    for split, files in FILES.items():
+        batches = [_batch(source, file, content_of[file]) for file in files]
+        arrays[split] = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return write_pixels("cifar10", arrays, classes, folder, shard_samples, workers, overwrite)
 
 
 def _batch(source: Path, file: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, uint8 (RECORDS, 3072), and labels, uint8 (RECORDS,)."""
+    """Images, uint8 (RECORDS, 32, 32, 3), and labels, uint8 (RECORDS,)."""
     expected = RECORDS * (1 + PIXELS)
     if len(data) != expected:
         than = "less" if len(data) < expected else "more"
         raise ValueError(f"{source}: {file} holds {than} than {RECORDS} records of {1 + PIXELS} bytes; download it again")
-    # A record is its label and then its pixels.
+    # A record is its label and then its planes, red, green and blue.
     records = np.frombuffer(data, np.uint8).reshape(RECORDS, 1 + PIXELS)
     if (highest := records[:, 0].max()) > 9:
         raise ValueError(f"{source}: {file} holds a label of {highest}, expected 0 to 9; download it again")
-    return records[:, 1:], records[:, 0]
+    return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
 
 
 def _refuse_missing(source: Path, names: Collection[str]) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.images import pixel_sample
-from data_tools.record import Record, digest
-from data_tools.writing import Split, shards_for, write
+from data_tools.images import write_pixels
 
 FILES = {"train": ("train", 60_000), "val": ("t10k", 10_000)}
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -31,13 +29,7 @@ def fashion_mnist(
                 f"{source}: a label of {labels.max()} for the {split} images, expected 0 to 9; take the original files"
             )
         arrays[split] = images, labels
-    content = digest(array.tobytes() for split in arrays.values() for array in split)
-    record = Record(folder, {"kind": "fashion_mnist", "shard_samples": shard_samples, "source": content}, overwrite)
-    splits = {
-        name: Split(list(zip(images, labels.tolist(), strict=True)), pixel_sample, shards_for(len(labels), shard_samples))
-        for name, (images, labels) in arrays.items()
-    }
-    return write(record, splits, CLASSES, workers)
+    return write_pixels("fashion_mnist", arrays, CLASSES, folder, shard_samples, workers, overwrite)
 
 
 def _idx(source: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:

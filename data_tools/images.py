@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_tools.record import Record
+from data_tools.record import Record, digest
 from data_tools.workers import Tick, in_order
-from data_tools.writing import Sample
+from data_tools.writing import Sample, Split, shards_for, write
 from dnal_dist.data.decoding import FORMATS, ImageError, colours, opened, read_header, refusal, rgb, size_fault
 from dnal_dist.recipe import Data
 
@@ -71,7 +71,26 @@ def png(pixels: np.ndarray) -> bytes:
     return encoded.getvalue()
 
 
-def pixel_sample(number: int, reference: tuple[np.ndarray, int]) -> Sample:
+def write_pixels(
+    kind: str,
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    folder: Path,
+    shard_samples: int,
+    workers: int,
+    overwrite: bool,
+) -> dict[str, int]:
+    """Write the shards of a set that is images, uint8 (N, H, W) or (N, H, W, 3), and labels (N,) of each split."""
+    content = digest(array.tobytes() for split in arrays.values() for array in split)
+    record = Record(folder, {"kind": kind, "shard_samples": shard_samples, "source": content}, overwrite)
+    splits = {
+        name: Split(list(zip(images, labels.tolist(), strict=True)), _pixel_sample, shards_for(len(labels), shard_samples))
+        for name, (images, labels) in arrays.items()
+    }
+    return write(record, splits, classes, workers)
+
+
+def _pixel_sample(number: int, reference: tuple[np.ndarray, int]) -> Sample:
     pixels, label = reference
     return f"{number:06d}", png(pixels), "png", label
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 
@@ -24,14 +25,6 @@ LABELS, IMAGES, REQUESTS = 512, 32, 4
 # Seconds after which no further sample is read.
 PATIENCE = 4.0
 REBUILD = "make or copy the shards again (`python -m data_tools.verify` lists all)"
-
-
-def train_shards(case: Case) -> Finding:
-    return _shards(case, "train")
-
-
-def val_shards(case: Case) -> Finding:
-    return _shards(case, "val")
 
 
 def _shards(case: Case, key: str) -> Finding:
@@ -59,6 +52,9 @@ def _shards(case: Case, key: str) -> Finding:
     if data.workers > stream.steps_per_epoch and key == "train":
         return warns(f"{found}, fewer than loader processes", f"lower key 'data.workers' from {data.workers}")
     return passes(f"{found}, with their index; sizes match it, digests were not read")
+
+
+train_shards, val_shards = (partial(_shards, key=key) for key in ("train", "val"))
 
 
 def labels(case: Case) -> Finding:

@@ -9,7 +9,6 @@ Exit codes: 0 exported and proven, 2 wrong input, 3 a file is not the network of
 
 import json
 import sys
-from pathlib import Path
 
 from dnal_dist.common.door import among, argument, door, parser_of, several, whole
 from dnal_dist.common.text import short
@@ -41,13 +40,15 @@ def main() -> None:
     parser.add_argument("--hub", type=argument, metavar="FOLDER", help="a new folder with config.json, weights, code and card")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     args = parser.parse_args()
+    from rich.console import Console
+
     from dnal_dist.export import proof
     from dnal_dist.export.command import Options, export
 
     options = Options(args.to, args.fold_bn, args.opset, args.any_size, args.images, args.hub)
     try:
-        with _telling() as tell:
-            found = export(Path(args.run), options, tell)
+        with Console(stderr=True).status("") as status:
+            found = export(args.run, options, status.update)
     except proof.ProofError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(UNPROVEN)
@@ -63,22 +64,6 @@ def main() -> None:
         same = f"same class for all {check['images']} images" if not check["top1_differs"] else f"{check['top1_differs']} differ"
         print(f"{check['file']:<16}{check['precision']}  differs by {check['difference']:.0e} of the largest logit, {same}")
     print(f"\n{found.folder}")
-
-
-def _telling():
-    """A line on a terminal that says what is being done."""
-    import contextlib
-
-    from rich.console import Console
-
-    console = Console(stderr=True)
-
-    @contextlib.contextmanager
-    def told():
-        with console.status("") as status:
-            yield lambda words: status.update(words)
-
-    return told()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dnal_dist.common.text import fewer, percent, spaced
 from dnal_dist.export import files, proof
 from dnal_dist.export.images import preprocessing, validation_images
 from dnal_dist.export.program import program
+from dnal_dist.export.readers import FILES
 from dnal_dist.export.source import source
 from dnal_dist.export.subject import compact_of
 from dnal_dist.nets.narrow import Narrow
@@ -102,9 +103,9 @@ class _Export:
         if options.fold_bn:
             made = program(self.network, size, options.any_size, fold=True)
         for kind in options.kinds:
-            self.tell(f"writing {files.NAMES[kind]}")
+            self.tell(f"writing {FILES[kind]}")
             files.WRITERS[kind](made, folder, options.opset)
-        return ["model.py", *(files.NAMES[kind] for kind in options.kinds)]
+        return ["model.py", *(FILES[kind] for kind in options.kinds)]
 
     def prove(self, folder: Path, written: list[str]) -> list[proof.Check]:
         """Checks that all hold. Raises ProofError."""

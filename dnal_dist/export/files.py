@@ -84,8 +84,6 @@ WRITERS: dict[str, Callable[[ExportedProgram, Path, int | None], None]] = {
     "openvino": write_openvino,
     "executorch": write_executorch,
 }
-# The file of each kind that a reader opens.
-NAMES = {"pt2": "model.pt2", "onnx": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}
 
 
 def _require(kind: str, *modules: str) -> None:

@@ -35,7 +35,7 @@ def runner(module: nn.Module, images: Tensor, runtime: str, threads: int, folder
 
 
 def _reader(folder: Path, images: Tensor, runtime: str, threads: int) -> Callable[[], Tensor]:
-    file, array = files.NAMES[runtime], images.numpy()
+    file, array = readers.FILES[runtime], images.numpy()
     if not (folder / file).is_file():
         raise InputError(f"{folder}: there is no {file}; export it by --to {runtime}, or leave out --runtime {runtime}")
     try:

@@ -25,8 +25,7 @@ class Model:
         if not (folder / "preprocessing.json").exists() and (folder / "export").is_dir():
             folder = folder / "export"
         self.folder, self.how = folder, preprocessing_of(folder / "preprocessing.json")
-        by_runtime = {name: file for file, name in readers.FILES.items()}
-        wanted = [by_runtime[runtime]] if runtime else list(_BY_DEFAULT)
+        wanted = [readers.FILES[runtime]] if runtime else list(_BY_DEFAULT)
         there = [file for file in wanted if (folder / file).is_file()]
         why = ""
         for file in there:

@@ -14,8 +14,8 @@ import numpy as np
 
 Runner = Callable[[np.ndarray], np.ndarray]
 """Images (n, 3, H, W) -> logits (n, classes)."""
-# By file: the name of the runtime in commands.
-FILES = {"model.py": "torch", "model.pt2": "pt2", "model.onnx": "onnx", "model.xml": "openvino", "model.pte": "executorch"}
+# The file that a reader opens, by the name of its runtime in commands.
+FILES = {"torch": "model.py", "pt2": "model.pt2", "onnx": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}
 
 
 def opened(folder: Path, file: str, threads: int | None = None, precision: str = "float32") -> Runner:
