@@ -24,6 +24,7 @@ from dnal_dist.common import atomic
 from dnal_dist.common.files import read_regular
 from dnal_dist.common.phases import PHASES, Phase
 from dnal_dist.common.span import spanned
+from dnal_dist.recipe import Keep
 
 FORMAT = 1
 UNKNOWN = (-1, -1)
@@ -118,18 +119,11 @@ class Checkpoint(NamedTuple):
     state: RunState
 
 
-class Kept(NamedTuple):
-    """How many checkpoints stay: the last ones, and those of the highest accuracy in the newest phase."""
-
-    last: int
-    best: int
-
-
 def name(state: RunState) -> str:
     return f"step-{state.global_step:08d}-{state.phase}"
 
 
-def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
+def write(folder: Path, checkpoint: Checkpoint, keep: Keep) -> int:
     """Write `folder`/step-N-PHASE, read it again, and only then remove those that are neither among the last nor the best. Returns
     its size in bytes. Raises OSError if it cannot be written or is not what was written, ValueError if it holds what is no number;
     all others stay then as they are."""
@@ -154,7 +148,7 @@ def write(folder: Path, checkpoint: Checkpoint, kept: Kept) -> int:
         atomic.write(unfinished / MANIFEST, (json.dumps(facts, indent=1) + "\n").encode())
     with contextlib.suppress(OSError):
         # The new one is there; the next save tries again.
-        remove_old(folder, kept)
+        remove_old(folder, keep)
     return sum(map(len, contents.values()))
 
 
@@ -207,15 +201,15 @@ def read(path: Path) -> Checkpoint:
     raise ValueError(f"{path}: checkpoint is damaged ({why})")
 
 
-def remove_old(folder: Path, kept: Kept) -> None:
+def remove_old(folder: Path, keep: Keep) -> None:
     """Remove all but the last ones, those of the highest accuracy of the newest phase that has any, and that of pretrain's end."""
     paths = found(folder)
     pretrained = after_pretrain(folder)
     accuracies = {path: accuracy for path in paths if (accuracy := _accuracy(path)) is not None}
     newest = next((place(path)[1] for path in accuracies), None)
     baselines = [path for path in accuracies if place(path)[1] == newest]
-    best = sorted(baselines, key=lambda path: (-accuracies[path], baselines.index(path)))[: kept.best]
-    for path in paths[kept.last :]:
+    best = sorted(baselines, key=lambda path: (-accuracies[path], baselines.index(path)))[: keep.best]
+    for path in paths[keep.last :]:
         if path not in best and path != pretrained and place(path) != UNKNOWN:
             atomic.remove(path)
 

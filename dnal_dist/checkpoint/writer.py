@@ -27,7 +27,6 @@ class Writer:
     def __init__(self, folder: Path, settings: recipe.Checkpoints, warn: Callable[[str], None], flush: Callable[[], None]):
         """flush: puts the run's records on disk; a checkpoint refers to those written before it. Called from the thread."""
         self.folder, self.settings, self.warn, self.flush = folder, settings, warn, flush
-        self.kept = checkpoint.Kept(settings.keep.last, settings.keep.best)
         self.pauses: list[float] = []
         """Seconds that training paused for each checkpoint."""
         self.writes: list[float] = []
@@ -113,7 +112,7 @@ class Writer:
     def _write(self, taken: Checkpoint) -> tuple[float, int]:
         begun = time.monotonic()
         self.flush()
-        size = checkpoint.write(self.folder, taken, self.kept)
+        size = checkpoint.write(self.folder, taken, self.settings.keep)
         return time.monotonic() - begun, size
 
     def _warn(self, error: Exception) -> None:

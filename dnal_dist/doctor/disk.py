@@ -10,11 +10,12 @@ from shutil import disk_usage
 import torch
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
+from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
 from dnal_dist.doctor.case import Case, Finding, fails, passes, warns
+from dnal_dist.recipe import Keep
 from dnal_dist.report import records
 from dnal_dist.search.signal import blindness
 from dnal_dist.training import stopping
@@ -109,7 +110,7 @@ def saving(case: Case) -> Finding:
     # Random numbers, which no file system can compress.
     sample = Checkpoint({"sample": torch.rand(min(case.checkpoint_bytes, MEASURED) // 4)}, state)
     begun = time.monotonic()
-    size = checkpoint.write(folder / "checkpoints", sample, Kept(1, 0))
+    size = checkpoint.write(folder / "checkpoints", sample, Keep(last=1, best=0))
     seconds = time.monotonic() - begun
     whole = size > 0.9 * case.checkpoint_bytes
     which = f"one of {short(size)}" if whole else f"{short(size)} of a checkpoint's {short(case.checkpoint_bytes)}"

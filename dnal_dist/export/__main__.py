@@ -48,22 +48,22 @@ def main() -> None:
     options = Options(args.to, args.fold_bn, args.opset, args.any_size, args.images, args.hub)
     try:
         with Console(stderr=True).status("") as status:
-            found = export(args.run, options, status.update)
+            manifest = export(args.run, options, status.update)
     except proof.ProofError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(UNPROVEN)
-    for note in found.notes:
+    for note in manifest["notes"]:
         print(f"warning: {note}", file=sys.stderr)
     if args.json:
-        print(json.dumps(found.manifest, indent=1))
+        print(json.dumps(manifest, indent=1))
         return
-    for name, facts in found.manifest["files"].items():
+    for name, facts in manifest["files"].items():
         print(f"{name:<20}{short(facts['bytes']):>10}")
     print()
-    for check in found.manifest["proof"]["checks"]:
+    for check in manifest["proof"]["checks"]:
         same = f"same class for all {check['images']} images" if not check["top1_differs"] else f"{check['top1_differs']} differ"
         print(f"{check['file']:<16}{check['precision']}  differs by {check['difference']:.0e} of the largest logit, {same}")
-    print(f"\n{found.folder}")
+    print(f"\n{args.run / 'export'}")
 
 
 if __name__ == "__main__":

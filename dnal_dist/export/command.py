@@ -41,14 +41,8 @@ class Options(NamedTuple):
     """Folder for what a model hub wants."""
 
 
-class Exported(NamedTuple):
-    folder: Path
-    manifest: dict
-    notes: list[str]
-
-
-def export(run: Path, options: Options, tell: Callable[[str], None] = lambda _: None) -> Exported:
-    """Write RUN/export, in place of what was there, and prove it. tell: gets a line for each part of the work.
+def export(run: Path, options: Options, tell: Callable[[str], None] = lambda _: None) -> dict:
+    """Write RUN/export, in place of what was there, and prove it; returns its manifest. tell: gets a line for each part.
 
     Raises InputError for a run that cannot be exported, and ProofError if a file is not the network of the run: then there is no
     RUN/export, or the one before.
@@ -65,7 +59,7 @@ def export(run: Path, options: Options, tell: Callable[[str], None] = lambda _: 
             made.lay_out(run / "export")
     except OSError as error:
         raise InputError(f"{run}/export: cannot be written ({reason(error)}); {remedy(error)}") from None
-    return Exported(run / "export", manifest, made.notes)
+    return manifest
 
 
 class _Export:

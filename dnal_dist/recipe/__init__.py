@@ -16,4 +16,16 @@ from dnal_dist.recipe.learning import (
     duration,
 )
 from dnal_dist.recipe.loading import dump, faults, load
-from dnal_dist.recipe.schema import Augmentation, Checkpoints, Data, Network, Recipe, Tracking, Training, flat, free_keys, is_free
+from dnal_dist.recipe.schema import (
+    Augmentation,
+    Checkpoints,
+    Data,
+    Keep,
+    Network,
+    Recipe,
+    Tracking,
+    Training,
+    flat,
+    free_keys,
+    is_free,
+)

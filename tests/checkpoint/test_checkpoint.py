@@ -13,8 +13,9 @@ from runs import at
 from safetensors.torch import save
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Checkpoint, Kept, RunState
+from dnal_dist.checkpoint.format import Checkpoint, RunState
 from dnal_dist.common import atomic
+from dnal_dist.recipe import Keep
 
 
 def made(step: int, phase: str = "pretrain", accuracy: float | None = None) -> Checkpoint:
@@ -29,7 +30,7 @@ def made(step: int, phase: str = "pretrain", accuracy: float | None = None) -> C
 def write(folder: Path, *checkpoints: Checkpoint, last: int = 2, best: int = 1) -> None:
     folder.mkdir(exist_ok=True)
     for one in checkpoints:
-        checkpoint.write(folder, one, Kept(last, best))
+        checkpoint.write(folder, one, Keep(last=last, best=best))
 
 
 def names(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import RunState, Usage
 from dnal_dist.distributed.context import Context
+from dnal_dist.recipe import Keep
 from dnal_dist.training import evaluate, loop, phases, pruning, setup, state, stopping
 from dnal_dist.training import state as training_state
 from dnal_dist.training.metrics import Metrics
@@ -252,7 +253,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_refused_in_a_line(train_here, 
     _, (tensors, state), _ = checkpoint.latest(run / "checkpoints")
     changed = state.model_dump()
     INCONSISTENT[kind](tensors, changed)
-    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**changed)), checkpoint.Kept(9, 0))
+    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**changed)), Keep(last=9, best=0))
     if changed["phase"] != state.phase:
         assert checkpoint.latest(run / "checkpoints")[1].state.phase == changed["phase"]
     ended = train_here(*arguments(digits, run, *TINY))

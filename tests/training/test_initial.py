@@ -12,6 +12,7 @@ from weights import same
 from dnal_dist import nets
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common import errors
+from dnal_dist.recipe import Keep
 from dnal_dist.report import outputs
 from dnal_dist.report import records as report_records
 from dnal_dist.training import phases
@@ -144,7 +145,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_taken(sou
     saved = checkpoint.read(next(source[0].glob("checkpoints/step-*20-search")))
     for step in (20, 30):
         moved = saved.state.model_copy(update={"global_step": step, "phase": "pretrain"})
-        checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, moved), checkpoint.Kept(2, 0))
+        checkpoint.write(broken, checkpoint.Checkpoint(saved.tensors, moved), Keep(last=2, best=0))
     newest = broken / "step-00000030-pretrain"
     (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-1])
     ended, found = begins("--init-from", broken.parent, SKIP)

@@ -10,8 +10,9 @@ import torch
 from runs import SHORT, arguments, records
 
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.checkpoint.format import Kept, RunState
+from dnal_dist.checkpoint.format import RunState
 from dnal_dist.common import atomic
+from dnal_dist.recipe import Keep
 from dnal_dist.tracking import environment
 from dnal_dist.training import usage
 from dnal_dist.training.metrics import total_bytes
@@ -142,7 +143,7 @@ def test_a_checkpoint_of_an_earlier_release_is_resumed(train_here, digits, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "model_dump_json", without)
-        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**old)), Kept(9, 0))
+        checkpoint.write(run / "checkpoints", checkpoint.Checkpoint(tensors, RunState(**old)), Keep(last=9, best=0))
     assert '"spent"' not in (path / "state.json").read_text()
     assert train_here(*arguments(digits, run, *SHORT)).code == 0
     assert [r["images"] for r in records(run, "phase")] == [64, 64, 0, 64]
