@@ -19,7 +19,6 @@ from dnal_dist.tracking.dashboard import SECTIONS, spec, workspace
 
 @door
 def main() -> None:
-    """Command line: exit code 2 and one line on stderr if the view cannot be built or saved."""
     parser = parser_of("dnal_dist.dashboard", __doc__)
     parser.add_argument("--entity", required=True, help="user or team at W&B")
     parser.add_argument("--project", required=True, help="project at W&B, tracking.project of the recipes")

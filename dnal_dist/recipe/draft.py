@@ -27,14 +27,6 @@ PHASES = {
 }
 
 
-class Set(NamedTuple):
-    """The shards of a folder, by its index."""
-
-    train: int
-    val: int
-    classes: int
-
-
 class Images(NamedTuple):
     """What a network wants its images to be."""
 
@@ -51,11 +43,11 @@ def draft(name: str, data: Path, model: str, budget: str, image_size: int | None
 
     Raises InputError for what is missing.
     """
-    found, wanted = _set(data), _images(model, image_size, scratch)
-    batch = next(size for most, size in BATCHES if found.train < most)
-    batch = min(batch, max(2, found.train // 2))
+    (train, val, classes), wanted = _counts(data), _images(model, image_size, scratch)
+    batch = next(size for most, size in BATCHES if train < most)
+    batch = min(batch, max(2, train // 2))
     tuned = wanted.weights is not None
-    epochs = {phase: _epochs(found.train // batch, *lengths[tuned]) for phase, lengths in PHASES.items()}
+    epochs = {phase: _epochs(train // batch, *lengths[tuned]) for phase, lengths in PHASES.items()}
     # 0.1 at 256 images from the beginning; a tenth of it is enough to move weights that are good already.
     rate = _rounded((0.02 if tuned else 0.1) * max(batch, 32) / (64 if tuned else 128))
     crop = {"kind": "resized_crop", "scale": [0.35, 1.0], "flip": True}
@@ -66,7 +58,7 @@ def draft(name: str, data: Path, model: str, budget: str, image_size: int | None
         "val": _pattern(data, "val"),
         "model": model,
         "quoted": json.dumps(model) if ":" in model else model,
-        "classes": found.classes,
+        "classes": classes,
         "weights": _weights(model, wanted),
         "size": wanted.size,
         "resize": round(wanted.size / 0.875) if wanted.size >= 64 else wanted.size,
@@ -80,8 +72,8 @@ def draft(name: str, data: Path, model: str, budget: str, image_size: int | None
         "round_to": 8 if wanted.size >= 64 else 1,
         **{phase: epochs[phase] for phase in PHASES},
         "warmup": 1 if tuned else min(5, epochs["pretrain"]),
-        "train_count": found.train,
-        "val_count": found.val,
+        "train_count": train,
+        "val_count": val,
     }
     return TEXT.format(**values)
 
@@ -100,7 +92,8 @@ def write(path: Path, text: str) -> None:
         raise
 
 
-def _set(data: Path) -> Set:
+def _counts(data: Path) -> tuple[int, int, int]:
+    """Training images, validation images and classes of the shards in a folder, by its index."""
     where = data / "index.json"
     try:
         content = json.loads(read_regular(where, MOST_BYTES))
@@ -115,7 +108,7 @@ def _set(data: Path) -> Set:
         raise InputError(f"{where}: lists no shard {empty}-*.tar; name the shards so, or write data.train and data.val by hand")
     if counts["train"] < 4 or classes < 2:
         raise InputError(f"{where}: {counts['train']} training images of {classes} classes are too few")
-    return Set(counts["train"], counts["val"], classes)
+    return counts["train"], counts["val"], classes
 
 
 def _pattern(data: Path, split: str) -> str:

@@ -13,7 +13,6 @@ from dnal_dist.report.records import load
 
 @door
 def main() -> None:
-    """Command line: exit code 2 and one line on stderr if a folder holds no run or cannot be written."""
     parser = parser_of("dnal_dist.report", __doc__)
     help_ = "run folder, for example runs/digits, or a sweep's, which holds runs"
     parser.add_argument("run", nargs="+", type=argument, metavar="RUN", help=help_)
