@@ -120,16 +120,14 @@ def duplicate_findings(splits: dict[str, list[Survey]]) -> Iterator[Finding]:
 
 def same_images(splits: dict[str, list[Survey]]) -> list[list[tuple]]:
     """Groups of (split, survey, sample) that hold the same image, byte for byte, in the order of the shards."""
-    samples = [(split, one, good) for split, surveys in splits.items() for one in surveys for good in one.good]
-    if not samples:
-        return []
-    digests = np.frombuffer(b"".join(good.digest for *_, good in samples), dtype=[("a", "<u8"), ("b", "<u8")])
-    order = np.argsort(digests, order=("a", "b"), kind="stable")
-    ordered = digests[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    ends = np.r_[starts[1:], len(ordered)]
-    groups = [order[a:b].tolist() for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b - a > 1]
-    return [[samples[i] for i in group] for group in sorted(groups)]
+    counts = Counter(good.digest for surveys in splits.values() for one in surveys for good in one.good)
+    groups = defaultdict(list)
+    for split, surveys in splits.items():
+        for one in surveys:
+            for good in one.good:
+                if counts[good.digest] > 1:
+                    groups[good.digest].append((split, one, good))
+    return list(groups.values())
 
 
 def summary(splits: dict[str, list[Survey]], classes: Sequence[str] | None) -> dict[str, dict[str, Any]]:

@@ -99,34 +99,14 @@ def list_inner(inner: Inner, tick: Tick) -> list[ImageFile]:
     tick(1)
     if not members:
         raise ValueError(f"{inner.path}: {inner.wnid}.tar holds no image; take the original")
-    return _images(inner.path, inner.offset, members)
+    return _images(inner.path, members)
 
 
-def _images(path: Path, offset: int, members: list[tarfile.TarInfo]) -> list[ImageFile]:
-    """Images by name, not labelled yet. members: of the tar that begins at byte `offset` of the file at `path`."""
+def _images(path: Path, members: list[tarfile.TarInfo]) -> list[ImageFile]:
+    """Images by name, not labelled yet. members: of a tar in the file at `path`."""
     changed = path.stat().st_mtime_ns
-    images = [ImageFile(str(path), offset + m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
+    images = [ImageFile(str(path), m.offset_data, m.size, Path(m.name).name, -1, changed) for m in members]
     return sorted(images, key=lambda image: image.name)
-
-
-class _Part:
-    """A part of a file as a file of its own. Only headers are read of it."""
-
-    def __init__(self, file, offset: int, size: int):
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, position: int) -> int:
-        self.position = position
-        return position
-
-    def read(self, size: int) -> bytes:
-        self.file.seek(self.offset + self.position)
-        found = self.file.read(max(0, min(size, self.size - self.position)))
-        self.position += len(found)
-        return found
 
 
 def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
@@ -134,12 +114,13 @@ def _members(path: Path, offset: int, size: int) -> list[tarfile.TarInfo]:
     try:
         # Unbuffered, so that the images between the headers are not read.
         with path.open("rb", buffering=0) as file:
-            part = _Part(file, offset, size)
-            with tarfile.open(fileobj=part, mode="r:") as tar:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = tar.getmembers()
                 # The true end is a block of zeros; tarfile also stops at a damaged header and at the file's end.
-                part.seek(tar.offset)
-                if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                file.seek(tar.offset)
+                end = file.read(tarfile.BLOCKSIZE)
+                if end != bytes(tarfile.BLOCKSIZE) or file.tell() > offset + size:
                     raise tarfile.TarError("cut short or damaged behind its last whole member")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -158,7 +139,7 @@ def _val(source: Path, label: dict[str, int], truth: Truth) -> list[ImageFile]:
     """The validation images in the order of their names, with their labels."""
     if (source / VAL).is_file():
         path = source / VAL
-        return _labelled(source, _images(path, 0, _members(path, 0, path.stat().st_size)), label, truth)
+        return _labelled(source, _images(path, _members(path, 0, path.stat().st_size)), label, truth)
     if not (source / "val").is_dir():
         raise ValueError(f"{source}: holds neither {VAL} nor val/; {EXPECTED}")
     folders = sorted(path for path in (source / "val").iterdir() if path.is_dir() and not path.name.startswith("."))

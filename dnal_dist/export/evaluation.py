@@ -3,23 +3,19 @@
 import heapq
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.sheet import sheet
-from dnal_dist.data.images import normalise
 from dnal_dist.data.pipeline import Batch
 from dnal_dist.export.prediction import probabilities
-from dnal_dist.recipe import Data
 
 # Images on the contact sheet, and pairs of classes that are listed.
 WORST, PAIRS = 40, 20
@@ -88,20 +84,6 @@ class Tally:
             "skipped": self.skipped,
             "confusion": self.confusion.tolist(),
         }
-
-
-def tallied(
-    run: Callable[[Tensor], np.ndarray], batches: Iterable[Batch], data: Data, classes: int, tell: Callable[[int], None]
-) -> Tally:
-    """run: float32 images (n, 3, H, W), preprocessed -> logits (n, classes). tell: gets the number of images of each batch."""
-    tally = Tally(np.zeros((classes, classes), dtype=np.int64))
-    for batch in batches:
-        tally.skipped += map(str, batch.bad)
-        if len(batch.labels):
-            with torch.no_grad():
-                tally.add(batch, run(normalise(batch.images, data.mean, data.std)))
-        tell(len(batch.labels) + len(batch.bad))
-    return tally
 
 
 def require_own(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The deployment form of a compact network as a torch.export program."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -58,7 +60,7 @@ def _folded(found: ExportedProgram) -> GraphModule:
         names = [conv["weight"], conv.get("bias"), *node.args[3:5], *node.args[1:3]]
         if len(conv["weight"].users) > 1 or not all(name is None or name.op == "get_attr" for name in names):
             continue
-        weight, bias, mean, var, scale, shift = (None if name is None else _attribute(module, name.target) for name in names)
+        weight, bias, mean, var, scale, shift = (None if name is None else attrgetter(name.target)(module) for name in names)
         weight, bias = fuse_conv_bn_weights(weight, bias, mean, var, node.args[7], scale, shift)
         path = conv["weight"].target.rpartition(".")[0]
         holder = module.get_submodule(path)
@@ -76,8 +78,3 @@ def _folded(found: ExportedProgram) -> GraphModule:
 
 def _is(node: Node, name: str) -> bool:
     return node.op == "call_function" and str(node.target).startswith(f"aten.{name}.")
-
-
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    within, _, last = path.rpartition(".")
-    return getattr(module.get_submodule(within), last)

@@ -16,10 +16,11 @@ from dnal_dist import recipe
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.data.classes import refuse_conflicts
+from dnal_dist.data.images import normalise
 from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
-from dnal_dist.export import evaluation
+from dnal_dist.export.evaluation import Tally
 from dnal_dist.export.images import data_of
 from dnal_dist.export.prediction import MOST_JSON, Model
 from dnal_dist.nets import compact
@@ -42,17 +43,21 @@ class Subject:
         named = (found for found in self.stream.shards.classes.values() if len(found) == self.classes)
         return next(named, [str(number) for number in range(self.classes)])
 
-    def tally(self) -> evaluation.Tally | None:
+    @torch.no_grad()
+    def tally(self) -> Tally | None:
         """What the network makes of all images; None in all processes but the main one."""
-        console = Console(stderr=True)
+        console, own = Console(stderr=True), Tally(np.zeros((self.classes, self.classes), dtype=np.int64))
         with Progress(console=console, disable=not (console.is_terminal and self.context.main), transient=True) as bar:
             task = bar.add_task("evaluating", total=self.stream.samples / self.context.world_size)
-            batches = self.stream.batches()
-            own = evaluation.tallied(self.run, batches, self.data, self.classes, lambda count: bar.advance(task, count))
+            for batch in self.stream.batches():
+                own.skipped += map(str, batch.bad)
+                if len(batch.labels):
+                    own.add(batch, self.run(normalise(batch.images, self.data.mean, self.data.std)))
+                bar.advance(task, len(batch.labels) + len(batch.bad))
         context = self.context
         confusion = context.sum_(torch.from_numpy(own.confusion).to(context.device, torch.float64)).cpu().numpy()
         top5 = int(context.sum_(torch.tensor([own.top5], dtype=torch.float64, device=context.device)).item())
-        whole = evaluation.Tally(confusion.round().astype(np.int64), top5, context.gather(own.skipped))
+        whole = Tally(confusion.round().astype(np.int64), top5, context.gather(own.skipped))
         whole.keep(context.gather(own.mistakes))
         return whole if context.main else None
 

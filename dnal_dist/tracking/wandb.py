@@ -177,12 +177,9 @@ class Wandb(Tracker):
 
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if child.name() != "wandb-core":
-                    continue
-                # Either way it loses up to FLUSH_SECONDS of values.
-                child.terminate()
-                with contextlib.suppress(psutil.TimeoutExpired):
-                    child.wait(LEAVE_SECONDS)
-                    continue
-                child.kill()
-                child.wait(1)
+                if child.name() == "wandb-core":
+                    # Either way it loses up to FLUSH_SECONDS of values.
+                    child.terminate()
+                    for alive in psutil.wait_procs([child], LEAVE_SECONDS)[1]:
+                        alive.kill()
+                        alive.wait(1)
