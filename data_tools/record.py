@@ -79,15 +79,12 @@ class Record:
                 f"{self.folder / old[0]}: a shard of unknown origin ({len(old)} in all); remove it or take a new folder"
             )
 
-    def _remove_all(self) -> None:
-        for path in list(self.folder.iterdir()):
-            if OURS.fullmatch(path.name) or LEFT.fullmatch(path.name):
-                path.unlink()
-
     def begin(self) -> None:
         """From now on all shards in `folder` are of this set."""
         if self._replaces:
-            self._remove_all()
+            for path in list(self.folder.iterdir()):
+                if OURS.fullmatch(path.name) or LEFT.fullmatch(path.name):
+                    path.unlink()
             self._replaces = False
         if not self.path.exists() or not self.path.stat().st_size:
             for entry in ({"options": self.options}, *({name: found} for name, found in self._known.items())):

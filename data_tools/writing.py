@@ -75,9 +75,10 @@ def _layout(folder: Path, name: str, split: Split, record: Record) -> list[Shard
 
 def make(shard: Shard, tick: Tick) -> dict:
     """Write one shard, or keep it if an earlier run has completed it. Returns its index entry."""
-    if shard.known and _is_as_known(shard.path, shard.known):
+    path, known = shard.path, shard.known
+    if known and path.exists() and path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"]:
         tick(len(shard.references))
-        return shard.known
+        return known
     unfinished = shard.path.with_suffix(".tar.unfinished")
     try:
         with naming(shard.path), unfinished.open("wb") as file:
@@ -87,10 +88,6 @@ def make(shard: Shard, tick: Tick) -> dict:
         unfinished.unlink(missing_ok=True)
         raise
     return entry
-
-
-def _is_as_known(path: Path, known: dict) -> bool:
-    return path.exists() and path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"]
 
 
 def _write_tar(file: io.BufferedWriter, shard: Shard, tick: Tick) -> dict:

@@ -49,7 +49,7 @@ def draft(name: str, data: Path, model: str, budget: str, image_size: int | None
     tuned = wanted.weights is not None
     epochs = {phase: _epochs(train // batch, *lengths[tuned]) for phase, lengths in PHASES.items()}
     # 0.1 at 256 images from the beginning; a tenth of it is enough to move weights that are good already.
-    rate = _rounded((0.02 if tuned else 0.1) * max(batch, 32) / (64 if tuned else 128))
+    rate = float(f"{(0.02 if tuned else 0.1) * max(batch, 32) / (64 if tuned else 128):.1g}")
     crop = {"kind": "resized_crop", "scale": [0.35, 1.0], "flip": True}
     small = {"kind": "pad_crop", "padding": max(1, wanted.size // 8), "flip": True}
     values = {
@@ -119,10 +119,6 @@ def _pattern(data: Path, split: str) -> str:
 
 def _epochs(per_epoch: int, steps: int, least: int, most: int) -> int:
     return min(most, max(least, round(steps / max(1, per_epoch))))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.1g}")
 
 
 def _images(model: str, size: int | None, scratch: bool) -> Images:

@@ -61,7 +61,11 @@ def table(found: Comparison) -> Table:
     head = ["top-1", "top-5", "MACs", "of full", "parameters", "of full", "time", "not dominated"]
     lines = []
     for row in found.rows:
-        who = [_setting(row, key) for key in keys] if row.settings and keys else [row.runs[0].name]
+        who = (
+            [style.words(seeds.value_text(row.settings.get(key)), 60) for key in keys]
+            if row.settings and keys
+            else [row.runs[0].name]
+        )
         who += ["-"] * (max(len(keys), 1) - len(who))
         many = f"{len(row.finished)}" if not row.unfinished else f"{len(row.finished)} of {len(row.runs)}"
         cells = [_mean(row, name, text.percents) for name in ("accuracy", "top5")]
@@ -78,11 +82,6 @@ def _judged(row: Row, found: Comparison) -> str:
     answer = "yes" if row in found.front else "-" if row.mean("accuracy") is None else "no"
     share = f"{len(row.collapsed)} of {len(row.finished)} " if len(row.finished) > 1 else ""
     return f"{answer}, {share}collapsed" if row.collapsed else answer
-
-
-def _setting(row: Row, key: str) -> str:
-    value = seeds.value_text(row.settings.get(key))
-    return value if len(value) <= 60 else f"{value[:59]}…"
 
 
 def _mean(row: Row, name: str, write: Callable[[float, float | None], str]) -> str:

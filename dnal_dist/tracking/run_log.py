@@ -84,7 +84,9 @@ class RunLog:
         """Append a record to metrics.jsonl and send its numbers to the tracker. None, NaN and infinities are left out."""
         if not self.main:
             return
-        values = {key: value for key, value in values.items() if value is not None and not _not_finite(value)}
+        # JSON has no form of NaN and infinities.
+        unknown = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+        values = {key: value for key, value in values.items() if value is not None and key not in unknown}
         head = {"kind": kind, "time": round(time.time(), 3), "global_step": self.global_step}
         self._begun = self._begun or head["time"]
         with self._lock:
@@ -185,11 +187,6 @@ class RunLog:
             sender.close(patience, self.global_step if finished else None)
             for fault in sender.faults:
                 self.print(f"warning: {self._tracker_name} {fault}")
-
-
-def _not_finite(value) -> bool:
-    """Whether JSON has no form of this number."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def keep_records(path: Path, count: int | None) -> list[str]:
