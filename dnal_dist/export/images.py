@@ -92,5 +92,6 @@ def data_of(how: dict, **more) -> recipe.Data:
 
 def preprocessed(encoded: bytes, data: recipe.Data) -> np.ndarray:
     """float32 (1, 3, H, W) of an encoded image, as an evaluation has it. Raises ImageError."""
-    pixels = torch.from_numpy(Transform(data, 0, train=False)(encoded, 0, 0)[0])
-    return normalise(pixels.permute(2, 0, 1)[None], data.mean, data.std).numpy()
+    pixels, _ = Transform(data, 0, train=False)(encoded, 0, 0)
+    # A copy, since an image that EXIF has turned is a view.
+    return normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None], data.mean, data.std).numpy()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dnal_dist import nets
+from dnal_dist.common.errors import InputError
 from dnal_dist.nets import compact
 
 
@@ -94,7 +95,7 @@ def test_no_description_breaks_the_reader(saved):
         try:
             with torch.no_grad():
                 seen.add(tuple(compact.load(saved)(torch.zeros(1, 3, 8, 8)).shape))
-        except ValueError as error:
+        except InputError as error:
             seen.add(type(error))
             assert str(error).startswith(f"{saved}: no compact network can be loaded from here")
-    assert ValueError in seen
+    assert InputError in seen
