@@ -6,6 +6,8 @@ python -m dnal_dist.latency some/export --runtime onnx,pt2  its own files, witho
 python -m dnal_dist.latency resnet56_cifar                 a recipe: the full network alone
 python -m dnal_dist.latency resnet56_cifar architecture.round_to=8 --profile resnet56.json --runtime onnx --check 20
                                                            the times of its layers, for architecture.target.latency
+python -m dnal_dist.latency resnet56_cifar --profile phone.json --command './on_the_phone.sh {file}'
+                                                           likewise, as a program of your own finds them
 
 The networks take turns, so that what else the machine does meets all of them.
 """
@@ -39,6 +41,8 @@ def main() -> None:
     parser.add_argument("--profile", type=argument, metavar="FILE", help=profile)
     check = "with --profile: so many random compact networks, predicted and measured"
     parser.add_argument("--check", type=int, default=0, metavar="N", help=check)
+    command = "with --profile: a program that is given {file}, an ONNX file, and prints milliseconds"
+    parser.add_argument("--command", metavar="WORDS", help=command)
     parser.add_argument("--json", action="store_true", help="print an object")
     args = parser.parse_intermixed_args()
     if args.device == "cuda" and (other := set(args.runtime or ()) - {"eager", "compile"}):
@@ -51,6 +55,8 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; leave it out")
     device = torch.device(args.device)
+    if args.command is not None and args.profile is None:
+        raise InputError("--command: it fills a table; give --profile FILE too")
     if args.profile is not None:
         return _profile(args, device)
     made, network, image_size, runtimes = _networks(Path(args.path), args.overrides, args.runtime, args.device)
@@ -79,6 +85,7 @@ def _profile(args: argparse.Namespace, device) -> None:
 
     from dnal_dist import recipe
     from dnal_dist.export import profile
+    from dnal_dist.export.bench import Bench, CommandBench
 
     path = Path(args.path)
     settings = recipe.load(path / "recipe.yaml" if path.is_dir() else path, args.overrides)
@@ -87,12 +94,13 @@ def _profile(args: argparse.Namespace, device) -> None:
     (batch,), (threads,), (runtime,) = args.batch, args.threads, args.runtime or ["eager"]
     torch.set_num_threads(threads)
     with Console(stderr=True).status("") as status:
-        bench = profile.Bench(settings, runtime, batch, threads, device, status.update)
-        table, made = profile.kept(args.profile, bench)
+        own = args.command and CommandBench(args.command, batch, threads)
+        subject = profile.subject(settings, own or Bench(runtime, batch, threads, device), status.update)
+        table, made = profile.kept(args.profile, subject)
         print(f"{args.profile}: {'written' if made else 'there already'}; {table.runtime} on {table.device}, batch {table.batch}")
         print(f"whole networks take {table.factor:.2f} times their layers and {1e6 * table.glue:.1f} us beside each")
         errors = []
-        for _, predicted, measured in profile.checked(table, bench, args.check, 1):
+        for _, predicted, measured in profile.checked(table, subject, args.check, 1):
             errors.append(predicted / measured - 1)
             print(f"predicted {1000 * predicted:>9.3f} ms  measured {1000 * measured:>9.3f} ms  {errors[-1]:+.1%}")
     if errors:

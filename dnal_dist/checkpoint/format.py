@@ -94,6 +94,8 @@ class RunState(Model):
     """Records in metrics.jsonl at this point."""
     mask: str | None = None
     """The keep mask, packed by nets.masks; set once the network is pruned."""
+    latency_factor: float | None = None
+    """The compact network's latency as measured over what the table predicts, where a latency budget was kept by measurement."""
     compact: list | None = None
     """Description of the compact network by nets.compact, likewise; the network's tensors are its own from then on."""
     receipt: dict | None = None

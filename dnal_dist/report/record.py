@@ -35,6 +35,7 @@ class Budget(TypedDict):
     least: Count
     most: Count
     used: NotRequired[Count]
+    predicted: NotRequired[Count]
 
 
 class Latency(TypedDict):

@@ -181,7 +181,7 @@ def _budget(prune: dict) -> dict | None:
     rows = []
     for one in (prune["budget"], *prune.get("further_budgets", ())):
         used = one.get("used", prune["compact"]["exact"].get(one["unit"], 0))
-        rows.append({"unit": one["unit"], "least": one["least"], "most": one["most"], "used": used})
+        rows.append({"unit": one["unit"], "least": one["least"], "most": one["most"], "used": used, "measured": "predicted" in one})
     missed = any(row["used"] > row["most"] for row in rows) or all(row["used"] < row["least"] for row in rows)
     return {**rows[0], "missed": missed, "further": rows[1:]}
 

@@ -112,7 +112,8 @@ def rows(result: dict) -> list[tuple[str, str]]:
         share = percent(asked["used"] / max(asked["most"], 1), 2)
         if asked["unit"] == "latency":
             used, most = (milliseconds(asked[key] / 1e9) for key in ("used", "most"))
-            rows.append(("budget", f"{used} of {most}, as predicted, {share}"))
+            how = "measured when pruned" if asked.get("measured") else "as predicted"
+            rows.append(("budget", f"{used} of {most}, {how}, {share}"))
         else:
             words = {"macs": "MACs", "params": "parameters"}[asked["unit"]]
             rows.append(("budget", f"{asked['used']:,} of {asked['most']:,} {words}, {share}"))

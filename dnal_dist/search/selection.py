@@ -19,6 +19,8 @@ from dnal_dist.search.timing import Table
 
 # Most masks that the exact step counts in looking for one inside the tolerance, beyond those that its first pass takes.
 TRIES = 4000
+# Share of a latency that may be left unused once it is measured: two measurements differ by more than the usual tolerance.
+MEASURED = 0.05
 
 
 class Budget(NamedTuple):
@@ -31,6 +33,8 @@ class Budget(NamedTuple):
     full: int
     table: Table | None = None
     others: tuple["Budget", ...] = ()
+    relative: bool = False
+    """Whether it is a share of the full network's cost."""
 
     def of(self, cost) -> int | Tensor:
         """The component of a Cost, or of an Expected, in the budget's unit."""
@@ -54,6 +58,19 @@ class Budget(NamedTuple):
         most = int(self.full * (self.most / self.full) ** fraction)
         others = tuple(other.on_the_way(fraction) for other in self.others)
         return self._replace(least=math.ceil(most * self.least / self.most), most=most, others=others)
+
+    @property
+    def latency(self) -> "Budget | None":
+        """The budget of latency among these."""
+        return next((one for one in (self, *self.others) if one.unit == "latency"), None)
+
+    def corrected(self, factor: float) -> "Budget":
+        """The budget with a latency of `factor` times what the table predicts, as it was measured."""
+        others = tuple(other.corrected(factor) for other in self.others)
+        if self.table is None:
+            return self._replace(others=others)
+        least = min(self.least, math.ceil((1 - MEASURED) * self.most))
+        return self._replace(least=least, table=self.table.corrected(factor), others=others)
 
     def __contains__(self, found: int) -> bool:
         return self.least <= found <= self.most
@@ -103,7 +120,7 @@ def budget(settings, net: GatedNetwork, image_size: int, network: dict | None = 
 
 def _budget(settings, net: GatedNetwork, image_size: int, unit: str, text, table: Table | None) -> Budget:
     value, relative = duration(text) if unit == "latency" else amount(text)
-    found = Budget(unit, 0, 0, 0, table if unit == "latency" else None)
+    found = Budget(unit, 0, 0, 0, table if unit == "latency" else None, relative=relative)
     full = _whole(found.used(net, image_size, torch.ones(net.num_gates, dtype=torch.float64)))
     most = int(value * full if relative else value * 1e9 if unit == "latency" else value)
     floor = _whole(found.used(net, image_size, cheapest(net, image_size, unit, settings.round_to).double()))

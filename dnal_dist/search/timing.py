@@ -15,14 +15,15 @@ from dnal_dist.nets import GatedNetwork
 from dnal_dist.nets.streams import costs
 
 MOST_BYTES = 64 << 20
-# Kernels treat channels in groups of so many, and the rest apart: 15 channels can take longer than 16.
-ALIGNED = 4
+# Kernels treat channels in groups of so many, and the rest apart: 24 channels can take as long as 32, and 15 longer than 16.
+GROUPS = (16, 8, 4)
+ALIGNED = GROUPS[-1]
 # Share of a layer's own time that is left of it, however much the glue takes off.
 LEAST = 0.2
 
 
 class Grid(BaseModel):
-    """Seconds of one kind of layer by its input and output channels. Aligned counts and others have points of their own."""
+    """Seconds of one kind of layer by its input and output channels. Multiples of each of GROUPS have points of their own."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     inputs: list[int] = Field(min_length=1)
@@ -51,24 +52,33 @@ class Grid(BaseModel):
 
 
 def _between(points: list[int], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two points of the table around each of x, as indices, and their shares, which sum to 1."""
-    every = torch.tensor(points, device=x.device)
-    kinds = {aligned: every[(every % ALIGNED == 0) == aligned] for aligned in (True, False)}
-    found: dict[bool, list[tuple[Tensor, Tensor]]] = {}
-    for aligned, own in kinds.items():
-        own = own if len(own) else every
-        upper = torch.searchsorted(own.to(x.dtype), x.detach()).clamp(min(1, len(own) - 1), len(own) - 1)
+    """The two points of the table around each of x, as indices, and their shares, which sum to 1. Both are multiples
+    of the same groups as x, as far as the table has some."""
+    every, x_now = torch.tensor(points, device=x.device), x.detach()
+    whole = x_now.round()
+    # What is no whole number is on its way to one, best a multiple of the largest group.
+    rank = torch.where((x_now - whole).abs() > 1e-6, 0, _rank(whole))
+    ranks, those, used = _rank(every), every[:0], None
+    for own in range(len(GROUPS) + 1):
+        # One alone has no slope, and goes with those of the larger group.
+        those = every[ranks == own] if (ranks == own).sum() > 1 else every[(ranks == own) | torch.isin(every, those)]
+        if not len(those):
+            continue
+        upper = torch.searchsorted(those.to(x.dtype), x_now).clamp(min(1, len(those) - 1), len(those) - 1)
         lower = (upper - 1).clamp_min(0)
-        width = (own[upper] - own[lower]).clamp_min(1)
-        share = ((x - own[lower]) / width).clamp(0, 1) * (upper > lower)
-        found[aligned] = [(torch.searchsorted(every, own[at]), part) for at, part in ((lower, 1 - share), (upper, share))]
-    whole = x.detach().round()
-    # What is no whole number is on its way to one, best an aligned one.
-    use = (whole % ALIGNED == 0) | ((x.detach() - whole).abs() > 1e-6)
-    return [
-        (torch.where(use, one[0], other[0]), torch.where(use, one[1], other[1]))
-        for one, other in zip(found[True], found[False], strict=True)
-    ]
+        share = ((x - those[lower]) / (those[upper] - those[lower]).clamp_min(1)).clamp(0, 1) * (upper > lower)
+        pairs = [(torch.searchsorted(every, those[at]), part) for at, part in ((lower, 1 - share), (upper, share))]
+        mine = rank >= own if used else torch.ones_like(rank, dtype=torch.bool)
+        used = [
+            (torch.where(mine, new[0], old[0]), torch.where(mine, new[1], old[1]))
+            for new, old in zip(pairs, used or pairs, strict=True)
+        ]
+    return used
+
+
+def _rank(channels: Tensor) -> Tensor:
+    """0 for multiples of the largest group, 1 for those of the next, and so on."""
+    return sum((channels % group != 0).long() for group in GROUPS)
 
 
 class Table(BaseModel):
@@ -98,6 +108,10 @@ class Table(BaseModel):
     @cached_property
     def _of_kind(self) -> dict[str, Tensor]:
         return {kind: torch.tensor([i for i, own in enumerate(self.layers) if own == kind]) for kind in self.kinds}
+
+    def corrected(self, factor: float) -> "Table":
+        """The table of which each prediction is `factor` times this one's."""
+        return self.model_copy(update={"factor": self.factor * factor, "glue": self.glue * factor})
 
     def predict(self, net: GatedNetwork, image_size: int, gates: Tensor) -> Tensor:
         """Seconds for a batch if each gate, (N,), is the probability that its channel stays; differentiable."""

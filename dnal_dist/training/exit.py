@@ -78,9 +78,9 @@ def _report(run: Run, do: Callable) -> bool:
 
 
 def _missed(run: Run) -> str | None:
-    target = run.budget
-    if target is None:
+    if run.budget is None:
         return None
+    target = run.budget.corrected(run.state.latency_factor) if run.state.latency_factor else run.budget
     return target.missed(run.supernet, run.recipe.data.image_size, masks.unpack(run.state.mask, run.supernet.num_gates))
 
 

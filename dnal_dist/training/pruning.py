@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_dist.common.span import span, spanned
 from dnal_dist.nets import compact, cost, masks
 from dnal_dist.search import selection, taylor
-from dnal_dist.training import usage
+from dnal_dist.training import timed, usage
 from dnal_dist.training.loop import evaluate_and_record, training_batches
 from dnal_dist.training.run import Run
 from dnal_dist.training.stopping import Stopped
@@ -28,9 +28,8 @@ def prune(run: Run) -> None:
     elif target is None:
         (keep, rescued, collapsed), selected_by = select_by_gates(run), {"threshold": settings.threshold}
     else:
-        keep, rescued, collapsed, selected_by = select_by_budget(run, target), [], False, {}
-        own, *others = target.records(supernet, image_size, keep)
-        selected_by = {"budget": own, "further_budgets": others or None}
+        keep, rescued, collapsed = select_by_budget(run, target), [], False
+        selected_by = budgets_met(run, target, keep)
     run.context.agree("alpha", supernet.by_site(run.architecture.alpha.detach()))
     run.context.agree("the keep mask", supernet.by_site(keep))
     with span("compaction"):
@@ -99,11 +98,30 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
 
 
 def select_by_budget(run: Run, target: selection.Budget) -> Tensor:
-    """The keep mask of the strongest channels that meet the budget exactly; a warning if none was found that does."""
+    """The keep mask of the strongest channels that meet the budget exactly."""
     image_size, strength = run.recipe.data.image_size, run.architecture.alpha
     if run.architecture.hard:
         strength = taylor.strength(run.supernet, image_size, run.architecture, target.unit)
-    keep = selection.select(run.supernet, image_size, strength, target, run.recipe.architecture.round_to)
+
+    def choose(budget: selection.Budget) -> Tensor:
+        return selection.select(run.supernet, image_size, strength, budget, run.recipe.architecture.round_to)
+
+    if target.latency is None or not run.recipe.architecture.target.measured:
+        return choose(target)
+    keep, run.state.latency_factor = timed.select(run, choose, target)
+    return keep
+
+
+def budgets_met(run: Run, target: selection.Budget, keep: Tensor) -> dict:
+    """What the record of pruning holds of the budgets; a warning if they are missed."""
+    image_size, factor = run.recipe.data.image_size, run.state.latency_factor
+    rows = predicted = target.records(run.supernet, image_size, keep)
+    if factor is not None:
+        target = target.corrected(factor)
+        rows = target.records(run.supernet, image_size, keep)
+        for row, before in zip(rows, predicted, strict=True):
+            if row["unit"] == "latency":
+                row["predicted"] = before["used"]
     if message := target.missed(run.supernet, image_size, keep):
         run.log.warn(message)
-    return keep
+    return {"budget": rows[0], "further_budgets": rows[1:] or None}

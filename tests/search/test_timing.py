@@ -6,27 +6,29 @@ from runs import SHORT, arguments, records
 
 from dnal_dist import nets, recipe
 from dnal_dist.common.errors import InputError
+from dnal_dist.export.latency import device_name
 from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import ArchitectureSettings, Target
 from dnal_dist.report import records as reported
 from dnal_dist.report import words
 from dnal_dist.search import selection, timing
+from dnal_dist.training import timed
 
 PER_CHANNEL = 1e-6
 
 
-def table_of(name: str, path) -> str:
+def table_of(name: str, path, device: str = "none") -> str:
     """A file in which each layer takes PER_CHANNEL for each output channel; aligned numbers take half of it."""
     network = recipe.load("recipes/digits.yaml", [f"model.name={name}"]).network
     net = nets.build(name)
     widths = [len(layer.outputs) for layer in net.graph.layers.values()]
-    points = {width: sorted({1, 3, 4, *range(7, width + 1, 8), *range(8, width + 1, 8), width}) for width in widths}
+    points = {width: sorted({1, 3, *range(7, width + 1, 8), *range(4, width + 1, 4), width}) for width in widths}
 
     def seconds(channels: int) -> float:
         return PER_CHANNEL * channels / (1 if channels % timing.ALIGNED else 2)
 
     kinds = {str(w): timing.Grid(inputs=[1], outputs=p, seconds=[[seconds(n) for n in p]]) for w, p in points.items()}
-    facts = {"device": "none", "runtime": "eager", "batch": 1, "threads": 1, "glue": PER_CHANNEL}
+    facts = {"device": device, "runtime": "eager", "batch": 1, "threads": 1, "glue": PER_CHANNEL}
     path.write_text(timing.Table(network=network, kinds=kinds, layers=[*map(str, widths)], **facts).model_dump_json())
     return str(path)
 
@@ -98,3 +100,59 @@ def test_a_run_keeps_to_its_latency(train_here, digits, tmp_path):
         if label == "budget"
     ]
     assert len(rows) == 2 and "as predicted" in rows[1]
+
+
+def with_table(train_here, digits, tmp_path, **target):
+    """Records of pruning, and the report's words, of a short run whose table claims to be of this machine."""
+    path = table_of("vgg_digits", tmp_path / "table", device_name(torch.device("cpu")))
+    asked = ", ".join(f"{key}: {value}" for key, value in {**target, "table": path}.items())
+    ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, f"architecture.target={{{asked}}}"))
+    (pruned,) = records(tmp_path / "run", "prune")
+    found = reported.summary(tmp_path / "run") | {"untrained": False, "ended": set()}
+    return ended, pruned, [value for label, value in words.rows(found) if label == "budget"]
+
+
+@pytest.mark.parametrize("target", [{"latency": "0.5x"}, {"latency": "120us", "params": "0.99x"}])
+def test_the_measured_latency_is_within_5_percent_below_the_target(target, train_here, digits, tmp_path, monkeypatch):
+    """On a device where each network takes otherwise than the table says, the more so the smaller it is."""
+    seen = []
+
+    def latency(bench, keep):
+        predicted = float(bench.budget.used(bench.supernet, 8, keep.double()))
+        seen.append(1.4 * predicted * (bench.budget.full / predicted) ** 0.2)
+        return seen[-1]
+
+    monkeypatch.setattr(timed.Bench, "latency", latency)
+    ended, pruned, rows = with_table(train_here, digits, tmp_path, **target)
+    assert ended.code == 0, ended.err
+    found = next(row for row in (pruned["budget"], *pruned.get("further_budgets", ())) if row["unit"] == "latency")
+    assert 0.95 * found["most"] <= seen[-1] <= found["most"] and len(seen) > 1
+    # The record holds whole nanoseconds, rounded up.
+    assert abs(found["used"] - seen[-1]) <= 1 and found["predicted"] < 0.9 * found["used"]
+    assert any("measured when pruned" in row for row in rows)
+
+
+def test_where_it_cannot_be_measured_the_prediction_counts(train_here, digits, tmp_path, monkeypatch):
+    def latency(*_):
+        raise OSError("no such runtime")
+
+    monkeypatch.setattr(timed.Bench, "latency", latency)
+    ended, pruned, rows = with_table(train_here, digits, tmp_path, latency="0.5x")
+    assert ended.code == 0 and "latency was not measured (no such runtime)" in ended.out
+    assert "predicted" not in pruned["budget"] and pruned["budget"]["used"] <= pruned["budget"]["most"]
+    assert "as predicted" in rows[0]
+
+
+def test_networks_are_timed_as_the_table_says(train_here, digits, tmp_path):
+    """Really timed: what is found depends on the machine, so that the target may be missed."""
+    ended, pruned, rows = with_table(train_here, digits, tmp_path, latency="0.99x")
+    assert ended.code in (0, 3) and "latency measured" in ended.out
+    assert pruned["budget"]["predicted"] > 0 and pruned["budget"]["used"] > 0 and "measured when pruned" in rows[0]
+
+
+def test_channels_are_interpolated_among_multiples_of_the_same_groups():
+    grid = timing.Grid(inputs=[1], outputs=[1, 7, 8, 16, 24, 32, 48], seconds=[[1.0, 7.0, 80.0, 1600.0, 240.0, 3200.0, 4800.0]])
+    ask = torch.tensor([4.0, 5.0, 8.0, 16.0, 24.0, 32.0, 40.0, 20.0, 24.5], dtype=torch.float64)
+    found = grid.at(torch.ones_like(ask), ask).tolist()
+    # 4 and 20 have no points of their own kind: as multiples of 8; 40 is beyond them. On its way, as a multiple of 16.
+    assert found == pytest.approx([80.0, 5.0, 80.0, 1600.0, 240.0, 3200.0, 240.0, 200.0, 2450.0])
