@@ -22,7 +22,9 @@ from dnal_dist.export.program import program
 from dnal_dist.export.readers import FILES
 from dnal_dist.export.source import source
 from dnal_dist.export.subject import compact_of
+from dnal_dist.nets import compact
 from dnal_dist.nets.narrow import Narrow
+from dnal_dist.nets.whole import whole
 from dnal_dist.report import records, templates
 
 # Version of the files manifest.json, preprocessing.json and architecture.json.
@@ -125,7 +127,10 @@ class _Export:
         shape = {"format": FORMAT, "network": settings.model.name, "image_size": self.size, "classes": self.classes}
         costs = {"cost": {key: pruned[key] for key in ("full", "compact") if key in pruned}}
         _json(folder / "preprocessing.json", {"format": FORMAT, **how})
-        _json(folder / "architecture.json", {**shape, **costs, "sites": sites})
+        # model.safetensors holds the network with its branches written whole: without free streams the one that trained.
+        own, exported = compact.describe(self.network), compact.describe(whole(self.network))
+        facts = {"mask": pruned.get("mask") if own == exported else None, "description": exported}
+        _json(folder / "architecture.json", {**shape, **costs, "sites": sites, **facts})
         start, end = record.last("start"), record.last("end")
         provenance = {
             "recipe": settings.model_dump(mode="json"),

@@ -146,11 +146,14 @@ def save(network: nn.Module, folder: Path, **facts) -> None:
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The compact network saved in `folder`, in eval mode. Raises InputError naming the folder and what is missing or wrong."""
+    """The compact network saved in `folder`, or exported there, in eval mode. Raises InputError naming the folder and what is
+    missing or wrong."""
     folder = Path(folder)
     try:
-        description = json.loads(read_regular(folder / "architecture.json", MOST_BYTES))["network"]
-        weights = folder / "weights.safetensors"
+        found = json.loads(read_regular(folder / "architecture.json", MOST_BYTES))
+        exported = "description" in found
+        description = found["description" if exported else "network"]
+        weights = folder / ("model.safetensors" if exported else "weights.safetensors")
         if weights.exists() and not weights.is_file():
             raise ValueError(f"{weights}: not a regular file")
         network = restored(description, load_file(weights))

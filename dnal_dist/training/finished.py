@@ -1,5 +1,6 @@
 """The compact network of a finished run, to be finetuned on: where a recipe has no search."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 
 from dnal_dist import recipe
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
+from dnal_dist.common.files import read_regular
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork, compact, masks
 from dnal_dist.nets.libraries import with_classes
@@ -42,6 +44,8 @@ def _read(full: GatedNetwork, settings: recipe.Recipe) -> Finished:
     run = given.parent if given.name in ("compact", "export") and (given.parent / "recipe.yaml").exists() else given
     if run.resolve() == Path(settings.output).resolve():
         raise InputError(f"{KEY}: {given} is the run folder that this run replaces; name another one by key 'output'")
+    if (run / "manifest.json").exists():
+        return _exported(run, full, settings)
     _, saved, damaged = checkpoint.latest(run / "checkpoints") if (run / "checkpoints").is_dir() else (None, None, {})
     if saved is None or saved.state.compact is None or saved.state.mask is None:
         why = next(iter(damaged.values()), f"{run} holds no pruned network")
@@ -50,14 +54,39 @@ def _read(full: GatedNetwork, settings: recipe.Recipe) -> Finished:
         )
     _check_same_network(saved.state.recipe, settings, run)
     tensors = {name.removeprefix("network."): t for name, t in saved.tensors.items() if name.startswith("network.")}
-    warnings, classes = list(damaged.values()), settings.model.num_classes
     try:
         network, keep = compact.restored(saved.state.compact, tensors), masks.unpack(saved.state.mask, full.num_gates)
     except ValueError as error:
         raise InputError(f"{KEY}: {run}: {error}") from None
-    if (layer := with_classes(network, classes)) is not None:
-        warnings.append(f"{run} has other classes, this run {classes}: its last layer, {layer}, begins with random weights")
+    warnings = [*damaged.values(), *_other_classes(network, settings, run)]
     return Finished(keep, network, f"{run}, pruned, after {saved.state.global_step} iterations", warnings)
+
+
+def _exported(folder: Path, full: GatedNetwork, settings: recipe.Recipe) -> Finished:
+    """Of an export without its run."""
+    try:
+        names = ("manifest.json", "architecture.json")
+        manifest, shape = (json.loads(read_regular(folder / name, compact.MOST_BYTES)) for name in names)
+        _check_same_network(manifest["provenance"]["recipe"], settings, folder)
+        if shape["mask"] is None:
+            raise InputError(
+                f"{KEY}: {folder} has branches written whole, which would train as such; give the folder of its run, or "
+                f"model.name=compact:{folder} without --init-from"
+            )
+        network, keep = compact.load(folder).train(), masks.unpack(shape["mask"], full.num_gates)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{KEY}: {folder} is no export that can be finetuned ({reason(error)}); export the run again") from None
+    return Finished(keep, network, f"the export {folder}", _other_classes(network, settings, folder))
+
+
+def _other_classes(network: nn.Module, settings: recipe.Recipe, source: Path) -> list[str]:
+    """A warning if the network gets a last layer for other classes."""
+    layer, classes = with_classes(network, settings.model.num_classes), settings.model.num_classes
+    if layer is None:
+        return []
+    return [f"{source} has other classes, this run {classes}: its last layer, {layer}, begins with random weights"]
 
 
 def _check_same_network(theirs: dict, settings: recipe.Recipe, run: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from in_process import called
+from runs import SHORT, arguments
 from safetensors.torch import load_file
 
 from dnal_dist.common.errors import InputError
@@ -17,6 +18,7 @@ from dnal_dist.export.images import Images, validation_images
 from dnal_dist.export.program import program
 from dnal_dist.nets import compact
 from dnal_dist.recipe import load
+from dnal_dist.report import records
 
 TORCH = ("model", "torch", "torchgen", "safetensors", "typing_extensions", "packaging")
 
@@ -190,3 +192,27 @@ def test_what_is_no_finished_run_is_refused(short, change, message):
 
 def test_kinds_of_files_are_those_that_can_be_written():
     assert tuple(files.WRITERS) == door.KINDS
+
+
+def test_an_export_alone_is_finetuned_and_pruned_further(exported, digits, tmp_path, train_here):
+    alone = shutil.copytree(exported / "export", tmp_path / "alone")
+    words = arguments(digits, tmp_path / "next", *SHORT, "phases.pretrain.epochs=0")
+    ended = train_here(*words, "phases.search.epochs=0", "--init-from", alone)
+    assert ended.code == 0, ended.err
+    before, after = (records.summary(folder) for folder in (exported, tmp_path / "next"))
+    assert after["accuracy"]["prune"] == pytest.approx(before["accuracy"]["finetune"], abs=1e-6)
+    assert (after["compact"], after["channels"]) == (before["compact"], before["channels"])
+    further = arguments(digits, tmp_path / "further", *SHORT, f"model.name=compact:{alone}", "architecture.target.macs=0.7x")
+    ended = train_here(*further)
+    assert ended.code == 0, ended.err
+    pruned = records.summary(tmp_path / "further")
+    assert (
+        pruned["full"]["exact"] == before["compact"]["exact"]
+        and pruned["compact"]["exact"]["macs"] < pruned["full"]["exact"]["macs"]
+    )
+    for name, content in (("architecture.json", "{"), ("manifest.json", "{}"), ("architecture.json", '{"mask": "AA=="}')):
+        kept = (alone / name).read_text()
+        (alone / name).write_text(content)
+        ended = train_here(*words, "--overwrite", "phases.search.epochs=0", "--init-from", alone)
+        assert ended.code == 2 and "is no export that can be finetuned" in ended.err
+        (alone / name).write_text(kept)
