@@ -25,7 +25,7 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.report import records
 from dnal_dist.training import phases, setup
 
-TARGET, MACS = "0.5x", ("0.5x", "0.35x", "0.25x", "0.15x")
+TARGET, MACS = "0.5x", ("0.35x", "0.25x", "0.15x")
 LATENCY = ["--runtime", "onnx", "--batch", "16"]
 MARKS = ("<!-- latency budgets -->", "<!-- end of latency budgets -->")
 

@@ -1,5 +1,6 @@
 """A latency budget kept by measurement: the table chooses the channels, and the time of the compact network corrects the table."""
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -26,25 +27,32 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
 
     All processes must call this. The main one measures.
     """
-    budget, size, factor, found = target.latency, run.recipe.data.image_size, 1.0, []
+    budget, size, found = target.latency, run.recipe.data.image_size, []
     bench = Bench(run, budget)
     if run.context.from_main(bench.device is None):
         run.log.print(f"latency is not measured here, since the table is of {budget.table.device}")
         return choose(target), None
+    # Predicted latencies: what may be asked for next, and between which the answer lies. Few channels make large steps.
+    limit, low, high = AIM * budget.most, 0.0, math.inf
     for number in range(MOST):
         run.log.doing("networks measured", number, MOST)
-        keep = choose(target.corrected(factor / AIM))
+        keep = choose(target.corrected(budget.most / limit))
         measured, why = run.context.from_main(_tried(bench, keep) if run.context.main else None)
         if measured is None:
             run.log.warn(f"latency was not measured ({why}); the network keeps to the table's prediction")
             return choose(target), None
         run.log.print(f"latency measured: {measured / 1e6:.4g} ms of {budget.most / 1e6:.4g} ms")
-        factor = measured / float(budget.used(run.supernet, size, keep.double()))
+        predicted = float(budget.used(run.supernet, size, keep.double()))
+        factor = measured / predicted
         rows = target.corrected(factor).records(run.supernet, size, keep)
         over = max(row["used"] / row["most"] for row in rows)
         found.append((over <= 1, over if over <= 1 else -over, number, keep, factor))
         if over <= 1 and any(row["used"] >= row["least"] for row in rows):
             break
+        low, high = (max(low, predicted), high) if measured <= budget.most else (low, min(high, predicted))
+        limit = AIM * budget.most / factor
+        if not low < limit < high and high < math.inf:
+            limit = (low + high) / 2
     # The largest within the target, or else the smallest.
     return max(found)[3:]
 
