@@ -64,20 +64,26 @@ def _read(full: GatedNetwork, settings: recipe.Recipe) -> Finished:
 
 def _exported(folder: Path, full: GatedNetwork, settings: recipe.Recipe) -> Finished:
     """Of an export without its run."""
+
+    def refused(error: Exception) -> InputError:
+        return InputError(f"{KEY}: {folder} is no export that can be finetuned ({reason(error)}); export the run again")
+
     try:
         names = ("manifest.json", "architecture.json")
         manifest, shape = (json.loads(read_regular(folder / name, compact.MOST_BYTES)) for name in names)
-        _check_same_network(manifest["provenance"]["recipe"], settings, folder)
-        if shape["mask"] is None:
-            raise InputError(
-                f"{KEY}: {folder} has branches written whole, which would train as such; give the folder of its run, or "
-                f"model.name=compact:{folder} without --init-from"
-            )
-        network, keep = compact.load(folder).train(), masks.unpack(shape["mask"], full.num_gates)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{KEY}: {folder} is no export that can be finetuned ({reason(error)}); export the run again") from None
+        theirs, mask = dict(manifest["provenance"]["recipe"]), shape["mask"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise refused(error) from None
+    _check_same_network(theirs, settings, folder)
+    if mask is None:
+        raise InputError(
+            f"{KEY}: {folder} has branches written whole, which would train as such; give the folder of its run, or "
+            f"model.name=compact:{folder} without --init-from"
+        )
+    try:
+        network, keep = compact.load(folder).train(), masks.unpack(mask, full.num_gates)
+    except (ValueError, TypeError) as error:
+        raise refused(error) from None
     return Finished(keep, network, f"the export {folder}", _other_classes(network, settings, folder))
 
 
