@@ -17,7 +17,8 @@ For each network, budget and seed, all of them at most the budget and at most 1 
     even          the same share of every layer's channels, from new weights
     long          even, for as many steps as take the MACs of training that learned took
     l1            pretrained, then in every layer the channels with the smallest L1 norm of their weights go, then trained on
-    gamma         likewise, those of the whole network with the smallest weight of BatchNorm (network slimming, without its L1
+    l1-long       l1, trained on for as many steps as take the MACs of training that learned took
+    gamma         like l1, those of the whole network with the smallest weight of BatchNorm (network slimming, without its L1
                   penalty in pretrain)
     random        likewise, any
     k3e6, ...     one candidate in every cell of a supernet, thinned evenly, from new weights
@@ -64,7 +65,7 @@ def measure(args, network: str, seed: int) -> None:
         if args.end is not None and time.time() > args.end:
             return
         learned = done.get(("learned", share))
-        if learned is None and method in ("long", "retrained"):
+        if learned is None and method in ("long", "l1-long", "retrained"):
             raise errors.InputError(f"--methods {method} needs learned before it")
         result = cell(bench, share, method, learned)
         done[method, share] = result
@@ -174,7 +175,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     found = [result for network in args.networks for result in results(args, network)]
-    write(found, args.docs or args.output)
+    write(found, args.docs or args.output, args.given)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ def form(network: str, args) -> Form:
 
 
 PHASES = ("pretrain", "search", "finetune")
+# Baselines that begin with the pretrained weights.
+PRUNED = ("l1", "l1-long", "random", "gamma")
 
 
 class Memory:
@@ -195,7 +197,7 @@ class Bench:
     def baseline(self, method: str, share: float, learned: dict) -> tuple[phases.Run, Tensor]:
         if self.settings(share).phases.distillation is not None and self._pretrained is None:
             self.from_pretrained(share).close()
-        run = self.from_pretrained(share) if method in ("l1", "random", "gamma") else self.taught(self.assemble(share))
+        run = self.from_pretrained(share) if method in PRUNED else self.taught(self.assemble(share))
         net, side = run.supernet, self.form.side
         if method == "full":
             keep = masks.all_open(net)
@@ -205,25 +207,25 @@ class Bench:
             target = selection.budget(run.recipe.architecture, net, side)
             keep = selection.select(net, side, strength(net, method, self.seed), target)
         steps = None
-        if method == "long":
+        if method.endswith("long"):
             teacher = cost.count(net, side).macs * (run.teacher is not None)
             a_step = run.recipe.data.global_batch * (3 * cost.count(net, side, keep).macs + teacher)
-            steps = max(1, round(learned["training_macs"] / a_step))
+            before = self.training_macs(method, run, 0, cost.count(net, side).macs, finetune=0)
+            steps = run.state.global_step + max(1, round((learned["training_macs"] - before) / a_step))
         return self.trained(run, keep, steps), keep
 
-    def training_macs(self, method: str, run: phases.Run, macs: int, full: int) -> int:
+    def training_macs(self, method: str, run: phases.Run, macs: int, full: int, finetune: int | None = None) -> int:
         """MACs of the whole training: a weight step three times the forward pass's, an architecture step twice, and a teacher's
-        forward pass in each that has one."""
+        forward pass in each that has one. finetune: its steps, if not those of the recipe."""
         settings, batch = run.recipe.phases, run.recipe.data.global_batch
         first = settings.pretrain.steps * (not self.args.given)
         taught = full * (run.teacher is not None)
-        finetune = (3 * macs + taught) * settings.finetune.steps
+        last = (3 * macs + taught) * (settings.finetune.steps if finetune is None else finetune)
         if method in SEARCHED:
             search = settings.search
             gates = schedule.architecture_steps(search.steps, search.weight_steps, search.architecture_steps)
-            return batch * (full * (3 * (first + search.steps - gates) + 2 * gates) + taught * search.steps + finetune)
-        first *= method in ("l1", "random", "gamma")
-        return batch * (3 * full * first + finetune)
+            return batch * (full * (3 * (first + search.steps - gates) + 2 * gates) + taught * search.steps + last)
+        return batch * (3 * full * first * (method in PRUNED) + last)
 
 
 def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
@@ -237,7 +239,7 @@ def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
     for site, channels in net.gate_sites.items():
         # From the middle outwards: shortcuts that widen put the narrow stream into the middle of the wide one.
         place = (torch.arange(channels) - (channels - 1) / 2 + 0.1).abs().argsort().argsort()
-        if method == "l1":
+        if method in ("l1", "l1-long"):
             layers = [layer.path for layer in net.graph.layers.values() if net.site_of(layer.path) == site]
             size = sum(net.get_parameter(f"{path}.weight").detach().abs().flatten(1).sum(1).cpu() for path in layers)
             place = size.argsort(descending=True).argsort()

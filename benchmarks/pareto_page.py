@@ -5,7 +5,7 @@ from pathlib import Path
 
 NETWORKS = ("vgg", "resnet", "supernet", "cifar-vgg", "cifar-resnet", "cifar-mobilenet", "cifar-supernet", "cifar-torchvision")
 SEARCHED = ("learned", "slow", "taylor")
-BASELINES = ("even", "long", "l1", "gamma", "random", "k3e6", "k3e3", "k5e3")
+BASELINES = ("even", "long", "l1", "l1-long", "gamma", "random", "k3e6", "k3e3", "k5e3")
 METHODS = (*SEARCHED, *BASELINES, "retrained", "full")
 MARKS = ("<!-- table -->", "<!-- end of table -->")
 
@@ -46,7 +46,7 @@ def shown(values: list[float]) -> str:
 
 
 COLOURS = {"learned": "#0072b2", "slow": "#56b4e9", "taylor": "#cc79a7", "even": "#d55e00", "long": "#e69f00", "l1": "#009e73"}
-OTHERS = ("#999999", "#8b4513", "#5f5f5f", "#b0a000", "#607d8b", "#7b1fa2", "#000000")
+OTHERS = ("#005f45", "#999999", "#8b4513", "#5f5f5f", "#b0a000", "#607d8b", "#7b1fa2", "#000000")
 COLOURS |= dict(zip((method for method in METHODS if method not in COLOURS), OTHERS, strict=True))
 WIDTH, HEIGHT, LEFT, TOP = 300, 260, 50, 30
 
@@ -103,10 +103,12 @@ def _panel(found: list[dict], network: str, methods: list[str]) -> str:
     return "".join(parts)
 
 
-def write(found: list[dict], docs: Path) -> None:
-    """The plot, and the table between its two marks in pareto.md, which is otherwise left alone."""
-    (docs / "pareto.svg").write_text(plot(found))
+def write(found: list[dict], docs: Path, given: bool) -> None:
+    """The plot, and the table between its two marks in pareto.md, which is otherwise left alone. given: those of --given."""
+    begin, end = (mark.replace("table", "table, given") if given else mark for mark in MARKS)
+    (docs / ("pareto-given.svg" if given else "pareto.svg")).write_text(plot(found))
     page = docs / "pareto.md"
-    text = page.read_text() if page.exists() else "\n".join(MARKS)
-    before, rest = text.split(MARKS[0])
-    page.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    text = page.read_text() if page.exists() else ""
+    before, found_it, rest = text.partition(begin)
+    after = rest.partition(end)[2] if found_it else "\n"
+    page.write_text(f"{before}{begin}\n{table(found)}\n{end}{after}")

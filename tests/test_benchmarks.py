@@ -7,7 +7,7 @@ import sys
 import pytest
 
 CELL = [
-    *("--methods", "learned", "taylor", "long", "l1", "--networks", "vgg", "--budgets", "0.5"),
+    *("--methods", "learned", "taylor", "long", "l1", "l1-long", "--networks", "vgg", "--budgets", "0.5"),
     *("--seeds", "0", "--only", "vgg", "0", "--side", "8", "--epochs", "0.1", "0.2", "0.1", "--images", "320"),
     *("data.global_batch=16", "data.workers=0", "architecture.recalibration_batches=2"),
     # Extras that all methods get.
@@ -20,9 +20,10 @@ def test_a_cell_of_the_pareto_benchmark_meets_its_budget(digits, tmp_path, monke
     monkeypatch.syspath_prepend("benchmarks")
     runpy.run_path("benchmarks/pareto.py", run_name="__main__")
     found = {r["method"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
-    assert list(found) == ["learned", "taylor", "long", "l1"]
+    assert list(found) == ["learned", "taylor", "long", "l1", "l1-long"]
     assert all(r["milliseconds"]["64"] > 0 and 0 <= r["accuracy"] <= 1 for r in found.values())
     assert all(0.495 * r["full_macs"] <= r["macs"] <= 0.5 * r["full_macs"] for r in found.values())
-    assert {r["steps"] for method, r in found.items() if method != "long"} == {8}
-    assert found["long"]["training_macs"] == pytest.approx(found["learned"]["training_macs"], rel=0.06)
+    assert {r["steps"] for method, r in found.items() if "long" not in method} == {8}
+    for method in ("long", "l1-long"):
+        assert found[method]["training_macs"] == pytest.approx(found["learned"]["training_macs"], rel=0.06)
     assert found["l1"]["training_macs"] < found["learned"]["training_macs"]
