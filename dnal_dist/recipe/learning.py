@@ -139,6 +139,9 @@ class Distillation(Section):
     """Share of the loss that is the divergence from the teacher; the rest is the cross-entropy with the labels."""
     temperature: float = Field(1.0, gt=0)
     """What the logits of both are divided by; the divergence is multiplied by its square (arXiv 1503.02531)."""
+    teacher: OneLine | None = None
+    """The network to learn from: a run folder, whose network is taken as its pretrain left it; compact:FOLDER, a run's compact
+    network or an export; or torchvision:NAME or timm:NAME with published weights. null: the run's own, as its pretrain left it."""
 
 
 class Phases(Section):
@@ -150,15 +153,15 @@ class Phases(Section):
     finetune: Phase
     """The compact network."""
     distillation: Distillation | None = None
-    """In search and finetune, learn also from what the network said as pretrain left it, at the price of its forward pass."""
+    """In search and finetune, learn also from what a teacher says, at the price of its forward pass."""
 
     @model_validator(mode="after")
     def _what_comes_before_a_finetune_alone(self):
         if not self.search.iterations(1):
             if self.pretrain.iterations(1):
                 raise ValueError("without a search only a compact network is finetuned; give pretrain no iterations either")
-            if self.distillation is not None:
-                raise ValueError("without a search there is no teacher to distil from; remove 'distillation'")
+            if self.distillation is not None and self.distillation.teacher is None:
+                raise ValueError("without a search there is no teacher to distil from; give 'distillation.teacher', or remove it")
         return self
 
 

@@ -232,10 +232,10 @@ class Recipe(Section):
     def _the_teacher_has_learned(self):
         pretrain = self.phases.pretrain
         trained = pretrain.epochs or pretrain.steps or self.model.init_from or self.model.name.startswith("compact:")
-        if self.phases.distillation is not None and not trained:
+        if self.phases.distillation is not None and self.phases.distillation.teacher is None and not trained:
             raise ValueError(
                 "'phases.distillation' wants a teacher that has learned: 'phases.pretrain' has no iterations and 'model.init_from' "
-                "names no weights; give one of the two, or phases.distillation=null"
+                "names no weights; give one of the two, or 'phases.distillation.teacher', or phases.distillation=null"
             )
         return self
 

@@ -50,7 +50,7 @@ class Run:
     given: Finished | None = None
     """In a run without a search, the compact network that it begins with."""
     teacher: nn.Module | None = None
-    """The network as pretrain left it, where the recipe distils from it."""
+    """The network that the recipe distils from: a given one, or, from the search on, the own one as pretrain left it."""
     momentum: dict[str, Tensor] = field(default_factory=dict)
     """Momentum of the weights by name, for the next optimiser."""
     average: dict[str, Tensor] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
-from dnal_dist.training import finished, mixing, preflight, pretrained, state
+from dnal_dist.training import finished, mixing, preflight, pretrained, state, teacher
 from dnal_dist.training.run import Run
 from dnal_dist.training.run_folder import Opened, has_checkpoints, open_folder, private_temp, write_recipe
 from dnal_dist.training.stopping import StopPoll
@@ -53,10 +53,15 @@ def prepare(
         source = finished.read(network, settings, context)
     elif begins and settings.model.init_from:
         source = pretrained.start_from(network, settings, context)
+    classes = settings.model.num_classes or network.num_classes
+    taught_by = teacher.given(settings, classes, context) if begins else None
     opened = open_folder(folder, settings, context, overwrite, allowed)
     try:
         assert begins or opened.saved is not None
-        return _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
+        run = _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
+        resumes = not begins and run.state.phase != "done"
+        run.teacher = teacher.given(settings, classes, context) if resumes else taught_by
+        return run
     except BaseException:
         # Whoever catches this may start another run in the folder.
         if opened.lock is not None:

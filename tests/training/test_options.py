@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from faulty import FEW, refused
 from runs import records
 
-from dnal_dist import nets
+from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.distributed.average import combined
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Constant, Distillation, Phase, Training
 from dnal_dist.search import schedule
-from dnal_dist.training import mixing
+from dnal_dist.training import mixing, teacher
 from dnal_dist.training.objective import Objective
 from dnal_dist.training.steps import weight_step
 
@@ -248,3 +248,32 @@ def test_distillation_without_its_teachers_checkpoint_is_refused(digits, tmp_pat
             file.unlink()
         path.rmdir()
     refused(train_here(*begin), "key 'phases.distillation': .*holds no checkpoint of pretrain's end")
+
+
+def test_a_given_teacher_of_another_network_is_learned_from(digits, tmp_path, train_here, finished):
+    """In a run that stops and resumes, and in a finetune alone."""
+    shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar")
+    taught = ["recipes/digits.yaml", *shards, *FEW, "model.name=resnet_digits", "phases.distillation.weight=1.0"]
+    with_teacher = [*taught, f"phases.distillation.teacher={finished}", "phases.pretrain.steps=0", f"output={tmp_path}/run"]
+    assert train_here(*with_teacher, "--until", "search").code == 0 and train_here(*with_teacher).code == 0
+    rows = {(r["phase"], r["step"]): r for r in records(tmp_path / "run", "train")}
+    for phase in ("search", "finetune"):
+        assert rows[phase, 1]["loss"] != pytest.approx(rows[phase, 1]["cross_entropy"], rel=1e-3)
+
+    settings, images = recipe.load(tmp_path / "run" / "recipe.yaml"), torch.randn(3, 3, 8, 8)
+    saved = checkpoint.read(checkpoint.after_pretrain(finished / "checkpoints"))
+    theirs = nets.build("vgg_digits").eval()
+    theirs.load_state_dict({name.removeprefix("network."): t for name, t in saved.tensors.items() if name.startswith("network.")})
+    found = teacher.given(settings, 10, Context())
+    assert torch.equal(found(images), theirs(images))
+
+    compacted = f"phases.distillation.teacher=compact:{finished}"
+    alone = [*with_teacher[:-1], compacted, "phases.search.steps=0", f"model.init_from={tmp_path}/run", f"output={tmp_path}/alone"]
+    assert train_here(*alone).code == 0
+    for change, message in (
+        ("phases.distillation.teacher=nowhere", r"teacher': nowhere is no run folder; give one, compact:FOLDER"),
+        ("model.num_classes=12", r"teacher': .* gives 10 logits an image, but there are 12 classes"),
+        ("phases.distillation.teacher=compact:nowhere", "no compact network can be loaded"),
+    ):
+        refused(train_here(*with_teacher[:-1], change, f"output={tmp_path}/wrong"), message)
+        assert not (tmp_path / "wrong").exists()
