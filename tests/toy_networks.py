@@ -243,7 +243,50 @@ class FrozenNorm(Small):
         self.norm = Frozen(channels)
 
 
+class Numbered(Small):
+    """The number of images as a size: of a parameter that is expanded or repeated, and of zeros beside channels."""
+
+    def add_body(self, channels):
+        super().add_body(channels)
+        self.scale, self.point = nn.Parameter(torch.rand(1, channels, 1, 1) + 0.5), nn.Conv2d(2 * channels + 3, channels, 1)
+
+    def body(self, x):
+        scales = torch.cat([self.scale.expand(len(x), -1, SIZE, SIZE), self.scale.repeat(len(x), 1, SIZE, SIZE)], 1)
+        x = torch.cat([torch.cat([x, x], 1) * scales, x.new_zeros(len(x), 3, SIZE, SIZE)], 1)
+        return F.relu(self.conv(self.point(x)))
+
+
+class Parametrized(Small):
+    """Weights that torch computes, of a convolution and of a Linear."""
+
+    def add_body(self, channels):
+        made = torch.nn.utils.parametrizations.weight_norm
+        self.conv, self.hidden = made(nn.Conv2d(channels, 6, 3, padding=1)), made(nn.Linear(6, 12))
+
+    def features(self, channels):
+        return 12
+
+    def body(self, x):
+        return F.relu(self.hidden(F.relu(self.conv(x)).mean((2, 3))))[..., None, None]
+
+
+class ConvOfItsOwn(nn.Conv2d):
+    """With attributes that are called as this project's might be, and a parameter beside its weight."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate, self.gates, self.gate_site = nn.Parameter(torch.full((1,), 0.7)), 4, "none"
+
+    def forward(self, x):
+        return super().forward(x) * self.gate
+
+
+class OwnAttributes(Small):
+    def add_body(self, channels):
+        self.conv = ConvOfItsOwn(channels, channels, 3, padding=1)
+
+
 KINDS = [
     *(Small, Residual, Dense, Squeeze, Depthwise, Grouped, Shuffled, Split, Twice, WeightStandardised, LayerNormed, Flattened),
-    *(Offset, Auxiliary, Subclasses, Scalar, Alias, Tied, FrozenNorm),
+    *(Offset, Auxiliary, Subclasses, Scalar, Alias, Tied, FrozenNorm, Numbered, Parametrized, OwnAttributes),
 ]

@@ -1,5 +1,6 @@
 """From a keep mask to a physically smaller network: plain torch modules, the same function as the masked network."""
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -57,12 +58,16 @@ def describe(network: nn.Sequential | narrow.Narrow) -> list:
 
 
 def _described(module: nn.Module) -> list:
-    return [type(module).__name__, list(_ARGUMENTS[type(module)](module))]
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    return [type(module).__name__, list(_ARGUMENTS[type(module)](module)), *([frozen] if frozen else [])]
 
 
 def _made(item: list) -> nn.Module:
-    kind, arguments = item
-    return _checked(_KINDS[kind](*arguments))
+    kind, arguments, *frozen = item
+    module = _checked(_KINDS[kind](*arguments))
+    for name in itertools.chain(*frozen):
+        module.get_parameter(name).requires_grad_(False)
+    return module
 
 
 def build(description: list) -> nn.Sequential | narrow.Narrow:

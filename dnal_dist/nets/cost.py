@@ -65,7 +65,8 @@ def expected(net: GatedNetwork, image_size: int, gates: Tensor) -> Expected:
 
 
 def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> list[dict]:
-    """One row for each layer, in forward order: path, site, [kept, full] channels, MACs and parameters (exact rule)."""
+    """One row for each layer, in forward order: path, the first site that closes its channels (None: they stay), [kept, full]
+    channels, MACs and parameters (exact rule)."""
     keep = all_open(net) if keep is None else keep
     found = costs(net.streams(image_size), net.gating, useful(net, keep).double())
     rows = []
@@ -74,11 +75,12 @@ def by_layer(net: GatedNetwork, image_size: int, keep: Tensor | None = None) -> 
         if not macs:
             # Nothing is left of it, or the constant that its branch came to.
             inputs, outputs = 0, params
+        gates = net.gating.of(layer.outputs) - {net.gating.always}
         is_depthwise = layer.groups == len(layer.inputs) > 1
         rows.append(
             {
                 "layer": layer.path,
-                "site": net.site_of(layer.path),
+                "site": net.site_at(min(gates)) if gates else None,
                 "inputs": [outputs if is_depthwise else inputs, len(layer.inputs)],
                 "outputs": [outputs, len(layer.outputs)],
                 "macs": macs,

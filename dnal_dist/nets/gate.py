@@ -19,7 +19,7 @@ from dnal_dist.nets.checking import check_exact
 from dnal_dist.nets.gated import GatedBatchNorm, Gates, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Gated, Graph, read
-from dnal_dist.nets.narrow import Narrow
+from dnal_dist.nets.narrow import Beside, Narrow
 from dnal_dist.nets.narrowing import Narrowing
 from dnal_dist.nets.rules import RULES
 from dnal_dist.nets.sites import Gating, Ungated, freeze
@@ -56,7 +56,7 @@ def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = ex
         return Reading(graph, gating, branches.find(graph, gating), example.shape[-1], trace)
 
 
-class GatedNetwork(nn.Module):
+class GatedNetwork(Beside):
     """Any module with gates: `net(images, gates)`. Parameters, buffers and modules are the module's own, under their names.
 
     images (n, 3, H, W); gates flat, float32, (N,), in the order of gate_sites; None means no gates at all.
@@ -96,14 +96,6 @@ class GatedNetwork(nn.Module):
                     name = type(norm).__name__.removeprefix("Gated")
                     raise InputError(f"{path} is a {name}, whose statistics would move in architecture steps; use nn.BatchNorm2d")
                 norm.__class__ = kind
-
-    def __setattr__(self, name: str, value) -> None:
-        # The module may have a child of any name, such as "graph"; this has its own beside it.
-        taken = any(name in self.__dict__.get(held, {}) for held in ("_modules", "_parameters", "_buffers"))
-        if taken and not isinstance(value, nn.Module | Tensor | None):
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     def get_submodule(self, target: str) -> nn.Module:
         return self.own.get_submodule(target)
@@ -148,7 +140,7 @@ class GatedNetwork(nn.Module):
         """The first gate of each site."""
         return dict(zip(self.gate_sites, itertools.accumulate([0, *self.gate_sites.values()]), strict=False))
 
-    def _site_at(self, gate: int) -> str:
+    def site_at(self, gate: int) -> str:
         """The site of a gate."""
         return list(self._starts)[bisect_right(list(self._starts.values()), gate) - 1]
 
@@ -156,7 +148,7 @@ class GatedNetwork(nn.Module):
         """The site of the gates that are on a layer's own output channels, the first of several."""
         if not {layer, self.graph.norms.get(layer)} & self.gated_paths:
             return None
-        return self._site_at(int(self.gating.of_label[self.graph.layers[layer].outputs].min()))
+        return self.site_at(int(self.gating.of_label[self.graph.layers[layer].outputs].min()))
 
     def strength(self) -> Tensor:
         """The magnitude of each gate's BatchNorm weight, (N,); zero where there is none."""
@@ -177,7 +169,7 @@ class GatedNetwork(nn.Module):
         for layer in self.graph.layers.values():
             gates = self.gating.of(layer.outputs) - {self.gating.always}
             own = (layer.path, layer.path.rpartition(".")[0], self.graph.norms.get(layer.path))
-            for site in dict.fromkeys(map(self._site_at, gates)):
+            for site in dict.fromkeys(map(self.site_at, gates)):
                 if site.partition("#")[0] not in own:
                     found[site].append(layer.path)
         return found
@@ -251,9 +243,14 @@ def gate(
         raise InputError(f"the example must be square images (n, 3, H, W) of floats, not {tuple(example.shape)} of {example.dtype}")
     if isinstance(ignore, str):
         raise InputError(f"`ignore` is a list of module paths; there is no {ignore!r}")
-    module = copy.deepcopy(module)
-    images = example[:2] if len(example) > 1 else torch.cat([example, example])
-    found = reading(module, images, Gated(streams == "free", tuple(ignore)))
+    try:
+        module = copy.deepcopy(module)
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}); in place of torch.nn.utils.weight_norm and "
+            "spectral_norm use those of torch.nn.utils.parametrizations"
+        ) from None
+    found = reading(module, example, Gated(streams == "free", tuple(ignore)))
     network = GatedNetwork(module, found)
     if check:
         check_exact(network)

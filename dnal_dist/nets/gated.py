@@ -92,7 +92,7 @@ class computing_again:
         self.norms = [m for network in networks for m in network.modules() if isinstance(m, GatedBatchNorm)]
         self.updated = [norm.updates_statistics for norm in self.norms]
         modules = (module for network in networks for module in network.modules())
-        self.gates = {gates: gates.current for module in modules if isinstance(gates := getattr(module, "gates", None), Gates)}
+        self.gates = {gates: gates.current for module in modules if (gates := getattr(module, "_dnal_gates", None)) is not None}
 
     def __enter__(self) -> None:
         for gates, current in self.gates.items():

@@ -12,32 +12,33 @@ from dnal_dist.nets.gated import GatedBatchNorm, Gates
 class Gated:
     """What a module becomes whose output channels have gates: `gate`, (channels,), multiplies them. None: no gates."""
 
-    gates: Gates
-    gate_site: int
+    # Names that no layer of a user's has.
+    _dnal_gates: Gates
+    _dnal_site: int
     """The site whose gates are those of its output channels, one after the other; else -1."""
-    gate_places: Tensor | None
+    _dnal_places: Tensor | None
     """The gate of each output channel, if they are no site's."""
 
     def take(self, gates: Gates, numbers: Tensor) -> None:
         """numbers: the gate of each output channel, (channels,)."""
-        self.gates, own = gates, numbers.tolist()
-        firsts = [0, *itertools.accumulate(gates.sizes)]
-        sites = [i for i, (first, end) in enumerate(itertools.pairwise(firsts)) if own == list(range(first, end))]
-        self.gate_site = sites[0] if sites else -1
-        self.register_buffer("gate_places", None if sites else numbers, persistent=False)
+        self._dnal_gates, own = gates, numbers.tolist()
+        firsts = itertools.pairwise([0, *itertools.accumulate(gates.sizes)])
+        sites = [i for i, ends in enumerate(firsts) if ends == (own[0], own[0] + len(own)) and own == list(range(*ends))]
+        self._dnal_site = sites[0] if sites else -1
+        self.register_buffer("_dnal_places", None if sites else numbers, persistent=False)
 
     @property
-    def gate(self) -> Tensor | None:
-        if (current := self.gates.current) is None:
+    def _dnal_gate(self) -> Tensor | None:
+        if (current := self._dnal_gates.current) is None:
             return None
-        return current[self.gate_site] if self.gate_places is None else current[-1][self.gate_places]
+        return current[self._dnal_site] if self._dnal_places is None else current[-1][self._dnal_places]
 
 
 class GatedConv2d(Gated, nn.Conv2d):
     """The gate in the weight and the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (gate := self.gate) is None:
+        if (gate := self._dnal_gate) is None:
             return super().forward(x)
         # In the type of the weight: gates are float32, whatever the weights are in.
         weight, bias = self.weight * gate.view(-1, 1, 1, 1), None if self.bias is None else (self.bias * gate).to(self.bias.dtype)
@@ -48,7 +49,7 @@ class GatedLinear(Gated, nn.Linear):
     """The gate in the weight and the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (gate := self.gate) is None:
+        if (gate := self._dnal_gate) is None:
             return super().forward(x)
         bias = None if self.bias is None else (self.bias * gate).to(self.bias.dtype)
         return F.linear(x, (self.weight * gate.view(-1, 1)).to(self.weight.dtype), bias)
@@ -58,7 +59,7 @@ class GatedNorm(Gated, GatedBatchNorm):
     """The gate in the affine; it takes none from its caller."""
 
     def forward(self, x: Tensor, gate: None = None) -> Tensor:
-        return super().forward(x, self.gate)
+        return super().forward(x, self._dnal_gate)
 
 
 class NormAct(GatedBatchNorm):
@@ -70,14 +71,14 @@ class NormAct(GatedBatchNorm):
 
 class GatedNormAct(Gated, NormAct):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x, self.gate)
+        return super().forward(x, self._dnal_gate)
 
 
 class GatedOutput(Gated):
     """Of a subclass that does more than its base: the gate multiplies the output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out, gate = super().forward(x), self.gate
+        out, gate = super().forward(x), self._dnal_gate
         behind = 0 if isinstance(self, nn.Linear) else out.dim() - 2  # dimensions behind the channels
         return out if gate is None else out * gate.to(out.dtype).view(-1, *(1,) * behind)
 

@@ -107,6 +107,8 @@ class Graph:
         """Groups of labels of which one must stay."""
         self.free_sums: dict = {}
         """Nodes that are sums with labels of their own, each with its group of labels."""
+        self.baked: set[str] = set()
+        """Parameters and buffers that weights are computed from."""
         self.norms: dict[str, str] = {}
         """The BatchNorm behind a layer, by paths."""
         self.called = {path for node in self.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
@@ -193,6 +195,13 @@ class Graph:
             if isinstance(t, Tensor)
         ]
         return rows if isinstance(found, list | tuple) else rows[0]
+
+    def bake(self, weight) -> None:
+        """The node `weight` computes the weight of a layer."""
+        queue = [weight]
+        while queue:
+            queue.extend((node := queue.pop()).all_input_nodes)
+            self.baked |= {self.names[node.name]} if node.name in self.names else set()
 
     def where(self, node) -> str:
         """The module that `node` belongs to."""

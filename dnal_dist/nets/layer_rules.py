@@ -51,7 +51,9 @@ def conv(graph: Graph, node) -> Value:
         positions += before.positions
     graph.layers[path] = Weighted(path, inputs, outputs, groups, whole, positions, weight is None)
     graph.points[path] = outputs
-    if weight is not None:
+    if weight is None:
+        graph.bake(node.args[1])
+    else:
         graph.hold(weight, {0: outputs} if groups > 1 and whole else {0: outputs, 1: inputs[:per_group]})
     if (bias := graph.tensor_of(argument_of(node, "bias"))) is not None:
         graph.hold(bias, {0: outputs})
@@ -66,7 +68,9 @@ def _chooses(graph: Graph, node, x: Value, per_group: int, per_out: int) -> bool
 
 def linear(graph: Graph, node) -> Value:
     x, path, weight = graph.value(node.args[0]), graph.where(node), graph.tensor_of(node.args[1])
-    if not issubclass(graph.kinds[path], nn.Linear) or weight is None or x is None or (inputs := x.along(-1)) is None:
+    if weight is None and node.args[1] in graph.values:
+        return graph.unknown(node, f"the weight of {path} depends on the image")
+    if not issubclass(graph.kinds[path], nn.Linear) or x is None or (inputs := x.along(-1)) is None:
         return graph.unknown(node, f"{path or 'the network'} multiplies what no nn.Linear of it holds")
     outputs = graph.points[path] if path in graph.points else graph.classes.new(node.args[1].meta["val"].shape[0])
     graph.read(inputs, x, f"{path} reads it where a closed channel is not zero")
@@ -74,9 +78,12 @@ def linear(graph: Graph, node) -> Value:
     if path in graph.layers:
         graph.classes.unite(graph.layers[path].inputs, inputs)
         positions += graph.layers[path].positions
-    graph.layers[path] = Weighted(path, inputs, outputs, 1, False, positions, False)
+    graph.layers[path] = Weighted(path, inputs, outputs, 1, False, positions, weight is None)
     graph.points[path] = outputs
-    graph.hold(weight, {0: outputs, 1: inputs})
+    if weight is None:
+        graph.bake(node.args[1])
+    else:
+        graph.hold(weight, {0: outputs, 1: inputs})
     if (bias := graph.tensor_of(argument_of(node, "bias"))) is not None:
         graph.hold(bias, {0: outputs})
     shape = node.meta["val"].shape

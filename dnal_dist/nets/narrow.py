@@ -31,6 +31,7 @@ class Ref(NamedTuple):
 
 
 OF_IMAGES = "images' device"
+NUMBER = "number of images"
 MOST_STEPS, MOST_PIXELS = 20_000, 1 << 14
 
 
@@ -49,7 +50,18 @@ def operation(name: str) -> Callable:
     return found
 
 
-class Narrow(nn.Module):
+class Beside(nn.Module):
+    """Its modules, parameters and buffers may have any name: what else it is given under that name, it has beside them."""
+
+    def __setattr__(self, name: str, value) -> None:
+        taken = any(name in self.__dict__.get(held, {}) for held in ("_modules", "_parameters", "_buffers"))
+        if taken and not isinstance(value, nn.Module | nn.Parameter | None):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+class Narrow(Beside):
     """A network that runs `steps` one after the other on images (n, 3, H, W), and returns what the last one gives.
 
     layers: modules by path, which keep the names of the network that it was made from. image_size: H and W.
@@ -76,7 +88,9 @@ class Narrow(nn.Module):
         for i, step in enumerate(steps):
             for name in _names([step.args, step.kwargs]):
                 last[name] = i
-        own["ends"] = [[name for name, at in last.items() if at == i] for i in range(len(steps))]
+        own["ends"] = [[] for _ in steps]
+        for name, at in last.items():
+            own["ends"][at].append(name)
         own["edges"] = [0, len(steps)]
         calls = [operation(step.target) if step.kind == "op" else None for step in steps]
         own["calls"] = [OPERATIONS.get(call, call) for call in calls]
@@ -84,11 +98,12 @@ class Narrow(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: dict = {"images": images}
         for first, last in itertools.pairwise(self.edges):
-            found = self.within(first, last, found, images.device)
+            found = self.within(first, last, found, (images.device, images.shape[0]))
         return found[self.steps[-1].out]
 
-    def within(self, first: int, last: int, found: dict, device: torch.device) -> dict:
-        """The results of steps `first` to `last` that later ones read, from those of the steps before."""
+    def within(self, first: int, last: int, found: dict, images: tuple[torch.device, int]) -> dict:
+        """The results of steps `first` to `last` that later ones read, from those of the steps before. images: where they are, and
+        their number."""
         found = dict(found)
         for step, call, ends in list(zip(self.steps, self.calls, self.ends, strict=True))[first:last]:
             if step.kind == "tensor":
@@ -98,7 +113,7 @@ class Narrow(nn.Module):
             elif step.kind == "item":
                 result = found[step.args[0].name][step.args[1]]
             else:
-                result = call(*_filled(step.args, found, device), **_filled(step.kwargs, found, device))
+                result = call(*_filled(step.args, found, images), **_filled(step.kwargs, found, images))
             found[step.out] = result
             for name in ends:
                 del found[name]
@@ -122,7 +137,8 @@ class Narrow(nn.Module):
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Another parameter called `name`."""
-        _holder(self, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor)
+        held, own = _holder(self, name)._parameters, name.rpartition(".")[2]
+        held[own] = nn.Parameter(tensor, held[own].requires_grad)
 
     def with_steps(self, steps: list[Step]) -> "Narrow":
         """A network of other steps with modules and tensors of this one."""
@@ -152,14 +168,16 @@ def _named(module: nn.Module, path: str) -> nn.Module | Tensor:
     return held[last]
 
 
-def _filled(argument, found: dict, device: torch.device):
+def _filled(argument, found: dict, images: tuple[torch.device, int]):
     if isinstance(argument, Ref):
         return found[argument.name]
     if isinstance(argument, list):
-        return [_filled(a, found, device) for a in argument]
+        return [_filled(a, found, images) for a in argument]
     if isinstance(argument, dict):
-        return {k: _filled(a, found, device) for k, a in argument.items()}
-    return device if argument is OF_IMAGES else argument
+        return {k: _filled(a, found, images) for k, a in argument.items()}
+    if argument is OF_IMAGES or argument is NUMBER:
+        return images[argument is NUMBER]
+    return argument
 
 
 def _names(argument) -> list[str]:
@@ -179,7 +197,9 @@ def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
     names = list(dict.fromkeys(step.target for step in network.steps if step.kind == "tensor"))
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {
-        name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), own[name].requires_grad] for name in names
+        name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), isinstance(own[name], nn.Parameter)]
+        + [False] * (isinstance(own[name], nn.Parameter) and not own[name].requires_grad)
+        for name in names
     }
     return [steps, {path: module(layer) for path, layer in layers.items()}, tensors, network.image_size]
 
@@ -190,11 +210,11 @@ def made(description: list, module: Callable[[list], nn.Module]) -> Narrow:
     if type(image_size) is not int or not 0 < image_size <= MOST_PIXELS:
         raise ValueError(f"images of {image_size} pixels")
     found = {}
-    for name, (shape, dtype, parameter) in tensors.items():
+    for name, (shape, dtype, parameter, *trains) in tensors.items():
         tensor = torch.zeros(shape, dtype=_dtype(dtype))
         if tensor.is_floating_point():  # as those of modules are, whatever the network was in when it was described
             tensor = tensor.to(torch.get_default_dtype())
-        found[name] = nn.Parameter(tensor) if parameter else tensor
+        found[name] = nn.Parameter(tensor, trains != [False]) if parameter else tensor
     steps = [Step(out, kind, target, _decoded(args), _decoded(kwargs)) for out, kind, target, args, kwargs in steps]
     return Narrow(steps, {path: module(item) for path, item in layers.items()}, found, image_size)
 
@@ -212,8 +232,8 @@ _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.channels_last, to
 def _encoded(argument):
     if isinstance(argument, Ref):
         return {"ref": argument.name}
-    if argument is OF_IMAGES:
-        return {"device": True}
+    if argument is OF_IMAGES or argument is NUMBER:
+        return {"number" if argument is NUMBER else "device": True}
     if isinstance(argument, torch.dtype):
         return {"dtype": str(argument).removeprefix("torch.")}
     if isinstance(argument, torch.memory_format | torch.layout):
@@ -233,4 +253,6 @@ def _decoded(argument):
     ((kind, value),) = argument.items()
     if kind == "map":
         return {k: _decoded(a) for k, a in value.items()}
-    return {"ref": Ref, "dtype": _dtype, "format": _FORMATS.__getitem__, "device": lambda _: OF_IMAGES}[kind](value)
+    makers = {"ref": Ref, "dtype": _dtype, "format": _FORMATS.__getitem__}
+    makers |= {"device": lambda _: OF_IMAGES, "number": lambda _: NUMBER}
+    return makers[kind](value)

@@ -15,17 +15,8 @@ if TYPE_CHECKING:
 
 
 def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
-    graph, layer = narrowing.graph, narrowing.graph.layers[path]
-    weight_name, bias_name = graph.tensor_of(node.args[1]), graph.tensor_of(argument_of(node, "bias"))
-    if layer.baked:
-        per_group = len(layer.inputs) // layer.groups
-        cuts = {0: layer.outputs} if layer.groups > 1 and layer.whole_groups else {0: layer.outputs, 1: layer.inputs[:per_group]}
-        weight, bias = _computed(narrowing.module.get_submodule(path))
-        narrowing.named[f"{path}.weight"] = weight
-        weight = narrowing.cut(f"{path}.weight", cuts)
-        bias = None if bias is None else bias.detach()[narrowing.kept(layer.outputs)]
-    else:
-        weight, bias = narrowing.cut(weight_name), narrowing.cut(bias_name) if bias_name else None
+    layer = narrowing.graph.layers[path]
+    weight, bias = _tensors(narrowing, node, path)
     groups = layer.groups
     if layer.groups > 1 and layer.whole_groups:
         groups = weight.shape[0] // (len(layer.outputs) // layer.groups)
@@ -37,27 +28,41 @@ def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
     return _with(conv, weight=weight, bias=bias)
 
 
+def _tensors(narrowing: Narrowing, node, path: str) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a convolution or Linear."""
+    graph, layer = narrowing.graph, narrowing.graph.layers[path]
+    if not layer.baked:
+        bias = graph.tensor_of(argument_of(node, "bias"))
+        return narrowing.cut(graph.tensor_of(node.args[1])), narrowing.cut(bias) if bias else None
+    per_group = len(layer.inputs) // layer.groups
+    cuts = {0: layer.outputs} if layer.groups > 1 and layer.whole_groups else {0: layer.outputs, 1: layer.inputs[:per_group]}
+    weight, bias = _computed(narrowing.module.get_submodule(path))
+    return narrowing.cut_of(weight, cuts), None if bias is None else narrowing.cut_of(bias, {0: layer.outputs})
+
+
 def _computed(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias that a convolution computes from its parameters."""
+    """The weight and bias that a convolution or Linear computes from its parameters."""
     found = []
 
     class Seen(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if getattr(function, "__name__", "") in ("conv2d", "_conv_forward"):
+            if getattr(function, "__name__", "") in ("conv2d", "_conv_forward", "linear"):
                 found.append((args[1], args[2] if len(args) > 2 else (kwargs or {}).get("bias")))
             return function(*args, **(kwargs or {}))
 
-    size = max(k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)) + 1
+    if isinstance(module, nn.Linear):
+        x = torch.zeros(1, module.in_features)
+    else:
+        size = max(k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)) + 1
+        x = torch.zeros(1, module.in_channels, size, size)
     with torch.no_grad(), Seen():
-        module(torch.zeros(1, module.in_channels, size, size).to(module.weight))
+        module(x.to(module.weight))
     return found[-1]
 
 
 def _linear(narrowing: Narrowing, node, path: str) -> nn.Linear:
-    graph = narrowing.graph
-    weight, bias_name = narrowing.cut(graph.tensor_of(node.args[1])), graph.tensor_of(argument_of(node, "bias"))
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias_name is not None)
-    return _with(linear, weight=weight, bias=narrowing.cut(bias_name) if bias_name else None)
+    weight, bias = _tensors(narrowing, node, path)
+    return _with(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight=weight, bias=bias)
 
 
 def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:

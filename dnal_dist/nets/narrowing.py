@@ -12,8 +12,9 @@ from dnal_dist.nets.branches import Nodes
 from dnal_dist.nets.graph import Graph, Value, name_of
 from dnal_dist.nets.layer_rules import argument_of
 from dnal_dist.nets.modules import Channels, Place
-from dnal_dist.nets.narrow import OF_IMAGES, Narrow, Ref, Step, operation
+from dnal_dist.nets.narrow import NUMBER, OF_IMAGES, Narrow, Ref, Step, operation
 from dnal_dist.nets.narrow_layers import MODULES
+from dnal_dist.nets.rules import MADE
 from dnal_dist.nets.sites import Gating
 
 
@@ -88,22 +89,25 @@ class Narrowing:
     def _kind(self, node) -> str:
         """The operation, if a module of the compact network does it."""
         name = name_of(node).removesuffix("_") if node.op == "call_function" else ""
-        own = name in MODULES and isinstance(node.args[0], torch.fx.Node)
-        return name if own and (name == "dropout" or self.graph.where(node) in (self.graph.layers | self.graph.points)) else ""
+        if name not in MODULES or not isinstance(node.args[0], torch.fx.Node):
+            return ""
+        path = self.graph.where(node)
+        return name if name == "dropout" or path in self.graph.layers or path in self.graph.points else ""
 
     def _add(self, node) -> None:
         kind = self._kind(node)
         if node.op == "placeholder":
             name = self.graph.tensor_of(node)
             tensor = self.cut(name)
-            self.tensors[name] = nn.Parameter(tensor) if isinstance(self.named[name], nn.Parameter) else tensor
+            parameter = isinstance(self.named[name], nn.Parameter)
+            self.tensors[name] = nn.Parameter(tensor, self.named[name].requires_grad) if parameter else tensor
             self.steps.append(Step(node.name, "tensor", name, [], {}))
         elif node in self.sums:
             self._add_up(node)
         elif kind:
             path = self.graph.where(node) if kind != "dropout" else node.name
             if path not in self.layers:
-                self.layers[path] = MODULES[kind](self, node, path)
+                self.layers[path] = self._layer(kind, node, path)
             x = self._chosen(node, path) if kind == "conv2d" else self._ref(node.args[0])
             self.steps.append(Step(node.name, "module", path, [x], {}))
         elif name_of(node) in ("to", "_to_copy") and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
@@ -120,6 +124,16 @@ class Narrowing:
             self.steps.append(step)
         if name_of(node).endswith("_") and not kind and node.op == "call_function":
             self.aliases[node.args[0]] = node
+
+    def _layer(self, kind: str, node, path: str) -> nn.Module:
+        """The module of a layer; what of it does not train still does not."""
+        made = MODULES[kind](self, node, path)
+        for name, parameter in made.named_parameters():
+            # A weight that is computed trains if anything does that it is computed from.
+            own = self.module.get_submodule(path).parameters()
+            known = isinstance(self.named.get(f"{path}.{name}"), nn.Parameter)
+            parameter.requires_grad_(self.named[f"{path}.{name}"].requires_grad if known else any(p.requires_grad for p in own))
+        return made
 
     def _chosen(self, node, path: str) -> Ref:
         """What a convolution reads: of a depthwise one that closes channels of its own, those that stay."""
@@ -194,10 +208,14 @@ class Narrowing:
             return {k: OF_IMAGES if isinstance(a, torch.device) else self._refs(a) for k, a in argument.items()}
         return argument
 
-    def cut(self, name: str, dims: dict[int, Tensor] | None = None) -> Tensor:
-        """The channels of a tensor that stay."""
-        tensor = self.named[name].detach()
-        for dim, labels in (self.graph.tensors.get(name, {}) if dims is None else dims).items():
+    def cut(self, name: str) -> Tensor:
+        """The channels of a parameter or buffer that stay."""
+        return self.cut_of(self.named[name], self.graph.tensors.get(name, {}))
+
+    def cut_of(self, tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
+        """The channels of a tensor that stay. dims: the labels along dimensions."""
+        tensor = tensor.detach()
+        for dim, labels in dims.items():
             tensor = tensor.index_select(dim, self.order(labels).to(tensor.device))
         return tensor.clone()
 
@@ -240,9 +258,13 @@ class Narrowing:
             first = args[1] % len(value.shape)
             return name, [args[0], args[1], self.sizes(own)[first : first + len(args[2])]]
         if plain == "expand":
-            sizes = self.sizes(own)
-            same = len(value.shape) == len(sizes) and self._of_images(node)
-            return name, [args[0], [-1 if same and d == 0 else size for d, size in enumerate(sizes)]]
+            first, *sizes = self.sizes(own)
+            same = len(value.shape) == len(own.shape) and self._of_images(node)
+            return name, [args[0], [-1 if same else self._number(first), *sizes]]
+        if plain == "repeat" and not self._of_images(node):
+            return name, [args[0], [self._number(args[1][0]), *args[1][1:]]]
+        if plain in MADE:
+            return name, [[self._number(a[0]), *a[1:]] if isinstance(a, list | tuple) and a else a for a in args]
         if plain in ("split", "chunk", "split_with_sizes"):
             return "split_with_sizes.default", [args[0], [self.sizes(one)[dim] for one in own], dim]
         if plain == "select":
@@ -252,6 +274,9 @@ class Narrowing:
         if plain in ("pad", "constant_pad_nd"):
             return name, [args[0], self._pads(args[1], own), *args[2:]]
         return name, args
+
+    def _number(self, size):
+        return NUMBER if size == self.images.meta["val"].shape[0] else size
 
     def _slice(self, node, value: Value, dim: int) -> tuple[str, list]:
         kept = self.along(value, dim)

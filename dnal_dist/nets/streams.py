@@ -65,14 +65,14 @@ def exact(network: GatedNetwork, positions: dict[str, int]) -> Streams:
     it becomes."""
     graph, table = network.graph, _Table(network, network.gating.of_label)
     layers = {layer.path: i for i, layer in enumerate(graph.layers.values())}
+    used = graph.reached - (graph.baked - graph.tensors.keys() - set(map(graph.tensor_of, graph.values)))
     norms = {norm: layers[layer] for layer, norm in graph.norms.items()}
     for layer in graph.layers.values():
         table.add_weight(layer, layer.inputs, layer.outputs, positions[layer.path])
     for name, parameter in network.named_parameters():
         path, _, own = name.rpartition(".")
-        # Of a layer its bias is left; what its weight is computed from is not in the compact network.
-        within = any(name.startswith(f"{layer}.") for layer in layers)
-        if name not in graph.reached or (within and (path not in layers or own != "bias")):
+        # What a weight is computed from is not in the compact network.
+        if name not in used or (path in layers and own == "weight"):
             continue
         held = (network.gating.of_label[labels] for labels in graph.tensors.get(name, {}).values())
         held = (numbers if numbers.dim() == 1 else numbers[:, 0] for numbers in held if _is_even(numbers))

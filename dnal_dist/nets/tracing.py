@@ -1,8 +1,10 @@
 """From a module to the operations that an image goes through: by torch.export, for any; by torch.fx, for those of this project."""
 
+import contextlib
+import logging
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,16 +24,30 @@ class Traced(NamedTuple):
 
 
 Tracer = Callable[[nn.Module, Tensor], Traced]
+# Images that a network is read for: a size that is this number, and no other, is the number of images.
+IMAGES = 5
 
 
 def exported(module: nn.Module, example: Tensor) -> Traced:
     """What torch.export finds."""
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), strict=False)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, (example[:1].expand(IMAGES, -1, -1, -1).contiguous(),), strict=False)
     _inline(program)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     return Traced(list(program.graph.nodes), names, dict(program.constants))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch writes of an operation that fails, beside the error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _inline(program: torch.export.ExportedProgram) -> None:

@@ -51,7 +51,7 @@ def _widen(module: nn.Conv2d | _BatchNorm, place: Place) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (tensor := getattr(module, name, None)) is not None:
             wide = _rows(tensor, place, 0, 1.0 if name == "running_var" else 0.0)
-            setattr(module, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
+            setattr(module, name, nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide)
     if isinstance(module, nn.Conv2d):
         module.out_channels = place.width
     else:

@@ -7,7 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy_networks import KINDS, SIZE, Dense, Depthwise, Flattened, FrozenNorm, LayerNormed, Offset, Residual, Small, Tied
+from toy_networks import (
+    KINDS,
+    SIZE,
+    Dense,
+    Depthwise,
+    Flattened,
+    FrozenNorm,
+    LayerNormed,
+    Offset,
+    Residual,
+    Scalar,
+    Small,
+    Tied,
+    WeightStandardised,
+)
 
 from dnal_dist import nets
 from dnal_dist.common.errors import InputError
@@ -87,7 +101,8 @@ def test_names_are_the_modules_own(network):
     own = dict(network.own.state_dict())
     assert list(network.state_dict()) == list(own)
     kept = compact.compact(network, random_mask(network, 3)).state_dict()
-    assert set(kept) <= set(own)
+    # A weight that torch computes is a plain one there.
+    assert set(kept) <= set(own) | {name.replace("parametrizations.weight.original0", "weight") for name in own}
 
 
 def test_a_copy_has_its_own_weights_and_gates(network):
@@ -133,6 +148,24 @@ def test_parts_of_a_second_name_train_and_frozen_norms_stay_frozen():
     before = network.norm.running_mean.clone()
     network(example(4), torch.full((network.num_gates,), 0.5))
     assert torch.equal(network.norm.running_mean, before) and not network.norm.training
+
+
+@pytest.mark.parametrize("kind", [Residual, Scalar, WeightStandardised])
+def test_what_does_not_train_does_not_in_the_compact_network_either(kind):
+    module = kind()
+    frozen = {"stem.weight", "norm.bias", "conv.weight", "conv.bias", "place"} & {name for name, _ in module.named_parameters()}
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    small = compact.compact(network := gate(module, example()), random_mask(network, 0))
+    again = compact.restored(json.loads(json.dumps(compact.describe(small))), small.state_dict())
+    for one in (network, small, again, copy.deepcopy(again)):
+        assert {name for name, parameter in one.named_parameters() if not parameter.requires_grad} == frozen
+    assert set(dict(again.named_parameters())) == set(dict(small.named_parameters()))
+
+
+def test_a_layer_closes_with_the_site_that_its_row_names():
+    rows = {row["layer"]: row["site"] for row in cost.by_layer(gate(Depthwise(), example()), SIZE)}
+    assert rows == {"stem": "deep", "deep": "deep", "point": "point", "head": None}
 
 
 @pytest.mark.parametrize("kind", [Residual, Dense, LayerNormed])
@@ -182,6 +215,16 @@ class Complex(Small):
         return F.relu(self.conv(torch.fft.fft2(x).real))
 
 
+class Literal(Small):
+    def body(self, x):
+        return self.conv(x.view(2, 8, SIZE, SIZE))
+
+
+class OldNorm(Small):
+    def add_body(self, channels):
+        self.conv = torch.nn.utils.weight_norm(nn.Conv2d(channels, channels, 3, padding=1))
+
+
 class Plain(nn.Module):
     def forward(self, images):
         return images.mean((2, 3))
@@ -192,6 +235,8 @@ class Plain(nn.Module):
     [
         (Counting(), example(), "test_gate.py"),
         (OwnNorm(), example(), "norm is a NormWithForward"),
+        (Literal(), example(), "return self.conv(x.view(2, 8"),
+        (OldNorm(), example(), "torch.nn.utils.parametrizations"),
         (Plain(), example(), "no channel that can be closed"),
         (Small(), example()[:, :1], "images (n, 3, H, W)"),
         (Small(), example().long(), "images (n, 3, H, W)"),
@@ -271,9 +316,10 @@ class Named(Small):
     def add_body(self, channels):
         self.gates, self.steps = nn.Conv2d(channels, 6, 1), nn.BatchNorm2d(6)
         self.graph, self.image_size = nn.Conv2d(6, channels, 1), nn.Parameter(torch.ones(channels, 1, 1))
+        self.keep, self.within = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
 
     def body(self, x):
-        return self.graph(F.relu(self.steps(self.gates(x)))) * self.image_size
+        return self.within(F.relu(self.keep(self.graph(F.relu(self.steps(self.gates(x)))) * self.image_size)))
 
 
 def test_a_module_may_have_children_of_any_name():
@@ -282,4 +328,4 @@ def test_a_module_may_have_children_of_any_name():
     again = compact.restored(json.loads(json.dumps(compact.describe(small))), small.state_dict()).eval()
     images = example(3)
     assert torch.equal(again(images), small(images))
-    assert {name.partition(".")[0] for name in small.state_dict()} >= {"gates", "steps", "graph", "image_size"}
+    assert {name.partition(".")[0] for name in small.state_dict()} >= {"gates", "steps", "graph", "image_size", "keep", "within"}
