@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, metavar="N", help="classes to tell apart; by default the network's own number")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="PATH", help="modules whose output channels all stay")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     found = facts(args.network, args.image_size, args.classes, _arguments(args.arguments), args.ignore)
     print(json.dumps(found, indent=1)) if args.json else _print(found)
 
