@@ -177,6 +177,14 @@ def test_weights_of_low_precision_stay_so_with_gates(kind):
     assert network(example(4).bfloat16(), torch.full((network.num_gates,), 0.5)).dtype == torch.bfloat16
 
 
+def test_the_dry_run_takes_what_the_network_is_made_with_behind_options(capsys, monkeypatch):
+    from dnal_dist.gate import main
+
+    monkeypatch.setattr("sys.argv", ["gate", "toy_networks:Residual", "--image-size", "16", "--json", "channels=6"])
+    main()
+    assert json.loads(capsys.readouterr().out)["sites"] == [{"site": "norm", "gates": 6, "coupled": ["conv"]}]
+
+
 def test_what_stays_whole_is_named_with_its_reason():
     reasons = {row.layer: row.reason for row in gate(Offset(), example()).ungated}
     assert "conv reads it where a closed channel is not zero" in reasons["stem"]
