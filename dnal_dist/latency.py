@@ -94,7 +94,7 @@ def _profile(args: argparse.Namespace, device) -> None:
     (batch,), (threads,), (runtime,) = args.batch, args.threads, args.runtime or ["eager"]
     torch.set_num_threads(threads)
     with Console(stderr=True).status("") as status:
-        own = args.command and CommandBench(args.command, batch, threads)
+        own = None if args.command is None else CommandBench(args.command, batch, threads)
         subject = profile.subject(settings, own or Bench(runtime, batch, threads, device), status.update)
         table, made = profile.kept(args.profile, subject)
         print(f"{args.profile}: {'written' if made else 'there already'}; {table.runtime} on {table.device}, batch {table.batch}")

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from dnal_dist.export.program import program
 PAIRS, SECONDS = 9, 0.02
 NETWORK_SECONDS = 1.0
 # A command that is given a file has so many seconds.
-PATIENCE = 600.0
+PATIENCE = 120.0
 
 
 class Bench:
@@ -102,7 +103,7 @@ class Bench:
 
 
 class CommandBench:
-    """Asks a command for the milliseconds that a device takes for an ONNX file: the last number that it prints. `{file}` in the
+    """Asks a command for the milliseconds that a device takes for an ONNX file: the last line that it prints. `{file}` in the
     command is the file's path. Layers are files of one batch; networks are of any, so that the command chooses `batch`."""
 
     runtime, device, unit = "command", torch.device("cpu"), 1.0
@@ -110,17 +111,27 @@ class CommandBench:
     def __init__(self, command: str, batch: int, threads: int):
         if "{file}" not in command:
             raise InputError(f"--command {command}: has no {{file}} where the path of the ONNX file belongs")
+        try:
+            self.words = shlex.split(command)
+        except ValueError as error:
+            raise InputError(f"--command {command}: {error}") from None
         self.command, self.batch, self.threads = command, batch, threads
-        self.call = 0.0
-        self.call = self.layer(nn.Linear(1, 1), (1,))
 
     def facts(self) -> dict:
         return _facts(self, self.command, {})
 
+    @cached_property
+    def call(self) -> float:
+        """Seconds of what computes nothing."""
+        return self._layer(nn.Linear(1, 1), (1,))
+
     def layer(self, module: nn.Module, shape: tuple[int, ...]) -> float:
+        return max(self._layer(module, shape) - self.call, 1e-9)
+
+    def _layer(self, module: nn.Module, shape: tuple[int, ...]) -> float:
         with tempfile.TemporaryDirectory() as folder:
             (path := Path(folder) / "layer.onnx").write_bytes(layer_model(module, torch.zeros(self.batch, *shape)))
-            return max(self._seconds(path) - self.call, 1e-9)
+            return self._seconds(path)
 
     def network(self, module: nn.Module, image_size: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +139,7 @@ class CommandBench:
             return self._seconds(Path(folder) / "model.onnx")
 
     def _seconds(self, path: Path) -> float:
-        words = [word.replace("{file}", str(path)) for word in shlex.split(self.command)]
+        words = [word.replace("{file}", str(path)) for word in self.words]
         try:
             ended = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -136,10 +147,11 @@ class CommandBench:
         if ended.returncode:
             last = (ended.stderr.strip().splitlines() or [""])[-1]
             raise InputError(f"--command {self.command}: ended with exit code {ended.returncode}: {last[-200:]}")
-        numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", ended.stdout)
-        if not numbers or not 0 < float(numbers[-1]) < math.inf:
-            raise InputError(f"--command {self.command}: printed no milliseconds above 0, but {ended.stdout.strip()[-80:]!r}")
-        return float(numbers[-1]) / 1000
+        last = (ended.stdout.strip().splitlines() or [""])[-1]
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(?:ms)?\s*", last)
+        if found is None or not 0 < float(found[1]) < math.inf:
+            raise InputError(f"--command {self.command}: its last line is no number of milliseconds above 0, but {last[-80:]!r}")
+        return float(found[1]) / 1000
 
 
 def _facts(bench: Bench | CommandBench, device: str, versions: dict[str, str]) -> dict:

@@ -92,9 +92,12 @@ def _compact(name: str, library: str, own: str, arguments: dict):
 
 def with_classes(network: nn.Module, num_classes: int | None) -> str | None:
     """Give a compact network a last Linear with random weights, if it is for another number of classes; returns its path then."""
-    path, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
-    if num_classes in (None, last.out_features):
+    linear = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)]
+    if num_classes is None or (linear and linear[-1][1].out_features == num_classes):
         return None
+    if not linear:
+        raise InputError("key 'model.num_classes': the network ends without a Linear layer, so its classes stay; leave it out")
+    path, last = linear[-1]
     holder, _, child = path.rpartition(".")
     network.get_submodule(holder)._modules[child] = nn.Linear(last.in_features, num_classes, last.bias is not None)
     return path

@@ -213,14 +213,12 @@ class Target(Section):
     params: Amount | None = None
     """Parameters, likewise. Of several budgets each holds; the tightest is met."""
     latency: Duration | None = None
-    """Time for a batch as `table` predicts it: 3ms, 800us, or a share of the full network's such as 0.4x or 40%."""
+    """Time for a batch, predicted by `table` and measured by pruning: 3ms, 800us, or a share of the full network's such as 0.4x."""
     table: Annotated[OneLine, AfterValidator(expanded)] | None = None
     """File of the layers' times on the device that counts, which `python -m dnal_dist.latency RECIPE --profile FILE` writes."""
     measured: bool = True
     """Whether pruning measures its compact network beside the full one, where it runs on the device and runtime of `table`, and
     selects channels again until the latency is within 5 % below the target. What it selects then differs as measurements do."""
-    command: OneLine | None = None
-    """What `table` was made by, if it was made by `--command`: pruning runs it for its compact networks."""
 
     @model_validator(mode="before")
     @classmethod

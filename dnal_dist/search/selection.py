@@ -61,15 +61,14 @@ class Budget(NamedTuple):
 
     @property
     def latency(self) -> "Budget | None":
-        """The budget of latency among these."""
         return next((one for one in (self, *self.others) if one.unit == "latency"), None)
 
-    def corrected(self, factor: float) -> "Budget":
-        """The budget with a latency of `factor` times what the table predicts, as it was measured."""
-        others = tuple(other.corrected(factor) for other in self.others)
+    def corrected(self, factor: float, slack: float = 0.0) -> "Budget":
+        """The budget with a latency of `factor` times what the table predicts, of which the share `slack` may be left unused."""
+        others = tuple(other.corrected(factor, slack) for other in self.others)
         if self.table is None:
             return self._replace(others=others)
-        least = min(self.least, math.ceil((1 - MEASURED) * self.most))
+        least = min(self.least, math.ceil((1 - slack) * self.most))
         return self._replace(least=least, table=self.table.corrected(factor), others=others)
 
     def __contains__(self, found: int) -> bool:
@@ -113,7 +112,9 @@ def budget(settings, net: GatedNetwork, image_size: int, network: dict | None = 
     if settings.target is None:
         return None
     chosen = settings.target.chosen
-    table = timing.load(settings.target.table, network or {}, settings.round_to) if "latency" in dict(chosen) else None
+    table = None
+    if settings.target.latency is not None:
+        table = timing.load(settings.target.table, network or {}, settings.round_to, len(net.graph.layers))
     first, *others = [_budget(settings, net, image_size, unit, text, table) for unit, text in chosen]
     return first._replace(others=tuple(others))
 

@@ -1,6 +1,7 @@
 """A network's latency from a table of its own layers' times, measured on a device: what `latency --profile` writes."""
 
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -56,14 +57,14 @@ def _between(points: list[int], x: Tensor) -> list[tuple[Tensor, Tensor]]:
     of the same groups as x, as far as the table has some."""
     every, x_now = torch.tensor(points, device=x.device), x.detach()
     whole = x_now.round()
-    # What is no whole number is on its way to one, best a multiple of the largest group.
-    rank = torch.where((x_now - whole).abs() > 1e-6, 0, _rank(whole))
-    ranks, those, used = _rank(every), every[:0], None
-    for own in range(len(GROUPS) + 1):
-        # One alone has no slope, and goes with those of the larger group.
-        those = every[ranks == own] if (ranks == own).sum() > 1 else every[(ranks == own) | torch.isin(every, those)]
-        if not len(those):
-            continue
+    # What is no whole number is on its way to one, best a multiple of the largest group; few channels have no other slope than the
+    # one from the least to all.
+    rank, ranks, used = torch.where((x_now - whole).abs() > 1e-6, -1, _rank(whole)), _rank(every), None
+    those = every[(ranks == 0) | (every == every.min()) | (every == every.max())]
+    for own in range(-1, len(GROUPS) + 1):
+        if own >= 0:
+            # One alone has no slope, and goes with those of the larger group.
+            those = every[ranks == own] if (ranks == own).sum() > 1 else every[(ranks == own) | torch.isin(every, those)]
         upper = torch.searchsorted(those.to(x.dtype), x_now).clamp(min(1, len(those) - 1), len(those) - 1)
         lower = (upper - 1).clamp_min(0)
         share = ((x - those[lower]) / (those[upper] - those[lower]).clamp_min(1)).clamp(0, 1) * (upper > lower)
@@ -93,7 +94,7 @@ class Table(BaseModel):
     batch: int = Field(ge=1)
     threads: int = Field(ge=1)
     round_to: int = Field(1, ge=1)
-    """Where it is a multiple of ALIGNED, only multiples of it were timed."""
+    """Of the groups of kernels only those that are multiples of it were timed."""
     versions: dict[str, str] = {}
     """Of the libraries that computed."""
     kinds: dict[str, Grid]
@@ -132,9 +133,9 @@ class Table(BaseModel):
         return total
 
 
-def load(path: str, network: dict, round_to: int | None = None) -> Table:
-    """The table in a file, of the network that recipes build by `network`, whose sites keep multiples of `round_to`. Raises
-    InputError."""
+def load(path: str, network: dict, round_to: int | None = None, layers: int | None = None) -> Table:
+    """The table in a file, of the network that recipes build by `network`, which has so many layers and whose sites keep multiples
+    of `round_to`. Raises InputError."""
     key = f"key 'architecture.target.table': {path}"
     again = "write it by python -m dnal_dist.latency RECIPE --profile FILE"
     try:
@@ -144,11 +145,12 @@ def load(path: str, network: dict, round_to: int | None = None) -> Table:
         raise InputError(f"{key}: not a table of latencies ({first['loc']}: {first['msg']}); {again}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{key}: cannot be read ({reason(error)}); {again}") from None
-    if set(table.layers) - table.kinds.keys():
+    if set(table.layers) - table.kinds.keys() or layers not in (None, len(table.layers)):
         raise InputError(f"{key}: lacks the times of some layers; {again}")
     if other := next((name for name in network if table.network.get(name) != network[name]), None):
         raise InputError(f"{key}: measured for {other} {table.network.get(other)!r}, not {network[other]!r}; {again}")
-    if table.round_to % ALIGNED == 0 and round_to is not None and round_to % ALIGNED:
+    step = math.gcd(table.round_to, GROUPS[0])
+    if step % ALIGNED == 0 and round_to is not None and round_to % step:
         raise InputError(
             f"key 'architecture.round_to': {round_to}, but {path} knows the times of multiples of {table.round_to} channels only; "
             f"set it to {table.round_to}, or write another file by python -m dnal_dist.latency RECIPE --profile FILE"

@@ -14,6 +14,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
 from dnal_dist.nets import masks
 from dnal_dist.report import outputs
+from dnal_dist.search.selection import MEASURED
 from dnal_dist.training import stopping, usage
 from dnal_dist.training.run import Run
 from dnal_dist.training.speed import record_latency
@@ -80,7 +81,7 @@ def _report(run: Run, do: Callable) -> bool:
 def _missed(run: Run) -> str | None:
     if run.budget is None:
         return None
-    target = run.budget.corrected(run.state.latency_factor) if run.state.latency_factor else run.budget
+    target = run.budget.corrected(run.state.latency_factor, MEASURED) if run.state.latency_factor else run.budget
     return target.missed(run.supernet, run.recipe.data.image_size, masks.unpack(run.state.mask, run.supernet.num_gates))
 
 

@@ -48,6 +48,8 @@ def _read(full: GatedNetwork, settings: recipe.Recipe) -> Finished:
         return _exported(run, full, settings)
     _, saved, damaged = checkpoint.latest(run / "checkpoints") if (run / "checkpoints").is_dir() else (None, None, {})
     if saved is None or saved.state.compact is None or saved.state.mask is None:
+        if (given / "manifest.json").exists():
+            return _exported(given, full, settings)
         why = next(iter(damaged.values()), f"{run} holds no pruned network")
         raise InputError(
             f"{KEY}: {why}; phases.search has no iterations, so give the folder of a finished run, or model.name=compact:FOLDER"
@@ -82,9 +84,19 @@ def _exported(folder: Path, full: GatedNetwork, settings: recipe.Recipe) -> Fini
         )
     try:
         network, keep = compact.load(folder).train(), masks.unpack(mask, full.num_gates)
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+            raise ValueError("its weights are no numbers")
+        _check_mask(network, keep, full)
     except (ValueError, TypeError) as error:
         raise refused(error) from None
     return Finished(keep, network, f"the export {folder}", _other_classes(network, settings, folder))
+
+
+def _check_mask(network: nn.Module, keep: Tensor, full: GatedNetwork) -> None:
+    """Raises ValueError if `network` is not what `full` is with the channels of `keep`, but for the last layer."""
+    shapes = [[tuple(tensor.shape) for tensor in one.state_dict().values()] for one in (network, compact.compact(full, keep))]
+    if len(shapes[0]) != len(shapes[1]) or sum(a != b for a, b in zip(*shapes, strict=True)) > 2:
+        raise ValueError("its mask is not that of its layers")
 
 
 def _other_classes(network: nn.Module, settings: recipe.Recipe, source: Path) -> list[str]:

@@ -117,7 +117,7 @@ def budgets_met(run: Run, target: selection.Budget, keep: Tensor) -> dict:
     image_size, factor = run.recipe.data.image_size, run.state.latency_factor
     rows = predicted = target.records(run.supernet, image_size, keep)
     if factor is not None:
-        target = target.corrected(factor)
+        target = target.corrected(factor, selection.MEASURED)
         rows = target.records(run.supernet, image_size, keep)
         for row, before in zip(rows, predicted, strict=True):
             if row["unit"] == "latency":

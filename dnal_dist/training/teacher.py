@@ -1,6 +1,7 @@
 """The network that search and finetune distil from: the run's own as its pretrain left it, or a given one."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
-from dnal_dist.common.errors import InputError
+from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.paths import expanded
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import libraries
+from dnal_dist.training import pretrained
 from dnal_dist.training.pretrained import digest, together
 from dnal_dist.training.run import Run
 
@@ -27,7 +29,7 @@ def of(run: Run) -> Callable[[Tensor], Tensor]:
         run.context.wait()
         network = copy.deepcopy(run.supernet)
         if run.state.phase != "search" or run.state.step:
-            network.load_state_dict(_network_of(_after_pretrain(run.folder, "key 'phases.distillation'")))
+            network.load_state_dict(_after_pretrain(run))
         run.teacher = network
     run.teacher.to(run.context.device, memory_format=run.context.memory_format).eval().requires_grad_(False)
     return _Teacher(run.teacher, run.context.device.type, run.context.config.dtype)
@@ -39,49 +41,66 @@ def given(settings: recipe.Recipe, classes: int, context: Context) -> nn.Module 
     distillation = settings.phases.distillation
     if distillation is None or distillation.teacher is None:
         return None
-    network, size = together(context, lambda: _read(distillation.teacher)).eval(), settings.data.image_size
-    try:
-        with torch.no_grad():
-            found = tuple(network(torch.zeros(2, 3, size, size)).shape)
-    except (RuntimeError, ValueError, AttributeError) as error:
-        raise InputError(f"{KEY}: {distillation.teacher} cannot take images of {size} pixels ({error!s:.200})") from None
-    if found != (2, classes):
-        raise InputError(f"{KEY}: {distillation.teacher} gives {found[-1]} logits an image, but there are {classes} classes")
+    source, first = distillation.teacher, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    # A resumed run has its random numbers already.
+    with torch.random.fork_rng(devices=[]):
+        # The first process of a machine may have to download; the others then find the file.
+        network = together(context, lambda: _checked(source, settings, classes) if first else None)
+        network = together(context, lambda: network or _checked(source, settings, classes))
     if len(set(context.gather([digest(network)]))) > 1:
-        raise InputError(f"{KEY}: processes read different weights from {distillation.teacher}; copy the same to every machine")
+        raise InputError(f"{KEY}: processes read different weights from {source}; copy the same to every machine")
     return network
 
 
-def _read(source: str) -> nn.Module:
-    if source.partition(":")[0] in ("torchvision", "timm", "compact"):
-        return libraries.make(source, pretrained=not source.startswith("compact:"))
-    folder = Path(expanded(source, f"{KEY}: "))
-    if not (folder / "recipe.yaml").exists():
-        raise InputError(
-            f"{KEY}: {folder} is no run folder; give one, compact:FOLDER, torchvision:NAME or timm:NAME with published weights"
-        )
-    network = nets.build(**recipe.load(folder / "recipe.yaml").network)
+def _checked(source: str, settings: recipe.Recipe, classes: int) -> nn.Module:
+    size = settings.data.image_size
     try:
-        network.load_state_dict(_network_of(_after_pretrain(folder, KEY)))
+        network = _read(source, settings).eval()
+        with torch.no_grad():
+            found = network(torch.zeros(2, 3, size, size)).shape[-1]
+    except InputError as error:
+        raise InputError(str(error).replace(pretrained.KEY, KEY).replace(libraries.KEY, KEY)) from None
+    except Exception as error:  # whatever comes of a download, or of another's forward pass
+        raise InputError(f"{KEY}: {source} cannot be read, or takes no images of {size} pixels ({reason(error)})") from None
+    if found != classes:
+        raise InputError(f"{KEY}: {source} gives {found} logits an image, but there are {classes} classes")
+    return network
+
+
+def _read(source: str, settings: recipe.Recipe) -> nn.Module:
+    library = source.partition(":")[0]
+    if library == "compact":
+        return libraries.make(source)
+    if library in ("torchvision", "timm"):
+        network, named = libraries.make(source), settings.model.model_copy(update={"name": source, "arguments": {}})
+    else:
+        source = expanded(source, f"{KEY}: ")
+        if not (Path(source) / "recipe.yaml").exists():
+            raise InputError(
+                f"{KEY}: {source} is no run folder; give one, compact:FOLDER, torchvision:NAME or timm:NAME with published weights"
+            )
+        theirs = recipe.load(Path(source) / "recipe.yaml")
+        network, named = nets.build(**theirs.network), theirs.model
+    model = named.model_copy(update={"init_from": source, "pretrained": False})
+    found = pretrained.read(settings.model_copy(update={"model": model}))
+    try:
+        network.load_state_dict(found.tensors)
     except RuntimeError as error:
-        raise InputError(f"{KEY}: {folder}: its checkpoint is not of the network in its recipe ({error!s:.200})") from None
+        raise InputError(f"{KEY}: {source}: its weights are not of its network ({error!s:.200})") from None
     return network
 
 
-def _after_pretrain(run: Path, key: str) -> checkpoint.Checkpoint:
+def _after_pretrain(run: Run) -> dict[str, Tensor]:
     try:
-        path = checkpoint.after_pretrain(run / "checkpoints")
+        path = checkpoint.after_pretrain(run.folder / "checkpoints")
         saved = None if path is None else checkpoint.read(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{key}: the network as pretrain left it cannot be read ({error})") from None
+        raise InputError(f"key 'phases.distillation': the network as pretrain left it cannot be read ({error})") from None
     if saved is None or saved.state.step:
         raise InputError(
-            f"{key}: {run / 'checkpoints'} holds no checkpoint of pretrain's end; put it back, or remove the folder to start again"
+            f"key 'phases.distillation': {run.folder / 'checkpoints'} holds no checkpoint of pretrain's end; put it back, or "
+            "remove the folder to start again"
         )
-    return saved
-
-
-def _network_of(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     head = "network."
     return {name.removeprefix(head): tensor for name, tensor in saved.tensors.items() if name.startswith(head)}
 

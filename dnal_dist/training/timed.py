@@ -1,6 +1,7 @@
 """A latency budget kept by measurement: the table chooses the channels, and the time of the compact network corrects the table."""
 
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from dnal_dist.training.run import Run
 
 # Networks that are measured, and seconds for each.
 MOST, SECONDS = 6, 3.0
+# In the environment, since whoever starts a run chooses what is executed, and not its recipe.
+COMMAND = "DNAL_LATENCY_COMMAND"
 # What is aimed at, as a share of the target: the middle of what may be left unused.
 AIM = 1 - MEASURED / 2
 
@@ -44,10 +47,12 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
         run.log.print(f"latency measured: {measured / 1e6:.4g} ms of {budget.most / 1e6:.4g} ms")
         predicted = float(budget.used(run.supernet, size, keep.double()))
         factor = measured / predicted
-        rows = target.corrected(factor).records(run.supernet, size, keep)
+        rows = target.corrected(factor, MEASURED).records(run.supernet, size, keep)
         over = max(row["used"] / row["most"] for row in rows)
         found.append((over <= 1, over if over <= 1 else -over, number, keep, factor))
         if over <= 1 and any(row["used"] >= row["least"] for row in rows):
+            break
+        if any(torch.equal(keep, other) for *_, other, _ in found[:-1]):
             break
         low, high = (max(low, predicted), high) if measured <= budget.most else (low, min(high, predicted))
         limit = AIM * budget.most / factor
@@ -69,49 +74,57 @@ class Bench:
 
     def __init__(self, run: Run, budget: Budget):
         self.budget, self.supernet, self.size = budget, run.supernet, run.recipe.data.image_size
-        self.command, self.device = None, None
-        table = budget.table
+        self.command, self.device, self.full = None, None, None
+        table, command = budget.table, os.environ.get(COMMAND)
         if table.runtime == "command":
-            if run.recipe.architecture.target.command == table.device:
-                self.command, self.device = table.device, torch.device("cpu")
-            return
-        # As late as this, since it brings what most runs have no use for.
-        from dnal_dist.export.latency import device_name
+            if command == table.device:
+                self.command, self.device = command, torch.device("cpu")
+        else:
+            # As late as this, since it brings what most runs have no use for.
+            from dnal_dist.export.latency import device_name
 
-        here = (run.context.device, torch.device("cpu"))
-        self.device = next((device for device in here if device_name(device) == table.device), None)
+            here = (run.context.device, torch.device("cpu"))
+            self.device = next((device for device in here if device_name(device) == table.device), None)
+        if command is not None and self.command is None:
+            run.log.warn(f"${COMMAND} is not used, since the table is of {table.device}, not of {command}")
 
     def latency(self, keep: Tensor) -> float:
         """Nanoseconds; for a budget that is a share of the full network's latency, as if that one took `budget.full`."""
-        everything = torch.ones_like(keep)
-        times = (self._asked if self.command else self._taken)({"full": self._module(everything), "compact": self._module(keep)})
+        times = (self._asked if self.command else self._taken)(keep)
         if not self.budget.relative:
             return 1e9 * statistics.median(times["compact"])
         return self.budget.full * statistics.median(own / full for own, full in zip(times["compact"], times["full"], strict=True))
 
     def _module(self, keep: Tensor) -> nn.Module:
-        return whole(compact.compact(self.supernet, keep)).eval()
+        return whole(compact.compact(self.supernet, keep)).eval().to(self.device)
 
-    def _asked(self, modules: dict[str, nn.Module]) -> dict[str, list[float]]:
+    def _asked(self, keep: Tensor) -> dict[str, list[float]]:
         from dnal_dist.export.bench import CommandBench
 
         table = self.budget.table
         bench = CommandBench(self.command, table.batch, table.threads)
-        return {name: [bench.network(module.cpu(), self.size)] for name, module in modules.items()}
+        if self.budget.relative:
+            self.full = self.full or [bench.network(self._module(torch.ones_like(keep)), self.size)]
+        return {"full": self.full, "compact": [bench.network(self._module(keep), self.size)]}
 
     @torch.no_grad()
-    def _taken(self, modules: dict[str, nn.Module]) -> dict[str, list[float]]:
+    def _taken(self, keep: Tensor) -> dict[str, list[float]]:
         from dnal_dist.export import latency
 
-        table, usual = self.budget.table, torch.get_num_threads()
-        images = torch.randn(table.batch, 3, self.size, self.size, device=self.device)
-        torch.set_num_threads(table.threads)
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self.budget.table.threads)
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                runs = {}
-                for name, module in modules.items():
-                    (own := Path(folder) / name).mkdir()
-                    runs[name] = latency.runner(module.to(self.device), images, table.runtime, table.threads, own)
-                return latency.rounds(runs, SECONDS, self.device)
+            if self.budget.relative:
+                self.full = self.full or self._runner(torch.ones_like(keep))
+            runs = {"full": self.full, "compact": self._runner(keep)}
+            return latency.rounds({name: run for name, run in runs.items() if run}, SECONDS, self.device)
         finally:
             torch.set_num_threads(usual)
+
+    def _runner(self, keep: Tensor) -> Callable[[], Tensor]:
+        from dnal_dist.export import latency
+
+        table = self.budget.table
+        images = torch.randn(table.batch, 3, self.size, self.size, device=self.device)
+        with tempfile.TemporaryDirectory() as folder:
+            return latency.runner(self._module(keep), images, table.runtime, table.threads, Path(folder))

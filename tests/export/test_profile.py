@@ -47,7 +47,7 @@ def test_a_command_fills_a_table(tmp_path, capsys, monkeypatch):
     """One that takes a millisecond for each kilobyte of the file beyond its beginning."""
     monkeypatch.setattr(profile, "NETWORKS", 0)  # each is exported, which takes seconds
     program, path = tmp_path / "program.py", tmp_path / "table.json"
-    program.write_text("import os, sys; print('took', os.path.getsize(sys.argv[1]) / 1000, 'ms')")
+    program.write_text("import os, sys; print('took'); print(os.path.getsize(sys.argv[1]) / 1000, 'ms')")
     words = ["digits", "architecture.round_to=32", "--profile", path]
     command = f"{sys.executable} {program} {{file}}"
     code, _, err = called(door.main, capsys, *words, "--command", command)
@@ -62,13 +62,18 @@ def test_a_command_fills_a_table(tmp_path, capsys, monkeypatch):
     )
     path.unlink()
     for program_text, message in (
-        ("print('none')", "printed no milliseconds above 0, but 'none'"),
+        ("print('none')", "is no number of milliseconds above 0, but 'none'"),
+        ("print('-5')", "is no number of milliseconds above 0, but '-5'"),
         ("import sys; sys.exit('no such phone')", "ended with exit code 1: no such phone"),
     ):
         program.write_text(program_text)
         code, _, err = called(door.main, capsys, *words, "--command", command)
         assert code == 2 and message in err and not path.exists()
-    for wrong, message in (("ls", "has no {file}"), ("no-such-program {file}", "No such file")):
+    for wrong, message in (
+        ("ls", "has no {file}"),
+        ("no-such-program {file}", "No such file"),
+        ("x {file} '", "No closing quotation"),
+    ):
         code, _, err = called(door.main, capsys, *words, "--command", wrong)
         assert code == 2 and message in err
     code, _, err = called(door.main, capsys, "digits", "--command", command)

@@ -78,7 +78,9 @@ def test_targets_out_of_reach_and_tables_that_are_none_are_refused(tmp_path):
     eights.write_text((tmp_path / "table").read_text().replace('"round_to":1', '"round_to":8'))
     with pytest.raises(InputError, match=r"key 'architecture\.round_to': 1, but .* multiples of 8 channels only; set it to 8"):
         selection.budget(asked(str(eights), latency="0.5x"), net, 8, network)
-    assert timing.load(str(eights), network, 4).round_to == 8
+    assert timing.load(str(eights), network, 16).round_to == 8
+    with pytest.raises(InputError, match="lacks the times of some layers"):
+        timing.load(path, network, layers=8)
     for number, content in enumerate(("[", "{}", "[1]", (tmp_path / "table").read_text().replace('"threads":1', '"threads":0'))):
         (tmp_path / str(number)).write_text(content)
         with pytest.raises(InputError, match=r"key 'architecture\.target\.table': .*--profile FILE"):
@@ -154,5 +156,9 @@ def test_channels_are_interpolated_among_multiples_of_the_same_groups():
     grid = timing.Grid(inputs=[1], outputs=[1, 7, 8, 16, 24, 32, 48], seconds=[[1.0, 7.0, 80.0, 1600.0, 240.0, 3200.0, 4800.0]])
     ask = torch.tensor([4.0, 5.0, 8.0, 16.0, 24.0, 32.0, 40.0, 20.0, 24.5], dtype=torch.float64)
     found = grid.at(torch.ones_like(ask), ask).tolist()
+    # Channels that are on their way have a slope, however few there are.
+    few, gates = timing.Grid(inputs=[1], outputs=[1, 4, 12, 15, 16], seconds=[[1.0, 4.0, 12.0, 15.0, 16.0]]), ask[1:2] + 0.1
+    (slope,) = torch.autograd.grad(few.at(torch.ones(1), gates.requires_grad_()).sum(), gates)
+    assert float(slope) == pytest.approx(1.0)
     # 4 and 20 have no points of their own kind: as multiples of 8; 40 is beyond them. On its way, as a multiple of 16.
     assert found == pytest.approx([80.0, 5.0, 80.0, 1600.0, 240.0, 3200.0, 240.0, 200.0, 2450.0])
