@@ -1,5 +1,5 @@
 # make demo    set up, make the digits shards, learn an architecture on two processes, write the report
-# make test    set up, then all tests, two more at a time than there are cores (10 at most)
+# make test    set up, then all tests, one more at a time than there are cores (9 at most)
 # make gpu     time everything on a GPU for ten minutes, into benchmarks/results/ (BIN=/usr/bin: by the machine's own Python)
 # make bench   time steps on the CPU beside the published formulation's and the bare convolutions, in a few minutes
 # make lint    the linter and the formatter's check

@@ -36,10 +36,10 @@ sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than this process has cores: one worker mostly waits for SLURM, one for killed runs. Beyond 8 cores a worker's
-    start takes longer than what is left to it."""
+    """One more than this process has cores, since one worker mostly waits for SLURM: with another, all tests took a tenth more of
+    the processors' time. Beyond 8 cores a worker's start takes longer than what is left to it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) + 2
+    return min(cores, 8) + 1
 
 
 # Seconds of each group of tests, as `pytest --record-durations` found them.
