@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnal_dist import nets
-from dnal_dist.nets.tracing import exported, symbolic
+from dnal_dist.nets.tracing import IMAGES, exported, symbolic
 
 
 def operations(traced) -> list[tuple]:
@@ -23,7 +23,7 @@ def operations(traced) -> list[tuple]:
 @pytest.mark.parametrize("name", ["vgg_digits", "resnet_digits", "resnet50_imagenet", "supernet_digits"])
 def test_operations_are_those_of_torch_export(name):
     network = nets.NETWORKS[name](width=0.25).eval()
-    images = torch.zeros(2, 3, 64, 64)
+    images = torch.zeros(IMAGES, 3, 64, 64)
     quick, slow = operations(symbolic(network, images)), operations(exported(network, images))
     assert len(quick) == len(slow) > 20
     for one, other in zip(quick, slow, strict=True):
