@@ -36,7 +36,7 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
         run.log.print(f"latency is not measured here, since the table is of {budget.table.device}")
         return choose(target), None
     # Predicted latencies: what may be asked for next, and between which the answer lies. Few channels make large steps.
-    limit, low, high = AIM * budget.most, 0.0, math.inf
+    aim, limit, low, high = AIM, AIM * budget.most, 0.0, math.inf
     for number in range(MOST):
         run.log.doing("networks measured", number, MOST)
         keep = choose(target.corrected(budget.most / limit))
@@ -53,9 +53,12 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
         if over <= 1 and any(row["used"] >= row["least"] for row in rows):
             break
         if any(torch.equal(keep, other) for *_, other, _ in found[:-1]):
-            break
+            # Steps of several channels may leave nothing nearer to the middle, but something nearer to the target.
+            if aim == 1:
+                break
+            aim = 1.0
         low, high = (max(low, predicted), high) if measured <= budget.most else (low, min(high, predicted))
-        limit = AIM * budget.most / factor
+        limit = aim * budget.most / factor
         if not low < limit < high and high < math.inf:
             limit = (low + high) / 2
     # The largest within the target, or else the smallest.
