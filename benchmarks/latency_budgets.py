@@ -3,7 +3,6 @@ it compare with a budget of MACs whose network takes as long?
 
     python -m data_tools.make_shards digits data/digits
     python benchmarks/latency_budgets.py                      about half an hour on two cores
-    python benchmarks/latency_budgets.py --docs docs/budgets.md     writes the table from OUTPUT/results.jsonl
 
 Each network is trained by recipes/digits.yaml towards a share of the full network's latency in ONNX Runtime (batch 16, one thread),
 and towards each of several budgets of MACs. What is in OUTPUT already is not run again.
@@ -27,7 +26,6 @@ from dnal_dist.training import phases, setup
 
 TARGET, MACS = "0.5x", ("0.35x", "0.25x", "0.15x")
 LATENCY = ["--runtime", "onnx", "--batch", "16"]
-MARKS = ("<!-- latency budgets -->", "<!-- end of latency budgets -->")
 
 
 def door(*words: str) -> str:
@@ -78,15 +76,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--target", default=TARGET, help=f"share of the full network's latency ({TARGET})")
     parser.add_argument("--output", type=Path, default=Path("runs/latency_budgets"))
-    parser.add_argument("--docs", type=Path, help="only write the table into this page, from the results that there are")
     args = parser.parse_intermixed_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if args.docs:
-        before, _, rest = args.docs.read_text().partition(MARKS[0])
-        args.docs.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-        return
     for network in args.networks:
         times = args.output / f"{network}.json"
         door("recipes/digits.yaml", f"model.name={network}", *args.overrides, "--profile", str(times), *LATENCY)
