@@ -34,7 +34,7 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "images": data.images,
     "shard cache": data.cache,
     "run folder": disk.run_folder,
-    "signal": disk.signal,
+    "signal": network.signal,
     "disk space": disk.disk,
     "versions": machine.versions,
     "GPU": machine.gpus,

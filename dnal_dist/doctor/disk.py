@@ -1,6 +1,5 @@
 """Checks of the run folder and its disk. Everything written for a check is removed, and nothing is put among a run's own files."""
 
-import contextlib
 import math
 import os
 import tempfile
@@ -11,13 +10,10 @@ import torch
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.checkpoint.format import Checkpoint, RunState
-from dnal_dist.common.errors import InputError
 from dnal_dist.common.lock import occupied
 from dnal_dist.common.text import duration, short
 from dnal_dist.doctor.case import Case, Finding, fails, passes, warns
 from dnal_dist.recipe import Keep
-from dnal_dist.report import records
-from dnal_dist.search.signal import blindness
 from dnal_dist.training import stopping
 from dnal_dist.training.run_folder import REMEDY, inspect
 
@@ -59,28 +55,6 @@ def run_folder(case: Case) -> Finding:
         return warns(f"{folder} holds this run, finished{unknown}", f"to train it again, {REMEDY}")
     found = f"{folder} holds this run, which resumes in {state.phase} after {state.step} of its steps{unknown}"
     return warns(f"{found}; {faults[0]}", "find out what damages files on this disk") if faults else passes(found)
-
-
-def signal(case: Case) -> Finding:
-    """Whether the search sees what its channels are worth, as far as that is known before it: by records in the run folder, or by
-    its learning rate. A test of some 40 batches here would take a CPU minutes."""
-    settings = case.settings
-    if not settings.searches or settings.architecture.criterion == "taylor":
-        return passes("no alphas are learned")
-    with contextlib.suppress(InputError):
-        last = records.load(case.folder).last("signal")
-        if {"significant", "batches"} <= last.keys():
-            blind = blindness(settings, last["significant"], last["batches"])
-            seen = f"in {case.folder} {last['significant']:.1%} of the gates' gradients stood out of noise"
-            return warns(f"the run in {case.folder} saw little: {blind[0]}", ", or ".join(blind[1])) if blind else passes(seen)
-    first, rate = settings.phases.pretrain, settings.phases.search.optimizer.lr
-    if (first.epochs or first.steps) and 10 * rate <= first.optimizer.lr:
-        return warns(
-            f"key 'phases.search.optimizer.lr' is {rate:g}, a tenth of pretrain's {first.optimizer.lr:g} or less; with that, "
-            "alphas were behind even thinning on CIFAR-10 (docs/pareto.md)",
-            f"phases.search.optimizer.lr={first.optimizer.lr:g}, or architecture.criterion=taylor with a target",
-        )
-    return passes("not known yet; the search tests it in its first 40 architecture steps")
 
 
 def disk(case: Case) -> Finding:

@@ -1,15 +1,19 @@
-"""Checks of the recipe, of its network and the memory that it needs."""
+"""Checks of the recipe, of its network, of the memory that it needs and of what its search will see."""
 
+import contextlib
 from pathlib import Path
 
 import psutil
 
 from dnal_dist.common.commands import output_of
+from dnal_dist.common.errors import InputError
 from dnal_dist.common.text import short
 from dnal_dist.distributed import estimate
 from dnal_dist.distributed.context import accumulation_steps
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
+from dnal_dist.report import records
 from dnal_dist.search import selection
+from dnal_dist.search.signal import blindness
 from dnal_dist.training import preflight
 from dnal_dist.training.pretrained import PUBLISHERS
 
@@ -86,3 +90,25 @@ def gpu_facts() -> list[dict]:
             used = int(words[2]) if words[2].isdigit() else 0
             found.append({"name": words[0], "memory": int(words[1]) << 20, "used": used << 20, "driver": words[3]})
     return found
+
+
+def signal(case: Case) -> Finding:
+    """Whether the search sees what its channels are worth, as far as that is known before it: by records in the run folder, or by
+    its learning rate. A test of some 40 batches here would take a CPU minutes."""
+    settings = case.settings
+    if not settings.searches or settings.architecture.criterion == "taylor":
+        return passes("no alphas are learned")
+    with contextlib.suppress(InputError):
+        last = records.load(case.folder).last("signal")
+        if {"significant", "batches"} <= last.keys():
+            blind = blindness(settings, last["significant"], last["batches"])
+            seen = f"in {case.folder} {last['significant']:.1%} of the gates' gradients stood out of noise"
+            return warns(f"the run in {case.folder} saw little: {blind[0]}", ", or ".join(blind[1])) if blind else passes(seen)
+    first, rate = settings.phases.pretrain, settings.phases.search.optimizer.lr
+    if (first.epochs or first.steps) and 10 * rate <= first.optimizer.lr:
+        return warns(
+            f"key 'phases.search.optimizer.lr' is {rate:g}, a tenth of pretrain's {first.optimizer.lr:g} or less; with that, "
+            "alphas were behind even thinning on CIFAR-10 (docs/pareto.md)",
+            f"phases.search.optimizer.lr={first.optimizer.lr:g}, or architecture.criterion=taylor with a target",
+        )
+    return passes("not known yet; the search tests it in its first 40 architecture steps")

@@ -69,16 +69,9 @@ class Bench:
         module = module.eval().to(self.device)
         if self.runtime == "eager":
             return lambda: module(images)
-        model = layer_model(module, images)
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise InputError(f"--runtime onnx: {error.name} is not installed; pip install 'dnal-dist[export]'") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
-        array = images.numpy()
-        return lambda: session.run(None, {"images": array})
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "model.onnx").write_bytes(layer_model(module, images))
+            return latency.reader(Path(folder), images, self.runtime, self.threads)
 
     @torch.no_grad()
     def _ratios(self, run: Callable, seconds: float) -> list[float]:

@@ -31,10 +31,11 @@ def runner(module: nn.Module, images: Tensor, runtime: str, threads: int, folder
         compiled = torch.compile(module, dynamic=False)
         return lambda: compiled(images)
     files.WRITERS[runtime](program(module, images.shape[2]), folder, None)
-    return _reader(folder, images, runtime, threads)
+    return reader(folder, images, runtime, threads)
 
 
-def _reader(folder: Path, images: Tensor, runtime: str, threads: int) -> Callable[[], Tensor]:
+def reader(folder: Path, images: Tensor, runtime: str, threads: int) -> Callable[[], Tensor]:
+    """Likewise, by the runtime's file in `folder`."""
     file, array = readers.FILES[runtime], images.numpy()
     if not (folder / file).is_file():
         raise InputError(f"{folder}: there is no {file}; export it by --to {runtime}, or leave out --runtime {runtime}")
@@ -97,7 +98,7 @@ def measure(
 def _run(network: Compared, images: Tensor, runtime: str, threads: int, folder: Path) -> Callable[[], Tensor]:
     """Of a file that is written for this, once its logits are those of the network; an export's files are proven."""
     if network.files is not None and runtime not in ("eager", "compile"):
-        return _reader(network.files, images, runtime, threads)
+        return reader(network.files, images, runtime, threads)
     folder.mkdir()
     module = network.module.to(images.device)
     run = runner(module, images, runtime, threads, folder)

@@ -35,11 +35,8 @@ def blindness(settings: Recipe, significant: float, batches: int) -> tuple[str, 
     sees enough, cannot tell, or does not need it."""
     if significant >= BLIND or batches < LEAST or settings.architecture.criterion == "taylor":
         return None
-    first, rate, remedies = (
-        settings.phases.pretrain,
-        settings.phases.search.optimizer.lr,
-        ["use architecture.criterion=taylor with a target"],
-    )
+    first, rate = settings.phases.pretrain, settings.phases.search.optimizer.lr
+    remedies = ["use architecture.criterion=taylor with a target"]
     if rate < first.optimizer.lr:
         remedies.append(f"give key 'phases.search.optimizer.lr' ({rate:g}) the full rate of pretrain ({first.optimizer.lr:g})")
     if first.epochs or first.steps:

@@ -13,7 +13,7 @@ from dnal_dist.common.files import read_regular
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import GatedNetwork, compact, masks
 from dnal_dist.nets.libraries import with_classes
-from dnal_dist.training.pretrained import KEY, digest, together
+from dnal_dist.training.pretrained import KEY, require_same, together
 
 
 class Finished(NamedTuple):
@@ -34,8 +34,7 @@ def read(full: GatedNetwork, settings: recipe.Recipe, context: Context) -> Finis
         keep = masks.all_open(full)
         return Finished(keep, compact.compact(full, keep).cpu(), settings.model.name, [])
     found = together(context, lambda: _read(full, settings))
-    if len(set(context.gather([digest(found.network)]))) > 1:
-        raise InputError(f"{KEY}: processes read different weights from {settings.model.init_from}; copy the same to every machine")
+    require_same(context, found.network, KEY, settings.model.init_from)
     return found
 
 

@@ -44,19 +44,24 @@ def start_from(network: GatedNetwork, settings: Recipe, context: Context) -> Sou
 
     All processes call this, and raise InputError if any of them cannot, or if they do not end with the same weights.
     """
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    # The first process of a machine may have to download; the others then find the file.
-    source = together(context, lambda: read(settings) if first else None)
-    source = together(context, lambda: source or read(settings))
+    source = first_of_machine(context, lambda: read(settings))
     warnings = together(context, lambda: fill(network, source, settings.model.name))
-    if context.world_size > 1:
-        digests = context.gather([digest(network)])
-        if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
-            raise InputError(
-                f"{KEY}: process {other} reads other weights from {settings.model.init_from} than process 0; "
-                "copy the same to every machine"
-            )
+    require_same(context, network, KEY, settings.model.init_from)
     return source._replace(warnings=[*source.warnings, *warnings])
+
+
+def first_of_machine(context: Context, do: Callable):
+    """As `together`, but the first process of each machine before the others, which then find what it had to download."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    found = together(context, lambda: do() if first else None)
+    return together(context, lambda: found if first else do())
+
+
+def require_same(context: Context, network: nn.Module, key: str, source: str) -> None:
+    """Raise InputError, on all processes, if one has other weights of `source`, which `key` names, than process 0."""
+    digests = context.gather([digest(network)]) if context.world_size > 1 else []
+    if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
+        raise InputError(f"{key}: process {other} reads other weights from {source} than process 0; copy the same to every machine")
 
 
 def together(context: Context, do: Callable):

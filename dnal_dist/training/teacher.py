@@ -1,7 +1,6 @@
 """The network that search and finetune distil from: the run's own as its pretrain left it, or a given one."""
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from dnal_dist.common.paths import expanded
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import libraries
 from dnal_dist.training import pretrained
-from dnal_dist.training.pretrained import digest, together
 from dnal_dist.training.run import Run
 
 KEY = "key 'phases.distillation.teacher'"
@@ -41,14 +39,10 @@ def given(settings: recipe.Recipe, classes: int, context: Context) -> nn.Module 
     distillation = settings.phases.distillation
     if distillation is None or distillation.teacher is None:
         return None
-    source, first = distillation.teacher, int(os.environ.get("LOCAL_RANK", 0)) == 0
     # A resumed run has its random numbers already.
     with torch.random.fork_rng(devices=[]):
-        # The first process of a machine may have to download; the others then find the file.
-        network = together(context, lambda: _checked(source, settings, classes) if first else None)
-        network = together(context, lambda: network or _checked(source, settings, classes))
-    if len(set(context.gather([digest(network)]))) > 1:
-        raise InputError(f"{KEY}: processes read different weights from {source}; copy the same to every machine")
+        network = pretrained.first_of_machine(context, lambda: _checked(distillation.teacher, settings, classes))
+    pretrained.require_same(context, network, KEY, distillation.teacher)
     return network
 
 

@@ -31,8 +31,8 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
     All processes must call this. The main one measures.
     """
     budget, size, found = target.latency, run.recipe.data.image_size, []
-    bench = Bench(run, budget)
-    if run.context.from_main(bench.device is None):
+    timer = Timer(run, budget)
+    if run.context.from_main(timer.device is None):
         run.log.print(f"latency is not measured here, since the table is of {budget.table.device}")
         return choose(target), None
     # Predicted latencies: what may be asked for next, and between which the answer lies. Few channels make large steps.
@@ -40,7 +40,7 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
     for number in range(MOST):
         run.log.doing("networks measured", number, MOST)
         keep = choose(target.corrected(budget.most / limit))
-        measured, why = run.context.from_main(_tried(bench, keep) if run.context.main else None)
+        measured, why = run.context.from_main(_tried(timer, keep) if run.context.main else None)
         if measured is None:
             run.log.warn(f"latency was not measured ({why}); the network keeps to the table's prediction")
             return choose(target), None
@@ -65,14 +65,14 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
     return max(found)[3:]
 
 
-def _tried(bench: "Bench", keep: Tensor) -> tuple[float | None, str]:
+def _tried(timer: "Timer", keep: Tensor) -> tuple[float | None, str]:
     try:
-        return bench.latency(keep), ""
+        return timer.latency(keep), ""
     except Exception as error:  # of many kinds: each runtime has its own
         return None, reason(error)
 
 
-class Bench:
+class Timer:
     """Times compact networks as the layers of a table were timed, beside the full one."""
 
     def __init__(self, run: Run, budget: Budget):

@@ -14,7 +14,7 @@ from filelock import FileLock
 from runs import SHORT
 from servers import FileServer, without_proxies
 
-from dnal_dist.doctor import data, disk
+from dnal_dist.doctor import data, disk, network
 
 TAYLOR = ("architecture.criterion=taylor", "architecture.target.macs=0.5x")
 
@@ -145,7 +145,7 @@ def test_a_search_that_would_see_little_warns(case_of, changes, record, status, 
         case.folder.mkdir(parents=True)
         line = {"kind": "signal", "time": 1.0, "phase": "search", "step": 80, "global_step": 80, **record}
         (case.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    found(disk.signal, case, status, words, remedy)
+    found(network.signal, case, status, words, remedy)
 
 
 def test_a_new_run_folder_passes_and_is_not_created(case_of, tmp_path):

@@ -119,12 +119,12 @@ def test_the_measured_latency_is_within_5_percent_below_the_target(target, train
     """On a device where each network takes otherwise than the table says, the more so the smaller it is."""
     seen = []
 
-    def latency(bench, keep):
-        predicted = float(bench.budget.used(bench.supernet, 8, keep.double()))
-        seen.append(1.4 * predicted * (bench.budget.full / predicted) ** 0.2)
+    def latency(timer, keep):
+        predicted = float(timer.budget.used(timer.supernet, 8, keep.double()))
+        seen.append(1.4 * predicted * (timer.budget.full / predicted) ** 0.2)
         return seen[-1]
 
-    monkeypatch.setattr(timed.Bench, "latency", latency)
+    monkeypatch.setattr(timed.Timer, "latency", latency)
     ended, pruned, rows = with_table(train_here, digits, tmp_path, **target)
     assert ended.code == 0, ended.err
     found = next(row for row in (pruned["budget"], *pruned.get("further_budgets", ())) if row["unit"] == "latency")
@@ -138,7 +138,7 @@ def test_where_it_cannot_be_measured_the_prediction_counts(train_here, digits, t
     def latency(*_):
         raise OSError("no such runtime")
 
-    monkeypatch.setattr(timed.Bench, "latency", latency)
+    monkeypatch.setattr(timed.Timer, "latency", latency)
     ended, pruned, rows = with_table(train_here, digits, tmp_path, latency="0.5x")
     assert ended.code == 0 and "latency was not measured (no such runtime)" in ended.out
     assert "predicted" not in pruned["budget"] and pruned["budget"]["used"] <= pruned["budget"]["most"]
