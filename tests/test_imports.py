@@ -7,7 +7,7 @@ import pytest
 
 HEAVY = {"torch", "torchvision", "accelerate", "deepspeed", "wandb", "sklearn", "scipy", "matplotlib", "pandas"}
 # What a run that neither compiles nor decodes on a GPU has no use for.
-UNUSED = {"torch._dynamo", "torch._inductor", "torchvision", "deepspeed", "wandb", "sklearn", "scipy"}
+UNUSED = {"torch._dynamo", "torch._inductor", "torchvision", "deepspeed", "wandb", "sklearn", "scipy", "sympy", "aiohttp"}
 
 
 def imported(code: str, *arguments: str) -> set[str]:

@@ -6,8 +6,6 @@ The file systems of s3fs and gcsfs read what a server sends to its end. Both may
 import inspect
 from typing import Any
 
-import aiohttp
-
 from dnal_dist.data.http import CHUNK, CONNECT_TIMEOUT, READ_TIMEOUT, bounded
 
 
@@ -37,6 +35,8 @@ def s3(**options: Any) -> Any:
 
 def gs(**options: Any) -> Any:
     """gcsfs's file system, with bounded bodies."""
+    import aiohttp
+
     # The class behind gs:// in newer releases of gcsfs uses gRPC, which does not survive a fork.
     from gcsfs.core import GCSFileSystem
 

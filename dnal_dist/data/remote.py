@@ -24,7 +24,7 @@ import fsspec.asyn
 
 from dnal_dist.common.errors import CREDENTIALS, InputError
 from dnal_dist.data import buckets
-from dnal_dist.data.http import BoundedHTTP, redirects
+from dnal_dist.data.http import http, redirects
 from dnal_dist.data.remote_faults import classify
 
 SCHEMES = ("http", "https", "s3", "gs")
@@ -135,7 +135,7 @@ def _system(url: str) -> Any:
 
 @functools.cache
 def file_system(scheme: str, _pid: int) -> Any:
-    return {"http": BoundedHTTP, "s3": buckets.s3, "gs": buckets.gs}[scheme](skip_instance_cache=True)
+    return {"http": http, "s3": buckets.s3, "gs": buckets.gs}[scheme](skip_instance_cache=True)
 
 
 def _wait_for(system: Any, work: Awaitable) -> Any:

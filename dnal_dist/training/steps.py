@@ -98,7 +98,8 @@ def architecture_step(
     for micro_batch in _micro_batches(images, labels, accumulation):
         gates = architecture.gates(delta)
         found = passes(functools.partial(_passes, trained, batch), batch, (*micro_batch, gates.detach()))
-        gradient = gradient + torch.autograd.grad(gates, alpha, found.gradient)[0]
+        # As a sum: given a gradient to begin with, torch would import sympy first, half a second.
+        gradient = gradient + torch.autograd.grad((gates * found.gradient).sum(), alpha)[0]
         outcomes.append(found)
     with span("sync"):
         # Together, so that alpha stays the same bit for bit on processes whose penalties round differently, as on GPUs.
