@@ -18,6 +18,7 @@ from dnal_dist.training.loop import delta_at, evaluate_and_record, optimise, rec
 from dnal_dist.training.pruning import prune
 from dnal_dist.training.run import Run
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
+from dnal_dist.training.stopping import Stopped
 
 
 def train(run: Run, until: Phase | None = None) -> bool:
@@ -42,7 +43,12 @@ def _phases(run: Run, until: Phase | None) -> None:
     if until is not None:
         return
     if run.state.phase == "prune":
-        prune(run)
+        try:
+            prune(run)
+        except Stopped as stopped:
+            # The run resumes from the checkpoint before, and prunes again.
+            run.log.record("stop", phase="prune", step=0, reason=str(stopped))
+            raise
         enter(run, "finetune")
     with contextlib.closing(training_batches(run)) as batches:
         if run.state.phase == "finetune":

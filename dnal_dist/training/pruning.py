@@ -12,7 +12,6 @@ from dnal_dist.search import selection, taylor
 from dnal_dist.training import timed, usage
 from dnal_dist.training.loop import evaluate_and_record, training_batches
 from dnal_dist.training.run import Run
-from dnal_dist.training.stopping import Stopped
 from dnal_dist.training.usage import Clock
 
 
@@ -45,12 +44,7 @@ def prune(run: Run) -> None:
     layers = cost.of_layers(supernet, image_size, keep)
     facts = {"layers": layers, "rescued": rescued, "collapsed": collapsed, "mask": run.state.mask}
     run.log.record("prune", kept=kept, full=full, compact=small, **selected_by, **facts)
-    try:
-        accuracy = evaluate_and_record(run, epoch=0.0, ends_phase=True)
-    except Stopped as stopped:
-        # The run resumes from the checkpoint before, and prunes again.
-        run.log.record("stop", phase="prune", step=0, reason=str(stopped))
-        raise
+    accuracy = evaluate_and_record(run, epoch=0.0, ends_phase=True)
     clock.record()
     run.log.record("phase", phase="prune", **usage.summary(run.state, "prune"), breakdown=run.breakdown.so_far())
     fraction = small["exact"]["macs"] / full["exact"]["macs"]

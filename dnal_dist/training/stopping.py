@@ -76,11 +76,12 @@ class StopPoll:
         """Calls of poll() between two real polls, and those left until the next."""
         self.since, self.longest = time.monotonic(), 0.0
 
-    def poll(self, save: bool = False, needs: float = 0.0) -> bool:
+    def poll(self, save: bool = False, needs: float = 0.0, at_once: bool = False) -> bool:
         """Whether to save here, the same on all processes, which must call this equally often. Raises Stopped on all of them if one
-        has a stop request. On the main process: save, whether a checkpoint is due; needs, seconds that one takes."""
+        has a stop request. On the main process: save, whether a checkpoint is due; needs, seconds that one takes. at_once: a real
+        poll, for calls that are seconds apart."""
         self.left -= 1
-        if self.left > 0:
+        if self.left > 0 and not at_once:
             return False
         passed = time.monotonic() - self.since
         self.longest = max(passed, 0.95 * self.longest)

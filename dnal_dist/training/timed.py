@@ -38,6 +38,7 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tupl
     # Predicted latencies: what may be asked for next, and between which the answer lies. Few channels make large steps.
     aim, limit, low, high = AIM, AIM * budget.most, 0.0, math.inf
     for number in range(MOST):
+        run.stops.poll(at_once=True)
         run.log.doing("networks measured", number, MOST)
         keep = choose(target.corrected(budget.most / limit))
         measured, why = run.context.from_main(_tried(timer, keep) if run.context.main else None)

@@ -134,6 +134,23 @@ def test_the_measured_latency_is_within_5_percent_below_the_target(target, train
     assert any("measured when pruned" in row for row in rows)
 
 
+def test_a_stop_ends_the_measurements_and_the_run_prunes_again(train_here, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def latency(timer, keep):
+        seen.append(keep)
+        if len(seen) == 1:
+            (tmp_path / "run" / "stop").touch()
+        return 1.4 * float(timer.budget.used(timer.supernet, 8, keep.double()))
+
+    monkeypatch.setattr(timed.Timer, "latency", latency)
+    with pytest.raises(ValueError, match="unpack"):  # no record of pruning
+        with_table(train_here, digits, tmp_path, latency="0.5x")
+    assert len(seen) == 1 and [stop["phase"] for stop in records(tmp_path / "run", "stop")] == ["prune"]
+    ended, pruned, _ = with_table(train_here, digits, tmp_path, latency="0.5x")
+    assert ended.code == 0 and len(seen) > 2 and pruned["budget"]["used"] <= pruned["budget"]["most"]
+
+
 def test_where_it_cannot_be_measured_the_prediction_counts(train_here, digits, tmp_path, monkeypatch):
     def latency(*_):
         raise OSError("no such runtime")
