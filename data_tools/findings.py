@@ -66,6 +66,9 @@ def shard_findings(surveys: Sequence[Survey], index: dict[Path | Url, dict | Non
                 if known[name] is not None and known[name] != one.entry[name]:
                     yield Finding("digest", str(one.path), _difference(name, known, one.entry))
                     break
+            else:
+                if known["labels"] is not None and known["labels"].tolist() != one.entry["labels"]:
+                    yield Finding("label", str(one.path), "has other labels than index.json says; make the index again")
         for byte, reason in one.damage:
             yield Finding("damage", f"{one.path}: byte {byte}", reason)
         for key, reason in one.faults:

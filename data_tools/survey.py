@@ -15,10 +15,9 @@ from data_tools.workers import Tick
 from dnal_dist.data import remote
 from dnal_dist.data.decoding import Header, refusal
 from dnal_dist.data.samples import HEAD, MOST_BYTES, Fault, SampleFormat, oversized, parse
-from dnal_dist.data.shardlist import Url
+from dnal_dist.data.shardlist import MOST_CLASSES, Url
 from dnal_dist.data.tar import boundaries, compressed
 
-MOST_CLASSES = 1 << 20
 PIECE = 1 << 22
 # Bytes of a remote shard.
 MOST_REMOTE = 4 << 30
@@ -96,6 +95,8 @@ class Surveyor(NamedTuple):
         found.entry.update(file=path.name, samples=len(offsets) - 1, bytes=size, sha256=digest.hexdigest())
         # In a shard that was cut short the last member would end behind the file.
         found.entry["offsets"] = [min(offset, size) for offset in offsets]
+        labels = {good.row: good.label for good in found.good}
+        found.entry["labels"] = [labels.get(row, -1) for row in range(len(offsets) - 1)]
         return found
 
     def _sample(self, file: BinaryIO, row: int, begin: int, end: int, digest, found: Survey) -> None:

@@ -94,13 +94,14 @@ def _write_tar(file: io.BufferedWriter, shard: Shard, tick: Tick) -> dict:
     # Imports torch: 2.4 s and 280 MB in each process that writes, which no other process should pay.
     from webdataset import TarWriter
 
-    out, offsets = _Digesting(file), [0]
+    out, offsets, labels = _Digesting(file), [0], []
     # A fixed time, or the same samples would give other bytes.
     with TarWriter(out, encoder=False, mtime=0) as writer:
         for number, reference in enumerate(shard.references, shard.first):
             key, image, extension, label = shard.draw(number, reference)
             writer.write({"__key__": key, extension: image, "cls": str(label).encode()})
             offsets.append(writer.tarstream.offset)
+            labels.append(label)
             tick(1)
     return {
         "file": shard.path.name,
@@ -108,6 +109,7 @@ def _write_tar(file: io.BufferedWriter, shard: Shard, tick: Tick) -> dict:
         "bytes": out.size,
         "sha256": out.sha256.hexdigest(),
         "offsets": offsets,
+        "labels": labels,
     }
 
 
@@ -129,7 +131,7 @@ def sha256(path: Path) -> str:
 
 
 def write_index(path: Path, entries: Iterable[dict], classes: Sequence[str]) -> None:
-    """Write the index, a line a shard: samples, bytes, SHA-256, the offset of each sample and the end of the last."""
+    """Write the index, a line a shard: samples, bytes, SHA-256, the samples' offsets and the last one's end, and their labels."""
     lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
     unfinished = path.with_name(path.name + ".unfinished")
     head = f'{{"version": {INDEX_VERSION},\n"classes": {json.dumps(list(classes))},\n'

@@ -11,12 +11,14 @@ from dnal_dist.data.shards import Shards
 
 class Place(NamedTuple):
     """A sample's place in a run: `batch` counts from the run's start, `position` is the place in the epoch's order, `index` the
-    sample's number in the shards. last: it ends its rank's part of the batch."""
+    sample's number in the shards, `draw` what its random changes depend on beside seed and epoch. last: it ends its rank's part of
+    the batch."""
 
     batch: int
     epoch: int
     position: int
     index: int
+    draw: int
     last: bool = False
 
 
@@ -41,6 +43,19 @@ def order_with_locality(counts: np.ndarray, seed: int, epoch: int, together: int
     return np.argsort(low + (high - low) * (bits[len(counts) :] / 2.0**64), kind="stable")
 
 
+def order_by_class(labels: np.ndarray, shares: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many sample numbers as there are labels, of which each class has its share, shuffled. Within a class each sample comes as
+    often as any other, or once more. labels (n,), those below 0 are never drawn; shares (classes,), which sum to 1."""
+    bits = _bits(2 * len(labels), seed, epoch)
+    shuffled = np.argsort(bits[: len(labels)], kind="stable")
+    shuffled = shuffled[labels[shuffled] >= 0]
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    held = np.split(by_class, np.cumsum(np.bincount(labels[shuffled], minlength=len(shares)))[:-1])
+    wanted = np.diff(np.round(np.cumsum(shares) * len(labels)), prepend=0).astype(int)
+    drawn = np.concatenate([np.resize(one, count) for one, count in zip(held, wanted, strict=True)])
+    return drawn[np.argsort(bits[len(labels) :], kind="stable")]
+
+
 def _bits(number: int, seed: int, epoch: int) -> np.ndarray:
     # NumPy promises that raw bits stay the same from version to version; it does not promise that for `permutation`.
     return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(number)
@@ -54,7 +69,15 @@ class GlobalOrder:
         self.seed, self.train = seed, train
         self.global_batch, self.together = data.global_batch, data.shuffle_shards
         self.local, self.rank = data.global_batch // world_size, rank
-        self.per_epoch = self.samples // self.global_batch
+        self.per_epoch, self.repeats = self.samples // self.global_batch, data.augmentation.repeats if train else 1
+        self.labels, self.shares = None, None
+        if train and data.sampling != "uniform":
+            self.labels, self.shares = shards.by_class(data.sampling)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an epoch has each sample once."""
+        return self.labels is None and self.repeats == 1
 
     def places(self, start: int = 0, worker: int = 0, workers: int = 1) -> Iterator[Place]:
         """Places of the rank's samples from batch `start` of a training run on, in the batches that are worker number `worker`'s:
@@ -76,7 +99,7 @@ class GlobalOrder:
         first = number * self.global_batch + self.rank * self.local
         end = min(first + self.local, self.samples)
         for position, index in enumerate(indices[first:end].tolist(), first):
-            yield Place(batch, epoch, position, index, position == end - 1)
+            yield Place(batch, epoch, position, index, index if self.is_plain else position, position == end - 1)
 
     def first_uses(self, start: int) -> Iterator[tuple[int, int]]:
         """From batch `start` of the run on, (batch, shard) for every shard of an epoch in the order of their first uses in it; of a
@@ -92,7 +115,19 @@ class GlobalOrder:
             epoch, batch = epoch + 1, 0
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The sample numbers in the order of an epoch of training."""
+        """The sample numbers in the order of an epoch of training. With repeats, so many epochs share what one would have without,
+        and a batch has its images one after the other, then all of them again, so that neighbours differ."""
+        epoch, part = divmod(epoch, self.repeats)
+        whole = self._without_repeats(epoch)
+        if self.repeats == 1:
+            return whole
+        different = self.global_batch // self.repeats
+        batches = whole[part * self.per_epoch * different :][: self.per_epoch * different].reshape(-1, different)
+        return np.tile(batches, self.repeats).ravel()
+
+    def _without_repeats(self, epoch: int) -> np.ndarray:
+        if self.labels is not None:
+            return order_by_class(self.labels, self.shares, self.seed, epoch)
         if self.together is None or self.together >= len(self.counts):
             return order(self.samples, self.seed, epoch)
         return order_with_locality(self.counts, self.seed, epoch, self.together)

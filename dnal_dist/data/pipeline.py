@@ -111,12 +111,12 @@ class Decoder:
             return item
         try:
             header = item.kept or self.transform.header(item.image)
-            geometry = self.transform.plan(header, item.place.epoch, item.place.index)
+            geometry = self.transform.plan(header, item.place.epoch, item.place.draw)
             if self.on_device and nvjpeg.takes(header, item.image):
                 return item._replace(geometry=geometry)
             pixels = self._pixels(item, header, geometry)
             if self.policy is not None:
-                pixels = self.policy(pixels, item.place.epoch, item.place.index)
+                pixels = self.policy(pixels, item.place.epoch, item.place.draw)
             return item._replace(image=pixels, geometry=geometry, alpha=header.alpha)
         except Exception as error:  # ImageError, and whatever else an image may do to a decoder
             return Item(item.place, item.origin.fault(reason(error)))

@@ -19,6 +19,7 @@ from dnal_dist.common.paths import expanded
 from dnal_dist.data import remote
 
 MOST_SHARDS = 100_000
+MOST_CLASSES = 1 << 20
 
 
 class Url(str):
@@ -179,4 +180,9 @@ def _entry(entry: dict) -> dict:
         rising = ends.dtype == np.int64 and ends.ndim == 1 and (ends[1:] > ends[:-1]).all()
         if not rising or len(ends) != samples + 1 or ends[0] < 0 or ends[-1] > size:
             raise ValueError(f"offsets of {entry['file']} that are not those of {samples} samples in {size} bytes")
-    return {"samples": samples, "bytes": size, "offsets": offsets, "sha256": entry.get("sha256")}
+    if (labels := entry.get("labels")) is not None:
+        labels = np.array(labels, dtype=None if labels else np.int64)
+        if labels.shape != (samples,) or labels.dtype != np.int64 or not ((labels >= -1) & (labels < MOST_CLASSES)).all():
+            raise ValueError(f"labels of {entry['file']} that are not those of {samples} samples")
+        labels = labels.astype(np.int32)
+    return {"samples": samples, "bytes": size, "offsets": offsets, "sha256": entry.get("sha256"), "labels": labels}

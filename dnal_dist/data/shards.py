@@ -71,6 +71,8 @@ class Shards:
         self.offsets, found = zip(*(sample_offsets(*one, key) for one in zip(self.paths, self.entries, strict=True)), strict=True)
         self.warnings: list[str] = [warning for warnings in found for warning in warnings]
         """What is wrong with the shards, but does not keep their samples from being used."""
+        self.labels: np.ndarray | None = None
+        """Of all samples as the indices have them, once `by_class` was asked for; -1 for a sample without one."""
         for entry in filter(None, self.entries):
             # As arrays they take a fifth of the memory.
             entry["offsets"] = None
@@ -116,6 +118,8 @@ class Shards:
             if len(chunk) < end - begin:
                 raise Fault("the shard is cut short before its end", first_key(chunk))
             sample = parse(chunk, self.formats[path.parent])
+            if self.labels is not None and sample.label != self.labels[index]:
+                raise Fault(f"its label is {sample.label}, in index.json {self.labels[index]}; make the index again", sample.key)
         except Fault as fault:
             fault.shard, fault.offset, fault.index = str(path), begin, index
             raise
@@ -146,6 +150,26 @@ class Shards:
         shard = bisect_right(self._starts, index) - 1
         row, offsets = index - self._starts[shard], self.offsets[shard]
         return shard, int(offsets[row]), int(offsets[row + 1])
+
+    def by_class(self, sampling: str | list[float]) -> tuple[np.ndarray, np.ndarray]:
+        """The labels of all samples, and the share of each class in an epoch by the recipe's data.sampling. Raises InputError."""
+        for path, entry in zip(self.paths, self.entries, strict=True):
+            if entry is None or entry["labels"] is None:
+                raise InputError(
+                    f"key 'data.sampling': needs the labels of all samples, but {path.parent}/index.json has none of {path.name}; "
+                    f"`python -m data_tools.index {path.parent}` adds them"
+                )
+        self.labels = np.concatenate([entry["labels"] for entry in self.entries])
+        counts = np.bincount(self.labels[self.labels >= 0], minlength=0 if sampling == "balanced" else len(sampling))
+        shares = np.ones(len(counts)) if sampling == "balanced" else np.array(sampling)
+        if len(shares) < len(counts) or not (total := (shares * (counts > 0)).sum()):
+            found = f"{len(sampling)} shares" if isinstance(sampling, list) else "no label"
+            raise InputError(f"key 'data.sampling': {found} for {len(counts)} classes of '{self.key}'; give one for each")
+        if missing := np.flatnonzero((counts == 0) & (shares > 0)).tolist():
+            self.notes.append(f"key 'data.sampling': '{self.key}' has no image of {len(missing)} classes ({missing[0]}, ...)")
+        if unusable := int((self.labels < 0).sum()):
+            self.notes.append(f"key 'data.sampling': {unusable} samples of '{self.key}' without a good label are not drawn")
+        return self.labels, shares * (counts > 0) / total
 
     def class_names(self) -> int:
         """Classes that the indices of the shards name, the most of any; 0 if none names any."""
@@ -180,7 +204,8 @@ class Shards:
             places = blake2b(offsets.tobytes(), digest_size=8).hexdigest()
             keys = [] if isinstance(path, Url) or first == end else [self.name(first), self.name(end - 1)]
             digest = (entry["sha256"] if entry else None) or "no digest"
-            lines.append(f"{path.name}, {end - first} samples at {places}, {digest} {' '.join(keys)}".strip())
+            drawn = [] if self.labels is None else [blake2b(self.labels[first:end].tobytes(), digest_size=8).hexdigest()]
+            lines.append(f"{path.name}, {end - first} samples at {places}, {digest} {' '.join([*keys, *drawn])}".strip())
         return lines
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dnal_dist.common.paths import expanded
 from dnal_dist.recipe.learning import ArchitectureSettings, Phases
@@ -58,6 +58,9 @@ class Augmentation(Section):
     flip: bool = False
     """Mirror left and right with probability 1/2."""
 
+    repeats: int = Field(1, ge=1)
+    """Each image is in its batch so often, each time with other random changes (arXiv 1901.09335). An epoch has as many iterations
+    as without, so each image is in one of so many epochs."""
     policy: Literal["none", "trivial_augment", "rand_augment"] = "none"
     """Random changes of colours and shapes behind the crop, torchvision's TrivialAugmentWide or RandAugment."""
     operations: int = Field(2, ge=1, le=14)
@@ -75,6 +78,13 @@ class Augmentation(Section):
 
 
 Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+def _checked_sampling(given: str | list[float]) -> str | list[float]:
+    shares = isinstance(given, list) and all(type(one) in (int, float) and 0 <= one < 1e9 for one in given)
+    if not shares and given not in ("uniform", "balanced"):
+        raise ValueError(f"expected uniform, balanced, or a share for each class such as [1, 1, 2], found {given!r}")
+    return given
 
 
 class Data(Section):
@@ -105,6 +115,10 @@ class Data(Section):
     """Training shards in use at any time, about. By default all: a uniform shuffle over the whole set, which reads all over it.
     With a number (such as 32) shards come and go, for sets that do not fit into a cache; their samples should have been shuffled
     when the shards were made."""
+    sampling: Annotated[Literal["uniform", "balanced"] | list[float], BeforeValidator(_checked_sampling)] = "uniform"
+    """How often an epoch, whose length stays, has the training images. uniform: each once. balanced: so often that all classes come
+    alike, images of the rare ones several times, with other random changes, and of the frequent ones not all. A list: the share of
+    each class, such as [1, 1, 2]. The latter want labels in index.json."""
     workers: int = Field(2, ge=0, json_schema_extra=FREE)
     """Loader processes for each training process, no more than it has cores; 0 loads in the training process itself."""
     cache: OneLine = Field("~/.cache/dnal_dist/shards", min_length=1, json_schema_extra=FREE)
@@ -139,6 +153,14 @@ class Data(Section):
     def _policies_need_pixels(self):
         if self.decode == "cuda" and (self.augmentation.policy != "none" or self.augmentation.erasing):
             raise ValueError("'augmentation.policy' and 'erasing' are done by loader processes; set decode to cpu, or remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_hold_the_order(self):
+        if self.global_batch % self.augmentation.repeats:
+            raise ValueError(f"'augmentation.repeats' ({self.augmentation.repeats}) must divide global_batch ({self.global_batch})")
+        if self.sampling != "uniform" and self.shuffle_shards is not None:
+            raise ValueError("'sampling' by class draws from all shards at any time; remove shuffle_shards, or sampling")
         return self
 
     @model_validator(mode="after")

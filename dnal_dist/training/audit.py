@@ -1,5 +1,6 @@
-"""Does a run's record prove that every epoch had each sample once, in the order that its seed and number give?"""
+"""Does a run's record prove that every epoch had the samples that its seed and number give, in their order?"""
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,19 +42,20 @@ def audit(run: Path) -> int:
     names = [shards.name(index) for index in track(range(shards.samples), "reading keys", **bar)]
     table = Table("epoch", "batches", "samples", "skipped", "", title=escape(f"{run}: receipts against {data.train}"))
     per_epoch, dropped = divmod(shards.samples, data.global_batch)
-    faults = 0
+    faults, right = 0, f"each sample {'once' if order.is_plain else 'as often as the recipe says'}, in its turn"
+    proven = f"no sample {'twice' if order.is_plain else 'too often'}, none missing"
     for epoch, receipt in enumerate(track(receipts, "checking epochs", **bar)):
         fault = _fault(receipt, epoch, epoch == len(receipts) - 1, names, order)
         faults += bool(fault)
         numbers = (str(number) for number in (epoch, receipt["batches"], receipt["samples"], len(receipt["skipped"])))
-        table.add_row(*numbers, f"[red]{escape(printable(fault))}" if fault else "each sample once, in its turn")
+        table.add_row(*numbers, f"[red]{escape(printable(fault))}" if fault else right)
     console.print(table)
     _tell_skipped(console, receipts)
     covered = (len(receipts) - 1) * per_epoch + receipts[-1]["batches"]
     missing = last - covered if ended or last - covered >= per_epoch else 0
     console.print(
         f"{covered} batches of {data.global_batch}, {dropped} samples left over in each epoch; "
-        + (f"[red]{faults} receipts are wrong" if faults else "no sample twice, none missing")
+        + (f"[red]{faults} receipts are wrong" if faults else proven)
         + (f"; [red]the receipts of the last {missing} iterations are missing" if missing else "")
         + (f"; the last {last - covered} iterations are of an epoch that has not ended" if last > covered and not missing else "")
     )
@@ -74,7 +76,7 @@ def _read(run: Path) -> tuple[list[dict], int, bool]:
 
 def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], order: GlobalOrder) -> str:
     """What is wrong with the receipt of `epoch`; "" if nothing is."""
-    batches, skipped = receipt["batches"], {one[0] for one in receipt["skipped"]}
+    batches, skipped = receipt["batches"], Counter(one[0] for one in receipt["skipped"])
     per_epoch = len(names) // order.global_batch
     if receipt["epoch"] != epoch:
         return f"expected the receipt of epoch {epoch}"
@@ -82,11 +84,11 @@ def _fault(receipt: dict, epoch: int, is_last: bool, names: list[str], order: Gl
         return f"{batches} batches, expected {per_epoch}"
     wanted: np.ndarray = order.epoch(epoch)[: batches * order.global_batch]
     taken = [Taken(names[index], position) for position, index in enumerate(wanted.tolist()) if index not in skipped]
-    if len(receipt["skipped"]) != len(skipped) or len(taken) != receipt["samples"] or len(taken) + len(skipped) != len(wanted):
-        return f"{receipt['samples']} samples and {len(receipt['skipped'])} skipped, expected {len(wanted)} in all, each once"
+    if skipped != Counter(index for index in wanted.tolist() if index in skipped) or len(taken) != receipt["samples"]:
+        return f"{receipt['samples']} samples and {len(receipt['skipped'])} skipped, expected {len(wanted)} in all"
     digest, ordered = (f"{one:032x}" for one in tally(taken))
     if digest != receipt["digest"]:
-        return "other samples than the epoch's, or not each of them once"
+        return "other samples than the epoch's, or not as often"
     return "" if ordered == receipt["ordered"] else "the samples of the epoch, but in another order"
 
 

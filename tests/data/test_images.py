@@ -191,7 +191,7 @@ def test_a_policy_is_torchvisions_and_depends_on_seed_epoch_and_sample_alone(pol
     found = [change(image, 2, index) for index in range(8)]
     assert torch.initial_seed() == 1 and torch.equal(torch.get_rng_state(), torch.manual_seed(1).get_state())
     again = Decoder(Transform(settings(image_size=24), 7, True), False, Kept(), change)
-    encoded = Item(Place(0, 2, 0, 3), None, None, 0, encode(image, "PNG"))
+    encoded = Item(Place(0, 2, 0, 3, 3), None, None, 0, encode(image, "PNG"))
     assert np.array_equal(again(encoded).image, found[3])
     assert any(not np.array_equal(one, image) for one in found)
     torch.manual_seed(int(np.random.SeedSequence((7, 2, 3, 1)).generate_state(1, np.uint64)[0] >> 1))

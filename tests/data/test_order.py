@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from faulty import png, write_tar
+from faulty import png, refused, write_tar
 
+from data_tools import index
+from dnal_dist.common.errors import InputError
 from dnal_dist.data import offsets
 from dnal_dist.data import order as data_order
 from dnal_dist.data.order import GlobalOrder, order_with_locality
@@ -118,6 +120,70 @@ def drawn(counts: np.ndarray, labels: np.ndarray, together: int | None, epoch: i
     held = SimpleNamespace(counts=counts, samples=int(counts.sum()), shard_of=None)
     order = GlobalOrder(held, data, 0, True).epoch(epoch)
     return [labels[order[first : first + batch]] for first in range(0, len(order) - batch + 1, batch)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Shards of 41, 5 and 2 images of three classes, and one whose label is none."""
+    folder = tmp_path_factory.mktemp("uneven")
+    labels = [b"0"] * 41 + [b"1"] * 5 + [b"x"] + [b"2"] * 2
+    for shard in range(2):
+        members = {f"{i:02}.{kind}": c for i in range(shard, 49, 2) for kind, c in (("png", png(i)), ("cls", labels[i]))}
+        write_tar(folder / f"train-{shard}.tar", members)
+    index.make(index.find([str(folder)]), None, None, 1)
+    return folder
+
+
+@pytest.mark.parametrize("sampling, wanted", [("balanced", [16, 17, 16]), ([1, 0, 3], [12, 0, 37])])
+def test_classes_have_their_share_of_each_epoch(uneven, sampling, wanted):
+    """Within a class each image as often as any other or once more; on any number of ranks and workers."""
+    data = settings(uneven, val="-", global_batch=8, sampling=sampling)
+    found = Shards(data.train, "data.train", 3, data)
+    one = GlobalOrder(found, data, 0, True)
+    for epoch in range(3):
+        chosen = one.epoch(epoch)
+        assert np.bincount(found.labels[chosen], minlength=3).tolist() == wanted
+        for label in range(3):
+            often = np.bincount(chosen, minlength=49)[found.labels == label]
+            assert often.max() - often.min() <= 1
+    assert not np.array_equal(one.epoch(0), one.epoch(1)) and (found.labels == -1).sum() == 1
+    assert any("1 samples of 'data.train' without a good label are not drawn" in note for note in found.notes)
+    batches = [keys(data.model_copy(update={"workers": n}), 3, 5, ranks) for n, ranks in ((0, 1), (2, 2), (1, 4))]
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_a_batch_has_each_image_several_times_with_other_changes(digits):
+    """As many epochs as there are repeats share one without."""
+    augmentation = {"kind": "pad_crop", "padding": 3, "flip": True}
+    data = settings(digits, augmentation={**augmentation, "repeats": 3})
+    found = Shards(data.train, "data.train", 10)
+    orders = [GlobalOrder(found, data, 0, True).epoch(epoch) for epoch in range(6)]
+    for order in orders:
+        assert all(np.array_equal(batch, np.tile(batch[:16], 3)) for batch in order.reshape(-1, 48))
+    for first in (0, 3):
+        assert np.bincount(np.concatenate(orders[first : first + 3]), minlength=1442).tolist().count(3) == 1440
+    batches = Stream(found, data, 0, True).batches()
+    batch = next(batches)
+    batches.close()
+    assert batch.keys[:16] == batch.keys[16:32] == batch.keys[32:] and len(set(batch.keys)) == 16
+    first, *others = (batch.images[n : n + 16].float() * (1 - 2 * batch.flips[n : n + 16].view(-1, 1, 1, 1)) for n in (0, 16, 32))
+    assert all((first != other).flatten(1).any(1).sum() > 12 for other in others)
+    assert len(set(map(tuple, batch.flips.view(3, 16).int().tolist()))) == 3
+
+
+def test_orders_by_class_that_cannot_be_are_refused(uneven, digits, tmp_path, train):
+    write_tar(tmp_path / "train-0.tar", {"a.png": png(1), "a.cls": b"0"})
+    for folder, sampling, message in (
+        (tmp_path, "balanced", "index.json has none of train-0.tar; `python -m data_tools.index .*` adds them"),
+        (uneven, [1, 2], "2 shares for 3 classes of 'data.train'; give one for each"),
+        (uneven, [0, 0, 0], "3 shares for 3 classes"),
+    ):
+        data = settings(folder, val="-", global_batch=1, sampling=sampling)
+        with pytest.raises(InputError, match=f"key 'data.sampling': .*{message}"):
+            GlobalOrder(Shards(data.train, "data.train", 3, data), data, 0, True)
+    refused(train("data.augmentation.repeats=7"), r"'data': 'augmentation\.repeats' \(7\) must divide global_batch")
+    refused(train("data.sampling=balanced", "data.shuffle_shards=2"), "remove shuffle_shards, or sampling")
+    refused(train("data.sampling=often"), r"'data\.sampling': expected uniform, balanced, or a share for each class")
 
 
 SHARDS, EACH, CLASSES = 100, 500, 20

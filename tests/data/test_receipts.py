@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import png, samples, write_index, write_tar
+from faulty import png, samples, write_tar
 
 from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
@@ -40,10 +40,7 @@ def proven(capsys, monkeypatch):
 def data(digits, tmp_path_factory) -> tuple[str, ...]:
     """The digits with two samples of train-000002 that cannot be used, as overrides of a recipe."""
     folder = tmp_path_factory.mktemp("data")
-    for path in digits.glob("*.tar"):
-        shutil.copy(path, folder)
-    names = sorted(path.name for path in folder.glob("*.tar"))
-    write_index(folder, *names)
+    shutil.copytree(digits, folder, dirs_exist_ok=True)
     with (folder / "train-000002.tar").open("r+b") as file:
         for offset in json.loads((folder / "index.json").read_text())["shards"][2]["offsets"][10:12]:
             file.seek(offset + 512)
@@ -100,6 +97,20 @@ def test_the_audit_proves_each_sample_once(run):
     assert proof.stdout.count("each sample once, in its turn") == 4
     assert "105 batches of 48, 2 samples left over in each epoch; no sample twice, none missing" in proof.stdout
     assert "2 samples were skipped" in proof.stdout and "train-000002.tar" in proof.stdout
+
+
+def test_the_audit_proves_images_that_come_several_times(data, train_here, tmp_path, proven):
+    """With those that cannot be used among them: of class 0 and others, which have a tenth of the share."""
+    index = json.loads((Path(data[0].partition("=")[2]).parent / "index.json").read_text())
+    bad = set(index["shards"][2]["labels"][10:12])
+    shares = [1.0 if number in bad else 0.1 for number in range(10)]
+    several = (f"data.sampling={shares}", "data.augmentation.repeats=2", f"output={tmp_path}/run", "data.max_bad_fraction=1")
+    assert train_here("recipes/digits.yaml", *data[:2], *SHORT, *several, "phases.pretrain.steps=60", "--until=pretrain").code == 0
+    (first, *_) = receipts(tmp_path / "run")
+    assert first["samples"] + len(first["skipped"]) == 1440 and len(first["skipped"]) > 2
+    assert min(first["class_counts"][number] for number in bad) > 2 * max(first["class_counts"][n] for n in set(range(10)) - bad)
+    code, said = proven(tmp_path / "run")
+    assert code == 0 and "no sample too often, none missing" in said
 
 
 @pytest.mark.parametrize(

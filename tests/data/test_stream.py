@@ -113,7 +113,7 @@ def test_random_changes_do_not_depend_on_the_batch(digits):
 
     def image(epoch: int, position: int, index: int) -> np.ndarray:
         sample, origin = found.take(index, position)
-        return decode(pipeline.Item(Place(0, epoch, position, index), None, origin, sample.label, sample.image)).image
+        return decode(pipeline.Item(Place(0, epoch, position, index, index), None, origin, sample.label, sample.image)).image
 
     assert np.array_equal(image(3, 9, 77), image(3, 0, 77))
     assert any(not np.array_equal(image(epoch, 0, 77), image(3, 0, 77)) for epoch in range(4, 9))

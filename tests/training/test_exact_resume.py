@@ -33,7 +33,8 @@ KINDS = {
         "phases.pretrain.schedule.warmup=3", "phases.finetune.label_smoothing=0.1", "phases.distillation.temperature=2.0",
         "phases.pretrain.ema=0.9", "phases.finetune.ema=0.9",
         "phases.finetune.optimizer={kind: adamw, lr: 0.001}", "phases.search.mixup=0.2", "phases.finetune.cutmix=1.0",
-        "data.augmentation.policy=trivial_augment", "data.augmentation.erasing=0.3",
+        "data.augmentation.policy=trivial_augment", "data.augmentation.erasing=0.3", "data.augmentation.repeats=3",
+        "data.sampling=[1,1,1,1,1,1,1,1,1,5]",
     ),
     "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
     "a supernet with noise, by taylor": (
