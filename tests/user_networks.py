@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import stochastic_depth
 
 
 class Mixed(nn.Module):
@@ -20,6 +21,21 @@ class Mixed(nn.Module):
         x = self.block(self.stem(images))
         x = self.after(F.max_pool2d(torch.cat([x, self.side(x)], 1), 2))
         return self.classifier(x.mean((2, 3)))
+
+
+class Dropping(nn.Module):
+    """Stochastic depth and dropout."""
+
+    def __init__(self, num_classes: int = 10, channels: int = 12):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.drop, self.classifier = nn.Dropout(0.3), nn.Linear(channels, num_classes)
+
+    def forward(self, images):
+        x = self.stem(images)
+        x = F.relu(x + stochastic_depth(self.branch(x), 0.3, "row", self.training))
+        return self.classifier(self.drop(x.mean((2, 3))))
 
 
 class Block(nn.Module):

@@ -27,6 +27,8 @@ def flags(run: Run, trained: Trained) -> Tensor:
     alpha = run.architecture.alpha
     buffer = run.architecture_optimizer.state.get(alpha, {}).get("momentum_buffer")
     watched = weights, momentum, statistics, [alpha], [] if buffer is None else [buffer]
+    # Of a parameter with fewer rows than there are processes, FSDP2 leaves some of them nothing.
+    watched = [[tensor for tensor in part if tensor.numel()] for part in watched]
     # The largest magnitude, which no sum of squares overflows.
     largest = [get_total_norm(part, math.inf) if part else alpha.new_zeros(()) for part in watched]
     return ~torch.stack([one.to(alpha.device, torch.float64) for one in largest]).isfinite() * 1.0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dnal_dist import nets, recipe
@@ -116,6 +117,7 @@ def _opened_run(
         given=given,
     )
     mixing.check(run)
+    _draw_apart(settings.seed, context.rank)
     if saved is not None:
         preflight.check_same_shards(run, saved.state.shards, allowed)
         state.restore(run, saved)
@@ -127,6 +129,12 @@ def _opened_run(
     else:
         _record_start(run, changed)
     return run
+
+
+def _draw_apart(seed: int, rank: int) -> None:
+    """First weights are drawn alike by all processes; but dropout and stochastic depth must not fall on the same places in each."""
+    if rank:
+        torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1, np.uint64)[0]))
 
 
 def _warn(run_log: RunLog, context: Context, faults: list[str], streams: list[Stream]) -> None:

@@ -8,6 +8,8 @@ import torch
 from runs import records, training_records
 from safetensors.torch import load_file
 
+from dnal_dist.checkpoint import format as checkpoint
+
 pytestmark = pytest.mark.timeout(1000)
 
 # Four iterations an epoch, so that phases begin and end within epochs.
@@ -40,6 +42,7 @@ def test_saving_and_resuming_change_nothing(ranks, shards, tmp_path, backend):
     processes = 3 if backend in ("ddp", "zero3") else 2
     # Pairs: of 90 images, three processes have 30 each, two 45.
     changes += ["phases.finetune.mixup=0.2"] if processes == 3 else []
+    changes += ["model.name=user_networks:Dropping"] if backend in ("ddp", "fsdp2", "zero1") else []
     ranks.run(backend, processes, "resumes_on_ranks:every", tmp_path, [*shards, *changes])
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     assert not list((never / "checkpoints").glob("step-*"))
@@ -48,6 +51,8 @@ def test_saving_and_resuming_change_nothing(ranks, shards, tmp_path, backend):
     assert [r["resumed"] for r in records(stopped, "start")] == [False, True, True, True]
     assert without_traffic(stopped) == without_traffic(never)
     assert receipts(stopped) == receipts(never)
+    # What they drop is not the same on all processes.
+    assert len(checkpoint.latest(stopped / "checkpoints")[1].tensors["ranks.random"].unique(dim=0)) == processes
     ours, reference = tensors(stopped), tensors(never)
     assert ours.keys() == reference.keys() and all(ours[key].equal(reference[key]) for key in ours)
 
