@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist import nets, recipe
 from dnal_dist.common import errors
+from dnal_dist.distributed import optimizers
 from dnal_dist.distributed.wrapper import MIN_PARAMS
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.nets.gate import segments
@@ -153,9 +154,9 @@ def _touched(net: nn.Module, ranks: int) -> int:
 
 
 def states_of(settings: recipe.Recipe) -> int:
-    """What is kept of each parameter beside it and its gradient, in its size: one of SGD, two of AdamW, a moving average."""
+    """What is kept of each parameter beside it and its gradient, in its size: what its optimizer keeps, a moving average."""
     phases = (settings.phases.pretrain, settings.phases.search)
-    return max((2 if phase.optimizer.kind == "adamw" else 1) + (phase.ema is not None) for phase in phases)
+    return max(len(optimizers.buffers(phase.optimizer)) + (phase.ema is not None) for phase in phases)
 
 
 def memory(net: GatedNetwork, backend: str, ranks: int, precision: str = "no", parts: int = 1, states: int = 1) -> Memory:

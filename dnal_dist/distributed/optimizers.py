@@ -1,9 +1,9 @@
-"""SGD without the compiler, AdamW, and what each keeps of a parameter."""
+"""The optimizers that every backend can hold, and what each keeps of a parameter."""
 
 import inspect
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer, RAdam, RMSprop
 
 
 class SGD(torch.optim.SGD):
@@ -17,11 +17,14 @@ class SGD(torch.optim.SGD):
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
 
 
-# Class of each kind, and the buffers that it keeps, each in its parameter's shape. A further kind goes here: the backends hold any
-# buffers of that shape, and a number of steps.
+# Class of each kind, and the buffers that it keeps, each in its parameter's shape. A further kind goes here, and in the recipe: the
+# backends hold any buffers of that shape, whose elements do not depend on one another, and a number of steps.
 KINDS: dict[str, tuple[type[Optimizer], tuple[str, ...]]] = {
     "sgd": (SGD, ("momentum_buffer",)),
+    "adam": (Adam, ("exp_avg", "exp_avg_sq")),
     "adamw": (AdamW, ("exp_avg", "exp_avg_sq")),
+    "radam": (RAdam, ("exp_avg", "exp_avg_sq")),
+    "rmsprop": (RMSprop, ("momentum_buffer", "square_avg")),
 }
 # Among saved buffers, the key of the number of steps; a buffer's key is its parameter's name, with a colon and its own behind it if
 # that is not SGD's.
@@ -32,13 +35,21 @@ def key(name: str, buffer: str) -> str:
     return name if buffer == "momentum_buffer" else f"{name}:{buffer}"
 
 
+def kept(momentum) -> set[str]:
+    """Names of the buffers whose keys are among these."""
+    return {name.partition(":")[2] or "momentum_buffer" for name in momentum if name != STEP}
+
+
 def settings(given) -> dict:
     """Arguments of the optimizer that a recipe's part `given` describes."""
-    if given.kind == "adamw":
-        return {"lr": given.lr, "betas": given.betas, "eps": given.eps, "weight_decay": given.weight_decay}
-    return {"lr": given.lr, "momentum": given.momentum, "weight_decay": given.weight_decay, "nesterov": given.nesterov}
+    common = {"lr": given.lr, "weight_decay": given.weight_decay}
+    if given.kind == "sgd":
+        return common | {"momentum": given.momentum, "nesterov": given.nesterov}
+    if given.kind == "rmsprop":
+        return common | {"momentum": given.momentum, "alpha": given.betas[1], "eps": given.eps}
+    return common | {"betas": given.betas, "eps": given.eps}
 
 
 def buffers(given) -> tuple[str, ...]:
     """Names of the buffers that it keeps."""
-    return KINDS[given.kind][1] if given.kind != "sgd" or given.momentum else ()
+    return tuple(name for name in KINDS[given.kind][1] if name != "momentum_buffer" or given.momentum)

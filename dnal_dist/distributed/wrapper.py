@@ -48,7 +48,7 @@ class Options(NamedTuple):
 
 
 class Trained:
-    """`network` wrapped for training by SGD or AdamW; momentum, what it kept of each parameter, starts it where there is any, by
+    """`network` wrapped for training; momentum, what its optimizer kept of each parameter, starts it where there is any, by
     the keys of optimizers.key.
 
     network: the wrapped copy, as a weight step calls it. module: the copy as an architecture step calls it, so that nothing of its
@@ -62,7 +62,7 @@ class Trained:
         self.decay_norms = sgd.decay_norms or not sgd.weight_decay
         kept = {optimizers.key(name, buffer) for name, _ in network.named_parameters() for buffer in self.buffers}
         # A phase of another kind leaves nothing that this one could go on with.
-        goes_on = not kept.isdisjoint(momentum)
+        goes_on = optimizers.kept(momentum) == set(self.buffers)
         self.network = self.wrap({k: v for k, v in momentum.items() if goes_on and (k in kept or k == optimizers.STEP)})
         self.plain.cpu()
 

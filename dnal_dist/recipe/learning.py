@@ -10,21 +10,21 @@ from dnal_dist.recipe.section import OneLine, Section
 
 
 class SGD(Section):
-    kind: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW (arXiv 1711.05101), whose rates are smaller by a factor of about 100. alpha takes SGD, with whose
-    steps the control of a budget reckons."""
+    kind: Literal["sgd", "rmsprop", "adam", "adamw", "radam"] = "sgd"
+    """Torch's optimizers that every backend can hold. All but sgd want rates smaller by a factor of about 100; the last three go on
+    with one another's means from phase to phase. alpha takes sgd, with whose steps the control of a budget reckons."""
     lr: float = Field(gt=0)
     """Base learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), strict=False)
-    """AdamW's decays of the means of the gradient and of its square."""
+    """Decays of the means of the gradient and of its square, all but sgd; rmsprop has the latter only."""
     eps: float = Field(1e-8, gt=0)
-    """What AdamW adds to the root of the latter."""
+    """What is added to the root of the latter."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Share of the last update that the next one goes on with."""
+    """Share of the last update that the next one goes on with; of sgd and rmsprop."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     weight_decay: float = Field(0.0, ge=0)
-    """L2 weight decay."""
+    """L2 weight decay; of adamw decoupled from the gradient (arXiv 1711.05101)."""
     decay_norms: bool = True
     """Whether weight decay also shrinks parameters of one dimension: BatchNorms and biases. Nothing else in the architecture's."""
     clip_norm: float | None = Field(None, gt=0)
@@ -33,7 +33,7 @@ class SGD(Section):
     @model_validator(mode="after")
     def _nesterov_has_momentum(self):
         if self.nesterov and self.kind != "sgd":
-            raise ValueError("nesterov is a form of SGD's momentum; leave it out with adamw")
+            raise ValueError(f"nesterov is a form of SGD's momentum; leave it out with {self.kind}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         return self

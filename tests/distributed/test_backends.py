@@ -11,7 +11,7 @@ JOB = "trajectory_on_ranks:trajectories"
 BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 # With fixed statistics a batch may be divided as one likes. The last network is that of tests/user_networks.py.
 EQUAL = [
-    "vgg_digits:1:1:fixed",
+    "vgg_digits:1:1:fixed:rmsprop",
     "resnet_digits:0:1:fixed:clip:parts:shared",
     "supernet_digits:2:1:fixed:checkpointing:shared:last",
     "any_network:1:1:batch:sync:checkpointing",

@@ -36,6 +36,7 @@ def receipts(run) -> list[tuple]:
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_saving_and_resuming_change_nothing(ranks, shards, tmp_path, backend):
     changes = [*TINY, "phases.pretrain.ema=0.8", "phases.finetune.ema=0.8", "phases.finetune.optimizer={kind: adamw, lr: 0.01}"]
+    changes += ["phases.search.optimizer={kind: rmsprop, lr: 0.001}"]
     changes = [*changes, "data.per_device_batch_limit=15" if backend in ("ddp", "zero2") else "data.per_device_batch_limit=45"]
     # Two numbers have one sum; with three it depends on the order, and so on how a backend arranges what it sends.
     # And ZeRO-3 divides few parameters evenly among three.

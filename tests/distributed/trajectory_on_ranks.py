@@ -5,7 +5,7 @@ A case is network:weight_steps:architecture_steps:statistics, statistics being b
 evaluation, so that an image's output does not depend on the rest of its batch); after further colons any of clip, parts, sync,
 checkpointing, compile, double, eager (no CUDA graphs), last (channels_last memory), shared: the smallest parameter and block are
 shared out and gathered too, where a backend does so, taylor: that criterion in place of alpha, and apart: other batches, for which
-no activation of resnet_digits is so near the kink of a ReLU (4e-6) that rounding decides on which side it is.
+no activation of resnet_digits is so near the kink of a ReLU (4e-6) that rounding decides on which side it is; adamw, rmsprop.
 """
 
 import functools
@@ -174,7 +174,8 @@ def _left_in_memory(trained) -> int:
 
 def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     name, weight_steps, architecture_steps, statistics, *extras = case.split(":")
-    known = {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "adamw", "taylor", "apart"}
+    known = {"clip", "parts", "sync", "checkpointing", "compile", "double", "eager", "last", "shared", "taylor", "apart"}
+    known |= {"adamw", "rmsprop"}
     assert not set(extras) - known
     fix_statistics(statistics == "fixed")
     _configure(context, extras)
@@ -183,6 +184,8 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
     context.tune(training)
     clip = 0.5 if "clip" in extras else None
     sgd = SGD(lr=0.02, momentum=0.9, weight_decay=1e-3, clip_norm=clip, nesterov=clip is not None, decay_norms=clip is None)
+    if "rmsprop" in extras:
+        sgd = SGD(kind="rmsprop", lr=0.002, weight_decay=1e-2, eps=1e-2)
     if "adamw" in extras:
         # Without so large an eps a gradient that is nothing but rounding would be a whole step.
         sgd = SGD(kind="adamw", lr=0.002, weight_decay=1e-2, decay_norms=False, eps=1e-2)

@@ -55,10 +55,14 @@ def test_nesterov_is_torchs():
     torch.testing.assert_close(stepped(SGD(lr=0.05, weight_decay=1e-2, nesterov=True)), expected)
 
 
-def test_adamw_is_torchs():
+@pytest.mark.parametrize(
+    "kind, own",
+    [(kind, {"betas": (0.8, 0.99)}) for kind in ("Adam", "AdamW", "RAdam")] + [("RMSprop", {"alpha": 0.99, "momentum": 0.9})],
+)
+def test_other_optimizers_are_torchs(kind, own):
     """Also from saved buffers and steps on."""
-    given = SGD(kind="adamw", lr=0.01, weight_decay=1e-2, betas=(0.8, 0.99))
-    whole = reference(lambda net: torch.optim.AdamW(net.parameters(), 0.01, (0.8, 0.99), weight_decay=1e-2))
+    given = SGD(kind=kind.lower(), lr=0.01, weight_decay=1e-2, betas=(0.8, 0.99))
+    whole = reference(lambda net: getattr(torch.optim, kind)(net.parameters(), 0.01, weight_decay=1e-2, **own))
     torch.testing.assert_close(stepped(given), whole)
     torch.manual_seed(0)
     trained = Context().wrap(nets.build("vgg_digits").double(), given, {}, Training())
@@ -178,6 +182,10 @@ def test_averaged_statistics_of_processes_are_combined_as_those_of_one():
         ("phases.search.optimizer={lr: 0.1, momentum: 0.0, nesterov: true}", "nesterov needs a momentum above 0"),
         ("phases.finetune.label_smoothing=1.0", r"'phases\.finetune\.label_smoothing': input should be less than 1"),
         ("phases.distillation.weight=0", r"'phases\.distillation\.weight': input should be greater than 0"),
+        (
+            "phases.search.optimizer={lr: 0.1, kind: lamb}",
+            r"input should be 'sgd', 'rmsprop', 'adam', 'adamw' or 'radam', found 'lamb'",
+        ),
         ("architecture.optimizer={lr: 0.1, kind: adamw}", r"'architecture': 'optimizer\.kind': alpha takes sgd"),
         ("data.augmentation.erasing=0.1 data.decode=cuda", "done by loader processes; set decode to cpu"),
         (
