@@ -68,13 +68,15 @@ def table(found: Comparison) -> Table:
         )
         who += ["-"] * (max(len(keys), 1) - len(who))
         many = f"{len(row.finished)}" if not row.unfinished else f"{len(row.finished)} of {len(row.runs)}"
+        folders = ", ".join(where(run.folder, found) for run in row.runs)
+        many = style.words(folders if many == "1" else f"{many}: {folders}", 60)
         cells = [_mean(row, name, text.percents) for name in ("accuracy", "top5")]
         for key in ("macs", "params"):
             cells += [_mean(row, key, text.spread), _mean(row, f"{key}_ratio", lambda mean, std: text.percents(mean, std, 1))]
         time = _mean(row, "seconds", lambda mean, std: text.duration(mean))
-        lines.append([*map(text.printable, who), many, *cells, time, _judged(row, found)])
+        lines.append([*map(text.printable, [*who, many]), *cells, time, _judged(row, found)])
     front = [number for number, row in enumerate(found.rows) if row in found.front]
-    return Table("comparison", "The runs", [*(keys or ["run"]), "runs", *head], lines, front)
+    return Table("comparison", "The runs", [*(keys or ["name"]), "runs", *head], lines, front, stacks=True)
 
 
 def _judged(row: Row, found: Comparison) -> str:

@@ -85,7 +85,7 @@ class Published:
         columns = [column for column in HEADS if column in self.columns or column == "epochs"]
         body = [[row.label, *(row.cell(column) for column in columns)] for row in rows]
         head = ["method, penalty weight", *map(self.head, columns)]
-        return Table("published", f"Among the published rows of {self.title}", head, body, own)
+        return Table("published", f"Among the published rows of {self.title}", head, body, own, stacks=True)
 
 
 @dataclass(frozen=True)

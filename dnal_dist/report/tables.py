@@ -13,7 +13,8 @@ from dnal_dist.report.records import Run
 
 @dataclass(frozen=True)
 class Table:
-    """A table in words, the first column naming the rows. name: its class on the page; own: numbers of the rows to stand out."""
+    """A table in words, the first column naming the rows. name: its class on the page; own: numbers of the rows to stand out;
+    stacks: on a narrow page each row's cells stand below one another."""
 
     name: str
     label: str
@@ -21,6 +22,7 @@ class Table:
     rows: list[list[str]]
     own: Collection[int] = ()
     size: str = ""
+    stacks: bool = False
 
     @property
     def columns(self) -> list[int]:

@@ -24,6 +24,8 @@ from dnal_dist.training.usage import Clock
 
 # Classes whose accuracies are recorded one by one.
 MOST_CLASSES = 50_000
+# A search of so many records of metrics, or fewer, has its gates in each of them.
+FRAMES = 100
 
 
 def training_batches(run: Run, fill: bool = True) -> Generator[Fed]:
@@ -83,6 +85,7 @@ def optimise(run: Run, batches: Generator[Fed], take_step: Callable[..., Outcome
             if position.step % recipe.tracking.log_every == 0 or ends_epoch(run, total):
                 result = metrics.record(trained, rate, total, position.step / per_epoch, pace)
                 run_log.progress(position.step, result)
+                _record_frame(run, total)
             if _checkpoint_is_due(run) and not ends_epoch(run, total):
                 _save(run, trained, metrics, clock)
     except Stopped as stopped:
@@ -210,6 +213,12 @@ def record_gates(run: Run, delta: float) -> None:
         by_site={site: torch.histc(part, 10, 0, 1).int().tolist() for site, part in run.supernet.by_site(gates).items()},
         open={site: int(part.sum()) for site, part in run.supernet.by_site(kept).items()},
     )
+
+
+def _record_frame(run: Run, total: int) -> None:
+    """Record the gates of a search of `total` iterations with the metrics if it is short, for the report to go through them."""
+    if run.state.phase == "search" and total <= FRAMES * run.recipe.tracking.log_every and not ends_epoch(run, total):
+        record_gates(run, delta_at(run, run.state.step - 1))
 
 
 def class_counts(run: Run, labels: Tensor) -> list[int]:

@@ -4,6 +4,8 @@ import pytest
 from made_up import numbers_in
 from paged import RUNS
 
+from dnal_dist.report import comparison, comparison_files
+
 # Beside the other tests of pages, which are made once.
 pytestmark = pytest.mark.xdist_group("pages")
 
@@ -98,6 +100,19 @@ def test_every_run_fits_both_widths_and_both_schemes_can_be_read(opened, pages, 
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(FAINT) == []
     assert page.locator(".plot svg").count() > 0
+
+
+def test_a_comparison_names_its_runs_and_fits_both_widths(opened, sweep):
+    """Its tables too, none of which is to be scrolled sideways."""
+    comparison_files.write(comparison.compare([sweep]), sweep)
+    page = opened(sweep / "comparison.html")
+    for width, scheme in ((1280, "dark"), (1280, "light"), (400, "light"), (400, "dark")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)")
+        assert page.evaluate(FAINT) == []
+        assert page.locator("table.comparison", has_text="3: 0.0001-0, 0.0001-1, 0.0001-2").is_visible()
 
 
 def test_the_page_may_ask_for_nothing(opened, pages):
