@@ -37,14 +37,15 @@ def print_table(run: str | Path | Run, console=None) -> None:
     run = run if isinstance(run, Run) else load(run)
     say = printer(console)
     result = records.result_of(run)
-    rows = words.rows(result)
+    place = published.place(run, result)
+    rows = words.rows(result, place is not None)
     width = max(len(label) for label, _ in rows)
     say((text.printable(run.name), "bold"))
     for label, value in rows:
         say(f"{label:<{width}}   ", (value, "bold"))
     if (run.folder / "report.html").exists():
         say(f"{'report':<{width}}   {run.folder / 'report.html'}")
-    if place := published.place(run, result):
+    if place:
         _print_place(place, say)
     if not result["finished"]:
         say((words.where(run), "yellow"))

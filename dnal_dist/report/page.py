@@ -14,15 +14,15 @@ PRECISIONS = {"bfloat16": "bf16", "float16": "fp16"}
 
 def html(run: Run, result: dict, embedded: dict[str, dict]) -> str:
     """The page: one file that needs no network. embedded: the run's figures as `style.embed` gives them."""
-    numbers = explorer.numbers(run)
+    numbers, shared = explorer.numbers(run), _shared(run, result)
     return templates.render(
         "report.html",
-        **_shared(run, result),
+        **shared,
         tiles=_tiles(run, result),
         explored=explorer.section(run, numbers) if numbers else None,
         spans=", ".join(f"{phase} {first + 1:,} to {last:,}" for phase, first, last in records.spans(run)),
         figures=embedded,
-        cost=tables.cost(result),
+        cost=tables.cost(result, shared["place"] is not None),
         latency=tables.latency(result),
         starts=tables.starts(run),
         receipts=tables.receipts(run),
@@ -34,11 +34,12 @@ def html(run: Run, result: dict, embedded: dict[str, dict]) -> str:
 def markdown(run: Run, result: dict, drawn: list[str]) -> str:
     """The report as Markdown that GitHub renders. drawn: the figures that are in RUN/plots."""
     sites, kept = records.channels(run)
+    shared = _shared(run, result)
     fate = "kept" if run.last("prune") else "have gates above the threshold so far"
     return templates.render(
         "report.md",
-        **_shared(run, result),
-        results=Table("", "", ["", "value"], [list(row) for row in words.rows(result)]),
+        **shared,
+        results=Table("", "", ["", "value"], [list(row) for row in words.rows(result, shared["place"] is not None)]),
         titles={name: figures.TITLES[name] for name in drawn},
         channels=tables.channels(run),
         kept=f"{sum((kept or {}).values()):,} of {sum(sites.values()):,} channels in {len(sites):,} layers {fate}",

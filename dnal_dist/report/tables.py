@@ -64,16 +64,16 @@ def classes(run: Run) -> Table:
     return Table("classes", "Accuracy of each class", head, rows, size="short")
 
 
-def cost(result: dict) -> Table:
-    """Exact numbers of the full and of the compact network by both rules."""
-    columns = [(rule, key) for rule in ("exact", "paper") for key in ("macs", "params")]
+def cost(result: dict, published: bool) -> Table:
+    """Exact numbers of the full and of the compact network; published: by the paper's rule too."""
+    columns = [(rule, key) for rule in ("exact", "paper")[: 1 + published] for key in ("macs", "params")]
     networks = {which: result[which] for which in ("full", "compact") if which in result}
     costs = {which: [cost.get(rule, {}).get(key) for rule, key in columns] for which, cost in networks.items()}
     rows = [[which, *("" if value is None else f"{value:,}" for value in values)] for which, values in costs.items()]
     if len(rows) == 2:
         pairs = zip(*costs.values(), strict=True)
         rows.append(["compact / full", *(percent(b / a, 2) if a and b is not None else "" for a, b in pairs)])
-    head = ["network", "MACs", "parameters", "MACs (paper)", "parameters (paper)"]
+    head = ["network", "MACs", "parameters", *(["MACs (paper)", "parameters (paper)"] if published else [])]
     return Table("cost", "Cost of the full and of the compact network", head, rows)
 
 

@@ -94,12 +94,13 @@ def latency(row: dict, device: str) -> str:
     return f"{full} -> {compact}, {faster(row)} on {device}"
 
 
-def rows(result: dict) -> list[tuple[str, str]]:
+def rows(result: dict, published: bool) -> list[tuple[str, str]]:
+    """What a run came to, label and value. published: costs by the paper's rule too, for its rows to be compared."""
     order = [*PHASES, *(phase for phase in result["accuracy"] if phase not in PHASES)]
     accuracies = [(phase, result["accuracy"][phase]) for phase in order if phase in result["accuracy"]]
     rows = [(f"accuracy {when(result, phase)}", percent(value, 2)) for phase, value in accuracies]
     for key, words in (("macs", "MACs"), ("params", "parameters")):
-        for rule in ("exact", "paper"):
+        for rule in ("exact", "paper")[: 1 + published]:
             full, compact = (result.get(which, {}).get(rule, {}).get(key) for which in ("full", "compact"))
             label = words if rule == "exact" else f"{words} (paper's rule)"
             if full and compact is not None:

@@ -1,6 +1,8 @@
 """What the user's Accelerate config asks for is done, or refused with the remedy."""
 
+import os
 import re
+import subprocess
 import sys
 
 import psutil
@@ -205,3 +207,18 @@ def test_micro_batches_that_do_not_fit_are_refused(limit, accumulation):
     data = Data(train="t", val="v", image_size=8, global_batch=64, per_device_batch_limit=limit)
     with pytest.raises(InputError, match=r"gradient_accumulation_steps \d.*'data\.per_device_batch_limit'"):
         context.accumulation_steps(data)
+
+
+def test_a_broken_deepspeed_is_named_in_a_line_and_a_broken_wandb_in_a_warning(digits, tmp_path):
+    """Installed, but their imports fail: of DeepSpeed where ZeRO is asked for."""
+    for name in ("deepspeed", "wandb"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('no library for {name}')")
+    shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar", f"output={tmp_path}/run")
+    environment = {**os.environ, **ZERO, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "dnal_dist.train", "recipes/digits.yaml", *shards]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (error,) = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert "warning: W&B did not start; the run goes on without it (no library for wandb)" in ended.stdout
+    assert re.match(r"error: .*DeepSpeed, which cannot be imported \(no library for deepspeed\): pip install .*ddp\.yaml", error)

@@ -149,6 +149,13 @@ def test_a_run_stands_where_the_papers_rule_puts_it(tmp_path):
     assert len(place.rows) == ROWS["vgg16_cifar"] + 1 and not place.differences
 
 
+def test_the_papers_rule_stands_only_where_its_rows_do(tmp_path):
+    for network, there in (("vgg16_cifar", True), ("vgg_digits", False)):
+        folder = run_of(tmp_path / network, network)
+        shown = page_of(folder), table_of(folder), (folder / "report.md").read_text()
+        assert [bool(re.search(r"paper(&.39;|')s rule|\(paper\)", one)) for one in shown] == [there] * 3, network
+
+
 def test_page_and_table_state_both_counts_and_the_published_rows(tmp_path):
     page, table = page_of(run_of(tmp_path)), table_of(tmp_path)
     text = " ".join(" ".join(Tags(page).text).split())

@@ -55,7 +55,7 @@ def test_a_running_phase_is_not_shown_as_done(tmp_path):
     records = made_up_run()
     ends = next(i for i, r in enumerate(records) if r["kind"] == "phase" and r["phase"] == "search")
     assert "accuracy so far in search   95.00 %" in table_of(save(tmp_path, records[:ends]))
-    assert "accuracy after search       95.00 %" in table_of(save(tmp_path, records[: ends + 1]))
+    assert "accuracy after search     95.00 %" in table_of(save(tmp_path, records[: ends + 1]))
 
 
 @pytest.mark.parametrize("tail", [b'{"kind": "tr', b'{"name": "\xc3', b"\0\0\0\n", b"\n\n"], ids=["json", "utf8", "nul", "blank"])
@@ -131,14 +131,14 @@ def test_table_is_plain_and_uncut_where_there_is_no_terminal(tmp_path):
     page_of(folder)
     table = table_of(folder)
     for line in (
-        "accuracy after pretrain     97.00 %",
-        "accuracy after pruning      93.00 %",
-        "accuracy after finetune     99.44 %",
-        "MACs                        2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
-        "parameters                  287 k -> 28.2 k, 9.8 %, 10.2x fewer",
-        "channels kept               5 of 40, 12.5 %",
-        "time                        1 min 30 s",
-        f"report                      {folder / 'report.html'}",
+        "accuracy after pretrain   97.00 %",
+        "accuracy after pruning    93.00 %",
+        "accuracy after finetune   99.44 %",
+        "MACs                      2.42 M -> 0.281 M, 11.6 %, 8.6x fewer",
+        "parameters                287 k -> 28.2 k, 9.8 %, 10.2x fewer",
+        "channels kept             5 of 40, 12.5 %",
+        "time                      1 min 30 s",
+        f"report                    {folder / 'report.html'}",
         f"WARNING: {message}",
     ):
         assert f"{line}\n" in table

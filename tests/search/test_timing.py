@@ -98,7 +98,7 @@ def test_a_run_keeps_to_its_latency(train_here, digits, tmp_path):
     assert latency["least"] <= latency["used"] <= latency["most"] == latency["full"] // 2
     rows = [
         value
-        for label, value in words.rows(reported.summary(tmp_path / "run") | {"untrained": False, "ended": set()})
+        for label, value in words.rows(reported.summary(tmp_path / "run") | {"untrained": False, "ended": set()}, False)
         if label == "budget"
     ]
     assert len(rows) == 2 and "as predicted" in rows[1]
@@ -111,7 +111,7 @@ def with_table(train_here, digits, tmp_path, **target):
     ended = train_here(*arguments(digits, tmp_path / "run", *SHORT, f"architecture.target={{{asked}}}"))
     (pruned,) = records(tmp_path / "run", "prune")
     found = reported.summary(tmp_path / "run") | {"untrained": False, "ended": set()}
-    return ended, pruned, [value for label, value in words.rows(found) if label == "budget"]
+    return ended, pruned, [value for label, value in words.rows(found, False) if label == "budget"]
 
 
 @pytest.mark.parametrize("target", [{"latency": "0.5x"}, {"latency": "120us", "params": "0.99x"}])
