@@ -17,9 +17,10 @@ from dnal_dist.data.order import order
 from dnal_dist.data.pipeline import Batch, Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
+from dnal_dist.distributed.wrapper import SLIM
 from dnal_dist.export import latency
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
-from dnal_dist.search import schedule, selection
+from dnal_dist.search import schedule, selection, taylor
 from dnal_dist.training import phases, setup
 
 # Rates of pretrain, search and finetune alike.
@@ -223,8 +224,14 @@ class Bench:
         last = (3 * macs + taught) * (settings.finetune.steps if finetune is None else finetune)
         if method in SEARCHED:
             search = settings.search
-            gates = schedule.architecture_steps(search.steps, search.weight_steps, search.architecture_steps)
-            return batch * (full * (3 * (first + search.steps - gates) + 2 * gates) + taught * search.steps + last)
+            searched, left = 0.0, 1.0
+            for step in range(search.steps):
+                if method == "taylor" and (number := taylor.due(step, search.steps, search.cycle)) is not None:
+                    share = macs / full
+                    left = 1.0 if share ** (number / taylor.ROUNDS) > SLIM else share ** (number / taylor.ROUNDS)
+                is_gates = schedule.is_architecture_step(step, search.weight_steps, search.architecture_steps)
+                searched += left * (2 if is_gates else 3)
+            return round(batch * (full * (3 * first + searched) + taught * search.steps + last))
         return batch * (3 * full * first * (method in PRUNED) + last)
 
 

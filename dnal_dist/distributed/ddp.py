@@ -52,6 +52,11 @@ class Replicated(Trained):
         if own is not None:
             self.module.forward = own
 
+    def slim(self, keep):
+        super().slim(keep)
+        if self.options.cuda_graphs:  # they are those of the channels before
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
     def forward(self, network, images, gates=None):
         mixed = self.options.dtype != torch.float32
         with torch.autocast(self.options.device.type, self.options.dtype, enabled=mixed):

@@ -25,12 +25,7 @@ def check_exact(network: "GatedNetwork", seed: int = 0) -> float:
     returns the difference of the logits relative to their size. Raises InputError if it is above EXACT. The network is left as it
     was."""
     generator = torch.Generator().manual_seed(seed)
-    double = copy.deepcopy(network).cpu().double().eval()
-    for name, tensor in [*double.named_parameters(), *double.named_buffers()]:
-        # A weight near zero, as some networks begin with, would hide what it multiplies.
-        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
-        if small and "running_var" not in name:
-            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
+    double = revealing(network, generator, torch.float64)
     keep = torch.rand(network.num_gates, generator=generator) < 0.5
     masks = [rescue(double, keep)[0]]
     if network.branches:  # and with one site of every branch closed
@@ -43,6 +38,17 @@ def check_exact(network: "GatedNetwork", seed: int = 0) -> float:
     return max(_difference(network, double, mask, images[2 * i :]) for i, mask in enumerate(masks))
 
 
+def revealing(network: "GatedNetwork", generator: torch.Generator, dtype: torch.dtype) -> "GatedNetwork":
+    """A copy in eval mode, on the CPU, to whose output each of its parts adds something."""
+    found = copy.deepcopy(network).cpu().to(dtype).eval()
+    for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
+        # A weight near zero, as some networks begin with, would hide what it multiplies.
+        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
+        if small and "running_var" not in name:
+            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
+    return found
+
+
 def _difference(network: "GatedNetwork", double: "GatedNetwork", keep: Tensor, images: Tensor) -> float:
     """Of the last image, which the network takes alone; of all where it does not treat an image as it would by itself."""
     name = type(network.own).__name__
@@ -52,7 +58,7 @@ def _difference(network: "GatedNetwork", double: "GatedNetwork", keep: Tensor, i
         with contextlib.suppress(*FAULTS):
             masked = double(images[-1:], keep.double())
             if masked.dim() == 2 and found.shape == (len(images), masked.shape[1]):
-                difference = _apart(masked, found[-1:])
+                difference = apart(masked, found[-1:])
                 if difference <= EXACT:
                     return difference
         masked = double(images, keep.double())
@@ -61,7 +67,7 @@ def _difference(network: "GatedNetwork", double: "GatedNetwork", keep: Tensor, i
     except FAULTS as error:
         why = (str(error).splitlines() or [""])[0]
         raise InputError(f"{name} has no compact network: {type(error).__name__} {why}") from None
-    difference = _apart(masked, found)
+    difference = apart(masked, found)
     if not difference <= EXACT:
         raise InputError(
             f"{name}: its compact network differs from the masked one by {difference:.1e}; "
@@ -70,5 +76,5 @@ def _difference(network: "GatedNetwork", double: "GatedNetwork", keep: Tensor, i
     return difference
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))

@@ -23,6 +23,7 @@ from dnal_dist.nets.narrow import Beside, Narrow
 from dnal_dist.nets.narrowing import Narrowing
 from dnal_dist.nets.rules import RULES
 from dnal_dist.nets.sites import Gating, Ungated, freeze
+from dnal_dist.nets.slim import Slim
 from dnal_dist.nets.streams import Streams, exact, paper
 from dnal_dist.nets.tracing import Tracer, exported
 
@@ -80,7 +81,7 @@ class GatedNetwork(Beside):
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in self.graph.reached)
-        own["gates"] = Gates(list(self.gate_sites.values()))
+        own["gates"], own["slim"] = Gates(list(self.gate_sites.values())), None
         numbers = {path: self.gating.of_label[self.graph.points[path]] for path in sorted(self.graph.needed)}
         own["gated_paths"] = {path for path, own in numbers.items() if bool((own < self.num_gates).any())}
         for path in self.gated_paths:
@@ -97,6 +98,10 @@ class GatedNetwork(Beside):
                     raise InputError(f"{path} is a {name}, whose statistics would move in architecture steps; use nn.BatchNorm2d")
                 norm.__class__ = kind
 
+    def slim_to(self, keep: Tensor) -> None:
+        """Compute the channels of `keep`, bool (N,), alone wherever there are gates, from here on; those of others must be 0."""
+        self.__dict__["slim"] = None if keep.all() else Slim(self, keep)
+
     def get_submodule(self, target: str) -> nn.Module:
         return self.own.get_submodule(target)
 
@@ -108,7 +113,7 @@ class GatedNetwork(Beside):
     def forward(self, images: Tensor, gates: Tensor | None = None) -> Tensor:
         self.gates.set(gates)
         try:
-            logits = self.own(images)
+            logits = (self.own if gates is None or self.slim is None else self.slim)(images)
         finally:
             self.gates.set(None)
         if isinstance(logits, tuple | list):  # of auxiliary classifiers

@@ -29,9 +29,14 @@ class GatedBatchNorm(_BatchNorm):
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (N, {self.num_features}, ...), got {tuple(x.shape)}")
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        self._check_input_dim(x)
+    def forward(self, x: Tensor, gate: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """at: the channels that x has, if not all; statistics of others stay."""
         weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
+        if at is None:
+            self._check_input_dim(x)
+        else:
+            parts = (weight, bias, running_mean, running_var, gate)
+            weight, bias, running_mean, running_var, gate = (t if t is None else t.index_select(0, at) for t in parts)
         if gate is not None:
             weight, bias = (gate, torch.zeros_like(gate)) if weight is None else (weight * gate, bias * gate)
         elif weight is not None and running_mean is not None and running_mean.dtype != weight.dtype:
@@ -46,7 +51,11 @@ class GatedBatchNorm(_BatchNorm):
         if momentum is None:  # a plain mean over all batches
             momentum = 1 / max(1, int(self.num_batches_tracked)) if self.num_batches_tracked is not None else 0.0
         normalise = self.across if self.training and self.across is not None else F.batch_norm
-        return normalise(x, running_mean, running_var, weight, bias, batch, momentum, self.eps)
+        found = normalise(x, running_mean, running_var, weight, bias, batch, momentum, self.eps)
+        if at is not None and self.training and running_mean is not None and not self.again:
+            self.running_mean.index_copy_(0, at, running_mean)
+            self.running_var.index_copy_(0, at, running_var)
+        return found
 
 
 class Gates:

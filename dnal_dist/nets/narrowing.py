@@ -40,6 +40,8 @@ class Narrowing:
         self.written: set = set()
         self.constant: dict[torch.fx.Node, Tensor] = {}
         """What nodes give of which closed channels have left one number a channel, (1, channels, ...)."""
+        self.constants: dict[str, torch.fx.Node] = {}
+        """Those that the network has, by their names."""
 
     def build(self) -> Narrow:
         self._find_constants()
@@ -195,7 +197,7 @@ class Narrowing:
         if node in self.constant and node not in self.written:
             self.written.add(node)
             name = self._free_name(f"{self.graph.where(node)}.constant".lstrip("."))
-            self.tensors[name] = nn.Parameter(self.constant[node])
+            self.tensors[name], self.constants[name] = nn.Parameter(self.constant[node]), node
             self.steps.append(Step(node.name, "tensor", name, [], {}))
         return self.results.get(node) or Ref("images" if node is self.images else node.name)
 

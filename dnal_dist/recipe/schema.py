@@ -203,6 +203,10 @@ class Training(Section):
     cuda_graphs: bool = True
     """On a GPU, the passes of a step run as one CUDA graph where this can be: in a single process without torch.compile, activation
     checkpointing, float16 and micro-batches. Kernels need not wait for Python then."""
+    skip_closed: bool = True
+    """In a search by criterion taylor, channels that have closed are computed no more. Without effect on FSDP2 and ZeRO-3, which
+    share out the parameters, with `compile` and `activation_checkpointing`, and for networks that draw random numbers (dropout,
+    stochastic depth)."""
     cudnn_benchmark: bool = False
     """On a GPU, cuDNN times its algorithms when it first meets a convolution, and keeps the fastest: seconds to minutes at the
     first step of each phase, for a few percent in the others."""

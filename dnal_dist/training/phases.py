@@ -10,6 +10,7 @@ from dnal_dist.common.errors import InputError, reason, remedy
 from dnal_dist.common.phases import Phase
 from dnal_dist.common.span import attached, span, spanned
 from dnal_dist.data.device import Fed
+from dnal_dist.distributed.wrapper import Trained
 from dnal_dist.nets import compact
 from dnal_dist.search import schedule, signal, taylor
 from dnal_dist.search.penalty import Penalty
@@ -73,13 +74,13 @@ def search(run: Run, batches: Generator[Fed]) -> None:
     """Weights and architecture in turn, while delta grows and the gates harden."""
     settings, phase = run.recipe.architecture, run.recipe.phases.search
     total = phase.iterations(run.train.steps_per_epoch)
+    first = run.state.step
     penalty = Penalty(settings, phase, total, run.supernet, run.recipe.data.image_size, run.architecture, run.budget)
 
     def step_either(trained, step, images, labels, local_batch, accumulation) -> Outcome:
         delta = delta_at(run, step)
-        if run.architecture.hard and (number := taylor.due(step, total, phase.cycle)) is not None:
-            size, round_to = run.recipe.data.image_size, settings.round_to
-            taylor.close(run.supernet, size, run.architecture, run.budget, number, round_to)
+        if run.architecture.hard:
+            begin_round(run, trained, step, step == first)
         if not schedule.is_architecture_step(step, phase.weight_steps, phase.architecture_steps):
             return weight_step(trained, images, labels, local_batch, run.architecture.gates(delta), accumulation)
         outcome = architecture_step(
@@ -105,6 +106,18 @@ def search(run: Run, batches: Generator[Fed]) -> None:
     optimise(run, batches, step_either)
     assert run.state.step == total
     enter(run, "prune")
+
+
+def begin_round(run: Run, trained: Trained, step: int, first: bool) -> None:
+    """Of criterion taylor: close channels if a round ends before the search's iteration `step`, and compute them no more. first:
+    whether it is the first one of this process."""
+    recipe, phase = run.recipe, run.recipe.phases.search
+    number = taylor.due(step, phase.iterations(run.train.steps_per_epoch), phase.cycle)
+    if number is not None:
+        round_to = recipe.architecture.round_to
+        taylor.close(run.supernet, recipe.data.image_size, run.architecture, run.budget, number, round_to)
+    if recipe.training.skip_closed and (first or number is not None):
+        trained.slim(run.architecture.alpha.detach() >= 0)
 
 
 def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float:

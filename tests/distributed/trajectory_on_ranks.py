@@ -200,6 +200,10 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             trained.set_rate(sgd.lr / (1 + count))
             if alpha.architecture.hard and phase == "search" and (number := taylor.due(step, steps, 2)) is not None:
                 taylor.close(net, SIDE, alpha.architecture, _budget(net), number, 1)
+                if context.backend != "single":  # which is what others are compared with
+                    trained.slim(alpha.architecture.alpha.detach() >= 0)
+                    parted = context.backend in ("fsdp2", "zero3")
+                    assert (trained.module.slim is None) == (parted or number < 4)
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)
             else:

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import SHORT, arguments, records
 
 from dnal_dist import nets, recipe
-from dnal_dist.nets import cost
+from dnal_dist.nets import compact, cost
+from dnal_dist.nets.slim import Slim
 from dnal_dist.recipe import ArchitectureSettings
 from dnal_dist.search import schedule, selection, signal, taylor
 from dnal_dist.search.architecture import Architecture
@@ -70,6 +72,22 @@ def test_hard_gates_are_exact_and_pass_their_gradient_on():
     assert gates.tolist() == [1, 1, 0] and architecture.alpha.grad.tolist() == [1, 2, 3]
     taylor.Squares(architecture).step()
     assert torch.allclose(architecture.alpha, torch.tensor([1.3, 4.0, -0.7]))
+
+
+def test_closed_channels_are_computed_no_more_and_the_result_is_the_same(train_here, digits, tmp_path, monkeypatch):
+    passes = []
+    forward = Slim.forward
+    monkeypatch.setattr(Slim, "forward", lambda self, images: passes.append(len(images)) or forward(self, images))
+    own = ["architecture.criterion=taylor", "architecture.target.macs=0.2x", "phases.search.steps=24"]
+    found = {}
+    for skips in (False, True):
+        run = tmp_path / str(skips)
+        ended = train_here(*arguments(digits, run, *SHORT, *own, f"training.skip_closed={str(skips).lower()}"))
+        assert ended.code == 0, ended.err
+        found[skips] = records(run, "prune")[0]["mask"], compact.load(run / "compact").state_dict(), len(passes)
+    (mask, weights, none), (own_mask, own_weights, some) = found.values()
+    assert none == 0 < some < 24 and own_mask == mask
+    assert all(torch.allclose(tensor, own_weights[name], atol=1e-4) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize(("steps", "cycle"), [(1, 2), (7, 2), (60, 2), (64, 4), (1000, 2)])
