@@ -100,7 +100,10 @@ def entry(folder: Path, queued: dict[str, str] | None = None) -> dict:
         if state == "broken":
             facts["why"] = str(error)
             if job and not (folder / "metrics.jsonl").exists():
-                facts["why"] = f"job {job} was submitted, but has left no record and is not in the queue: see its log"
+                facts["why"] = (
+                    f"job {job} was submitted, but has left no record and is not in the queue: see its log, or that of the "
+                    "pretrain it waited for"
+                )
     if (saved := _saved(folder)) is not None:
         facts["checkpoint_age"] = round(max(0.0, time.time() - saved), 1)
     return {key: value for key, value in facts.items() if value is not None}

@@ -38,7 +38,8 @@ class Training:
             lines.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
 
     def train(self) -> None:
-        edges = [(phase, step) for phase in PHASES for step in range(1, self.recipe["phases"][phase]["steps"] + 1)]
+        phases = PHASES[:1] if "--until" in sys.argv else PHASES
+        edges = [(phase, step) for phase in phases for step in range(1, (self.recipe["phases"][phase].get("steps") or 0) + 1)]
         checkpoints, log = self.run / "checkpoints", self.run / "metrics.jsonl"
         saved = sorted(folder.name for folder in checkpoints.iterdir())
         done = int(saved[-1].split("-")[1]) if saved else 0
@@ -61,6 +62,9 @@ class Training:
                 self.record("stop", phase=phase, step=step, reason=reason)
                 print(f"stopped ({reason}) in {phase} after {step} steps", file=sys.stderr)
                 sys.exit(STOPPED)
+        if phases != PHASES:
+            (checkpoints / f"step-{len(edges):08d}-search").mkdir()
+            return
         self.record("end")
 
 

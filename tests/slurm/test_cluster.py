@@ -279,6 +279,24 @@ def test_a_run_that_fails_is_not_tried_again(cluster, changes, stand_in, tmp_pat
     assert job.log.count("attempt 1") == 1
 
 
+def test_a_shared_pretrain_that_fails_keeps_no_run_waiting(cluster, changes, stand_in, tmp_path):
+    """And the same command begins with it again."""
+    sweep, grid = tmp_path / "grid.yaml", tmp_path / "grid"
+    sweep.write_text(f"recipe: {RECIPE}\noutput: {grid}\nshare: pretrain\nvary: {{architecture.penalty_weight: [0.02]}}\n")
+    given = ("--skip-doctor", "--sweep", sweep, *changes, *stand_in)
+    runs = grid / "pretrain", grid / "penalty_weight=0.02"
+
+    def jobs() -> list[str]:
+        return [json.loads((run / "submit" / "jobs.jsonl").read_text().splitlines()[-1])["job"] for run in runs]
+
+    cluster.submit(*given, "data.train=nowhere/train-*.tar")
+    assert [cluster.ended(job) for job in jobs()] == ["FAILED", "CANCELLED"]
+    shown = cluster.run(sys.executable, "-m", "dnal_dist.runs", grid).stdout
+    assert shown.count("is not in the queue: see its log, or that of the pretrain it waited for") == 2
+    cluster.submit(*given)
+    assert [cluster.ended(job) for job in jobs()] == ["COMPLETED", "COMPLETED"]
+
+
 def test_a_launcher_that_is_not_there_ends_the_chain(cluster, changes, tmp_path):
     """As where an environment or a container was set up wrongly: the shell gives 127."""
     job = two_nodes(cluster, tmp_path / "run", changes, "--chain", "2", "--container", "no.sif", "--setup", "[ -z $UNSET ]")
