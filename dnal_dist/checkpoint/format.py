@@ -109,6 +109,8 @@ class RunState(Model):
     backend: str = "single"
     shards: dict[str, str] = {}
     """Digest of the shards of each set: a position in the stream means nothing over others."""
+    teacher: str | None = None
+    """Digest of the weights of a given teacher."""
     tracker_run: str | None = None
     """Name of the run in the tracker."""
     recipe: dict[str, Any] = {}

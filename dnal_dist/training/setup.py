@@ -62,6 +62,7 @@ def prepare(
         run = _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
         resumes = not begins and run.state.phase != "done"
         run.teacher = teacher.given(settings, classes, context) if resumes else taught_by
+        teacher.check_same(run, allowed)
         return run
     except BaseException:
         # Whoever catches this may start another run in the folder.

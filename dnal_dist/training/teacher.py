@@ -1,7 +1,7 @@
 """The network that search and finetune distil from: the run's own as its pretrain left it, or a given one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,19 @@ def given(settings: recipe.Recipe, classes: int, context: Context) -> nn.Module 
         network = pretrained.first_of_machine(context, lambda: _checked(distillation.teacher, settings, classes))
     pretrained.require_same(context, network, KEY, distillation.teacher)
     return network
+
+
+def check_same(run: Run, allowed: Sequence[str]) -> None:
+    """Raise InputError if the weights of a given teacher are not those that the run began with, unless its key is `allowed`."""
+    if run.teacher is None:
+        return
+    before, run.state.teacher = run.state.teacher, pretrained.digest(run.teacher)
+    if before not in (None, run.state.teacher) and not recipe.is_free("phases.distillation.teacher", set(allowed)):
+        raise InputError(
+            f"{KEY}: the weights of {run.recipe.phases.distillation.teacher} are not those that the run began with; put those "
+            "back, or remove the folder to start again (outside of SLURM: --allow-changed phases.distillation.teacher or "
+            "--overwrite)"
+        )
 
 
 def _checked(source: str, settings: recipe.Recipe, classes: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """What a recipe may add to the paper's steps: each option against its mathematics, and all of them in one run."""
 
+import json
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from dnal_dist.distributed.average import combined
 from dnal_dist.distributed.context import Context
 from dnal_dist.recipe import SGD, Constant, Distillation, Phase, Training
 from dnal_dist.search import schedule
-from dnal_dist.training import mixing, teacher
+from dnal_dist.training import mixing, pretrained, teacher
 from dnal_dist.training.objective import Objective
 from dnal_dist.training.steps import weight_step
 
@@ -258,12 +259,19 @@ def test_distillation_without_its_teachers_checkpoint_is_refused(digits, tmp_pat
     refused(train_here(*begin), "key 'phases.distillation': .*holds no checkpoint of pretrain's end")
 
 
-def test_a_given_teacher_of_another_network_is_learned_from(digits, tmp_path, train_here, finished):
+def test_a_given_teacher_of_another_network_is_learned_from(digits, tmp_path, train_here, finished, monkeypatch):
     """In a run that stops and resumes, and in a finetune alone."""
     shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar")
     taught = ["recipes/digits.yaml", *shards, *FEW, "model.name=resnet_digits", "phases.distillation.weight=1.0"]
     with_teacher = [*taught, f"phases.distillation.teacher={finished}", "phases.pretrain.steps=0", f"output={tmp_path}/run"]
-    assert train_here(*with_teacher, "--until", "search").code == 0 and train_here(*with_teacher).code == 0
+    assert train_here(*with_teacher, "--until", "search").code == 0
+    assert json.loads(next((tmp_path / "run").glob("checkpoints/*-prune/state.json")).read_text())["teacher"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "digest", lambda network: "of other weights")
+        refused(
+            train_here(*with_teacher), "key 'phases.distillation.teacher': the weights of .* are not those that the run began with"
+        )
+    assert train_here(*with_teacher).code == 0
     rows = {(r["phase"], r["step"]): r for r in records(tmp_path / "run", "train")}
     for phase in ("search", "finetune"):
         assert rows[phase, 1]["loss"] != pytest.approx(rows[phase, 1]["cross_entropy"], rel=1e-3)
