@@ -214,6 +214,23 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def test_averages_smoothing_and_distillation_do_no_harm(digits, tmp_path, train_here):
+    """In a real training of nine epochs. Eight seeds on one processor: 97.4 +- 0.7 % without, 97.1 +- 0.8 % with them; of seed 0
+    97.2 and 97.8 %. On a processor that rounds otherwise this is another seed, so two deviations are allowed."""
+    short = ("phases.pretrain.epochs=3", "phases.search.epochs=2", "phases.finetune.epochs=4", "architecture.penalty_weight=0.3")
+    short += ("model.width=0.5", "tracking.tracker=none", "tracking.plots=false", "tracking.latency_seconds=0")
+    options = [f"phases.{name}.label_smoothing=0.05" for name in ("pretrain", "search", "finetune")]
+    options += ["phases.pretrain.ema=0.95", "phases.finetune.ema=0.95", "phases.distillation={weight: 0.5, temperature: 2.0}"]
+    found = []
+    for number, more in enumerate(([], options)):
+        run = tmp_path / str(number)
+        shards = (f"data.train={digits}/train-*.tar", f"data.val={digits}/val-*.tar")
+        assert train_here("recipes/digits.yaml", *shards, *short, *more, f"output={run}").code == 0
+        found.append(records(run, "eval")[-1]["accuracy"])
+    plain, helped = found
+    assert plain > 0.95 and helped > plain - 0.016
+
+
 def test_pretrain_is_paid_once_for_two_runs_with_options(digits, tmp_path, train_here):
     """`--until pretrain` ends with 0; another run begins with its network, and so does one that begins with a finished run; the
     recorded loss is not the cross-entropy; the teacher's checkpoint stays."""
