@@ -200,7 +200,8 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             trained.set_rate(sgd.lr / (1 + count))
             if alpha.architecture.hard and phase == "search" and (number := taylor.due(step, steps, 2)) is not None:
                 taylor.close(net, SIDE, alpha.architecture, _budget(net), number, 1)
-                if context.backend != "single":  # which is what others are compared with
+                # One process on the CPU is what others are compared with.
+                if context.backend != "single" or context.device.type == "cuda":
                     trained.slim(alpha.architecture.alpha.detach() >= 0)
                     parted = context.backend in ("fsdp2", "zero3")
                     assert (trained.module.slim is None) == (parted or number < 4)

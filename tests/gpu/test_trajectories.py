@@ -12,7 +12,7 @@ BACKENDS = ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 # In float32 with TF32 off, relative to the norm of all weights or momentum of a phase.
 TOLERANCE = 1e-4
 TWO_GPUS = pytest.mark.skipif(gpus.count()[0] < 2, reason="needs two GPUs")
-PLAIN = ["vgg_digits:1:1:batch", "resnet_digits:1:1:batch:apart", "supernet_digits:2:1:fixed"]
+PLAIN = ["vgg_digits:1:1:batch", "vgg_digits:1:1:fixed:taylor", "resnet_digits:1:1:batch:apart", "supernet_digits:2:1:fixed"]
 MORE = [
     "vgg_digits:2:1:fixed:clip:parts:shared",
     "resnet_digits:1:1:batch:apart:checkpointing:last",
