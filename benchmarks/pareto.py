@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all images in full size, for longer")
     parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
     parser.add_argument("--docs", type=Path, help="only write the table and the plot into this folder")
+    parser.add_argument("--table", help="name of the table in the page, and of its plot (given with --given)")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -175,7 +176,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     found = [result for network in args.networks for result in results(args, network)]
-    write(found, args.docs or args.output, args.given)
+    write(found, args.docs or args.output, args.table if args.table is not None else "given" * args.given)
 
 
 if __name__ == "__main__":

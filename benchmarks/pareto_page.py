@@ -103,10 +103,10 @@ def _panel(found: list[dict], network: str, methods: list[str]) -> str:
     return "".join(parts)
 
 
-def write(found: list[dict], docs: Path, given: bool) -> None:
-    """The plot, and the table between its two marks in pareto.md, which is otherwise left alone. given: those of --given."""
-    begin, end = (mark.replace("table", "table, given") if given else mark for mark in MARKS)
-    (docs / ("pareto-given.svg" if given else "pareto.svg")).write_text(plot(found))
+def write(found: list[dict], docs: Path, name: str) -> None:
+    """The plot, and the table between its two marks in pareto.md, which is otherwise left alone. name: of one of several tables."""
+    begin, end = (mark.replace("table", f"table, {name}") if name else mark for mark in MARKS)
+    (docs / f"{'-'.join(filter(None, ('pareto', name)))}.svg").write_text(plot(found))
     page = docs / "pareto.md"
     text = page.read_text() if page.exists() else ""
     before, found_it, rest = text.partition(begin)
