@@ -32,7 +32,8 @@ def main() -> None:
     copy = "copy the packaged recipes, sweeps and Accelerate configs into a new folder"
     parser.add_argument("--copy", type=argument, metavar="FOLDER", help=copy)
     new = parser.add_argument_group("a first recipe for shards of your own")
-    new.add_argument("--new", type=argument, metavar="FILE", help="write a commented recipe that trains well as it stands")
+    written = "write a commented recipe that trains well as it stands, by default to the name of the shards' folder with .yaml"
+    new.add_argument("--new", nargs="?", type=argument, const=Path(), metavar="FILE", help=written)
     new.add_argument("--data", type=argument, metavar="FOLDER", help="the shards, with their index.json")
     new.add_argument("--model", metavar="NAME", help="the network, as model.name: timm:mobilenetv3_large_100, torchvision:resnet18")
     new.add_argument("--budget", default="0.3x", metavar="MACS", help="what it may cost, as architecture.target.macs (%(default)s)")
@@ -48,8 +49,9 @@ def main() -> None:
     if args.new:
         if not args.data or not args.model:
             parser.error("--new wants --data and --model")
-        write(args.new, draft(args.new.stem, args.data, args.model, args.budget, args.image_size, args.from_scratch))
-        print(f"{args.new}: read it, then: python -m dnal_dist.train {args.new}")
+        path = Path(f"{args.data.resolve().name}.yaml") if args.new == Path() else args.new
+        write(path, draft(path.stem, args.data, args.model, args.budget, args.image_size, args.from_scratch))
+        print(f"{path}: read it, then: python -m dnal_dist.train {path}")
         return
     if not args.recipe and not args.copy:
         parser.error("give a recipe, --schema, --describe, --copy or --new")
