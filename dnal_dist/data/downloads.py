@@ -38,7 +38,7 @@ def prefetcher(shards: Shards, order: GlobalOrder, workers: int) -> Prefetcher |
 
 def _needs(shards: Shards, order: GlobalOrder, once: bool, batch: int) -> Iterator[Need]:
     """Remote shards in the order in which they are needed from `batch` on; `once`: none of them again."""
-    left = set(shards.remote)
+    left = set(shards.remote) & order.shards()
     for position, shard in order.first_uses(batch):
         if shard in left:
             yield Need(position, *shards.remote[shard])

@@ -51,9 +51,13 @@ def order_by_class(labels: np.ndarray, shares: np.ndarray, seed: int, epoch: int
     shuffled = shuffled[labels[shuffled] >= 0]
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     held = np.split(by_class, np.cumsum(np.bincount(labels[shuffled], minlength=len(shares)))[:-1])
-    wanted = np.diff(np.round(np.cumsum(shares) * len(labels)), prepend=0).astype(int)
-    drawn = np.concatenate([np.resize(one, count) for one, count in zip(held, wanted, strict=True)])
+    drawn = np.concatenate([np.resize(one, count) for one, count in zip(held, _wanted(shares, len(labels)), strict=True)])
     return drawn[np.argsort(bits[len(labels) :], kind="stable")]
+
+
+def _wanted(shares: np.ndarray, samples: int) -> np.ndarray:
+    """How often an epoch of so many samples has each class."""
+    return np.diff(np.round(np.cumsum(shares) * samples), prepend=0).astype(int)
 
 
 def _bits(number: int, seed: int, epoch: int) -> np.ndarray:
@@ -113,6 +117,13 @@ class GlobalOrder:
             if not self.train:
                 return
             epoch, batch = epoch + 1, 0
+
+    def shards(self) -> set[int]:
+        """Those that some epoch has samples of."""
+        if self.labels is None:
+            return set(range(len(self.counts)))
+        drawn = (self.labels >= 0) & (_wanted(self.shares, self.samples)[self.labels] > 0)
+        return set(np.unique(self.shard_of(np.flatnonzero(drawn))).tolist())
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The sample numbers in the order of an epoch of training. With repeats, so many epochs share what one would have without,

@@ -162,9 +162,11 @@ class Shards:
         self.labels = np.concatenate([entry["labels"] for entry in self.entries])
         counts = np.bincount(self.labels[self.labels >= 0], minlength=0 if sampling == "balanced" else len(sampling))
         shares = np.ones(len(counts)) if sampling == "balanced" else np.array(sampling)
-        if len(shares) < len(counts) or not (total := (shares * (counts > 0)).sum()):
-            found = f"{len(sampling)} shares" if isinstance(sampling, list) else "no label"
-            raise InputError(f"key 'data.sampling': {found} for {len(counts)} classes of '{self.key}'; give one for each")
+        if len(shares) < len(counts):
+            found = f"{len(shares)} shares for {len(counts)} classes"
+            raise InputError(f"key 'data.sampling': {found} of '{self.key}'; give one for each")
+        if not (total := (shares * (counts > 0)).sum()):
+            raise InputError(f"key 'data.sampling': '{self.key}' has no labelled image of a class whose share is above 0")
         if missing := np.flatnonzero((counts == 0) & (shares > 0)).tolist():
             self.notes.append(f"key 'data.sampling': '{self.key}' has no image of {len(missing)} classes ({missing[0]}, ...)")
         if unusable := int((self.labels < 0).sum()):

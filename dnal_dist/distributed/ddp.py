@@ -53,8 +53,9 @@ class Replicated(Trained):
             self.module.forward = own
 
     def slim(self, keep):
+        before = self.module.slim
         super().slim(keep)
-        if self.options.cuda_graphs:  # they are those of the channels before
+        if self.options.cuda_graphs and self.module.slim is not before:  # they are those of the channels before
             self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def forward(self, network, images, gates=None):

@@ -21,7 +21,7 @@ from dnal_dist.distributed.average import Average
 from dnal_dist.distributed.batchnorm import replace_norms
 from dnal_dist.nets import cost
 from dnal_dist.nets.gate import segments
-from dnal_dist.nets.slim import is_exact
+from dnal_dist.nets.slim import why_not
 
 # Blocks with fewer parameters are gathered together by FSDP2 where nothing is said: each collective costs more time than they do.
 MIN_PARAMS = 100_000
@@ -112,17 +112,18 @@ class Trained:
         """
         raise NotImplementedError
 
-    def slim(self, keep: Tensor) -> None:
-        """From here on compute only the channels of `keep`, bool (N,), where there are gates: those of the others are 0. Nothing
-        changes where parameters are in parts, forward passes are compiled or computed again, and where it saves little or is not
-        exact."""
-        whole = self.options.backend in ("single", "ddp", "zero1", "zero2")
-        if not whole or self.options.compile or self.options.activation_checkpointing:
-            return
+    def why_not_slim(self, keep: Tensor) -> str | None:
+        """Why the channels of `keep`, bool (N,), cannot be computed alone; "" if little would be saved, None if they can."""
+        if self.options.backend in ("fsdp2", "zero3"):
+            return f"{self.options.backend} shares out the parameters"
+        if self.options.compile or self.options.activation_checkpointing:
+            return "of training.compile or activation_checkpointing"
         macs, full = (cost.count(self.plain, self.plain.image_size, mask).macs for mask in (keep.cpu(), None))
-        skips = macs <= SLIM * full and is_exact(self.plain, keep)
-        # Whatever was computed before, so that a resumed run computes the same.
-        self.module.slim_to(keep if skips else torch.ones_like(keep))
+        return "" if macs > SLIM * full else why_not(self.plain, keep) or None
+
+    def slim(self, keep: Tensor) -> None:
+        """From here on compute only the channels of `keep`, bool (N,), where there are gates: those of the others are 0."""
+        self.module.slim_to(keep)
 
     def passes(self, compute: Callable[..., NamedTuple], batch: int, inputs: tuple[Tensor, ...]) -> NamedTuple:
         """compute(*inputs): the passes of an architecture step, of a local batch of `batch` images, through self.module. What they

@@ -25,7 +25,12 @@ def check_exact(network: "GatedNetwork", seed: int = 0) -> float:
     returns the difference of the logits relative to their size. Raises InputError if it is above EXACT. The network is left as it
     was."""
     generator = torch.Generator().manual_seed(seed)
-    double = revealing(network, generator, torch.float64)
+    double = copy.deepcopy(network).cpu().double().eval()
+    for name, tensor in [*double.named_parameters(), *double.named_buffers()]:
+        # A weight near zero, as some networks begin with, would hide what it multiplies.
+        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
+        if small and "running_var" not in name:
+            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
     keep = torch.rand(network.num_gates, generator=generator) < 0.5
     masks = [rescue(double, keep)[0]]
     if network.branches:  # and with one site of every branch closed
@@ -36,17 +41,6 @@ def check_exact(network: "GatedNetwork", seed: int = 0) -> float:
     images = torch.randn(3, 3, network.image_size, network.image_size, generator=generator, dtype=torch.float64)
     # Three for what the compact network may hold of the two that its graph was read with; one is enough after that.
     return max(_difference(network, double, mask, images[2 * i :]) for i, mask in enumerate(masks))
-
-
-def revealing(network: "GatedNetwork", generator: torch.Generator, dtype: torch.dtype) -> "GatedNetwork":
-    """A copy in eval mode, on the CPU, to whose output each of its parts adds something."""
-    found = copy.deepcopy(network).cpu().to(dtype).eval()
-    for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
-        # A weight near zero, as some networks begin with, would hide what it multiplies.
-        small = tensor.is_floating_point() and (tensor.dim() <= 1 or float(tensor.abs().max()) < 1e-2)
-        if small and "running_var" not in name:
-            tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator))
-    return found
 
 
 def _difference(network: "GatedNetwork", double: "GatedNetwork", keep: Tensor, images: Tensor) -> float:

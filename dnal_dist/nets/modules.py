@@ -97,4 +97,5 @@ class Place(nn.Module):
             return part if out is None else out + part
         # In place of a copy, which keeps the memory's layout; index_add does not.
         out = _zeros(part, self.width) if out is None else out.clone()
+        part = part.to(out.dtype)  # autocast leaves constants in float32
         return out.index_add_(1, self.channels, part.expand(out.size(0), part.size(1), out.size(2), out.size(3)))

@@ -1,6 +1,8 @@
 """The passes of a gated network through its open channels only, as of slimmable networks (arXiv 1812.08928): parameters and running
 statistics stay whole, and each layer takes the part of them that is open."""
 
+import copy
+import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_dist.nets.checking import apart, revealing
+from dnal_dist.nets.checking import FAULTS, apart
 from dnal_dist.nets.gated import GatedBatchNorm
 from dnal_dist.nets.gated_modules import Gated, GatedConv2d, GatedLinear
 from dnal_dist.nets.graph import name_of
@@ -65,7 +67,7 @@ class PartOfNorm(nn.Module):
         return GatedBatchNorm.forward(self.own, x, self.own._dnal_gate if isinstance(self.own, Gated) else None, self.at)
 
 
-class Rest(nn.Module):
+class ConstantNorm(nn.Module):
     """What a BatchNorm gives, (1, channels, 1, 1), behind a convolution whose inputs are all closed; bias: what that one adds."""
 
     def __init__(self, norm: PartOfNorm, bias: Part | None):
@@ -73,8 +75,10 @@ class Rest(nn.Module):
         self.norm, self.bias = norm, bias
 
     def forward(self) -> Tensor:
-        zeros = self.norm.own.running_mean.new_zeros(2, len(self.norm.at), 1, 1)
-        return self.norm(zeros if self.bias is None else zeros + self.bias().view(1, -1, 1, 1))[:1]
+        own = self.norm.own
+        zeros = own.running_mean.new_zeros(2, len(self.norm.at), 1, 1)
+        found = self.norm(zeros if self.bias is None else zeros + self.bias().view(1, -1, 1, 1))[:1]
+        return found if own.weight is None else found.to(own.weight.dtype)
 
 
 class Slim(nn.Module):
@@ -93,13 +97,15 @@ class Slim(nn.Module):
                 layers[step.target] = self._part(net, step.target, found.called(step), used)
         steps = [step._replace(kind="module") if step.kind == "tensor" else step for step in found.steps]
         self.narrow = Narrow(steps, layers, {}, found.image_size)
-        self.others = [p for p in net.parameters() if p.requires_grad and id(p) not in used]
+        self.others = [p for p in net.parameters() if p.requires_grad and p.dim() and id(p) not in used]
         """Parameters of which nothing is open."""
         del self.narrowing
 
     def _part(self, net: "GatedNetwork", path: str, made: nn.Module | Tensor, used: set[int]) -> nn.Module:
         if isinstance(made, Place | Channels):
             return made.to(self.device)
+        if isinstance(made, nn.Dropout) and not made.p:
+            return nn.Identity()
         if path in self.narrowing.constants:
             return self._rest(net, path, used)
         if isinstance(made, Tensor):
@@ -113,19 +119,19 @@ class Slim(nn.Module):
             return PartOfNorm(own, self._cuts(f"{path}.running_mean", made.running_mean)[0])
         if type(own) in (nn.Conv2d, nn.Linear, GatedConv2d, GatedLinear) and isinstance(own, type(made)):
             return PartOfLayer(own, made.to("meta"), parts)
-        raise ValueError(f"{path} is a {type(made).__name__} of its own kind")
+        raise ValueError(f"{path} is a {type(made).__name__}, which is not supported")
 
-    def _rest(self, net: "GatedNetwork", name: str, used: set[int]) -> Rest:
+    def _rest(self, net: "GatedNetwork", name: str, used: set[int]) -> ConstantNorm:
         graph, node = self.narrowing.graph, self.narrowing.constants[name]
         behind, path = self.narrowing.nodes.reads[node][0], graph.where(node)
         if [name_of(node), name_of(behind)] != ["batch_norm", "conv2d"] or behind.meta["val"].dim() != 4:
             raise ValueError(f"{name} is what several operations leave")
-        made = {key: self.narrowing.cut(f"{path}.{key}") for key in ("weight", "bias", "running_mean")}
-        at = self._cuts(f"{path}.running_mean", made["running_mean"])[0]
-        for key in ("weight", "bias"):
-            self._of(f"{path}.{key}", made[key], used)
+        norm = net.get_submodule(path)
+        at = self._cuts(f"{path}.running_mean", self.narrowing.cut(f"{path}.running_mean"))[0]
+        for key in [key for key in ("weight", "bias") if getattr(norm, key) is not None]:
+            self._of(f"{path}.{key}", self.narrowing.cut(f"{path}.{key}"), used)
         bias = graph.tensor_of(argument_of(behind, "bias"))
-        return Rest(
+        return ConstantNorm(
             PartOfNorm(net.get_submodule(path), at), None if bias is None else self._of(bias, self.narrowing.cut(bias), used)
         )
 
@@ -149,25 +155,36 @@ class Slim(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits = self.narrow(images)
         # They have a gradient of 0, as where their channels are computed and closed.
-        return logits + sum(p.flatten()[:0].sum() for p in self.others) if self.others and torch.is_grad_enabled() else logits
+        return logits + sum(p[:0].sum() for p in self.others) if self.others and torch.is_grad_enabled() else logits
 
 
 @torch.no_grad()
-def is_exact(net: "GatedNetwork", keep: Tensor) -> bool:
-    """Whether the passes through the open channels `keep` of `net` give what all channels with closed gates give, as tried on two
-    images, and draw no random numbers."""
+def why_not(net: "GatedNetwork", keep: Tensor) -> str:
+    """Why passes through the open channels `keep` alone may not give what all channels with closed gates give; "" if they do, as
+    tried with random weights, and draw no random numbers. The answer depends on the network and the mask alone."""
     generator = torch.Generator().manual_seed(0)
-    tried, gates = revealing(net, generator, torch.float32), keep.cpu().float()
-    images = torch.randn(2, 3, net.image_size, net.image_size, generator=generator)
+    whole, gates = copy.deepcopy(net).cpu().float(), keep.cpu().float()
+    for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
+        if "running_var" in name:
+            tensor.fill_(1)
+        elif tensor.is_floating_point():
+            values = torch.empty_like(tensor).uniform_(0.1, 0.5, generator=generator)
+            size = tensor[0].numel() if tensor.dim() > 1 else 1
+            tensor.copy_(values if size == 1 else (values - 0.3) * 5 * size**-0.5)
+    slim = copy.deepcopy(whole)
+    images = torch.randn(8, 3, net.image_size, net.image_size, generator=generator)
     try:
-        tried.slim_to(keep)
-        found = tried(images, gates)
-    except (ValueError, RuntimeError):  # of a kind that is not handled
-        return False
-    tried.slim_to(torch.ones_like(keep))
-    same = apart(tried(images, gates), found) < TOLERANCE
-    before = torch.get_rng_state()
-    tried.train()(images, gates)
-    quiet = torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    return same and quiet
+        slim.slim_to(keep)
+        for training, most in ((False, TOLERANCE), (True, 10 * TOLERANCE)):
+            before = torch.get_rng_state(), random.getstate()
+            expected = whole.train(training)(images, gates)
+            drawn = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
+            torch.set_rng_state(before[0])
+            random.setstate(before[1])
+            if drawn:
+                return "the network draws random numbers"
+            if not apart(expected, slim.train(training)(images, gates)) < most:
+                return "it would not give the same"
+    except FAULTS as error:  # of a kind that is not supported
+        return str(error).split("\n")[0]
+    return ""

@@ -13,14 +13,15 @@ HIGH = 2.0
 BLIND = 0.2
 
 
-def add(sums: Tensor | None, gradient: Tensor) -> Tensor:
+def add(sums: Tensor | None, gradient: Tensor, counts: Tensor | None = None) -> Tensor:
     """`sums` (3, N), float32: number, mean, and sum of the squared distances from the mean, of the gradients (N,) so far; with one
-    more. A gradient that is not finite, of a step that is skipped, does not count."""
+    more, of the gates that it `counts` for, bool (N,). A gradient that is not finite, of a step that is skipped, does not count."""
     sums = torch.zeros(3, len(gradient), device=gradient.device) if sums is None else sums
     number, mean, spread = sums[0] + 1, sums[1], sums[2]
     off = gradient.float() - mean
     more = torch.stack([number, mean + off / number, spread + off * (off - off / number)])
-    return torch.where(gradient.isfinite().all(), more, sums)
+    finite = gradient.isfinite().all()
+    return torch.where(finite if counts is None else finite & counts, more, sums)
 
 
 def share(sums: Tensor) -> float:

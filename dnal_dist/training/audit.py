@@ -54,7 +54,7 @@ def audit(run: Path) -> int:
     covered = (len(receipts) - 1) * per_epoch + receipts[-1]["batches"]
     missing = last - covered if ended or last - covered >= per_epoch else 0
     console.print(
-        f"{covered} batches of {data.global_batch}, {dropped} samples left over in each epoch; "
+        f"{covered} batches of {data.global_batch}{f', {dropped} samples left over in each epoch' if order.is_plain else ''}; "
         + (f"[red]{faults} receipts are wrong" if faults else proven)
         + (f"; [red]the receipts of the last {missing} iterations are missing" if missing else "")
         + (f"; the last {last - covered} iterations are of an epoch that has not ended" if last > covered and not missing else "")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Generator
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -117,7 +118,13 @@ def begin_round(run: Run, trained: Trained, step: int, first: bool) -> None:
         round_to = recipe.architecture.round_to
         taylor.close(run.supernet, recipe.data.image_size, run.architecture, run.budget, number, round_to)
     if recipe.training.skip_closed and (first or number is not None):
-        trained.slim(run.architecture.alpha.detach() >= 0)
+        keep = run.architecture.alpha.detach() >= 0
+        # Processes that decided otherwise would wait for each other's statistics.
+        why = run.context.from_main(trained.why_not_slim(keep) if run.context.main else None)
+        if why:
+            run.log.explain(f"closed channels are computed on, because {why}")
+        # Whatever was computed before, so that a resumed run computes the same.
+        trained.slim(keep if why is None else torch.ones_like(keep))
 
 
 def penalty_weight(run: Run, penalty: Penalty, delta: float, step: int) -> float:
@@ -146,10 +153,11 @@ def check_signal(run: Run, gradient: Tensor, step: int, total: int) -> None:
     done, every = (schedule.architecture_steps(n, phase.weight_steps, phase.architecture_steps) for n in (step + 1, total))
     if done > signal.BATCHES:
         return
-    run.signal = signal.add(run.signal, gradient)
+    # What has closed by criterion taylor may have no gradient any more.
+    run.signal = signal.add(run.signal, gradient, run.architecture.alpha.detach() >= 0 if run.architecture.hard else None)
     if done < min(signal.BATCHES, every):
         return
-    batches, share = int(run.signal[0, 0]), signal.share(run.signal)
+    batches, share = int(run.signal[0].max()), signal.share(run.signal)
     run.signal = None
     run.log.record("signal", phase="search", step=step + 1, batches=batches, significant=round(share, 6))
     if blind := signal.blindness(run.recipe, share, batches):

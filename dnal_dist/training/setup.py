@@ -59,10 +59,11 @@ def prepare(
     opened = open_folder(folder, settings, context, overwrite, allowed)
     try:
         assert begins or opened.saved is not None
+        if not begins and opened.saved.state.phase != "done":
+            taught_by = teacher.given(settings, classes, context)
+        weights = teacher.checked(taught_by, settings, opened.saved, allowed)
         run = _opened_run(settings, context, opened, network, (train, val), budget, source, stops, allowed)
-        resumes = not begins and run.state.phase != "done"
-        run.teacher = teacher.given(settings, classes, context) if resumes else taught_by
-        teacher.check_same(run, allowed)
+        run.teacher, run.state.teacher = taught_by, weights
         return run
     except BaseException:
         # Whoever catches this may start another run in the folder.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dnal_dist import nets, recipe
 from dnal_dist.checkpoint import format as checkpoint
+from dnal_dist.checkpoint.format import Checkpoint
 from dnal_dist.common.errors import InputError, reason
 from dnal_dist.common.paths import expanded
 from dnal_dist.distributed.context import Context
@@ -46,17 +47,20 @@ def given(settings: recipe.Recipe, classes: int, context: Context) -> nn.Module 
     return network
 
 
-def check_same(run: Run, allowed: Sequence[str]) -> None:
-    """Raise InputError if the weights of a given teacher are not those that the run began with, unless its key is `allowed`."""
-    if run.teacher is None:
-        return
-    before, run.state.teacher = run.state.teacher, pretrained.digest(run.teacher)
-    if before not in (None, run.state.teacher) and not recipe.is_free("phases.distillation.teacher", set(allowed)):
+def checked(network: nn.Module | None, settings: recipe.Recipe, saved: Checkpoint | None, allowed: Sequence[str]) -> str | None:
+    """The digest of a given teacher. Raises InputError if its weights are not those that the saved run began with, unless its key
+    is `allowed`."""
+    before = None if saved is None else saved.state.teacher
+    if network is None:
+        return before
+    found = pretrained.digest(network)
+    if before not in (None, found) and not recipe.is_free("phases.distillation.teacher", set(allowed)):
         raise InputError(
-            f"{KEY}: the weights of {run.recipe.phases.distillation.teacher} are not those that the run began with; put those "
+            f"{KEY}: the weights of {settings.phases.distillation.teacher} are not those that the run began with; put those "
             "back, or remove the folder to start again (outside of SLURM: --allow-changed phases.distillation.teacher or "
             "--overwrite)"
         )
+    return found
 
 
 def _checked(source: str, settings: recipe.Recipe, classes: int) -> nn.Module:

@@ -11,7 +11,7 @@ from faulty import png, refused, write_tar
 
 from data_tools import index
 from dnal_dist.common.errors import InputError
-from dnal_dist.data import offsets
+from dnal_dist.data import downloads, offsets
 from dnal_dist.data import order as data_order
 from dnal_dist.data.order import GlobalOrder, order_with_locality
 from dnal_dist.data.pipeline import Decoder, Stream
@@ -152,6 +152,20 @@ def test_classes_have_their_share_of_each_epoch(uneven, sampling, wanted):
     assert batches[0] == batches[1] == batches[2]
 
 
+def test_shards_that_no_epoch_has_samples_of_are_not_waited_for(tmp_path):
+    """Of four shards, sorted by class, with classes that are never drawn, or too seldom for a single sample."""
+    for shard in range(4):
+        label = f"{shard}".encode()
+        write_tar(tmp_path / f"train-{shard}.tar", {f"{n}.{k}": c for n in range(8) for k, c in (("png", png(n)), ("cls", label))})
+    index.make(index.find([str(tmp_path)]), None, None, 1)
+    data = settings(tmp_path, val="-", global_batch=8, sampling=[0, 1, 1, 1e-6])
+    found = Shards(data.train, "data.train", 4, data)
+    # As if they were elsewhere.
+    found.remote = {number: (f"https://host/{number}.tar", 1, None) for number in range(4)}
+    needs = list(downloads._needs(found, GlobalOrder(found, data, 0, True), True, 0))
+    assert {need[1] for need in needs} == {"https://host/1.tar", "https://host/2.tar"}
+
+
 def test_a_batch_has_each_image_several_times_with_other_changes(digits):
     """As many epochs as there are repeats share one without."""
     augmentation = {"kind": "pad_crop", "padding": 3, "flip": True}
@@ -176,13 +190,14 @@ def test_orders_by_class_that_cannot_be_are_refused(uneven, digits, tmp_path, tr
     for folder, sampling, message in (
         (tmp_path, "balanced", "index.json has none of train-0.tar; `python -m data_tools.index .*` adds them"),
         (uneven, [1, 2], "2 shares for 3 classes of 'data.train'; give one for each"),
-        (uneven, [0, 0, 0], "3 shares for 3 classes"),
+        (uneven, [0, 0, 0, 1], "'data.train' has no labelled image of a class whose share is above 0"),
     ):
         data = settings(folder, val="-", global_batch=1, sampling=sampling)
         with pytest.raises(InputError, match=f"key 'data.sampling': .*{message}"):
             GlobalOrder(Shards(data.train, "data.train", 3, data), data, 0, True)
     refused(train("data.augmentation.repeats=7"), r"'data': 'augmentation\.repeats' \(7\) must divide global_batch")
     refused(train("data.sampling=balanced", "data.shuffle_shards=2"), "remove shuffle_shards, or sampling")
+    refused(train("data.sampling=[0,0]"), r"'data\.sampling': expected uniform, balanced, or a share for each class")
     refused(train("data.sampling=often"), r"'data\.sampling': expected uniform, balanced, or a share for each class")
 
 

@@ -202,9 +202,11 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
                 taylor.close(net, SIDE, alpha.architecture, _budget(net), number, 1)
                 # One process on the CPU is what others are compared with.
                 if context.backend != "single" or context.device.type == "cuda":
-                    trained.slim(alpha.architecture.alpha.detach() >= 0)
-                    parted = context.backend in ("fsdp2", "zero3")
-                    assert (trained.module.slim is None) == (parted or number < 4)
+                    keep = alpha.architecture.alpha.detach() >= 0
+                    why = trained.why_not_slim(keep)
+                    assert (why is None) == (context.backend not in ("fsdp2", "zero3") and "checkpointing" not in extras), why
+                    if why is None:
+                        trained.slim(keep)
             if phase == "search" and schedule.is_architecture_step(step, int(weight_steps), int(architecture_steps)):
                 outcome = _architecture_step(context, case, trained, alpha, batch, accumulation=parts, clip_norm=clip)
             else:
@@ -212,7 +214,9 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
                 outcome = _weight_step(context, case, trained, alpha, batch, gates, parts)
             found[f"{count:02d}.cross_entropy"] = context.sum_(outcome.cross_entropy.clone())
             count += 1
-        momentum, of_phase = _gathered(trained, network, phase, "sync" in extras or context.world_size == 1)
+        # What is computed no more has other statistics.
+        statistics = ("sync" in extras or context.world_size == 1) and "taylor" not in extras
+        momentum, of_phase = _gathered(trained, network, phase, statistics)
         found |= of_phase
         assert None not in getattr(trained, "graphs", {}).values(), f"{case}: a step of {phase} cannot be captured in a CUDA graph"
         left = _left_in_memory(trained)
