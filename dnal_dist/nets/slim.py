@@ -83,7 +83,7 @@ class ConstantNorm(nn.Module):
 
 class Slim(nn.Module):
     """The passes of `net` through the channels of `keep`, bool (N,). Raises ValueError where a layer is of a kind that is not
-    handled."""
+    supported."""
 
     def __init__(self, net: "GatedNetwork", keep: Tensor):
         super().__init__()
@@ -107,7 +107,7 @@ class Slim(nn.Module):
         if isinstance(made, nn.Dropout) and not made.p:
             return nn.Identity()
         if path in self.narrowing.constants:
-            return self._rest(net, path, used)
+            return self._constant(net, path, used)
         if isinstance(made, Tensor):
             return self._of(path, made, used)
         try:
@@ -121,7 +121,7 @@ class Slim(nn.Module):
             return PartOfLayer(own, made.to("meta"), parts)
         raise ValueError(f"{path} is a {type(made).__name__}, which is not supported")
 
-    def _rest(self, net: "GatedNetwork", name: str, used: set[int]) -> ConstantNorm:
+    def _constant(self, net: "GatedNetwork", name: str, used: set[int]) -> ConstantNorm:
         graph, node = self.narrowing.graph, self.narrowing.constants[name]
         behind, path = self.narrowing.nodes.reads[node][0], graph.where(node)
         if [name_of(node), name_of(behind)] != ["batch_norm", "conv2d"] or behind.meta["val"].dim() != 4:
@@ -131,9 +131,7 @@ class Slim(nn.Module):
         for key in [key for key in ("weight", "bias") if getattr(norm, key) is not None]:
             self._of(f"{path}.{key}", self.narrowing.cut(f"{path}.{key}"), used)
         bias = graph.tensor_of(argument_of(behind, "bias"))
-        return ConstantNorm(
-            PartOfNorm(net.get_submodule(path), at), None if bias is None else self._of(bias, self.narrowing.cut(bias), used)
-        )
+        return ConstantNorm(PartOfNorm(norm, at), bias and self._of(bias, self.narrowing.cut(bias), used))
 
     def _of(self, name: str, made: Tensor, used: set[int]) -> Part:
         own = self.narrowing.named.get(name)

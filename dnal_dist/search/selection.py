@@ -17,7 +17,7 @@ from dnal_dist.recipe import amount, duration
 from dnal_dist.search import timing
 from dnal_dist.search.timing import Table
 
-# Most masks that the exact step counts in looking for one inside the tolerance, beyond those that its first pass takes.
+# Most masks that the exact step counts beyond those of its first pass; a twentieth for latency, whose predictions take longer.
 TRIES = 4000
 # Share of a latency that may be left unused once it is measured: two measurements differ by more than the usual tolerance.
 MEASURED = 0.05
@@ -260,7 +260,7 @@ class Choice:
         seen, best, order = {counts}, counts, itertools.count()
         # Nearest to the target first, and few changes before many.
         queue = [(0.0, 0, counts, 0)]
-        while queue and len(seen) < TRIES:
+        while queue and len(seen) < (TRIES if self.target.latency is None else TRIES // 20):
             _, _, here, changes = heapq.heappop(queue)
             for site, step in itertools.product(range(len(here)), (1, -1)):
                 if not self.least[site] <= here[site] + step <= len(self.orders[site]):
