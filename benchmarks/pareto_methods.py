@@ -227,10 +227,9 @@ class Bench:
             searched, left = 0.0, 1.0
             for step in range(search.steps):
                 if method == "taylor" and (number := taylor.due(step, search.steps, search.cycle)) is not None:
-                    share = macs / full
-                    left = 1.0 if share ** (number / taylor.ROUNDS) > SLIM else share ** (number / taylor.ROUNDS)
+                    left = (macs / full) ** (number / taylor.ROUNDS)
                 is_gates = schedule.is_architecture_step(step, search.weight_steps, search.architecture_steps)
-                searched += left * (2 if is_gates else 3)
+                searched += (left if left <= SLIM else 1.0) * (2 if is_gates else 3)
             return round(batch * (full * (3 * first + searched) + taught * search.steps + last))
         return batch * (3 * full * first * (method in PRUNED) + last)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.nets.checking import FAULTS, apart
 from dnal_dist.nets.gated import GatedBatchNorm
-from dnal_dist.nets.gated_modules import Gated, GatedConv2d, GatedLinear
+from dnal_dist.nets.gated_modules import GatedConv2d, GatedLinear
 from dnal_dist.nets.graph import name_of
 from dnal_dist.nets.layer_rules import argument_of
 from dnal_dist.nets.modules import Channels, Place
@@ -51,7 +51,7 @@ class PartOfLayer(nn.Module):
         self.own, self.like, self.parts = own, like, nn.ModuleDict(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.own._dnal_gate if isinstance(self.own, Gated) else None
+        gate = getattr(self.own, "_dnal_gate", None)
         weight, bias = (self.parts[name](gate) if name in self.parts else None for name in ("weight", "bias"))
         return self.like._conv_forward(x, weight, bias) if isinstance(self.own, nn.Conv2d) else F.linear(x, weight, bias)
 
@@ -64,7 +64,7 @@ class PartOfNorm(nn.Module):
         self.own, self.at = own, at
 
     def forward(self, x: Tensor) -> Tensor:
-        return GatedBatchNorm.forward(self.own, x, self.own._dnal_gate if isinstance(self.own, Gated) else None, self.at)
+        return GatedBatchNorm.forward(self.own, x, getattr(self.own, "_dnal_gate", None), self.at)
 
 
 class ConstantNorm(nn.Module):
