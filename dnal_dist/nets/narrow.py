@@ -2,7 +2,8 @@
 that the graph was read from."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class Narrow(Beside):
             (holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers)[name.rpartition(".")[2]] = tensor
         last: dict[str, int] = {}
         for i, step in enumerate(steps):
-            for name in _names([step.args, step.kwargs]):
+            for name in names([step.args, step.kwargs]):
                 last[name] = i
         own["ends"] = [[] for _ in steps]
         for name, at in last.items():
@@ -129,7 +130,7 @@ class Narrow(Beside):
 
     def uses(self, name: str) -> int:
         """How often a result is an argument."""
-        return sum(_names([step.args, step.kwargs]).count(name) for step in self.steps)
+        return sum(names([step.args, step.kwargs]).count(name) for step in self.steps)
 
     def uses_of(self, step: Step) -> int:
         """How many steps have the module or tensor of this one."""
@@ -140,9 +141,10 @@ class Narrow(Beside):
         held, own = _holder(self, name)._parameters, name.rpartition(".")[2]
         held[own] = nn.Parameter(tensor, held[own].requires_grad)
 
-    def with_steps(self, steps: list[Step]) -> "Narrow":
-        """A network of other steps with modules and tensors of this one."""
-        layers, tensors = ({s.target: _named(self, s.target) for s in steps if s.kind == kind} for kind in ("module", "tensor"))
+    def with_steps(self, steps: list[Step], layers: Mapping[str, nn.Module] = MappingProxyType({})) -> "Narrow":
+        """A network of other steps with modules and tensors of this one, or of `layers`."""
+        layers = {s.target: layers.get(s.target) or _named(self, s.target) for s in steps if s.kind == "module"}
+        tensors = {s.target: _named(self, s.target) for s in steps if s.kind == "tensor"}
         return Narrow(steps, layers, tensors, self.image_size).train(self.training)
 
     def leaves(self) -> list[nn.Module]:
@@ -180,13 +182,13 @@ def _filled(argument, found: dict, images: tuple[torch.device, int]):
     return argument
 
 
-def _names(argument) -> list[str]:
+def names(argument) -> list[str]:
     """The results that an argument names."""
     if isinstance(argument, Ref):
         return [argument.name]
     if isinstance(argument, list | dict):
         parts = argument.values() if isinstance(argument, dict) else argument
-        return [name for part in parts for name in _names(part)]
+        return [name for part in parts for name in names(part)]
     return []
 
 
