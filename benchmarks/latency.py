@@ -4,9 +4,10 @@
     python benchmarks/latency.py --networks resnet56 --batch 1        one of them, one image at a time
     python benchmarks/latency.py --runtimes compile                   torch.compile, which takes minutes a network
 
-Columns: free, as pruning leaves it; whole, the same function as nets.whole writes it for deployment; free/8 and tied/8, with
-architecture.round_to 8; tied, with architecture.streams tied. Channels are drawn at random. Each is compared with the full network
-before it is timed. ONNX Runtime and OpenVINO are used where they are installed (pip install 'dnal-dist[openvino]').
+Columns: pruned, with free streams, as pruning leaves it; free, the same function as nets.whole writes it for deployment, and so are
+the others; tied, with architecture.streams tied; free/8 and tied/8, with architecture.round_to 8. Every runtime but PyTorch's own gets
+the form for deployment, of the full network too. Channels are drawn at random. Each is compared with the full network before it is
+timed. ONNX Runtime and OpenVINO are used where they are installed (pip install 'dnal-dist[openvino]').
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import nn
 from dnal_dist import nets
 from dnal_dist.export import latency
 from dnal_dist.nets import compact, cost
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.search import selection
 
 NETWORKS = {
@@ -34,11 +35,11 @@ NETWORKS = {
     "resnet56": ("resnet56_cifar", 32),
 }
 WAYS = {
-    "free": ("free", 1, False),
-    "whole": ("free", 1, True),
+    "pruned": ("free", 1, False),
+    "free": ("free", 1, True),
     "free/8": ("free", 8, True),
-    "tied": ("tied", 1, False),
-    "tied/8": ("tied", 8, False),
+    "tied": ("tied", 1, True),
+    "tied/8": ("tied", 8, True),
 }
 FRACTION = 0.25
 
@@ -52,14 +53,14 @@ def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.
         full = cost.count(network, image_size).macs
         made.setdefault("full", (compact.compact(network, torch.ones(network.num_gates, dtype=torch.bool)), 1.0))
         for way in (way for way in ways if WAYS[way][0] == streams):
-            _, round_to, is_whole = WAYS[way]
+            _, round_to, is_deployed = WAYS[way]
             target = selection.Budget("macs", int(0.96 * FRACTION * full), int(FRACTION * full), full)
             strength = torch.rand(network.num_gates, generator=torch.Generator().manual_seed(1))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of rescued channels
                 keep = selection.select(network, image_size, strength, target, round_to)
                 small = compact.compact(network, keep)
-                module = whole(small) if is_whole else small
+                module = deployed(small) if is_deployed else small
             images = torch.randn(2, 3, image_size, image_size)
             with torch.no_grad():
                 latency.require_equal(module(images), network(images, small.keep.float()), f"{name} {way}")

@@ -25,7 +25,7 @@ from torch import nn
 
 from dnal_dist.export import latency
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.report import records
 
 RATE = tuple(f"phases.{phase}.optimizer.lr=0.05" for phase in ("pretrain", "search", "finetune"))
@@ -46,7 +46,7 @@ def cell(name: str, seed: int, streams: str, bench: Bench, budget: float) -> dic
         run.close()
     side = bench.form.side
     full = compact.compact(run.supernet.eval(), masks.all_open(run.supernet))
-    own, all_of_it = timed({"own": whole(run.compact.eval()), "full": full}, side)
+    own, all_of_it = timed({"own": deployed(run.compact.eval()), "full": full}, side)
     macs = cost.count(run.supernet, side, keep).macs / cost.count(run.supernet, side).macs
     accuracy = records.summary(records.load(run.folder))["accuracy"]
     return {

@@ -24,7 +24,7 @@ from dnal_dist.export.source import source
 from dnal_dist.export.subject import compact_of
 from dnal_dist.nets import compact
 from dnal_dist.nets.narrow import Narrow
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.report import records, templates
 
 # Version of the files manifest.json, preprocessing.json and architecture.json.
@@ -128,7 +128,7 @@ class _Export:
         costs = {"cost": {key: pruned[key] for key in ("full", "compact") if key in pruned}}
         _json(folder / "preprocessing.json", {"format": FORMAT, **how})
         # model.safetensors holds the network with its branches written whole: without free streams the one that trained.
-        own, exported = compact.describe(self.network), compact.describe(whole(self.network))
+        own, exported = compact.describe(self.network), compact.describe(deployed(self.network))
         facts = {"mask": pruned.get("mask") if own == exported else None, "description": exported}
         _json(folder / "architecture.json", {**shape, **costs, "sites": sites, **facts})
         start, end = record.last("start"), record.last("end")

@@ -17,7 +17,7 @@ from dnal_dist.export.prediction import MOST_JSON, preprocessing_of
 from dnal_dist.export.subject import recipe_of
 from dnal_dist.nets import compact, cost
 from dnal_dist.nets.masks import rescue
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 
 
 class Compared(NamedTuple):
@@ -33,13 +33,13 @@ class Compared(NamedTuple):
 def full(network: nets.GatedNetwork, image_size: int) -> Compared:
     """The network with all its channels."""
     everything = torch.ones(network.num_gates, dtype=torch.bool)
-    return Compared(whole(compact.compact(network, everything)).eval(), cost.count(network, image_size).macs)
+    return Compared(deployed(compact.compact(network, everything)).eval(), cost.count(network, image_size).macs)
 
 
 def small(folder: Path, image_size: int) -> Compared:
     """The compact network in `folder`. Raises InputError."""
     network = compact.load(folder)
-    return Compared(whole(network), _macs(network, image_size))
+    return Compared(deployed(network), _macs(network, image_size))
 
 
 def of_recipe(settings: recipe.Recipe, run: Path | None = None) -> dict[str, Compared]:
@@ -55,7 +55,7 @@ def of_recipe(settings: recipe.Recipe, run: Path | None = None) -> dict[str, Com
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rescued channels
             thinned = compact.compact(network, even).eval()
-        found["even"] = Compared(whole(thinned), cost.count(network, size, even).macs)
+        found["even"] = Compared(deployed(thinned), cost.count(network, size, even).macs)
     return found
 
 

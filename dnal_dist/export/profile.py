@@ -17,7 +17,7 @@ from dnal_dist.export.bench import Bench, CommandBench, cell
 from dnal_dist.nets import compact
 from dnal_dist.nets.gate import GatedNetwork
 from dnal_dist.nets.masks import rescue
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.search import timing
 from dnal_dist.search.selection import rounded
 from dnal_dist.search.timing import GROUPS, Grid, Table
@@ -151,7 +151,7 @@ def checked(found: Table, of: Subject, count: int, seed: int) -> Iterator[tuple[
         of.tell(f"whole network {number} of {count}")
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = whole(compact.compact(of.net, keep)).eval()
+            module = deployed(compact.compact(of.net, keep)).eval()
             measured = of.bench.network(module, of.image_size)
             yield keep, float(found.predict(of.net, of.image_size, keep.double())), measured
 

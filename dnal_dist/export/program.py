@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dnal_dist.common.errors import InputError, reason
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 
 # Operations that runtimes are slow with, or do not have. Sums of branches need none (see nets.whole).
 SLOW = ("index_add", "index_put", "index_copy", "scatter")
@@ -21,7 +21,7 @@ def program(network: nn.Module, image_size: int, any_size: bool = False, fold: b
     any_size: for any H and W too, otherwise both are image_size. fold: BatchNorms behind convolutions become part of them. Raises
     InputError if the forward pass cannot be read so, or has an operation of SLOW.
     """
-    module = whole(network).eval()
+    module = deployed(network).eval()
     found = _exported(module, _example(network, image_size), any_size)
     if fold:
         found = _exported(_folded(found), _example(network, image_size), any_size)

@@ -2,6 +2,7 @@
 that the graph was read from."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -65,7 +66,8 @@ class Beside(nn.Module):
 class Narrow(Beside):
     """A network that runs `steps` one after the other on images (n, 3, H, W), and returns what the last one gives.
 
-    layers: modules by path, which keep the names of the network that it was made from. image_size: H and W.
+    layers: modules by path, which keep the names of the network that it was made from. image_size: H and W. `uses` has how often a
+    result is an argument, `calls` how often steps have a module or tensor.
     """
 
     def __init__(self, steps: list[Step], layers: dict[str, nn.Module], tensors: dict[str, Tensor | nn.Parameter], image_size: int):
@@ -93,8 +95,10 @@ class Narrow(Beside):
         for name, at in last.items():
             own["ends"][at].append(name)
         own["edges"] = [0, len(steps)]
-        calls = [operation(step.target) if step.kind == "op" else None for step in steps]
-        own["calls"] = [OPERATIONS.get(call, call) for call in calls]
+        own["uses"] = Counter(name for step in steps for name in names([step.args, step.kwargs]))
+        own["calls"] = Counter(step.target for step in steps if step.kind in ("module", "tensor"))
+        operations = [operation(step.target) if step.kind == "op" else None for step in steps]
+        own["operations"] = [OPERATIONS.get(one, one) for one in operations]
 
     def forward(self, images: Tensor) -> Tensor:
         found: dict = {"images": images}
@@ -106,7 +110,7 @@ class Narrow(Beside):
         """The results of steps `first` to `last` that later ones read, from those of the steps before. images: where they are, and
         their number."""
         found = dict(found)
-        for step, call, ends in list(zip(self.steps, self.calls, self.ends, strict=True))[first:last]:
+        for step, call, ends in list(zip(self.steps, self.operations, self.ends, strict=True))[first:last]:
             if step.kind == "tensor":
                 result = _named(self, step.target)
             elif step.kind == "module":
@@ -127,14 +131,6 @@ class Narrow(Beside):
     def called(self, step: Step) -> nn.Module | Tensor | None:
         """The module or tensor of a step."""
         return _named(self, step.target) if step.kind in ("module", "tensor") else None
-
-    def uses(self, name: str) -> int:
-        """How often a result is an argument."""
-        return sum(names([step.args, step.kwargs]).count(name) for step in self.steps)
-
-    def uses_of(self, step: Step) -> int:
-        """How many steps have the module or tensor of this one."""
-        return sum(other.kind == step.kind and other.target == step.target for other in self.steps)
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Another parameter called `name`."""

@@ -170,11 +170,7 @@ class Narrowing:
         for i, (operand, places) in enumerate(parts):
             out = node.name if i == len(parts) - 1 else f"{node.name}.{i}"
             part = self._ref(operand)
-            if places == list(range(len(places))):
-                if len(places) < len(order):
-                    missing = len(order) - len(places)
-                    self.steps.append(Step(f"{out}.wide", "op", "pad.default", [part, [0, 0, 0, 0, 0, missing]], {}))
-                    part = Ref(f"{out}.wide")
+            if places == list(range(len(order))):
                 if done is not None:
                     self.steps.append(Step(out, "op", "add.Tensor", [done, part], {}))
                     part = Ref(out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnal_dist.common.errors import reason
 from dnal_dist.nets import compact
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.search.selection import MEASURED, Budget
 from dnal_dist.training.run import Run
 
@@ -100,7 +100,7 @@ class Timer:
         return self.budget.full * statistics.median(own / full for own, full in zip(times["compact"], times["full"], strict=True))
 
     def _module(self, keep: Tensor) -> nn.Module:
-        return whole(compact.compact(self.supernet, keep)).eval().to(self.device)
+        return deployed(compact.compact(self.supernet, keep)).eval().to(self.device)
 
     def _asked(self, keep: Tensor) -> dict[str, list[float]]:
         from dnal_dist.export.bench import CommandBench
