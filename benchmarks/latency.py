@@ -4,10 +4,10 @@
     python benchmarks/latency.py --networks resnet56 --batch 1        one of them, one image at a time
     python benchmarks/latency.py --runtimes compile                   torch.compile, which takes minutes a network
 
-Columns: pruned, with free streams, as pruning leaves it; free, the same function as nets.whole writes it for deployment, and so are
-the others; tied, with architecture.streams tied; free/8 and tied/8, with architecture.round_to 8. Every runtime but PyTorch's own gets
-the form for deployment, of the full network too. Channels are drawn at random. Each is compared with the full network before it is
-timed. ONNX Runtime and OpenVINO are used where they are installed (pip install 'dnal-dist[openvino]').
+Columns: pruned, with free streams, as pruning leaves it; free, the same function as nets.whole writes it for deployment, as the
+others are; tied, with architecture.streams tied; free/8 and tied/8, with architecture.round_to 8. Runtimes other than PyTorch's own
+get the form for deployment of the full network too. Channels are drawn at random. Each network is compared with the full one before
+it is timed. ONNX Runtime and OpenVINO are used where they are installed (pip install 'dnal-dist[openvino]').
 """
 
 import argparse

@@ -127,9 +127,11 @@ class _Export:
         shape = {"format": FORMAT, "network": settings.model.name, "image_size": self.size, "classes": self.classes}
         costs = {"cost": {key: pruned[key] for key in ("full", "compact") if key in pruned}}
         _json(folder / "preprocessing.json", {"format": FORMAT, **how})
-        # model.safetensors holds the network with its branches written whole: without free streams the one that trained.
-        own, exported = compact.describe(self.network), compact.describe(deployed(self.network))
-        facts = {"mask": pruned.get("mask") if own == exported else None, "description": exported}
+        # model.safetensors holds the network as it is deployed. Without what that adds at ends it often is the one that trained.
+        own, made = self.network.state_dict(), deployed(self.network)
+        first = compact.cut(made.state_dict(), {name: tensor.shape for name, tensor in own.items()})
+        same = own.keys() == first.keys() and all(torch.equal(own[name], first[name]) for name in own)
+        facts = {"mask": pruned.get("mask") if same else None, "description": compact.describe(self.network if same else made)}
         _json(folder / "architecture.json", {**shape, **costs, "sites": sites, **facts})
         start, end = record.last("start"), record.last("end")
         provenance = {

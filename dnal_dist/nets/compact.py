@@ -114,14 +114,20 @@ def _pair(size) -> tuple:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
-def restored(description: list, tensors: dict[str, Tensor]) -> nn.Module:
-    """The network of a `description`, with these weights and statistics. Raises ValueError if they do not fit, before
-    memory is taken for whatever the description asks for."""
+def cut(tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The first entries of tensors along each dimension, as many as these shapes have."""
+    return {name: tensor[tuple(map(slice, shapes.get(name, ())))] for name, tensor in tensors.items()}
+
+
+def restored(description: list, tensors: dict[str, Tensor], deployed: bool = False) -> nn.Module:
+    """The network of a `description`, with these weights and statistics, of which others may follow in what is deployed. Raises
+    ValueError if they do not fit, before memory is taken for whatever the description asks for."""
     with torch.device("meta"):
         empty = build(description)
         shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     if isinstance(empty, narrow.Narrow):
         _try(empty.eval())
+    tensors = cut(tensors, shapes) if deployed else tensors
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("the weights do not fit the description of the network")
     network = build(description)
@@ -161,7 +167,7 @@ def load(folder: Path | str) -> nn.Module:
         weights = folder / ("model.safetensors" if exported else "weights.safetensors")
         if weights.exists() and not weights.is_file():
             raise ValueError(f"{weights}: not a regular file")
-        network = restored(description, load_file(weights))
+        network = restored(description, load_file(weights), exported)
     except Exception as error:
         raise InputError(f"{folder}: no compact network can be loaded from here ({error})") from None
     return network.eval()

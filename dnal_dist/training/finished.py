@@ -78,7 +78,7 @@ def _exported(folder: Path, full: GatedNetwork, settings: recipe.Recipe) -> Fini
     _check_same_network(theirs, settings, folder)
     if mask is None:
         raise InputError(
-            f"{KEY}: {folder} has branches written whole, which would train as such; give the folder of its run, or "
+            f"{KEY}: {folder} has layers merged or widened for deployment, which would train as such; give its run's folder, or "
             f"model.name=compact:{folder} without --init-from"
         )
     try:

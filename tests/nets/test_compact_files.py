@@ -6,10 +6,12 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dnal_dist import nets
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import compact
+from dnal_dist.nets.whole import deployed
 
 
 @pytest.mark.parametrize("name, image_size", [("resnet_digits", 8), ("supernet_digits", 8), ("resnet56_cifar", 16)])
@@ -55,6 +57,23 @@ def saved(request, tmp_path):
     net = nets.build(request.param, image_size=8)
     compact.save(compact.compact(net, torch.rand(net.num_gates) < 0.5), tmp_path / "compact")
     return tmp_path / "compact"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_loads_without_the_zeros_of_its_deployment(tmp_path):
+    torch.manual_seed(0)
+    net = nets.build("mobilenetv2_cifar", width=0.25, image_size=16, streams="tied").eval()
+    small = compact.compact(net, torch.rand(net.num_gates) < 0.5)
+    own, made = small.state_dict(), deployed(small).state_dict()
+    (tmp_path / "architecture.json").write_text(json.dumps({"description": compact.describe(small)}))
+    save_file(made, tmp_path / "model.safetensors")
+    found = compact.load(tmp_path).state_dict()
+    assert found.keys() == own.keys() == made.keys() and all(torch.equal(found[name], own[name]) for name in own)
+    assert any(made[name].shape != own[name].shape for name in own)
+    made.popitem()
+    save_file(made, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="the weights do not fit"):
+        compact.load(tmp_path)
 
 
 def test_too_many_layers_and_files_without_end_are_refused(saved):
