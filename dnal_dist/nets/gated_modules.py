@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dnal_dist.nets.convolution import Conv2d
 from dnal_dist.nets.gated import GatedBatchNorm, Gates
 
 
@@ -34,7 +35,7 @@ class Gated:
         return current[self._dnal_site] if self._dnal_places is None else current[-1][self._dnal_places]
 
 
-class GatedConv2d(Gated, nn.Conv2d):
+class GatedConv2d(Gated, Conv2d):
     """The gate in the weight and the bias."""
 
     def forward(self, x: Tensor) -> Tensor:

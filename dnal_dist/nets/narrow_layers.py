@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dnal_dist.nets.convolution import Conv2d
 from dnal_dist.nets.layer_rules import argument_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
         groups = weight.shape[0] // (len(layer.outputs) // layer.groups)
     settings = {key: argument_of(node, key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    conv = nn.Conv2d(
+    conv = Conv2d(
         weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups, bias=bias is not None
     )
     return _with(conv, weight=weight, bias=bias)

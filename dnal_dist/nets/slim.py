@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.nets.checking import FAULTS, apart
+from dnal_dist.nets.convolution import Conv2d
 from dnal_dist.nets.gated import GatedBatchNorm
 from dnal_dist.nets.gated_modules import GatedConv2d, GatedLinear
 from dnal_dist.nets.graph import name_of
@@ -117,7 +118,7 @@ class Slim(nn.Module):
         parts = {name: self._of(f"{path}.{name}", parameter, used) for name, parameter in made.named_parameters()}
         if isinstance(own, GatedBatchNorm) and isinstance(made, _BatchNorm) and made.track_running_stats:
             return PartOfNorm(own, self._cuts(f"{path}.running_mean", made.running_mean)[0])
-        if type(own) in (nn.Conv2d, nn.Linear, GatedConv2d, GatedLinear) and isinstance(own, type(made)):
+        if type(own) in (Conv2d, nn.Linear, GatedConv2d, GatedLinear) and isinstance(own, type(made)):
             return PartOfLayer(own, made.to("meta"), parts)
         raise ValueError(f"{path} is a {type(made).__name__}, which is not supported")
 
