@@ -34,6 +34,7 @@ class Unit(nn.Module):
     def __init__(self, ours: ConvBN):
         super().__init__()
         self.conv, self.norm = copy.deepcopy(ours.conv), _batchnorm(ours.norm, nn.BatchNorm2d)
+        self.conv.__class__ = nn.Conv2d
         channels = ours.norm.num_features
         self.alpha = nn.Parameter(torch.zeros(channels)) if ours.gated else None
         self.register_buffer("mask", torch.ones(channels) if ours.gated else None)

@@ -27,18 +27,19 @@ class _Hardtanh(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(gradient, result, *ctx.bounds), None, None, None
 
 
-def plain(x: Tensor) -> bool:
-    """Whether torch's own is to be called: in a plain training step alone it is not, so that compilers and exporters see it."""
+def plain(x: Tensor, trained: Tensor) -> bool:
+    """Whether torch's own is to be called on `x`: it is not where `trained` gets a gradient in a plain step, and nowhere else, so
+    that compilers and exporters see it."""
     traced = has_torch_function_unary(x) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return traced or not (torch.is_grad_enabled() and x.requires_grad)
+    return traced or not (torch.is_grad_enabled() and trained.requires_grad)
 
 
 def relu6(x: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu6(x, inplace) if plain(x) else _Hardtanh.apply(x, 0.0, 6.0, inplace)
+    return F.relu6(x, inplace) if plain(x, x) else _Hardtanh.apply(x, 0.0, 6.0, inplace)
 
 
 def hardtanh(x: Tensor, low: float = -1.0, high: float = 1.0, inplace: bool = False) -> Tensor:
-    return F.hardtanh(x, low, high, inplace) if plain(x) else _Hardtanh.apply(x, low, high, inplace)
+    return F.hardtanh(x, low, high, inplace) if plain(x, x) else _Hardtanh.apply(x, low, high, inplace)
 
 
 class ReLU6(nn.ReLU6):

@@ -61,14 +61,14 @@ class Conv2d(nn.Conv2d):
         return super()._conv_forward(x, weight, bias)
 
     def _is_faster(self, x: Tensor, weight: Tensor) -> bool:
-        if (
-            x.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-            or x.dtype not in (torch.float32, torch.float64)
-            or plain(weight)
-        ):
+        if plain(x, weight) or x.device.type != "cpu" or x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
             return False
-        if x.dim() != 4 or isinstance(self.padding, str) or self.padding_mode != "zeros" or self.dilation != (1, 1):
+        if (
+            torch.is_autocast_enabled("cpu")
+            or isinstance(self.padding, str)
+            or self.padding_mode != "zeros"
+            or self.dilation != (1, 1)
+        ):
             return False
         places = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
         return 0 < places <= (MOST if self.stride == (1, 1) else MOST_STRIDED)
