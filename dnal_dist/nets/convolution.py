@@ -28,28 +28,29 @@ class _Depthwise(torch.autograd.Function):
             sizes = [len(weight)], ctx.stride, ctx.padding, [1, 1], False, [0, 0], len(weight)
             of_x = torch.ops.aten.convolution_backward(gradient, x, weight, *sizes, [True, False, False])[0]
         if needs_weight:
-            of_weight = weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
+            of_weight = weight_gradient(x, gradient, weight, ctx.stride, ctx.padding)
         return of_x, of_weight, gradient.sum((0, 2, 3)) if needs_bias else None, None, None
 
 
-def weight_gradient(x: Tensor, gradient: Tensor, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """The gradient of a depthwise convolution's weight, (C, 1, *kernel). x (n, C, H, W); gradient (n, C, h, w), of its result.
+def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """The gradient of a depthwise convolution's weight, (C, 1, *kernel), with its strides. x (n, C, H, W); gradient (n, C, h, w) of
+    its result.
 
     For each row of the kernel one product a channel, of all columns of the gradient with all of x: a place of the kernel is the sum
     along one of its diagonals.
     """
-    (height, width), channels = gradient.shape[2:], x.shape[1]
+    (height, width), (channels, _, *kernel) = gradient.shape[2:], weight.shape
     rows, columns = stride[0] * (height - 1) + kernel[0], stride[1] * (width - 1) + kernel[1]
     (top, left), (below, right) = padding, (rows - x.shape[2] - padding[0], columns - x.shape[3] - padding[1])
     padded = F.pad(x.permute(1, 2, 0, 3), (left, right, 0, 0, top, below))  # C, rows, n, columns
     gradients = gradient.permute(1, 2, 0, 3).reshape(channels, -1, width).transpose(1, 2)
-    found = x.new_empty(channels, *kernel)
+    found = torch.empty_like(weight)
     for row in range(kernel[0]):
         own = padded[:, row : row + stride[0] * (height - 1) + 1 : stride[0]].reshape(channels, -1, columns)
         pairs = torch.bmm(gradients, own)
         diagonals = pairs.as_strided((channels, kernel[1], width), (width * columns, 1, columns + stride[1]))
-        torch.sum(diagonals, 2, out=found[:, row])
-    return found.unsqueeze(1)
+        torch.sum(diagonals, 2, out=found[:, 0, row])
+    return found
 
 
 class Conv2d(nn.Conv2d):
