@@ -48,7 +48,9 @@ class Classes:
         """Unite element by element; the shapes broadcast. What was added up in a sum is united too."""
         pairs = torch.stack([t.flatten() for t in torch.broadcast_tensors(some, others)], 1)
         for pair in torch.unique(pairs, dim=0).tolist():
-            first, *rest = (member for label in pair for member in self.members(label))
+            # The two labels themselves where neither is a sum's, which is faster.
+            known = not self.sums.keys().isdisjoint(pair)
+            first, *rest = (member for label in pair for member in self.members(label)) if known else pair
             for other in rest:
                 a, b = sorted((self.find(first), self.find(other)))
                 if a != b:

@@ -1,5 +1,6 @@
 """Gates for any network: `gate(module, example)`."""
 
+import contextlib
 import copy
 import itertools
 from bisect import bisect_right
@@ -47,7 +48,8 @@ def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = ex
     paths = {path for path, _ in module.named_modules()}
     if unknown := [path for path in gated.ignore if path not in paths]:
         raise InputError(f"`ignore` is a list of module paths; there is no {unknown[0]!r}")
-    with torch.device("cpu"):  # whatever the caller's default is
+    # Whatever the caller's default is; where it is this anyway, each of the export's many calls is spared a look.
+    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         graph = read(module, example, RULES, gated, trace)
         freeze(graph)
         gating = Gating(graph)

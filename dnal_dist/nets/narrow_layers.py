@@ -23,9 +23,9 @@ def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
         groups = weight.shape[0] // (len(layer.outputs) // layer.groups)
     settings = {key: argument_of(node, key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    conv = Conv2d(
-        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups, bias=bias is not None
-    )
+    sizes = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
+    # What it is made with would be drawn at random for nothing.
+    conv = Conv2d(*sizes, **settings, groups=groups, bias=bias is not None, device="meta")
     return _with(conv, weight=weight, bias=bias)
 
 
@@ -63,7 +63,7 @@ def _computed(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _linear(narrowing: Narrowing, node, path: str) -> nn.Linear:
     weight, bias = _tensors(narrowing, node, path)
-    return _with(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight=weight, bias=bias)
+    return _with(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"), weight=weight, bias=bias)
 
 
 def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:
