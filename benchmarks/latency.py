@@ -26,7 +26,7 @@ from dnal_dist import nets
 from dnal_dist.export import latency
 from dnal_dist.nets import compact, cost
 from dnal_dist.nets.whole import deployed
-from dnal_dist.search import selection
+from dnal_dist.search import budgets, selection
 
 NETWORKS = {
     "resnet50": ("resnet50_imagenet", 160),
@@ -54,7 +54,7 @@ def networks(name: str, image_size: int, ways: list[str]) -> dict[str, tuple[nn.
         made.setdefault("full", (compact.compact(network, torch.ones(network.num_gates, dtype=torch.bool)), 1.0))
         for way in (way for way in ways if WAYS[way][0] == streams):
             _, round_to, is_deployed = WAYS[way]
-            target = selection.Budget("macs", int(0.96 * FRACTION * full), int(FRACTION * full), full)
+            target = budgets.Budget("macs", int(0.96 * FRACTION * full), int(FRACTION * full), full)
             strength = torch.rand(network.num_gates, generator=torch.Generator().manual_seed(1))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of rescued channels

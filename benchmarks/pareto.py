@@ -14,6 +14,7 @@ For each network, budget and seed, all of them at most the budget and at most 1 
     learned       the recipe (pretrain, search, finetune), criterion alpha
     slow          likewise, with a tenth of the learning rate in the search
     taylor        likewise, criterion taylor
+    one           likewise, and of the candidates in each cell of a supernet one stays, candidates: one
     even          the same share of every layer's channels, from new weights
     long          even, for as many steps as take the MACs of training that learned took
     l1            pretrained, then in every layer the channels with the smallest L1 norm of their weights go, then trained on
@@ -48,7 +49,7 @@ from pareto_page import METHODS, NETWORKS, SEARCHED, write
 from dnal_dist.common import errors
 from dnal_dist.nets import cost, masks
 from dnal_dist.report import records
-from dnal_dist.search import selection
+from dnal_dist.search import budgets
 
 BUDGETS = {"cifar": (0.15, 0.05), "fashion": (0.5, 0.25, 0.1, 0.05)}
 
@@ -60,7 +61,7 @@ def measure(args, network: str, seed: int) -> None:
     shares = args.budgets or BUDGETS["cifar" if network.startswith("cifar") else "fashion"]
     cells = [(share, method) for share in shares for method in args.methods if method != "full"]
     for share, method in [(1.0, "full")] * ("full" in args.methods) + cells:
-        if (method.startswith("k") and "supernet" not in network) or (method, share) in done:
+        if ((method.startswith("k") or method == "one") and "supernet" not in network) or (method, share) in done:
             continue
         if args.end is not None and time.time() > args.end:
             return
@@ -85,7 +86,7 @@ def cell(bench: Bench, share: float, method: str, learned: dict | None) -> dict:
         # The next run takes its folder.
         run.close()
     found, full = (cost.count(run.supernet, side, mask) for mask in (keep, None))
-    target = selection.budget(run.recipe.architecture, run.supernet, side)
+    target = budgets.read(run.recipe.architecture, run.supernet, side)
     if method != "full" and found.macs not in target:
         raise errors.InputError(f"{bench.network} seed {bench.seed}, {method}: {target.missed(run.supernet, side, keep)}")
     log = records.load(run.folder)

@@ -20,7 +20,7 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.wrapper import SLIM
 from dnal_dist.export import latency
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
-from dnal_dist.search import schedule, selection, taylor
+from dnal_dist.search import budgets, schedule, selection, taylor
 from dnal_dist.training import phases, setup
 
 # Rates of pretrain, search and finetune alike.
@@ -174,8 +174,8 @@ class Bench:
         more = []
         if method == "slow":
             more = [f"phases.search.optimizer.lr={self.settings(share).phases.search.optimizer.lr / 10}"]
-        elif method == "taylor":
-            more = ["architecture.criterion=taylor"]
+        elif method in ("taylor", "one"):
+            more = ["architecture.criterion=taylor", f"architecture.candidates={'one' if method == 'one' else 'all'}"]
         run = self.from_pretrained(share, *more)
         phases.train(run)
         return run, run.compact.keep
@@ -205,7 +205,7 @@ class Bench:
         elif method == "retrained":
             keep = masks.unpack(learned["mask"], net.num_gates)
         else:
-            target = selection.budget(run.recipe.architecture, net, side)
+            target = budgets.read(run.recipe.architecture, net, side)
             keep = selection.select(net, side, strength(net, method, self.seed), target)
         steps = None
         if method.endswith("long"):
@@ -226,7 +226,7 @@ class Bench:
             search = settings.search
             searched, left = 0.0, 1.0
             for step in range(search.steps):
-                if method == "taylor" and (number := taylor.due(step, search.steps, search.cycle)) is not None:
+                if method in ("taylor", "one") and (number := taylor.due(step, search.steps, search.cycle)) is not None:
                     left = (macs / full) ** (number / taylor.ROUNDS)
                 is_gates = schedule.is_architecture_step(step, search.weight_steps, search.architecture_steps)
                 searched += (left if left <= SLIM else 1.0) * (2 if is_gates else 3)

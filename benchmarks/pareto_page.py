@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 NETWORKS = ("vgg", "resnet", "supernet", "cifar-vgg", "cifar-resnet", "cifar-mobilenet", "cifar-supernet", "cifar-torchvision")
-SEARCHED = ("learned", "slow", "taylor")
+SEARCHED = ("learned", "slow", "taylor", "one")
 BASELINES = ("even", "long", "l1", "l1-long", "gamma", "random", "k3e6", "k3e3", "k5e3")
 METHODS = (*SEARCHED, *BASELINES, "retrained", "full")
 MARKS = ("<!-- table -->", "<!-- end of table -->")
@@ -46,7 +46,7 @@ def shown(values: list[float]) -> str:
 
 
 COLOURS = {"learned": "#0072b2", "slow": "#56b4e9", "taylor": "#cc79a7", "even": "#d55e00", "long": "#e69f00", "l1": "#009e73"}
-OTHERS = ("#005f45", "#999999", "#8b4513", "#5f5f5f", "#b0a000", "#607d8b", "#7b1fa2", "#000000")
+OTHERS = ("#005f45", "#999999", "#8b4513", "#5f5f5f", "#b0a000", "#607d8b", "#7b1fa2", "#3f51b5", "#000000")
 COLOURS |= dict(zip((method for method in METHODS if method not in COLOURS), OTHERS, strict=True))
 WIDTH, HEIGHT, LEFT, TOP = 300, 260, 50, 30
 

@@ -16,7 +16,7 @@ import torch
 
 from dnal_dist import nets
 from dnal_dist.recipe import ArchitectureSettings
-from dnal_dist.search import selection
+from dnal_dist.search import budgets, selection
 
 # Network, images, their side.
 CASES = (("resnet50_imagenet", 4, 128), ("mobilenetv2_imagenet", 4, 160), ("vgg16_cifar", 32, 32))
@@ -53,7 +53,7 @@ def main() -> None:
         images = torch.randn(number, 3, side, side).to(memory_format=torch.channels_last)
         for share in (0.5, 0.25, 0.1):
             settings = ArchitectureSettings(criterion="taylor", target={"macs": f"{share}x"}, round_to=8, tolerance=0.1)
-            keep = selection.select(whole, side, torch.rand(whole.num_gates), selection.budget(settings, whole, side), 8)
+            keep = selection.select(whole, side, torch.rand(whole.num_gates), budgets.read(settings, whole, side), 8)
             slim, cells = copy.deepcopy(whole), []
             slim.slim_to(keep)
             for of_weights in (True, False):

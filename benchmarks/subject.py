@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dnal_dist import nets
 from dnal_dist.nets import GatedNetwork, compact, cost, frozen_statistics, masks
-from dnal_dist.search.selection import rounded
+from dnal_dist.search.budgets import rounded
 
 # Fraction of the MACs that the finetune's compact network has.
 COMPACT = 0.15

@@ -12,7 +12,7 @@ from dnal_dist.distributed import estimate
 from dnal_dist.distributed.context import accumulation_steps
 from dnal_dist.doctor.case import Case, Finding, fails, many, passes, warns
 from dnal_dist.report import records
-from dnal_dist.search import selection
+from dnal_dist.search import budgets
 from dnal_dist.search.signal import blindness
 from dnal_dist.training import preflight
 from dnal_dist.training.pretrained import PUBLISHERS
@@ -26,7 +26,7 @@ def network(case: Case) -> Finding:
     images = 2 if data.global_batch % case.ranks else data.global_batch // case.ranks // _accumulation(case)
     preflight.check_images(case.network, data, images)
     if case.settings.searches:
-        selection.budget(case.settings.architecture, case.network, data.image_size, case.settings.network)
+        budgets.read(case.settings.architecture, case.network, data.image_size, case.settings.network)
     weights = model.init_from
     if weights and not weights.startswith(PUBLISHERS) and not Path(weights).exists():
         return fails(

@@ -19,7 +19,7 @@ from dnal_dist.nets.gate import GatedNetwork
 from dnal_dist.nets.masks import rescue
 from dnal_dist.nets.whole import deployed
 from dnal_dist.search import timing
-from dnal_dist.search.selection import rounded
+from dnal_dist.search.budgets import rounded
 from dnal_dist.search.timing import GROUPS, Grid, Table
 
 # Fractions of a layer's channels that are timed, in each kind of multiples.

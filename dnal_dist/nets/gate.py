@@ -217,6 +217,13 @@ class GatedNetwork(Beside):
         within = {tuple(self.gates_of(site).tolist()) for branch in self.branches for site in branch.sites}
         return [torch.tensor(group) for group in sorted(groups - within) if group and group[-1] < self.num_gates]
 
+    def cells(self) -> list[list[Branch]]:
+        """The branches of each sum that several write to, such as the candidates of a supernet's cell."""
+        found: dict[str, list[Branch]] = {}
+        for branch in self.branches:
+            found.setdefault(branch.sum, []).append(branch)
+        return [branches for branches in found.values() if len(branches) > 1]
+
     def ways(self) -> list[list[list[Tensor]]]:
         """For each sum that nothing but branches writes to, the gates of each branch's sites: of one branch all must be open."""
         found: dict[str, list[list[Tensor]]] = {}

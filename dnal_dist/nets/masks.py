@@ -1,6 +1,7 @@
 """Keep masks: which channels are live, useful and present."""
 
 import base64
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dnal_dist.nets.branches import Branch
     from dnal_dist.nets.gate import GatedNetwork
 
 
@@ -36,6 +38,14 @@ def rescue(net: "GatedNetwork", keep: Tensor, strength: Tensor | None = None) ->
     ends = torch.tensor(list(net.gate_sites.values())).cumsum(0)
     names = list(net.gate_sites)
     return keep, list(dict.fromkeys(names[int((ends <= gate).sum())] for gate in opened))
+
+
+def of_branches(net: "GatedNetwork", branches: Iterable["Branch"]) -> Tensor:
+    """The channels, bool (N,), whose closing closes each of `branches`."""
+    found = torch.zeros(net.num_gates, dtype=torch.bool)
+    for site in (site for branch in branches for site in branch.sites):
+        found[net.gates_of(site)] = True
+    return found
 
 
 def all_open(net: "GatedNetwork") -> Tensor:

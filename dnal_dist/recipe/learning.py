@@ -252,6 +252,10 @@ class ArchitectureSettings(Section):
     """How channels are chosen. alpha: alphas are learned by gradient descent while their gates harden. taylor, which needs
     `target`: gates are 0 or 1, and channels close in eight rounds until the target is met, first those with the least mean square
     of the gate's gradients over batches, per unit of cost; `optimizer`, `delta_*`, `penalty` and `threshold` are unused."""
+    candidates: Literal["all", "one"] = "all"
+    """What a sum of several branches keeps, such as a supernet's cell of its candidates. all: any of them, each with the channels
+    that are worth their cost. one, by criterion taylor: the branch whose gates have the largest squared gradients; the others leave
+    in the first half of the rounds. Such networks have fewer and larger layers, and are faster for their MACs."""
     optimizer: SGD = SGD(lr=0.01)
     """SGD of alpha."""
     delta_start: float = Field(1.0, gt=0)
@@ -302,4 +306,6 @@ class ArchitectureSettings(Section):
             raise ValueError("give exactly one of 'penalty_weight' (such as 1e-4) and 'target' (such as {macs: 0.5x})")
         if self.criterion == "taylor" and self.target is None:
             raise ValueError("'criterion': taylor closes channels until a target is met; give 'target', such as {macs: 0.5x}")
+        if self.candidates == "one" and self.criterion != "taylor":
+            raise ValueError("'candidates': one candidate a cell is chosen by criterion taylor only; give 'criterion: taylor'")
         return self

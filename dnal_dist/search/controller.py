@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dnal_dist.recipe import ArchitectureSettings
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.search.selection import Budget
+from dnal_dist.search.budgets import Budget
 
 # The penalty alone would close the gap between the expected cost and its set point in this fraction of the search, and in no fewer
 # architecture steps than the memory of a momentum of 0.9, or the loop would oscillate.

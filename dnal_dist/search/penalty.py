@@ -6,8 +6,8 @@ from torch import Tensor
 from dnal_dist.nets import GatedNetwork, cost
 from dnal_dist.recipe import ArchitectureSettings, SearchPhase
 from dnal_dist.search.architecture import Architecture
+from dnal_dist.search.budgets import Budget
 from dnal_dist.search.controller import Loop
-from dnal_dist.search.selection import Budget
 
 # Cycles of the search between two evaluations of the collapse guard.
 GUARD_EVERY = 10

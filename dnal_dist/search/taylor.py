@@ -1,12 +1,14 @@
 """Criterion taylor: channels close in rounds, first those with the least mean square of the gate's gradients per unit of cost."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from dnal_dist.nets import GatedNetwork, cost
+from dnal_dist.nets import GatedNetwork, cost, masks
 from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.search.selection import Budget
+from dnal_dist.search.budgets import Budget
 
 ROUNDS = 8
 
@@ -36,6 +38,19 @@ def strength(net: GatedNetwork, image_size: int, architecture: Architecture, uni
     return torch.where(alpha >= 0, alpha.double() / price.clamp_min(1e-6 * price.max()), alpha.double())
 
 
+def barred(net: GatedNetwork, keep: Tensor, alpha: Tensor, number: int) -> Tensor:
+    """The channels, bool (N,), of the branches that leave their cells by the end of round `number`, if each cell is to have one
+    branch in the end: it has fewer of them with each round, and one from half of the rounds on. Those stay whose channels among
+    `keep`, bool (N,), have the largest sum of alpha (N,)."""
+    alpha, leaving = alpha.detach().cpu(), []
+    # What has left does not come back, even if no gradient came.
+    value = net.by_site(torch.where((alpha >= 0) & keep.cpu(), alpha, -torch.finfo(alpha.dtype).tiny))
+    for branches in net.cells():
+        left = math.ceil(len(branches) ** max(0.0, 1 - 2 * number / ROUNDS) - 1e-9)
+        leaving += sorted(branches, key=lambda branch: -sum(float(value[site].sum()) for site in branch.sites))[left:]
+    return masks.of_branches(net, leaving)
+
+
 def due(step: int, steps: int, cycle: int) -> int | None:
     """The round that ends before iteration `step` of a search of `steps` iterations, 1 to ROUNDS - 1; None if none does. Each has a
     whole cycle. Pruning ends the last one."""
@@ -45,11 +60,22 @@ def due(step: int, steps: int, cycle: int) -> int | None:
     return None if number is None else max(1, ROUNDS * number // rounds)
 
 
-def close(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, round_to: int) -> None:
-    """End round `number`: all but the strongest channels close that cost what the whole way to `target` allows by then, which falls
-    by the same factor in each round. The sums of those that stay begin again at 0."""
+def select(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, settings) -> Tensor:
+    """The keep mask, bool (N,), at the end of round `number`, by a recipe's `architecture` settings: the strongest channels that
+    cost what the whole way to `target` allows by then, which falls by the same factor in each round."""
     ranks = strength(net, image_size, architecture, target.unit)
-    keep = selection.select(net, image_size, ranks, target.on_the_way(number / ROUNDS), round_to).to(ranks.device)
+    target = target if number == ROUNDS else target.on_the_way(number / ROUNDS)
+    keep = selection.select(net, image_size, ranks, target, settings.round_to)
+    if settings.candidates == "one":
+        out = barred(net, keep, architecture.alpha, number).to(ranks.device)
+        keep = selection.select(net, image_size, ranks.masked_fill(out, -torch.inf), target, settings.round_to)
+    return keep
+
+
+def close(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, settings) -> None:
+    """End round `number`: all channels but those of `select` close. The sums of those that stay begin again at 0."""
+    ranks = strength(net, image_size, architecture, target.unit)
+    keep = select(net, image_size, architecture, target, number, settings).to(ranks.device)
     alpha = architecture.alpha.detach()
     closes = (alpha >= 0) & ~keep
     place = ranks.masked_fill(~closes, torch.inf).argsort(stable=True).argsort()

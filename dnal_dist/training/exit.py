@@ -14,7 +14,7 @@ from dnal_dist.common.errors import InputError
 from dnal_dist.distributed.context import remove_temp
 from dnal_dist.nets import masks
 from dnal_dist.report import outputs
-from dnal_dist.search.selection import MEASURED
+from dnal_dist.search.budgets import MEASURED
 from dnal_dist.training import stopping, usage
 from dnal_dist.training.run import Run
 from dnal_dist.training.speed import record_latency

@@ -115,8 +115,7 @@ def begin_round(run: Run, trained: Trained, step: int, first: bool) -> None:
     recipe, phase = run.recipe, run.recipe.phases.search
     number = taylor.due(step, phase.iterations(run.train.steps_per_epoch), phase.cycle)
     if number is not None:
-        round_to = recipe.architecture.round_to
-        taylor.close(run.supernet, recipe.data.image_size, run.architecture, run.budget, number, round_to)
+        taylor.close(run.supernet, recipe.data.image_size, run.architecture, run.budget, number, recipe.architecture)
     if recipe.training.skip_closed and (first or number is not None):
         keep = run.architecture.alpha.detach() >= 0
         # Processes that decided otherwise would wait for each other's statistics.

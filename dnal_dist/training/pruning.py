@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_dist.common.span import span, spanned
 from dnal_dist.nets import compact, cost, masks
-from dnal_dist.search import selection, taylor
+from dnal_dist.search import budgets, selection, taylor
 from dnal_dist.training import timed, usage
 from dnal_dist.training.loop import evaluate_and_record, training_batches
 from dnal_dist.training.run import Run
@@ -80,7 +80,7 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     if rescued:
         run.log.warn(f"all channels of {', '.join(rescued)} closed; the strongest one of each stays")
     keep, collapsed = selection.reopen(supernet, run.recipe.data.image_size, keep, alpha, settings.min_macs)
-    keep = selection.rounded(supernet, keep, alpha, settings.round_to)
+    keep = budgets.rounded(supernet, keep, alpha, settings.round_to)
     if collapsed:
         run.log.warn(
             f"the architecture collapsed: less than {settings.min_macs:.1%} of the MACs were left, so the channels "
@@ -91,27 +91,27 @@ def select_by_gates(run: Run) -> tuple[Tensor, list[str], bool]:
     return keep, rescued, collapsed
 
 
-def select_by_budget(run: Run, target: selection.Budget) -> Tensor:
+def select_by_budget(run: Run, target: budgets.Budget) -> Tensor:
     """The keep mask of the strongest channels that meet the budget exactly."""
-    image_size, strength = run.recipe.data.image_size, run.architecture.alpha
-    if run.architecture.hard:
-        strength = taylor.strength(run.supernet, image_size, run.architecture, target.unit)
+    image_size, settings = run.recipe.data.image_size, run.recipe.architecture
 
-    def choose(budget: selection.Budget) -> Tensor:
-        return selection.select(run.supernet, image_size, strength, budget, run.recipe.architecture.round_to)
+    def choose(budget: budgets.Budget) -> Tensor:
+        if run.architecture.hard:
+            return taylor.select(run.supernet, image_size, run.architecture, budget, taylor.ROUNDS, settings)
+        return selection.select(run.supernet, image_size, run.architecture.alpha, budget, settings.round_to)
 
-    if target.latency is None or not run.recipe.architecture.target.measured:
+    if target.latency is None or not settings.target.measured:
         return choose(target)
     keep, run.state.latency_factor = timed.select(run, choose, target)
     return keep
 
 
-def budgets_met(run: Run, target: selection.Budget, keep: Tensor) -> dict:
+def budgets_met(run: Run, target: budgets.Budget, keep: Tensor) -> dict:
     """What the record of pruning holds of the budgets; a warning if they are missed."""
     image_size, factor = run.recipe.data.image_size, run.state.latency_factor
     rows = predicted = target.records(run.supernet, image_size, keep)
     if factor is not None:
-        target = target.corrected(factor, selection.MEASURED)
+        target = target.corrected(factor, budgets.MEASURED)
         rows = target.records(run.supernet, image_size, keep)
         for row, before in zip(rows, predicted, strict=True):
             if row["unit"] == "latency":

@@ -15,7 +15,7 @@ from dnal_dist.distributed.optimizers import SGD
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.recipe import Recipe
 from dnal_dist.search.architecture import Architecture
-from dnal_dist.search.selection import Budget
+from dnal_dist.search.budgets import Budget
 from dnal_dist.search.taylor import Squares
 from dnal_dist.tracking.run_log import RunLog
 from dnal_dist.training.finished import Finished

@@ -18,7 +18,7 @@ from dnal_dist.data.pipeline import Stream
 from dnal_dist.data.shards import Shards
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import cost
-from dnal_dist.search import selection
+from dnal_dist.search import budgets
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.tracking import environment
 from dnal_dist.tracking.run_log import RunLog
@@ -45,7 +45,7 @@ def prepare(
     preflight.check_images(network, settings.data, local_batch // context.accumulation_steps(settings.data))
     budget = None
     if settings.searches:
-        budget = selection.budget(settings.architecture, network, settings.data.image_size, settings.network)
+        budget = budgets.read(settings.architecture, network, settings.data.image_size, settings.network)
     folder = Path(settings.output)
     # Before the folder is opened: a run that cannot begin must not replace another.
     begins = context.from_main(overwrite or not has_checkpoints(folder))
@@ -78,7 +78,7 @@ def _opened_run(
     opened: Opened,
     network: nets.GatedNetwork,
     streams: tuple[Stream, Stream],
-    budget: selection.Budget | None,
+    budget: budgets.Budget | None,
     source: pretrained.Source | finished.Finished | None,
     stops: StopPoll | None,
     allowed: Sequence[str],

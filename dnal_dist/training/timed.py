@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnal_dist.common.errors import reason
 from dnal_dist.nets import compact
 from dnal_dist.nets.whole import deployed
-from dnal_dist.search.selection import MEASURED, Budget
+from dnal_dist.search.budgets import MEASURED, Budget
 from dnal_dist.training.run import Run
 
 # Networks that are measured, and seconds for each.

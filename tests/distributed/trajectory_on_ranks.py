@@ -26,7 +26,7 @@ from dnal_dist import nets
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Training
-from dnal_dist.search import schedule, selection, taylor
+from dnal_dist.search import budgets, schedule, taylor
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 
@@ -34,6 +34,7 @@ from dnal_dist.training.steps import Outcome, architecture_step, weight_step
 warnings.filterwarnings("error", message="Grad strides do not match")
 BATCH, SIDE, DELTA = 12, 8, 3.0
 STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
+TAYLOR = ArchitectureSettings(criterion="taylor", target={"macs": "0.3x"}, tolerance=0.05)
 
 
 def fix_statistics(fixed: bool) -> None:
@@ -89,7 +90,7 @@ def _keep(context: Context, net: nets.GatedNetwork, architecture: Architecture) 
     neither decides."""
     alpha = architecture.alpha.detach()
     if architecture.hard:
-        keep = selection.select(net, SIDE, taylor.strength(net, SIDE, architecture, "macs"), _budget(net))
+        keep = taylor.select(net, SIDE, architecture, _budget(net), taylor.ROUNDS, TAYLOR)
         context.agree("the keep mask", net.by_site(keep))
         return keep
     ordered = alpha.sort().values
@@ -100,8 +101,8 @@ def _keep(context: Context, net: nets.GatedNetwork, architecture: Architecture) 
     return keep
 
 
-def _budget(net: nets.GatedNetwork) -> selection.Budget:
-    return selection.budget(ArchitectureSettings(criterion="taylor", target={"macs": "0.3x"}, tolerance=0.05), net, SIDE)
+def _budget(net: nets.GatedNetwork) -> budgets.Budget:
+    return budgets.read(TAYLOR, net, SIDE)
 
 
 def _configure(context: Context, extras: list[str]) -> None:
@@ -199,7 +200,7 @@ def trajectory(context: Context, case: str) -> dict[str, torch.Tensor]:
             batch = _batch(context, count + (192 if "apart" in extras else 0), mine, dtype)
             trained.set_rate(sgd.lr / (1 + count))
             if alpha.architecture.hard and phase == "search" and (number := taylor.due(step, steps, 2)) is not None:
-                taylor.close(net, SIDE, alpha.architecture, _budget(net), number, 1)
+                taylor.close(net, SIDE, alpha.architecture, _budget(net), number, TAYLOR)
                 # One process on the CPU is what others are compared with.
                 if context.backend != "single" or context.device.type == "cuda":
                     keep = alpha.architecture.alpha.detach() >= 0

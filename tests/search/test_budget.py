@@ -12,7 +12,7 @@ from dnal_dist.checkpoint import format as checkpoint
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import SGD, ArchitectureSettings, Target
-from dnal_dist.search import controller, selection
+from dnal_dist.search import budgets, controller, selection
 from dnal_dist.search.architecture import Architecture
 
 SMALL_NETWORKS = sorted({"vgg_digits", "resnet_digits", "supernet_digits"} & set(nets.NETWORKS))
@@ -85,8 +85,8 @@ def test_targets_out_of_reach_are_refused_and_those_at_the_edge_are_not(name, un
         ("1e-6x", f"{floor:,}, the least"),
     ):
         with pytest.raises(InputError, match=rf"'architecture\.target\.{unit}'.*{words}"):
-            selection.budget(asked(unit, text), net, 8)
-    least = selection.budget(asked(unit, floor), net, 8)
+            budgets.read(asked(unit, text), net, 8)
+    least = budgets.read(asked(unit, floor), net, 8)
     assert (least.least, least.most, least.full) == (floor, floor, full)
     assert least.of(cost.count(net, 8, selection.select(net, 8, torch.randn(net.num_gates), least))) == floor
 
@@ -106,7 +106,7 @@ def test_the_exact_step_lands_inside_the_tolerance(name, width, share, unit):
     """And keeps no channel that computes nothing."""
     net = nets.build(name, width=width)
     try:
-        target = selection.budget(asked(unit, f"{share}x"), net, 17)
+        target = budgets.read(asked(unit, f"{share}x"), net, 17)
     except InputError:
         pytest.skip(f"{share:.0%} is below the floor of a network this narrow")
     for kind, alpha in alphas(net).items():
@@ -118,13 +118,13 @@ def test_the_exact_step_lands_inside_the_tolerance(name, width, share, unit):
 
 def test_filling_up_equals_adding_one_channel_after_the_other_at_few_costs(monkeypatch):
     """Where all channels of a site are alike, their rank leaves much of the target to be filled by others."""
-    net, costs, many = nets.build("supernet_digits"), [], 0
-    monkeypatch.setattr(selection, "expected", lambda *arguments: costs.append(1) or cost.expected(*arguments))
+    net, costs, many, plain = nets.build("supernet_digits"), [], 0, cost.expected
+    monkeypatch.setattr(cost, "expected", lambda *arguments: costs.append(1) or plain(*arguments))
     for seed in range(3):
         torch.manual_seed(seed)
         levels = [10.0 * (site % 2 == 0) + float(torch.randn(())) for site in range(len(net.gate_sites))]
         alpha = torch.cat([torch.full((n,), level) for n, level in zip(net.gate_sites.values(), levels, strict=True)])
-        target = selection.budget(asked("params", "0.4x", tolerance=0.002), net, 17)
+        target = budgets.read(asked("params", "0.4x", tolerance=0.002), net, 17)
         choice = selection.Choice(net, 17, alpha, target)
         ranked = expected = choice.by_rank()
         costs.clear()
@@ -145,20 +145,20 @@ def test_filling_up_equals_adding_one_channel_after_the_other_at_few_costs(monke
 def test_sites_keep_multiples_of_what_they_are_rounded_to(name, round_to):
     net = nets.build(name)
     settings = asked("macs", "0.4x", round_to=round_to, tolerance=0.1)
-    target = selection.budget(settings, net, 8)
+    target = budgets.read(settings, net, 8)
     for kind, alpha in alphas(net).items():
         keep = selection.select(net, 8, alpha, target, round_to)
         assert target.of(cost.count(net, 8, keep)) in target, kind
         for site, part in net.by_site(keep).items():
             assert int(part.sum()) % round_to == 0 or part.all(), (kind, site)
-        opened = selection.rounded(net, keep & (torch.rand(net.num_gates) < 0.5), alpha, round_to)
+        opened = budgets.rounded(net, keep & (torch.rand(net.num_gates) < 0.5), alpha, round_to)
         assert all(int(part.sum()) % round_to == 0 or part.all() for part in net.by_site(opened).values())
 
 
 @pytest.mark.parametrize("name", SMALL_NETWORKS)
 def test_the_rest_of_a_budget_goes_to_the_strongest_channels_that_fit(name):
     net = nets.build(name)
-    target = selection.budget(asked("macs", "0.3x", tolerance=1e-5), net, 8)
+    target = budgets.read(asked("macs", "0.3x", tolerance=1e-5), net, 8)
     for alpha in list(alphas(net).values())[:2]:
         choice = selection.Choice(net, 8, alpha, target)
         ranked = choice.by_rank()
@@ -179,7 +179,7 @@ def test_an_exchange_meets_budgets_that_filling_cannot():
     reached = 0
     for seed in range(40):
         alpha = torch.randn(net.num_gates, generator=torch.Generator().manual_seed(seed))
-        target = selection.budget(asked("macs", "0.2x"), net, 8)
+        target = budgets.read(asked("macs", "0.2x"), net, 8)
         choice = selection.Choice(net, 8, alpha, target)
         if choice.cost(choice.fill(choice.by_rank())) not in target:
             assert target.of(cost.count(net, 8, selection.select(net, 8, alpha, target))) in target
@@ -192,7 +192,7 @@ def test_the_exact_step_keeps_the_strongest():
     torch.manual_seed(0)
     net = nets.build("vgg_digits")
     alpha = torch.randn(net.num_gates)
-    target = selection.budget(asked("macs", "0.2x"), net, 8)
+    target = budgets.read(asked("macs", "0.2x"), net, 8)
     keep = selection.select(net, 8, alpha, target)
     for site, part in net.by_site(keep).items():
         strength = net.by_site(alpha)[site]
@@ -205,7 +205,7 @@ def test_a_target_between_two_networks_is_missed_from_below():
     net = nets.build("vgg_digits")
     closed, _ = masks.rescue(net, torch.zeros(net.num_gates, dtype=torch.bool))
     floor = cost.count(net, 8, closed).macs
-    target = selection.Budget("macs", floor + 1, floor + 2, cost.count(net, 8).macs)
+    target = budgets.Budget("macs", floor + 1, floor + 2, cost.count(net, 8).macs)
     assert cost.count(net, 8, selection.select(net, 8, torch.randn(net.num_gates), target)).macs == floor
 
 
@@ -216,7 +216,7 @@ def test_the_loop_drives_the_expected_cost_to_the_budget(kind, share):
     """Against a steady push on every channel, whichever way that goes; the budget may lie on either side of the beginning."""
     net = nets.build("vgg_digits")
     settings = asked("macs", f"{share}x", penalty=kind, optimizer=SGD(lr=0.05), delta_final=20.0)
-    target = selection.budget(settings, net, 8)
+    target = budgets.read(settings, net, 8)
     for push in (-1e-4, 1e-4):
         architecture, lag, steps = Architecture(net.num_gates), 0.0, 300
         torch.manual_seed(0)

@@ -8,59 +8,85 @@ import torch
 from runs import SHORT, arguments, records
 
 from dnal_dist import nets, recipe
-from dnal_dist.nets import compact, cost
+from dnal_dist.common.errors import InputError
+from dnal_dist.nets import compact, cost, masks
 from dnal_dist.nets.slim import Slim
 from dnal_dist.recipe import ArchitectureSettings
-from dnal_dist.search import schedule, selection, signal, taylor
+from dnal_dist.search import budgets, schedule, signal, taylor
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.training import phases
 
 SIZE = 8
 
 
-def searched(name: str, round_to: int = 1, unit: str = "macs"):
+def searched(name: str, round_to: int = 1, unit: str = "macs", **own):
     """A network, its architecture after all rounds, with random sums of squares in each, the budget, and the costs by round."""
     torch.manual_seed(0)
     net = nets.build(name, width=0.5)
     architecture, costs = Architecture(net.num_gates, hard=True), []
-    settings = ArchitectureSettings(criterion="taylor", target={unit: "0.3x"}, round_to=round_to, tolerance=0.05)
-    target = selection.budget(settings, net, SIZE)
+    settings = ArchitectureSettings(criterion="taylor", target={unit: "0.3x"}, round_to=round_to, tolerance=0.05, **own)
+    target = budgets.read(settings, net, SIZE)
     squares = taylor.Squares(architecture)
     for number in range(1, taylor.ROUNDS):
         for _ in range(2):
             architecture.alpha.grad = torch.randn(net.num_gates)
             squares.step()
-        taylor.close(net, SIZE, architecture, target, number, round_to)
+        taylor.close(net, SIZE, architecture, target, number, settings)
         costs.append(getattr(cost.count(net, SIZE, architecture.gates(1.0) > 0.5), unit))
-    return net, architecture, target, costs
+    return net, architecture, target, settings, costs
 
 
 @pytest.mark.parametrize(
     ("name", "round_to", "unit"), [("vgg_digits", 4, "macs"), ("resnet_digits", 1, "params"), ("supernet_digits", 1, "macs")]
 )
 def test_rounds_of_taylor_end_at_the_exact_budget(name, round_to, unit):
-    net, architecture, target, costs = searched(name, round_to, unit)
+    net, architecture, target, settings, costs = searched(name, round_to, unit)
     allowed = [target.on_the_way(number / taylor.ROUNDS) for number in range(1, taylor.ROUNDS)]
     assert all(found <= budget.most for found, budget in zip(costs, allowed, strict=True)) and costs == sorted(costs, reverse=True)
-    last = taylor.strength(net, SIZE, architecture, unit)
-    keep = selection.select(net, SIZE, last, target, round_to)
+    keep = taylor.select(net, SIZE, architecture, target, taylor.ROUNDS, settings)
     assert target.missed(net, SIZE, keep) is None
     assert all(int(part.sum()) % round_to == 0 for part in net.by_site(keep).values())
+
+
+def test_of_each_cell_the_candidate_with_the_largest_sum_stays():
+    torch.manual_seed(0)
+    net = nets.build("supernet_digits", width=0.5)
+    architecture, left = Architecture(net.num_gates, hard=True), []
+    settings = ArchitectureSettings(criterion="taylor", target={"macs": "0.05x"}, candidates="one")
+    target, best = budgets.read(settings, net, SIZE), [branches[i] for i, branches in enumerate(net.cells())]
+    for number in range(1, taylor.ROUNDS + 1):
+        sums = torch.rand(net.num_gates) * torch.where(masks.of_branches(net, best), 10, 1)
+        architecture.alpha.data += sums * (architecture.alpha >= 0)
+        keep = net.by_site(taylor.select(net, SIZE, architecture, target, number, settings))
+        taylor.close(net, SIZE, architecture, target, number, settings)
+        left.append([sum(all(keep[site].any() for site in branch.sites) for branch in branches) for branches in net.cells()])
+    assert [max(row) for row in left] == [4, 3, 2, 1, 1, 1, 1, 1]
+    for chosen, branches in zip(best, net.cells(), strict=True):
+        assert all(keep[site].any() == (branch is chosen) for branch in branches for site in branch.sites)
+    assert target.missed(net, SIZE, torch.cat(list(keep.values()))) is None
+
+
+@pytest.mark.parametrize(("name", "share", "message"), [("vgg_digits", "0.3x", "no sum"), ("supernet_digits", "0.9x", "at most")])
+def test_one_candidate_is_refused_where_there_are_none_or_it_is_too_small(name, share, message):
+    settings = ArchitectureSettings(criterion="taylor", target={"macs": share}, candidates="one")
+    with pytest.raises(InputError, match=message):
+        budgets.read(settings, nets.build(name), SIZE)
 
 
 def test_what_closed_later_ranks_above_what_closed_before():
     torch.manual_seed(0)
     net = nets.build("vgg_digits", width=0.5)
     architecture = Architecture(net.num_gates, hard=True)
-    target = selection.budget(ArchitectureSettings(criterion="taylor", target={"macs": "0.2x"}), net, SIZE)
-    masks = []
+    settings = ArchitectureSettings(criterion="taylor", target={"macs": "0.2x"})
+    target = budgets.read(settings, net, SIZE)
+    open_ = []
     for number in (1, 4, 7):
         with torch.no_grad():
             architecture.alpha[architecture.alpha >= 0] = torch.rand(int((architecture.alpha >= 0).sum()))
-        taylor.close(net, SIZE, architecture, target, number, 1)
-        masks.append(architecture.alpha.detach() >= 0)
+        taylor.close(net, SIZE, architecture, target, number, settings)
+        open_.append(architecture.alpha.detach() >= 0)
     alpha = architecture.alpha.detach()
-    assert alpha[~masks[0]].max() < alpha[masks[0] & ~masks[1]].min() <= alpha[masks[1] & ~masks[2]].max() < 0
+    assert alpha[~open_[0]].max() < alpha[open_[0] & ~open_[1]].min() <= alpha[open_[1] & ~open_[2]].max() < 0
 
 
 def test_hard_gates_are_exact_and_pass_their_gradient_on():

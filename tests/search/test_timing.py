@@ -11,7 +11,7 @@ from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import ArchitectureSettings, Target
 from dnal_dist.report import records as reported
 from dnal_dist.report import words
-from dnal_dist.search import selection, timing
+from dnal_dist.search import budgets, selection, timing
 from dnal_dist.training import timed
 from dnal_dist.training.stopping import STOPPED
 
@@ -55,7 +55,7 @@ def test_a_prediction_is_the_sum_of_the_layers_that_are_left(name, tmp_path):
 def test_all_budgets_hold_and_the_tightest_is_met(target, tmp_path):
     net, path = nets.build("vgg_digits"), table_of("vgg_digits", tmp_path / "table")
     network = recipe.load("recipes/digits.yaml").network
-    budget = selection.budget(asked(path, **target), net, 8, network)
+    budget = budgets.read(asked(path, **target), net, 8, network)
     torch.manual_seed(0)
     keep = selection.select(net, 8, torch.randn(net.num_gates), budget)
     rows = {row["unit"]: row for row in budget.records(net, 8, keep)}
@@ -72,13 +72,13 @@ def test_targets_out_of_reach_and_tables_that_are_none_are_refused(tmp_path):
     network = recipe.load("recipes/digits.yaml").network
     for latency, message in (("1s", "is not below the .* ms of the full network"), ("1us", "is below .* ms, the least")):
         with pytest.raises(InputError, match=message):
-            selection.budget(asked(path, latency=latency), net, 8, network)
+            budgets.read(asked(path, latency=latency), net, 8, network)
     with pytest.raises(InputError, match="measured for name 'vgg_digits', not 'resnet_digits'"):
-        selection.budget(asked(path, latency="0.5x"), net, 8, network | {"name": "resnet_digits"})
+        budgets.read(asked(path, latency="0.5x"), net, 8, network | {"name": "resnet_digits"})
     eights = tmp_path / "eights"
     eights.write_text((tmp_path / "table").read_text().replace('"round_to":1', '"round_to":8'))
     with pytest.raises(InputError, match=r"key 'architecture\.round_to': 1, but .* multiples of 8 channels only; set it to 8"):
-        selection.budget(asked(str(eights), latency="0.5x"), net, 8, network)
+        budgets.read(asked(str(eights), latency="0.5x"), net, 8, network)
     assert timing.load(str(eights), network, 16).round_to == 8
     with pytest.raises(InputError, match="lacks the times of some layers"):
         timing.load(path, network, layers=8)
