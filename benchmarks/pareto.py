@@ -105,7 +105,7 @@ def cell(bench: Bench, share: float, method: str, learned: dict | None) -> dict:
         "sites": {site: int(part.sum()) for site, part in run.supernet.by_site(keep).items()},
         **{"seconds": round(time.monotonic() - begun, 1), "steps": run.state.global_step, "phases": accuracy},
         **({"significant": log.last("signal").get("significant")} if method in SEARCHED else {}),
-        **({"mask": masks.pack(keep)} if method == "learned" else {}),
+        "mask": masks.pack(keep),
     }
 
 

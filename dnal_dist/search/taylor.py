@@ -38,13 +38,13 @@ def strength(net: GatedNetwork, image_size: int, architecture: Architecture, uni
     return torch.where(alpha >= 0, alpha.double() / price.clamp_min(1e-6 * price.max()), alpha.double())
 
 
-def barred(net: GatedNetwork, keep: Tensor, alpha: Tensor, number: int) -> Tensor:
+def barred(net: GatedNetwork, keep: Tensor, ranks: Tensor, number: int) -> Tensor:
     """The channels, bool (N,), of the branches that leave their cells by the end of round `number`, if each cell is to have one
     branch in the end: it has fewer of them with each round, and one from half of the rounds on. Those stay whose channels among
-    `keep`, bool (N,), have the largest sum of alpha (N,)."""
-    alpha, leaving = alpha.detach().cpu(), []
+    `keep`, bool (N,), have the largest sum of ranks (N,)."""
+    ranks, leaving = ranks.cpu(), []
     # What has left does not come back, even if no gradient came.
-    value = net.by_site(torch.where((alpha >= 0) & keep.cpu(), alpha, -torch.finfo(alpha.dtype).tiny))
+    value = net.by_site(torch.where((ranks >= 0) & keep.cpu(), ranks, -torch.finfo(ranks.dtype).tiny))
     for branches in net.cells():
         left = math.ceil(len(branches) ** max(0.0, 1 - 2 * number / ROUNDS) - 1e-9)
         leaving += sorted(branches, key=lambda branch: -sum(float(value[site].sum()) for site in branch.sites))[left:]
@@ -67,7 +67,7 @@ def select(net: GatedNetwork, image_size: int, architecture: Architecture, targe
     target = target if number == ROUNDS else target.on_the_way(number / ROUNDS)
     keep = selection.select(net, image_size, ranks, target, settings.round_to)
     if settings.candidates == "one":
-        out = barred(net, keep, architecture.alpha, number).to(ranks.device)
+        out = barred(net, keep, ranks, number).to(ranks.device)
         keep = selection.select(net, image_size, ranks.masked_fill(out, -torch.inf), target, settings.round_to)
     return keep
 
