@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dnal_dist.nets import GatedNetwork, cost, masks
+from dnal_dist.nets import GatedNetwork, masks
 from dnal_dist.search import selection
 from dnal_dist.search.architecture import Architecture
 from dnal_dist.search.budgets import Budget
@@ -28,13 +28,13 @@ class Squares:
         self.alpha.grad = None
 
 
-def strength(net: GatedNetwork, image_size: int, architecture: Architecture, unit: str) -> Tensor:
-    """What ranks the channels, (N,): of open ones alpha for each MAC or parameter that closing this one alone would save; of closed
-    ones alpha, which is below 0 and the lower, the earlier they closed."""
+def strength(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget) -> Tensor:
+    """What ranks the channels, (N,): of open ones alpha for each MAC, parameter or nanosecond that closing this one alone would
+    save; of closed ones alpha, which is below 0 and the lower, the earlier they closed."""
     alpha = architecture.alpha.detach()
-    gates = (alpha >= 0).double().requires_grad_()
-    found = cost.expected(net, image_size, gates)
-    (price,) = torch.autograd.grad(found.params if unit == "params" else found.macs, gates)
+    # Times have no slope at whole numbers of channels.
+    gates = ((alpha >= 0).double() * (1 if target.table is None else 0.999)).requires_grad_()
+    (price,) = torch.autograd.grad(target.used(net, image_size, gates), gates)
     return torch.where(alpha >= 0, alpha.double() / price.clamp_min(1e-6 * price.max()), alpha.double())
 
 
@@ -63,7 +63,7 @@ def due(step: int, steps: int, cycle: int) -> int | None:
 def select(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, settings) -> Tensor:
     """The keep mask, bool (N,), at the end of round `number`, by a recipe's `architecture` settings: the strongest channels that
     cost what the whole way to `target` allows by then, which falls by the same factor in each round."""
-    ranks = strength(net, image_size, architecture, target.unit)
+    ranks = strength(net, image_size, architecture, target)
     target = target if number == ROUNDS else target.on_the_way(number / ROUNDS)
     keep = selection.select(net, image_size, ranks, target, settings.round_to)
     if settings.candidates == "one":
@@ -74,7 +74,7 @@ def select(net: GatedNetwork, image_size: int, architecture: Architecture, targe
 
 def close(net: GatedNetwork, image_size: int, architecture: Architecture, target: Budget, number: int, settings) -> None:
     """End round `number`: all channels but those of `select` close. The sums of those that stay begin again at 0."""
-    ranks = strength(net, image_size, architecture, target.unit)
+    ranks = strength(net, image_size, architecture, target)
     keep = select(net, image_size, architecture, target, number, settings).to(ranks.device)
     alpha = architecture.alpha.detach()
     closes = (alpha >= 0) & ~keep

@@ -11,7 +11,8 @@ from dnal_dist.nets import cost, masks
 from dnal_dist.recipe import ArchitectureSettings, Target
 from dnal_dist.report import records as reported
 from dnal_dist.report import words
-from dnal_dist.search import budgets, selection, timing
+from dnal_dist.search import budgets, selection, taylor, timing
+from dnal_dist.search.architecture import Architecture
 from dnal_dist.training import timed
 from dnal_dist.training.stopping import STOPPED
 
@@ -49,6 +50,15 @@ def test_a_prediction_is_the_sum_of_the_layers_that_are_left(name, tmp_path):
     gates = torch.full((net.num_gates,), 0.37, requires_grad=True)
     (slope,) = torch.autograd.grad(table.predict(net, 8, gates), gates)
     assert bool(slope.isfinite().all()) and float(slope.max()) > 0
+
+
+def test_taylor_weighs_a_channel_by_the_time_that_it_takes(tmp_path):
+    net, path = nets.build("vgg_digits"), table_of("vgg_digits", tmp_path / "table")
+    target = budgets.read(asked(path, latency="0.4x"), net, 8, recipe.load("recipes/digits.yaml").network)
+    architecture = Architecture(net.num_gates, hard=True)
+    architecture.alpha.data += 1
+    ranks = taylor.strength(net, 8, architecture, target)
+    assert torch.allclose(ranks, torch.full_like(ranks, 2 / (1e9 * PER_CHANNEL)))
 
 
 @pytest.mark.parametrize("target", [{"latency": "0.4x"}, {"latency": "40%", "macs": "0.9x"}, {"latency": "0.9x", "macs": "0.2x"}])
