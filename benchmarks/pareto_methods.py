@@ -1,6 +1,7 @@
 """The methods of pareto.py: what each trains, on images in memory, from its beginning to its end."""
 
 import copy
+import functools
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.wrapper import SLIM
 from dnal_dist.export import latency
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
+from dnal_dist.nets.whole import whole
 from dnal_dist.search import budgets, schedule, selection, taylor
 from dnal_dist.training import phases, setup
 
@@ -123,8 +125,10 @@ class Pretrained(NamedTuple):
 class Bench:
     """One network with one seed: the data in memory, and the methods."""
 
-    def __init__(self, network: str, seed: int, args):
+    def __init__(self, network: str, seed: int, args, data: bool = True):
         self.network, self.seed, self.form, self.args = network, seed, form(network, args), args
+        if not data:
+            return
         settings = self.settings(0.5)
         classes = settings.model.num_classes
         self.train = Memory("train", settings.data, classes, seed, True, self.form.images)
@@ -256,19 +260,22 @@ def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
     return torch.cat(ranked)
 
 
-def milliseconds(net: torch.nn.Module, side: int, device: torch.device) -> dict[str, float]:
-    """Median time of the network for a batch of 1 and of 64, on one thread; on a CPU the thread's own, whatever else runs."""
-    usual, found, clock = torch.get_num_threads(), {}, time.thread_time if device.type == "cpu" else time.perf_counter
+def deployed(net: GatedNetwork, keep: Tensor) -> torch.nn.Module:
+    """The compact network as an export has it."""
+    return whole(compact.compact(net, keep)).eval()
+
+
+@torch.no_grad()
+def milliseconds(networks: dict[str, torch.nn.Module], side: int, device: torch.device, seconds: float) -> dict[str, dict]:
+    """Median time of each network for a batch of 1 and of 64, on one thread, by turns; on a CPU the thread's own, whatever else
+    runs. seconds: for each network and batch."""
+    usual, clock = torch.get_num_threads(), time.thread_time if device.type == "cpu" else time.perf_counter
     torch.set_num_threads(1)
-    net.eval()
+    found: dict[str, dict] = {name: {} for name in networks}
     for batch in (1, 64):
-        images, times, end = torch.randn(batch, 3, side, side, device=device), [], time.perf_counter() + 0.2
-        while len(times) < 10 or time.perf_counter() < end:
-            begun = clock()
-            with torch.no_grad():
-                net(images)
-            latency.wait(device)
-            times.append(clock() - begun)
-        found[str(batch)] = round(1e3 * statistics.median(times[2:]), 3)
+        images = torch.randn(batch, 3, side, side, device=device)
+        runs = {name: functools.partial(net, images) for name, net in networks.items()}
+        for name, times in latency.rounds(runs, seconds * len(runs), device, clock).items():
+            found[name][str(batch)] = round(1e3 * statistics.median(times), 3)
     torch.set_num_threads(usual)
     return found
