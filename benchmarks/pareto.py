@@ -44,7 +44,7 @@ import time
 from pathlib import Path
 
 import torch
-from pareto_methods import Bench, deployed, form, milliseconds
+from pareto_methods import Bench, exported, form, milliseconds
 from pareto_page import METHODS, NETWORKS, SEARCHED, write
 
 from dnal_dist import nets
@@ -103,7 +103,7 @@ def cell(bench: Bench, share: float, method: str, learned: dict | None) -> dict:
         },
         **{"accuracy": accuracy["finetune"], "macs": found.macs, "params": found.params, "full_macs": full.macs},
         "training_macs": bench.training_macs(method, run, found.macs, full.macs),
-        "milliseconds": milliseconds({method: deployed(run.supernet, keep)}, side, run.context.device, 0.2)[method],
+        "milliseconds": milliseconds({method: exported(run.supernet, keep)}, side, run.context.device, 0.2)[method],
         "sites": {site: int(part.sum()) for site, part in run.supernet.by_site(keep).items()},
         **{"seconds": round(time.monotonic() - begun, 1), "steps": run.state.global_step, "phases": accuracy},
         **({"significant": log.last("signal").get("significant")} if method in SEARCHED else {}),
@@ -132,7 +132,7 @@ def measure_again(args) -> None:
         own = [r for r in found if r["network"] == network and r.get("setting") == setting(args, network) and "mask" in r]
         for share in sorted({r["budget"] for r in own} - {1.0}):
             rows = {str(i): r for i, r in enumerate(own) if r["budget"] in (share, 1.0)}
-            made = {key: deployed(net, masks.unpack(r["mask"], net.num_gates)) for key, r in rows.items()}
+            made = {key: exported(net, masks.unpack(r["mask"], net.num_gates)) for key, r in rows.items()}
             for key, times in milliseconds(made, side, torch.device("cpu"), args.time).items():
                 rows[key]["milliseconds"] = times
     path.write_text("".join(json.dumps(r) + "\n" for r in found))
@@ -176,9 +176,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no cell after so long")
     parser.add_argument("--full", action="store_true", help="all images in full size, for longer")
     parser.add_argument("--output", type=Path, default=Path("runs/pareto"))
-    parser.add_argument(
-        "--time", type=float, help="run nothing; measure all latencies again by turns, each for so many seconds"
-    )
+    parser.add_argument("--time", type=float, help="run nothing; measure all latencies again by turns, each for so many seconds")
     parser.add_argument("--docs", type=Path, help="only write the table and the plot into this folder")
     parser.add_argument("--table", help="name of the table in the page, and of its plot (given with --given)")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)

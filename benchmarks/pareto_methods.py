@@ -21,7 +21,7 @@ from dnal_dist.distributed.context import Context
 from dnal_dist.distributed.wrapper import SLIM
 from dnal_dist.export import latency
 from dnal_dist.nets import GatedNetwork, compact, cost, masks
-from dnal_dist.nets.whole import whole
+from dnal_dist.nets.whole import deployed
 from dnal_dist.search import budgets, schedule, selection, taylor
 from dnal_dist.training import phases, setup
 
@@ -260,9 +260,9 @@ def strength(net: GatedNetwork, method: str, seed: int) -> Tensor:
     return torch.cat(ranked)
 
 
-def deployed(net: GatedNetwork, keep: Tensor) -> torch.nn.Module:
+def exported(net: GatedNetwork, keep: Tensor) -> torch.nn.Module:
     """The compact network as an export has it."""
-    return whole(compact.compact(net, keep)).eval()
+    return deployed(compact.compact(net, keep)).eval()
 
 
 @torch.no_grad()
