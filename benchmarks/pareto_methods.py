@@ -146,6 +146,7 @@ class Bench:
         own = [f"data.image_size={self.form.side}", f"seed={self.seed}", "tracking.tracker=none", "tracking.log_every=100000"]
         own += [f"output={self.args.output}/runs/{self.network}-{self.seed}", "tracking.latency_seconds=1000000"]
         own += ["tracking.plots=false", f"architecture.target.macs={share}x"]
+        own += ["architecture.criterion=alpha", "architecture.candidates=all"]
         return recipe.load(f"recipes/{name}.yaml", [*changes, *own, *steps, *more, *self.args.overrides])
 
     def assemble(self, share: float, *more: str) -> phases.Run:
