@@ -106,7 +106,8 @@ class _Export:
     def prove(self, folder: Path, written: list[str]) -> list[proof.Check]:
         """Checks that all hold. Raises ProofError."""
         self.tell(f"comparing {len(written)} files on {self.images.count} images")
-        checks = proof.prove(self.network, folder, written, self.images, self.options.any_size)
+        checks = [proof.joined(self.network, self.images)]
+        checks += proof.prove(self.network, folder, written, self.images, self.options.any_size)
         if "mask" not in self.pruned:
             self.notes.append("metrics.jsonl has no mask, so the masked network was not compared")
         elif isinstance(self.network, Narrow):  # of an older release, the layers have no names
@@ -222,5 +223,5 @@ def _card(settings: recipe.Recipe, manifest: dict, how: dict, pruned: dict, resu
         costs=costs,
         proof=manifest["proof"],
         notes=manifest["notes"],
-        files=sorted({check["file"] for check in manifest["proof"]["checks"]} - {"masked network"}),
+        files=sorted({check["file"] for check in manifest["proof"]["checks"]} - {"masked network", "deployment form"}),
     )

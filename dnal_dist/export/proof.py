@@ -20,6 +20,7 @@ from dnal_dist.export import readers
 from dnal_dist.export.images import Images
 from dnal_dist.nets import compact
 from dnal_dist.nets.masks import unpack
+from dnal_dist.nets.whole import deployed
 
 # Largest differences of logits, relative to the largest logit.
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
@@ -33,6 +34,7 @@ class Check(NamedTuple):
     """One comparison with the compact network in float64."""
 
     file: str
+    """Or the network that is compared."""
     precision: str
     images: int
     difference: float
@@ -123,8 +125,11 @@ class _Process:
 
 def prove(network: nn.Module, folder: Path, files: list[str], images: Images, any_size: bool = False) -> list[Check]:
     """Each of `files` in `folder` against `network`, compact and in eval mode, on all `images`; any_size: and on drawn ones
-    of another height and width. Raises ProofError for a file that cannot be run; whether a check holds is the caller's to ask."""
-    truth = copy.deepcopy(network).double()
+    of another height and width. Raises ProofError for a file that cannot be run; whether a check holds is the caller's to ask.
+
+    In float64 model.py has what its weights were rounded to when layers were joined, in float32, and is compared with that.
+    """
+    truth, stored = copy.deepcopy(network).double(), deployed(network).double()
     processes = [_Process(folder, file, "float32") for file in files]
     if "model.py" in files:
         processes.append(_Process(folder, "model.py", "float64"))
@@ -135,14 +140,35 @@ def prove(network: nn.Module, folder: Path, files: list[str], images: Images, an
             for process in processes:
                 process.send(batch)
             with torch.no_grad():
-                logits = {"float64": truth(batch.double()), "float32": network(batch)}
+                exact = {"float32": truth(batch.double()), "float64": stored(batch.double())}
+                classes = {"float32": network(batch).argmax(1), "float64": exact["float64"].argmax(1)}
             for process in processes:
-                process.compare(logits["float64"], logits[process.precision].argmax(1))
+                process.compare(exact[process.precision], classes[process.precision])
         return [process.end() for process in processes]
     finally:
         for process in processes:
             process.close()
             process.errors.close()
+
+
+@torch.no_grad()
+def joined(network: nn.Module, images: Images) -> Check:
+    """The deployment form of `network` against itself, both in float64. Raises ProofError if there is no image."""
+    truth, batch = copy.deepcopy(network).double(), _some(images)
+    return _check("deployment form", truth(batch), deployed(truth)(batch))
+
+
+def _some(images: Images) -> Tensor:
+    batch = next(iter(images.batches()), torch.zeros(0))[:MASKED].double()
+    if not len(batch):
+        raise ProofError("no image of the validation set can be used")
+    return batch
+
+
+def _check(what: str, expected: Tensor, logits: Tensor, weights: str = "the run's") -> Check:
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    differs = int((logits.argmax(1) != expected.argmax(1)).sum())
+    return Check(what, "float64", len(expected), difference, differs, weights)
 
 
 @torch.no_grad()
@@ -161,9 +187,7 @@ def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Image
     small = compact.compact(full, keep)
     if compact.describe(small) != compact.describe(network):
         raise ProofError("compact: it is not what pruning makes of the recipe's network and the mask in metrics.jsonl")
-    batch = next(iter(images.batches()), torch.zeros(0))[:MASKED].double()
-    if not len(batch):
-        raise ProofError("masked network: no image of the validation set can be used")
+    batch = _some(images)
     own, places = network.state_dict(), small.state_dict()
     everywhere = True
     for name, at in places.items():
@@ -175,10 +199,7 @@ def masked(settings: recipe.Recipe, mask: str, network: nn.Module, images: Image
     for weights, tensors, other in (("the run's", filled, copy.deepcopy(network).double()), ("drawn", drawn, None)):
         full.load_state_dict(tensors)
         other = other or compact.compact(full, keep).eval()
-        expected, logits = other(batch), full(batch, keep.double())
-        difference = float((logits - expected).abs().max() / expected.abs().max())
-        differs = int((logits.argmax(1) != expected.argmax(1)).sum())
-        found = Check("masked network", "float64", len(batch), difference, differs, weights)
+        found = _check("masked network", other(batch), full(batch, keep.double()), weights)
         if found.holds or everywhere:
             break
     return found

@@ -10,13 +10,15 @@ from in_process import called
 from runs import SHORT, arguments
 from safetensors.torch import load_file
 
+from dnal_dist import nets
 from dnal_dist.common.errors import InputError
 from dnal_dist.export import __main__ as door
 from dnal_dist.export import files, proof
 from dnal_dist.export.command import Options, export
 from dnal_dist.export.images import Images, validation_images
 from dnal_dist.export.program import program
-from dnal_dist.nets import compact
+from dnal_dist.export.source import source
+from dnal_dist.nets import compact, masks
 from dnal_dist.recipe import load
 from dnal_dist.report import records
 
@@ -32,7 +34,7 @@ def test_every_file_is_proven_on_the_whole_validation_set(exported):
     assert found["proof"]["images"] == "validation set" and found["proof"]["of"] == 178 and not found["notes"]
     checks = {(one["file"], one["precision"]): one for one in found["proof"]["checks"]}
     files = [("model.py", "float32"), ("model.py", "float64"), ("model.pt2", "float32"), ("model.onnx", "float32")]
-    assert checks.keys() == {("masked network", "float64"), *files}
+    assert checks.keys() == {("masked network", "float64"), ("deployment form", "float64"), *files}
     assert all(checks[one]["images"] == 178 and checks[one]["top1_differs"] == 0 for one in files)
     assert all(0 <= one["difference"] <= one["limit"] <= 1e-5 for one in checks.values())
     assert checks["model.py", "float64"]["limit"] == 1e-10
@@ -117,6 +119,19 @@ def test_files_with_other_weights_do_not_pass(exported, tmp_path):
     images = validation_images(load(exported / "recipe.yaml"), 10, 8)
     checks = proof.prove(network, folder, ["model.py"], images)
     assert [check.precision for check in checks] == ["float32", "float64"] and not any(check.holds for check in checks)
+
+
+def test_files_of_joined_branches_are_proven(exported, tmp_path):
+    torch.manual_seed(0)
+    net, data = nets.build("supernet_digits"), load(exported / "recipe.yaml").data
+    network = compact.compact(net, masks.rescue(net, torch.rand(net.num_gates) < 0.5)[0]).eval()
+    text, state = source(program(network, 8), network, "a supernet")
+    assert "k3e3_k3e6" in text
+    files.write_torch(text, state, tmp_path)
+    files.write_onnx(program(network, 8), tmp_path, None)
+    images = Images(8, 0, "drawn", [], data, None, [])
+    checks = [proof.joined(network, images), *proof.prove(network, tmp_path, ["model.py", "model.onnx"], images)]
+    assert len(checks) == 4 and all(check.holds for check in checks), checks
 
 
 def test_a_file_of_any_size_is_proven_at_two_sizes(exported, tmp_path):
