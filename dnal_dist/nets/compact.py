@@ -121,6 +121,14 @@ def cut(tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, 
     return {name: tensor[tuple(map(slice, shapes.get(name, ())))] for name, tensor in tensors.items()}
 
 
+def _only_filled(wide: Tensor, part: Tensor, name: str) -> bool:
+    """Whether all that a tensor has beside its first entries is what `deployed` adds."""
+    fill = float(name.endswith("running_var"))
+    rest = wide.clone()
+    rest[tuple(map(slice, part.shape))] = fill
+    return bool((rest == fill).all())
+
+
 def restored(description: list, tensors: dict[str, Tensor], deployed: bool = False) -> nn.Module:
     """The network of a `description`, with these weights and statistics, of which others may follow in what is deployed. Raises
     ValueError if they do not fit, before memory is taken for whatever the description asks for."""
@@ -129,7 +137,10 @@ def restored(description: list, tensors: dict[str, Tensor], deployed: bool = Fal
         shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     if isinstance(empty, narrow.Narrow):
         _try(empty.eval())
-    tensors = cut(tensors, shapes) if deployed else tensors
+    if deployed:
+        own, tensors = tensors, cut(tensors, shapes)
+        if not all(_only_filled(tensor, tensors[name], name) for name, tensor in own.items()):
+            raise ValueError("the weights are those of a wider network than its description")
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("the weights do not fit the description of the network")
     network = build(description)

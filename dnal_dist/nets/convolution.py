@@ -13,13 +13,15 @@ MOST, MOST_STRIDED = 3200, 300
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
         return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, ctx.stride, ctx.padding = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -49,7 +51,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, stride: tuple[i
         own = padded[:, row : row + stride[0] * (height - 1) + 1 : stride[0]].reshape(channels, -1, columns)
         pairs = torch.bmm(gradients, own)
         diagonals = pairs.as_strided((channels, kernel[1], width), (width * columns, 1, columns + stride[1]))
-        torch.sum(diagonals, 2, out=found[:, 0, row])
+        found[:, 0, row] = diagonals.sum(2)
     return found
 
 

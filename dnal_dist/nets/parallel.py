@@ -72,7 +72,7 @@ class Chains:
         constants, rest = [], []
         for name in operands:
             end = self.end(name)
-            if not end or any(self._kind(one)[-1] == "batch" for one in end):
+            if not end:
                 rest.append(name)
             elif end[0].kind == "tensor":
                 constants.append(name)
@@ -143,7 +143,7 @@ class Chains:
         if step.kind == "tensor":
             return ("constant",) if called.dim() == 4 and called.numel() == called.shape[1] else None
         if isinstance(called, _BatchNorm):
-            return "norm", called.eps, called.momentum, called.affine, "batch" if called.running_mean is None else "moving"
+            return "norm", called.eps, called.momentum, called.affine
         if isinstance(called, nn.Conv2d) and (called.groups == 1 or called.groups == called.in_channels == called.out_channels):
             how = called.kernel_size, called.stride, called.padding, called.dilation, called.bias is None
             return "conv" if called.groups == 1 else "depthwise", *how

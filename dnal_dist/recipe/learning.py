@@ -254,8 +254,9 @@ class ArchitectureSettings(Section):
     of the gate's gradients over batches, per unit of cost; `optimizer`, `delta_*`, `penalty` and `threshold` are unused."""
     candidates: Literal["all", "one"] = "all"
     """What a sum of several branches keeps, such as a supernet's cell of its candidates. all: any of them, each with the channels
-    that are worth their cost. one, by criterion taylor: the branch whose gates have the largest squared gradients; the others leave
-    in the first half of the rounds. Such networks have fewer and larger layers, and are faster for their MACs."""
+    that are worth their cost. one, by criterion taylor: the branch whose channels have the largest squared gradients per unit of
+    cost, as far as `target` can be met with it; the others leave in the first half of the rounds. Such networks have fewer and
+    larger layers, and are faster for their MACs."""
     optimizer: SGD = SGD(lr=0.01)
     """SGD of alpha."""
     delta_start: float = Field(1.0, gt=0)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dnal_dist.common.errors import InputError
 from dnal_dist.nets import GatedNetwork, cost, masks
+from dnal_dist.nets.branches import Branch
 from dnal_dist.recipe import amount, duration
 from dnal_dist.search import timing
 from dnal_dist.search.timing import Table
@@ -120,18 +121,32 @@ def _check_one_is_enough(net: GatedNetwork, image_size: int, asked: Budget) -> N
     key = "key 'architecture.candidates': one"
     if not net.cells():
         raise InputError(f"{key}, but no sum of this network adds several branches; remove it")
-    macs = {row["layer"]: row["macs"] for row in cost.by_layer(net, image_size)}
-    others = []
-    for branches in net.cells():
-        others += sorted(branches, key=lambda branch: sum(macs[path] for path in branch.layers))[:-1]
-    keep = ~masks.of_branches(net, others)
-    rows = asked.records(net, image_size, keep)
-    if all(row["used"] < row["least"] for row in rows):
+    if not reaches(net, image_size, asked, []):
+        rows = asked.records(net, image_size, _dearest(net, image_size, asked.unit, []))
         row = max(rows, key=lambda row: row["used"] / row["most"])
         raise InputError(
             f"{key} leaves at most {row['used'] / row['full']:.2%} of the network's {row['unit']}, and architecture.target asks "
             f"for {row['most'] / row['full']:.2%}; lower the target, or leave it at all"
         )
+
+
+def reaches(net: GatedNetwork, image_size: int, asked: Budget, gone: list[Branch], round_to: int = 1) -> bool:
+    """Whether one branch of each cell, none of `gone`, can cost as much as is asked for, and as little."""
+    rows = asked.records(net, image_size, _dearest(net, image_size, asked.unit, gone))
+    if all(row["used"] < row["least"] for row in rows):
+        return False
+    least = cheapest(net, image_size, asked.unit, round_to, masks.of_branches(net, gone))
+    return all(row["used"] <= row["most"] for row in asked.records(net, image_size, least))
+
+
+def _dearest(net: GatedNetwork, image_size: int, unit: str, gone: list[Branch]) -> Tensor:
+    """The keep mask, bool (N,), of all channels but those of `gone` and, of the other branches of each cell, but the dearest."""
+    cost_of = {row["layer"]: row["params" if unit == "params" else "macs"] for row in cost.by_layer(net, image_size)}
+    names, others = {branch.operand for branch in gone}, list(gone)
+    for branches in net.cells():
+        left = [branch for branch in branches if branch.operand not in names]
+        others += sorted(left, key=lambda branch: sum(cost_of[path] for path in branch.layers))[:-1]
+    return ~masks.of_branches(net, others)
 
 
 def _budget(settings, net: GatedNetwork, image_size: int, unit: str, text, table: Table | None) -> Budget:

@@ -16,19 +16,19 @@ from dnal_dist.search.budgets import Budget, cheapest, rounded, whole
 TRIES = 4000
 
 
-def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget, round_to: int = 1) -> Tensor:
+def select(net: GatedNetwork, image_size: int, strength: Tensor, target: Budget, round_to: int = 1, exact: bool = True) -> Tensor:
     """The keep mask, bool (N,), of the strongest channels whose exact cost is `target`, or as near below it as was found.
 
     strength (N,) ranks the channels of the whole network, alpha for example. First the rank decides: as many as fit, with one
     channel in each site that no shortcut goes around. Then the strongest closed channels that still fit are added. If that leaves
-    more than the tolerance unused, a few channels are exchanged: at each site the strongest closed one may come and the weakest
-    open one go. Each site keeps a multiple of `round_to`, or all. A branch is either closed altogether or has a channel in each of
-    its sites, so that none is kept for nothing. Channels of strength -inf stay closed.
+    more than the tolerance unused, and if `exact`, a few channels are exchanged: at each site the strongest closed one may come and
+    the weakest open one go. Each site keeps a multiple of `round_to`, or all. A branch is either closed altogether or has a channel
+    in each of its sites, so that none is kept for nothing. Channels of strength -inf stay closed.
     """
     choice = Choice(net, image_size, strength, target, round_to)
     counts = choice.by_rank()
     counts = choice.fill(counts)
-    if choice.cost(counts) not in target:
+    if exact and choice.cost(counts) not in target:
         counts = choice.exchange(counts)
     return choice.mask(counts)
 

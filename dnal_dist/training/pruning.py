@@ -95,10 +95,14 @@ def select_by_budget(run: Run, target: budgets.Budget) -> Tensor:
     """The keep mask of the strongest channels that meet the budget exactly."""
     image_size, settings = run.recipe.data.image_size, run.recipe.architecture
 
+    strength = run.architecture.alpha
+    if run.architecture.hard:
+        strength = taylor.strength(run.supernet, image_size, run.architecture, target)
+
     def choose(budget: budgets.Budget) -> Tensor:
         if run.architecture.hard:
-            return taylor.select(run.supernet, image_size, run.architecture, budget, taylor.ROUNDS, settings)
-        return selection.select(run.supernet, image_size, run.architecture.alpha, budget, settings.round_to)
+            return taylor.select(run.supernet, image_size, strength, budget, taylor.ROUNDS, settings)
+        return selection.select(run.supernet, image_size, strength, budget, settings.round_to)
 
     if target.latency is None or not settings.target.measured:
         return choose(target)

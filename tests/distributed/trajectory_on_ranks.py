@@ -90,7 +90,7 @@ def _keep(context: Context, net: nets.GatedNetwork, architecture: Architecture) 
     neither decides."""
     alpha = architecture.alpha.detach()
     if architecture.hard:
-        keep = taylor.select(net, SIDE, architecture, _budget(net), taylor.ROUNDS, TAYLOR)
+        keep = taylor.select(net, SIDE, taylor.strength(net, SIDE, architecture, _budget(net)), _budget(net), taylor.ROUNDS, TAYLOR)
         context.agree("the keep mask", net.by_site(keep))
         return keep
     ordered = alpha.sort().values

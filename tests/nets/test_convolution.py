@@ -46,6 +46,19 @@ def test_gradients_are_those_of_torch(kernel, stride, padding, size, layout, pro
     assert products
 
 
+def test_gradients_have_gradients_and_are_those_of_a_function(products):
+    torch.manual_seed(0)
+    conv, images = Conv2d(4, 4, 5, padding=2, groups=4).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(conv, (images,))
+    parameters = dict(conv.named_parameters())
+    assert torch.autograd.gradgradcheck(
+        lambda *own: torch.func.functional_call(conv, dict(zip(parameters, own, strict=True)), images), (*parameters.values(),)
+    )
+    found = torch.func.grad(lambda own: torch.func.functional_call(conv, own, images).square().sum())(parameters)
+    expected = torch.autograd.grad(conv(images).square().sum(), [*parameters.values()])
+    assert products and all(map(torch.allclose, found.values(), expected))
+
+
 @pytest.mark.parametrize("changes", [{"groups": 3}, {"dilation": 2}, {"padding_mode": "circular"}, {"kernel_size": 3}])
 def test_other_convolutions_take_the_way_of_torch(changes, products):
     settings = {"kernel_size": 5, "padding": 2, "groups": 6} | changes

@@ -43,7 +43,7 @@ def test_rounds_of_taylor_end_at_the_exact_budget(name, round_to, unit):
     net, architecture, target, settings, costs = searched(name, round_to, unit)
     allowed = [target.on_the_way(number / taylor.ROUNDS) for number in range(1, taylor.ROUNDS)]
     assert all(found <= budget.most for found, budget in zip(costs, allowed, strict=True)) and costs == sorted(costs, reverse=True)
-    keep = taylor.select(net, SIZE, architecture, target, taylor.ROUNDS, settings)
+    keep = taylor.select(net, SIZE, taylor.strength(net, SIZE, architecture, target), target, taylor.ROUNDS, settings)
     assert target.missed(net, SIZE, keep) is None
     assert all(int(part.sum()) % round_to == 0 for part in net.by_site(keep).values())
 
@@ -57,12 +57,36 @@ def test_of_each_cell_the_candidate_with_the_largest_sum_stays():
     for number in range(1, taylor.ROUNDS + 1):
         sums = torch.rand(net.num_gates) * torch.where(masks.of_branches(net, best), 10, 1)
         architecture.alpha.data += sums * (architecture.alpha >= 0)
-        keep = net.by_site(taylor.select(net, SIZE, architecture, target, number, settings))
+        keep = net.by_site(taylor.select(net, SIZE, taylor.strength(net, SIZE, architecture, target), target, number, settings))
         taylor.close(net, SIZE, architecture, target, number, settings)
         left.append([sum(all(keep[site].any() for site in branch.sites) for branch in branches) for branches in net.cells()])
     assert [max(row) for row in left] == [4, 3, 2, 1, 1, 1, 1, 1]
     for chosen, branches in zip(best, net.cells(), strict=True):
         assert all(keep[site].any() == (branch is chosen) for branch in branches for site in branch.sites)
+    assert target.missed(net, SIZE, torch.cat(list(keep.values()))) is None
+
+
+@pytest.mark.parametrize(
+    ("unit", "share", "round_to"), [("macs", 0.05, 8), ("macs", 0.06, 1), ("macs", 0.2, 1), ("macs", 0.33, 1), ("params", 0.25, 4)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_leave_for_good_and_the_budget_is_met(unit, share, round_to, seed):
+    torch.manual_seed(seed)
+    net = nets.build("supernet_digits", width=0.5)
+    architecture, before = Architecture(net.num_gates, hard=True), None
+    settings = ArchitectureSettings(
+        criterion="taylor", target={unit: f"{share}x"}, candidates="one", round_to=round_to, tolerance=0.05
+    )
+    target = budgets.read(settings, net, SIZE)
+    for number in range(1, taylor.ROUNDS + 1):
+        architecture.alpha.data += torch.randn(net.num_gates).square() * (architecture.alpha >= 0)
+        ranks = taylor.strength(net, SIZE, architecture, target)
+        keep = net.by_site(taylor.select(net, SIZE, ranks, target, number, settings))
+        open_ = [{b.operand for b in cell if all(keep[site].any() for site in b.sites)} for cell in net.cells()]
+        assert before is None or all(now <= then for now, then in zip(open_, before, strict=True))
+        taylor.close(net, SIZE, architecture, target, number, settings)
+        before = open_
+    assert max(map(len, open_)) == 1
     assert target.missed(net, SIZE, torch.cat(list(keep.values()))) is None
 
 
