@@ -192,12 +192,12 @@ def described(network: Narrow, module: Callable[[nn.Module], list]) -> list:
     """[steps, modules, tensors, image size] as JSON; module: the description of one module."""
     steps = [[step.out, step.kind, step.target, _encoded(step.args), _encoded(step.kwargs)] for step in network.steps]
     layers = {step.target: _named(network, step.target) for step in network.steps if step.kind == "module"}
-    names = list(dict.fromkeys(step.target for step in network.steps if step.kind == "tensor"))
+    of_steps = dict.fromkeys(step.target for step in network.steps if step.kind == "tensor")
     own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     tensors = {
         name: [list(own[name].shape), str(own[name].dtype).removeprefix("torch."), isinstance(own[name], nn.Parameter)]
         + [False] * (isinstance(own[name], nn.Parameter) and not own[name].requires_grad)
-        for name in names
+        for name in of_steps
     }
     return [steps, {path: module(layer) for path, layer in layers.items()}, tensors, network.image_size]
 

@@ -70,6 +70,8 @@ def _batch_norm(narrowing: Narrowing, node, path: str) -> nn.Module:
     graph = narrowing.graph
     names = [graph.tensor_of(argument) for argument in node.args[1:5]]
     weight, bias, mean, var = (None if name is None else narrowing.cut(name) for name in names)
+    if mean is None:
+        raise ValueError(f"{path} has no running statistics; give it track_running_stats=True")
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(node.meta["val"].shape)]
     # A momentum of None is traced as a number.
     momentum = narrowing.module.get_submodule(path).momentum

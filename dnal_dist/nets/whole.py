@@ -1,4 +1,4 @@
-"""Compact networks as runtimes like them: every branch writes all channels of its stream."""
+"""Compact networks in the form in which runtimes are fastest: every branch writes all channels of its stream."""
 
 import copy
 from functools import partial

@@ -36,6 +36,12 @@ class OwnNorm(Small):
         self.norm = NormWithForward(channels)
 
 
+class BatchStatistics(Small):
+    def add_body(self, channels):
+        super().add_body(channels)
+        self.norm = nn.BatchNorm2d(channels, track_running_stats=False)
+
+
 class Counting(Small):
     def forward(self, images):
         return super().forward(images) * (2 if images.sum() > 0 else 1)
@@ -66,6 +72,7 @@ class Plain(nn.Module):
     [
         (Counting(), example(), "test_ungated.py"),
         (OwnNorm(), example(), "norm is a NormWithForward"),
+        (BatchStatistics(), example(), "norm has no running statistics; give it track_running_stats=True"),
         (Literal(), example(), "return self.conv(x.view(2, 8"),
         (OldNorm(), example(), "torch.nn.utils.parametrizations"),
         (Plain(), example(), "no channel that can be closed"),
