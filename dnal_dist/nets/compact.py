@@ -15,7 +15,7 @@ from dnal_dist.common import atomic
 from dnal_dist.common.errors import InputError
 from dnal_dist.common.files import read_regular
 from dnal_dist.nets import narrow
-from dnal_dist.nets.convolution import Conv2d
+from dnal_dist.nets.convolution import Conv2d, faster
 from dnal_dist.nets.gate import GatedNetwork
 from dnal_dist.nets.masks import rescue
 from dnal_dist.nets.modules import Channels, Constant, Place, Sum
@@ -42,10 +42,10 @@ _ARGUMENTS = {
     Channels: lambda m: (m.those,),
     Sum: lambda m: ([describe(branch) for branch in m.branches], m.adds, m.width, m.carry, m.stride),
 }
-_ARGUMENTS[Conv2d] = _ARGUMENTS[nn.Conv2d]
 # Modules of the largest description that is read, bytes of its file, and channels of the widest stream.
 MOST_MODULES, MOST_BYTES, MOST_CHANNELS = 20_000, 64 << 20, 1 << 20
 _KINDS = {kind.__name__: kind for kind in _ARGUMENTS}
+_ARGUMENTS[Conv2d] = _ARGUMENTS[nn.Conv2d]
 
 
 def _norm(module: nn.Module) -> tuple:
@@ -67,6 +67,8 @@ def _described(module: nn.Module) -> list:
 def _made(item: list) -> nn.Module:
     kind, arguments, *frozen = item
     module = _checked(_KINDS[kind](*arguments))
+    if isinstance(module, nn.Conv2d):
+        faster(module)
     for name in itertools.chain(*frozen):
         module.get_parameter(name).requires_grad_(False)
     return module

@@ -55,11 +55,22 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, stride: tuple[i
     return found
 
 
+def faster(conv: nn.Conv2d) -> nn.Conv2d:
+    """`conv` itself, of the kind below if that is of use to it; others stay of torch's own."""
+    if type(conv) is nn.Conv2d and _is_of_use(conv):
+        conv.__class__ = Conv2d
+    return conv
+
+
+def _is_of_use(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels > 1 and max(conv.kernel_size) > 3
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d, with the faster way to those gradients."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.groups == self.in_channels == self.out_channels > 1 and max(self.kernel_size) > 3 and self._is_faster(x, weight):
+        if _is_of_use(self) and self._is_faster(x, weight):
             return _Depthwise.apply(x, weight, bias, self.stride, self.padding)
         return super()._conv_forward(x, weight, bias)
 

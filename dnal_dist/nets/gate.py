@@ -17,7 +17,7 @@ from dnal_dist.nets import branches
 from dnal_dist.nets.activation import ReLU6
 from dnal_dist.nets.branches import Branch
 from dnal_dist.nets.checking import check_exact
-from dnal_dist.nets.convolution import Conv2d
+from dnal_dist.nets.convolution import faster
 from dnal_dist.nets.gated import GatedBatchNorm, Gates, shared
 from dnal_dist.nets.gated_modules import gated_kind, plain_norm
 from dnal_dist.nets.graph import Gated, Graph, read
@@ -28,9 +28,6 @@ from dnal_dist.nets.sites import Gating, Ungated, freeze
 from dnal_dist.nets.slim import Slim
 from dnal_dist.nets.streams import Streams, exact, paper
 from dnal_dist.nets.tracing import Tracer, exported
-
-# What takes the place of a module, with the same function.
-FASTER = {nn.ReLU6: ReLU6, nn.Conv2d: Conv2d}
 
 
 class Reading(NamedTuple):
@@ -95,8 +92,10 @@ class GatedNetwork(Beside):
             gated.__class__ = gated_kind(gated)
             gated.take(self.gates, numbers[path])
         for module in self.modules():
-            if type(module) in FASTER:
-                module.__class__ = FASTER[type(module)]
+            if type(module) is nn.ReLU6:
+                module.__class__ = ReLU6
+            if isinstance(module, nn.Conv2d):
+                faster(module)
         for path, norm in self.named_modules():
             if isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm):
                 if (kind := plain_norm(norm)) is None:

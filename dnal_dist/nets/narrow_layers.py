@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dnal_dist.nets.convolution import Conv2d
+from dnal_dist.nets.convolution import faster
 from dnal_dist.nets.layer_rules import argument_of
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def _conv(narrowing: Narrowing, node, path: str) -> nn.Conv2d:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     sizes = weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:])
     # What it is made with would be drawn at random for nothing.
-    conv = Conv2d(*sizes, **settings, groups=groups, bias=bias is not None, device="meta")
-    return _with(conv, weight=weight, bias=bias)
+    conv = nn.Conv2d(*sizes, **settings, groups=groups, bias=bias is not None, device="meta")
+    return _with(faster(conv), weight=weight, bias=bias)
 
 
 def _tensors(narrowing: Narrowing, node, path: str) -> tuple[Tensor, Tensor | None]:

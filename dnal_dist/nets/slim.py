@@ -118,7 +118,7 @@ class Slim(nn.Module):
         parts = {name: self._of(f"{path}.{name}", parameter, used) for name, parameter in made.named_parameters()}
         if isinstance(own, GatedBatchNorm) and isinstance(made, _BatchNorm) and made.track_running_stats:
             return PartOfNorm(own, self._cuts(f"{path}.running_mean", made.running_mean)[0])
-        if type(own) in (Conv2d, nn.Linear, GatedConv2d, GatedLinear) and isinstance(own, type(made)):
+        if type(own) in (nn.Conv2d, Conv2d, nn.Linear, GatedConv2d, GatedLinear) and isinstance(own, type(made)):
             return PartOfLayer(own, made.to("meta"), parts)
         raise ValueError(f"{path} is a {type(made).__name__}, which is not supported")
 

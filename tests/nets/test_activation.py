@@ -97,8 +97,8 @@ def test_gated_networks_and_their_compact_ones_take_it():
     keep = torch.ones(network.num_gates, dtype=torch.bool)
     keep[::3] = False
     made, plain = (compact.compact(network, keep) for _ in range(2))
-    changed = [call for call in plain.calls if call in OPERATIONS.values()]
-    plain.calls[:] = [next((own for own, ours in OPERATIONS.items() if ours is call), call) for call in plain.calls]
+    changed = [call for call in plain.operations if call in OPERATIONS.values()]
+    plain.operations[:] = [next((own for own, ours in OPERATIONS.items() if ours is call), call) for call in plain.operations]
     assert len(changed) == 2
     assert_same(gradients(made), gradients(plain))
 
