@@ -66,9 +66,7 @@ def _described(module: nn.Module) -> list:
 
 def _made(item: list) -> nn.Module:
     kind, arguments, *frozen = item
-    module = _checked(_KINDS[kind](*arguments))
-    if isinstance(module, nn.Conv2d):
-        faster(module)
+    module = faster(_checked(_KINDS[kind](*arguments)))
     for name in itertools.chain(*frozen):
         module.get_parameter(name).requires_grad_(False)
     return module

@@ -55,15 +55,16 @@ def weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, stride: tuple[i
     return found
 
 
-def faster(conv: nn.Conv2d) -> nn.Conv2d:
-    """`conv` itself, of the kind below if that is of use to it; others stay of torch's own."""
-    if type(conv) is nn.Conv2d and _is_of_use(conv):
-        conv.__class__ = Conv2d
-    return conv
+def faster(module: nn.Module) -> nn.Module:
+    """`module` itself; a convolution of the kind below where that is of use, all others stay as they are."""
+    if type(module) is nn.Conv2d and _is_of_use(module):
+        module.__class__ = Conv2d
+    return module
 
 
 def _is_of_use(conv: nn.Conv2d) -> bool:
-    return conv.groups == conv.in_channels == conv.out_channels > 1 and max(conv.kernel_size) > 3
+    is_wide = conv.groups == conv.in_channels == conv.out_channels > 1 and max(conv.kernel_size) > 3
+    return is_wide and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 class Conv2d(nn.Conv2d):
@@ -75,14 +76,7 @@ class Conv2d(nn.Conv2d):
         return super()._conv_forward(x, weight, bias)
 
     def _is_faster(self, x: Tensor, weight: Tensor) -> bool:
-        if plain(x, weight) or x.device.type != "cpu" or x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
-            return False
-        if (
-            torch.is_autocast_enabled("cpu")
-            or isinstance(self.padding, str)
-            or self.padding_mode != "zeros"
-            or self.dilation != (1, 1)
-        ):
+        if plain(x, weight) or x.device.type != "cpu" or x.dim() != 4 or torch.is_autocast_enabled("cpu"):
             return False
         places = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        return 0 < places <= (MOST if self.stride == (1, 1) else MOST_STRIDED)
+        return x.dtype in (torch.float32, torch.float64) and 0 < places <= (MOST if self.stride == (1, 1) else MOST_STRIDED)

@@ -94,8 +94,7 @@ class GatedNetwork(Beside):
         for module in self.modules():
             if type(module) is nn.ReLU6:
                 module.__class__ = ReLU6
-            if isinstance(module, nn.Conv2d):
-                faster(module)
+            faster(module)
         for path, norm in self.named_modules():
             if isinstance(norm, _BatchNorm) and not isinstance(norm, GatedBatchNorm):
                 if (kind := plain_norm(norm)) is None:
