@@ -2,7 +2,8 @@
 
 import json
 import math
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -44,37 +45,48 @@ class Grid(BaseModel):
     def at(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Interpolated seconds, float64 (n,), differentiable in the channels, (n,) each."""
         table = torch.tensor(self.seconds, dtype=torch.float64, device=outputs.device)
-        total = torch.zeros_like(outputs)
-        for rows, share in _between(self.inputs, inputs):
-            for columns, other in _between(self.outputs, outputs):
-                total = total + share * other * table[rows, columns]
+        total = torch.einsum("ni,ij,nj->n", _shares(self.inputs, inputs), table, _shares(self.outputs, outputs))
         # From one channel to none the layer goes.
         return total * outputs.clamp(max=1) * (inputs.clamp(max=1) if len(self.inputs) > 1 else 1)
 
 
-def _between(points: list[int], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two points of the table around each of x, as indices, and their shares, which sum to 1. Both are multiples
-    of the same groups as x, as far as the table has some."""
-    every, x_now = torch.tensor(points, device=x.device), x.detach()
-    whole = x_now.round()
-    # What is no whole number is on its way to one, best a multiple of the largest group; few channels have no other slope than the
-    # one from the least to all.
-    rank, ranks, used = torch.where((x_now - whole).abs() > 1e-6, -1, _rank(whole)), _rank(every), None
-    those = every[(ranks == 0) | (every == every.min()) | (every == every.max())]
-    for own in range(-1, len(GROUPS) + 1):
-        if own >= 0:
-            # One alone has no slope, and goes with those of the larger group.
-            those = every[ranks == own] if (ranks == own).sum() > 1 else every[(ranks == own) | torch.isin(every, those)]
-        upper = torch.searchsorted(those.to(x.dtype), x_now).clamp(min(1, len(those) - 1), len(those) - 1)
-        lower = (upper - 1).clamp_min(0)
-        share = ((x - those[lower]) / (those[upper] - those[lower]).clamp_min(1)).clamp(0, 1) * (upper > lower)
-        pairs = [(torch.searchsorted(every, those[at]), part) for at, part in ((lower, 1 - share), (upper, share))]
-        mine = rank >= own if used else torch.ones_like(rank, dtype=torch.bool)
-        used = [
-            (torch.where(mine, new[0], old[0]), torch.where(mine, new[1], old[1]))
-            for new, old in zip(pairs, used or pairs, strict=True)
-        ]
-    return used
+def _shares(points: list[int], x: Tensor) -> Tensor:
+    """The share of each point of the table in the time of each of x, (n,) channels: (n, points)."""
+    number = x.detach().round()
+    whole = _of_whole_numbers(tuple(points)).to(x.device)[number.clamp(max=points[-1]).long()]
+    # What is no whole number is on its way to one.
+    return torch.where((x.detach() - number).abs()[:, None] > 1e-6, _between(points, _main(points), x), whole)
+
+
+@lru_cache
+def _of_whole_numbers(points: tuple[int, ...]) -> Tensor:
+    """Shares as above, of each whole number up to the last point: of points that are multiples of the same groups, as far as the
+    table has some."""
+    numbers, ranks, those = torch.arange(points[-1] + 1, dtype=torch.float64), _rank(torch.tensor(points)), _main(points)
+    shares = torch.zeros(len(numbers), len(points), dtype=torch.float64)
+    for rank in range(len(GROUPS) + 1):
+        own = (ranks == rank).nonzero().flatten().tolist()
+        # One alone has no slope, and goes with those of the larger group.
+        those = own if len(own) > 1 else sorted({*own, *those})
+        shares = torch.where((_rank(numbers) >= rank)[:, None], _between(points, those, numbers), shares)
+    return shares
+
+
+def _main(points: Sequence[int]) -> list[int]:
+    """The indices of the first point, the last, and of the multiples of the largest group, which is the best to be on the way to:
+    few channels have no other slope than the one from the least to all."""
+    return [i for i, number in enumerate(points) if number % GROUPS[0] == 0 or i in (0, len(points) - 1)]
+
+
+def _between(points: Sequence[int], those: list[int], x: Tensor) -> Tensor:
+    """Shares, (n, points), of the two of `those` points around each of x; they sum to 1."""
+    at = torch.tensor([points[i] for i in those], dtype=x.dtype, device=x.device)
+    upper = torch.searchsorted(at, x.detach()).clamp(min(1, len(those) - 1), len(those) - 1)
+    lower = (upper - 1).clamp_min(0)
+    share = ((x - at[lower]) / (at[upper] - at[lower]).clamp_min(1)).clamp(0, 1) * (upper > lower)
+    index = torch.tensor(those, device=x.device)
+    found = x.new_zeros(len(x), len(points))
+    return found.scatter_add(1, index[upper, None], share[:, None]).scatter_add(1, index[lower, None], (1 - share)[:, None])
 
 
 def _rank(channels: Tensor) -> Tensor:
