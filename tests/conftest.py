@@ -85,6 +85,24 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     DURATIONS.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def freeze() -> None:
+    """Leave what there is out of later collections. A run collects garbage before each of its phases, and would look through all
+    that pytest and a hundred modules hold: a second each time, and a quarter of the processor time of all tests. What is garbage
+    now, such as a stream whose loaders still run, would be frozen too and stay for ever."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    freeze()
+
+
+def pytest_sessionfinish() -> None:
+    # Or modules that keep count complain, at the end of the process, of what was left of them.
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id):
     """once(name, make): a path that make(path) fills, the first time that a test of any worker asks for it."""
@@ -185,14 +203,11 @@ def train_here():
     from dnal_dist.report import outputs
 
     assert torch.get_num_threads() == 1, "torch was imported before OMP_NUM_THREADS was set"
-    # A run collects garbage before each of its phases, and would look through all that the modules hold.
-    # What is garbage now, such as a stream whose loaders still run, would be frozen with it and stay for ever.
-    gc.collect()
-    gc.freeze()
 
     def run(*arguments: str, report: bool = False) -> Ended:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         code, out, err = 0, io.StringIO(), io.StringIO()
+        freeze()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["train", *map(str, arguments)])
             if not report:
@@ -207,9 +222,7 @@ def train_here():
                     signal.signal(number, handler)
         return Ended(code, out.getvalue(), err.getvalue())
 
-    yield run
-    # Or modules that keep count complain, at the end of the process, of what was left of them.
-    gc.unfreeze()
+    return run
 
 
 @pytest.fixture(scope="session")

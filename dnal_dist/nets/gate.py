@@ -38,6 +38,10 @@ class Reading(NamedTuple):
     branches: list[Branch]
     image_size: int
     trace: Tracer
+    places: dict[int, dict[str, int]]
+    """By image size, as they were asked for: at how many places each layer computes."""
+    streams: dict[tuple, Streams]
+    """By image size, rule and device, as they were asked for."""
 
 
 def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = exported) -> Reading:
@@ -57,7 +61,8 @@ def reading(module: nn.Module, example: Tensor, gated: Gated, trace: Tracer = ex
             raise InputError(
                 f"{type(module).__name__} has no channel that can be closed: {most.layer} stays whole, since {most.reason}"
             )
-        return Reading(graph, gating, branches.find(graph, gating), example.shape[-1], trace)
+        size = example.shape[-1]
+        return Reading(graph, gating, branches.find(graph, gating), size, trace, {size: graph.positions()}, {})
 
 
 class GatedNetwork(Beside):
@@ -76,11 +81,10 @@ class GatedNetwork(Beside):
         self.__dict__["own"] = module
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         own = self.__dict__
-        own["graph"], own["gating"], own["branches"], read_size, own["_trace"] = found
-        own["image_size"] = image_size or found.image_size
+        own["graph"], own["gating"], own["branches"], read_size, own["_trace"], own["_places"], own["_streams"] = found
+        own["image_size"] = image_size or read_size
         own["gate_sites"] = dict(self.gating.sites)
         own["num_classes"] = self.graph.outputs.shape[-1]
-        own["_streams"], own["_places"] = {}, {read_size: self.graph.positions()}
         # Whatever an image does not reach, such as auxiliary classifiers, does not train.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name in self.graph.reached)
