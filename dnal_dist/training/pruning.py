@@ -106,7 +106,7 @@ def select_by_budget(run: Run, target: budgets.Budget) -> Tensor:
 
     if target.latency is None or not settings.target.measured:
         return choose(target)
-    keep, run.state.latency_factor = timed.select(run, choose, target)
+    keep, run.state.latency_factor = timed.select(run, choose, target, strength)
     return keep
 
 

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,57 +14,130 @@ from torch import Tensor, nn
 from dnal_dist.common.errors import reason
 from dnal_dist.nets import compact
 from dnal_dist.nets.whole import deployed
+from dnal_dist.search import selection
 from dnal_dist.search.budgets import MEASURED, Budget
 from dnal_dist.training.run import Run
 
-# Networks that are measured, and seconds for each.
-MOST, SECONDS = 6, 3.0
+# Networks that are measured, at most: those that the table chooses, and all; and seconds for each.
+PREDICTED, MOST, SECONDS = 5, 24, 3.0
 # In the environment, since whoever starts a run chooses what is executed, and not its recipe.
 COMMAND = "DNAL_LATENCY_COMMAND"
-# What is aimed at, as a share of the target: the middle of what may be left unused.
-AIM = 1 - MEASURED / 2
+# What may be used of the target, since two measurements of one network differ, and what the table is asked for.
+LIMIT, AIM = 0.99, 1 - MEASURED / 2
 
 
-def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget) -> tuple[Tensor, float | None]:
-    """The keep mask, bool (N,), that choose(budget) finds within `target` as measured, and its measured latency over the predicted
-    one; or within `target` as predicted, and None, where the table's device or runtime is not here.
+class NotMeasured(Exception):
+    """The latency cannot be measured; the message says why."""
 
-    All processes must call this. The main one measures.
+
+class Enough(Exception):
+    """As many networks were measured as may be, or one is what is asked for."""
+
+
+def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget, strength: Tensor) -> tuple[Tensor, float | None]:
+    """The keep mask, bool (N,), of a network within `target` as measured, and its measured latency over the predicted one; or of
+    what choose(target) finds as predicted, and None, where the table's device or runtime is not here.
+
+    First choose(budget) finds masks by what the table predicts, corrected by the last measurement. If none is near enough below the
+    target, those channels of the nearest that are strongest by `strength`, (N,), are added by measurement. All processes must call
+    this. The main one measures.
     """
-    budget, size, found = target.latency, run.recipe.data.image_size, []
-    timer = Timer(run, budget)
+    timer = Timer(run, target.latency)
     if run.context.from_main(timer.device is None):
-        run.log.print(f"latency is not measured here, since the table is of {budget.table.device}")
+        run.log.print(f"latency is not measured here, since the table is of {target.latency.table.device}")
         return choose(target), None
-    # Predicted latencies: what may be asked for next, and between which the answer lies. Few channels make large steps.
-    aim, limit, low, high = AIM, AIM * budget.most, 0.0, math.inf
-    for number in range(MOST):
+    trials = Trials(run, timer, target)
+    try:
+        _by_prediction(trials, choose)
+        _Filled(trials, strength).fill()
+    except NotMeasured as error:
+        run.log.warn(f"latency was not measured ({error}); the network keeps to the table's prediction")
+        return choose(target), None
+    except Enough:
+        pass
+    best = trials.best()
+    return best.keep, best.factor
+
+
+class Trial(NamedTuple):
+    """A network that was measured."""
+
+    over: float
+    """How much of what may be used of the target it uses, of the budget that it uses most of."""
+    predicted: float
+    factor: float
+    """Of the measured latency to the predicted one."""
+    keep: Tensor
+
+
+class Trials:
+    """The networks that were measured."""
+
+    def __init__(self, run: Run, timer: "Timer", target: Budget):
+        self.run, self.timer, self.target, self.found = run, timer, target, list[Trial]()
+
+    def best(self) -> Trial:
+        """The largest within the target, or else the smallest."""
+        return max(self.found, key=lambda trial: (trial.over <= 1, trial.over if trial.over <= 1 else -trial.over))
+
+    def measure(self, keep: Tensor) -> Trial:
+        """Raises NotMeasured, and Enough once a network is what is asked for, or no more may be measured."""
+        if known := next((trial for trial in self.found if torch.equal(trial.keep, keep)), None):
+            return known
+        if len(self.found) == MOST:
+            raise Enough
+        run, budget = self.run, self.target.latency
         run.stops.poll(at_once=True)
-        run.log.doing("networks measured", number, MOST)
-        keep = choose(target.corrected(budget.most / limit))
-        measured, why = run.context.from_main(_tried(timer, keep) if run.context.main else None)
+        run.log.doing("networks measured", len(self.found), MOST)
+        measured, why = run.context.from_main(_tried(self.timer, keep) if run.context.main else None)
         if measured is None:
-            run.log.warn(f"latency was not measured ({why}); the network keeps to the table's prediction")
-            return choose(target), None
+            raise NotMeasured(why)
         run.log.print(f"latency measured: {measured / 1e6:.4g} ms of {budget.most / 1e6:.4g} ms")
-        predicted = float(budget.used(run.supernet, size, keep.double()))
-        factor = measured / predicted
-        rows = target.corrected(factor, MEASURED).records(run.supernet, size, keep)
-        over = max(row["used"] / row["most"] for row in rows)
-        found.append((over <= 1, over if over <= 1 else -over, number, keep, factor))
+        predicted = float(budget.used(run.supernet, run.recipe.data.image_size, keep.double()))
+        rows = self.target.corrected(measured / predicted, MEASURED).records(run.supernet, run.recipe.data.image_size, keep)
+        over = max(row["used"] / row["most"] / (LIMIT if row["unit"] == "latency" else 1) for row in rows)
+        self.found.append(Trial(over, predicted, measured / predicted, keep))
         if over <= 1 and any(row["used"] >= row["least"] for row in rows):
+            raise Enough
+        return self.found[-1]
+
+
+def _by_prediction(trials: Trials, choose: Callable[[Budget], Tensor]) -> None:
+    """Measure networks of which the table, as the last measurement corrects it, predicts the target."""
+    budget = trials.target.latency
+    # Predicted latencies: what is asked for, and between which the answer lies. Few channels make large steps.
+    limit, low, high = AIM * budget.most, 0.0, math.inf
+    for _ in range(PREDICTED):
+        measured = len(trials.found)
+        trial = trials.measure(choose(trials.target.corrected(budget.most / limit)))
+        if len(trials.found) == measured:
             break
-        if any(torch.equal(keep, other) for *_, other, _ in found[:-1]):
-            # Steps of several channels may leave nothing nearer to the middle, but something nearer to the target.
-            if aim == 1:
-                break
-            aim = 1.0
-        low, high = (max(low, predicted), high) if measured <= budget.most else (low, min(high, predicted))
-        limit = aim * budget.most / factor
+        low, high = (max(low, trial.predicted), high) if trial.over <= 1 else (low, min(high, trial.predicted))
+        limit = AIM * budget.most / trial.factor
         if not low < limit < high and high < math.inf:
             limit = (low + high) / 2
-    # The largest within the target, or else the smallest.
-    return max(found)[3:]
+
+
+class _Filled(selection.Choice):
+    """The largest network within the target that was measured, and what is added to it. A branch that is closed there stays so."""
+
+    def __init__(self, trials: Trials, strength: Tensor):
+        run, budget = trials.run, trials.target.latency
+        self.trials, best = trials, trials.best()
+        if best.over > 1:
+            raise Enough
+        parts = run.supernet.by_site(best.keep).values()
+        still = torch.cat([part.any().expand_as(part) for part in parts]).to(strength.device)
+        near = budget._replace(least=math.ceil((1 - MEASURED) / LIMIT * budget.most))
+        strength = strength.detach().masked_fill(~still, -math.inf)
+        super().__init__(run.supernet, run.recipe.data.image_size, strength, near, run.recipe.architecture.round_to)
+        self.begin = tuple(int(part.sum()) for part in parts)
+
+    def cost(self, counts: tuple[int, ...]) -> int:
+        return math.ceil(self.trials.measure(self.mask(counts)).over * self.target.most)
+
+    def fill(self) -> tuple[int, ...]:
+        return super().fill(self.begin)
 
 
 def _tried(timer: "Timer", keep: Tensor) -> tuple[float | None, str]:

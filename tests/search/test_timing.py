@@ -147,6 +147,24 @@ def test_the_measured_latency_is_within_5_percent_below_the_target(target, train
     assert any("measured when pruned" in row for row in rows)
 
 
+def test_channels_are_added_by_measurement_where_the_table_misleads(train_here, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def latency(timer, keep):
+        most = timer.budget.most if not seen else seen[0][1] / 0.6
+        seen.append((keep, 0.6 * most * int(keep.sum()) / int((seen[0][0] if seen else keep).sum())))
+        return seen[-1][1]
+
+    monkeypatch.setattr(timed.Timer, "latency", latency)
+    # Without a second look at the table.
+    monkeypatch.setattr(timed, "PREDICTED", 1)
+    ended, pruned, _ = with_table(train_here, digits, tmp_path, latency="0.5x")
+    assert ended.code == 0, ended.err
+    (first, least), *_, (last, most) = seen
+    assert least < 0.7 * pruned["budget"]["most"] and 0.95 * pruned["budget"]["most"] <= most <= pruned["budget"]["most"]
+    assert 2 < len(seen) < timed.MOST and bool((last >= first).all()) and sum(pruned["kept"].values()) == int(last.sum())
+
+
 def test_a_stop_ends_the_measurements_and_the_run_prunes_again(train_here, digits, tmp_path, monkeypatch):
     seen = []
 
