@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from filelock import FileLock
 
 HERE = Path(__file__)
 ENVIRONMENT = "FORKS"
@@ -35,6 +38,8 @@ PRELOADED = (
 # As soon as a launch asks for them: torch's own optimisers import torch._dynamo, and DeepSpeed's engines all of the compiler.
 OF_RANKS = ("torch._dynamo",)
 OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.utils", "torch._inductor.compile_fx")
+# In place of the length of a request.
+LEASE = b"keep"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGABRT)
 
 
@@ -44,39 +49,59 @@ def command(*words) -> list[str]:
 
 
 class Server:
-    """Started when it is first asked for its environment."""
+    """Started when one of the workers of a pytest run first asks for its environment, for all of them; it ends with the last of
+    those that did."""
 
     def __init__(self):
-        self.folder, self.process = tempfile.TemporaryDirectory(prefix="forks"), None
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+        self.folder, self.lease = Path(tempfile.gettempdir(), f"forks-{run[:12]}"), None
 
     def environment(self) -> dict[str, str]:
         """What a process needs beside its own environment to be forked from this server."""
-        address = f"{self.folder.name}/socket"
-        if self.process is None:
-            start = [sys.executable, str(HERE), "serve", address]
-            self.process = subprocess.Popen(start, stdin=subprocess.PIPE, cwd=HERE.parent.parent, start_new_session=True)
+        address = self.folder / "socket"
+        if self.lease is None:
+            with FileLock(f"{self.folder}.lock"):
+                self.folder.mkdir(exist_ok=True)
+                self.lease = self._lease(address) or self._started(address)
+        return {ENVIRONMENT: str(address)}
+
+    def _lease(self, address: Path) -> socket.socket | None:
+        """A connection that keeps the server up; None if there is no server."""
+        lease = socket.socket(socket.AF_UNIX)
+        try:
+            lease.connect(str(address))
+            lease.sendall(LEASE)
+            assert lease.recv(1) == b"y"
+        except OSError:
+            lease.close()
+            return None
+        return lease
+
+    def _started(self, address: Path) -> socket.socket:
+        address.unlink(missing_ok=True)
+        start = [sys.executable, str(HERE), "serve", str(address)]
+        # It may outlive the worker that starts it.
+        with open(self.folder / "log", "w+") as log:
+            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            process = subprocess.Popen(start, **files, cwd=HERE.parent.parent, start_new_session=True)
             until = time.monotonic() + 300
-            while not os.path.exists(address):
-                assert self.process.poll() is None and time.monotonic() < until, "the server of forks did not start"
+            while not address.exists():
+                if process.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    raise RuntimeError(f"the server of forks did not start: {log.read()[-2000:]}")
                 time.sleep(0.05)
-        return {ENVIRONMENT: address}
+        return self._lease(address)
 
     def start(self, words: list, environment: dict[str, str], folder: Path) -> "Fork":
         """The command `python WORDS`, with this environment alone, begun in `folder`."""
         return Fork(self.environment()[ENVIRONMENT], [str(word) for word in words], environment, folder)
 
     def close(self) -> None:
-        """End the server and all forks."""
-        if self.process is not None:
-            self.process.stdin.close()
-            # A process that this one forked, such as a loader's, may hold the other end of its stdin.
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.folder.cleanup()
+        """The server ends once nobody needs it, and with it all forks."""
+        if self.lease is not None:
+            # A process that this one forked, such as a loader's, may hold the connection too.
+            self.lease.sendall(b"x")
+            self.lease.close()
 
 
 def _ask(server: socket.socket, words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> None:
@@ -169,7 +194,7 @@ def _execute(words: list[str]) -> None:
 
 
 def serve(address: str) -> list[str]:
-    """Fork until stdin is closed or SIGTERM comes. Returns, in each fork, what it is to execute."""
+    """Fork until nobody has a lease or SIGTERM comes. Returns, in each fork, what it is to execute."""
     # As a context sets it where there is no GPU, before DeepSpeed is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in PRELOADED:
@@ -180,12 +205,14 @@ def serve(address: str) -> list[str]:
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     callers: dict[int, socket.socket] = {}
+    leases: list[socket.socket] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.unready")
         listener.listen(64)
         os.rename(f"{address}.unready", address)
         while True:
-            ready, _, _ = select.select([sys.stdin, listener, woken, *callers.values()], [], [])
+            # Who started it may have died of it before its lease.
+            ready, _, _ = select.select([listener, woken, *leases, *callers.values()], [], [], None if leases else 60)
             signals = woken.recv(4096) if woken in ready else b""
             if signals:
                 _reap(callers)
@@ -195,7 +222,11 @@ def serve(address: str) -> list[str]:
                     _kill(pid)
             if listener in ready:
                 caller, _ = listener.accept()
-                if request := _request(caller):
+                request = _request(caller)
+                if request == LEASE:
+                    leases.append(caller)
+                    caller.sendall(b"y")
+                elif request:
                     words, environment, folder, files = request
                     ranks = words[0] == str(HERE.with_name("ranks.py"))
                     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -207,7 +238,7 @@ def serve(address: str) -> list[str]:
                         signal.set_wakeup_fd(-1)
                         for number in (signal.SIGCHLD, signal.SIGTERM):
                             signal.signal(number, signal.SIG_DFL)
-                        for one in (woken, wake, caller, *callers.values()):
+                        for one in (woken, wake, caller, *leases, *callers.values()):
                             one.close()
                         _become(environment, folder, files)
                         return words
@@ -215,16 +246,22 @@ def serve(address: str) -> list[str]:
                         os.close(file)
                     callers[pid] = caller
                     caller.sendall(f"{pid}\n".encode())
-            if sys.stdin in ready or signal.SIGTERM in signals:
+            for lease in [lease for lease in leases if lease in ready]:
+                leases.remove(lease)
+                lease.close()
+            if not leases or signal.SIGTERM in signals:
                 for pid in callers:
                     _kill(pid)
+                folder = Path(address).parent
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(f"{folder}.lock").unlink(missing_ok=True)
                 os._exit(0)
 
 
 def _request(caller: socket.socket):
     head, files, _, _ = socket.recv_fds(caller, 4, 3)
-    if len(head) < 4:
-        return None
+    if len(head) < 4 or head == LEASE:
+        return head if head == LEASE else None
     content, size = b"", int.from_bytes(head, "big")
     while len(content) < size:
         content += caller.recv(size - len(content))

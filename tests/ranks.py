@@ -133,10 +133,14 @@ class Pool:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
 
-    def close(self) -> None:
-        """End the ranks: each leaves when its connection is closed, or else is killed."""
+    def leave(self) -> None:
+        """Let the ranks end, without waiting for their launcher, which takes seconds to see it."""
         for connection in self.connections:
             connection.close()
+
+    def close(self) -> None:
+        """End the ranks: each leaves when its connection is closed, or else is killed."""
+        self.leave()
         try:
             self.launcher.wait(5)
         except subprocess.TimeoutExpired:
@@ -150,6 +154,7 @@ class Ranks:
     def __init__(self, environment: Callable[[], dict[str, str]]):
         """environment: gives that of the launches."""
         self.pools: dict[tuple[str, int], Pool] = {}
+        self.left: list[Pool] = []
         self.environment = environment
 
     def run(self, backend: str, processes: int, function: str, *arguments, **options):
@@ -160,15 +165,18 @@ class Ranks:
         key = backend, processes
         pool = self.pools.pop(key, None)
         while len(self.pools) >= POOLS:
-            self.pools.pop(next(iter(self.pools))).close()
+            self.left.append(self.pools.pop(next(iter(self.pools))))
+            self.left[-1].leave()
         pool = pool or Pool(backend, processes, self.environment())
         result = pool.run(function, *arguments, **options)
         self.pools[key] = pool
         return result
 
     def close(self) -> None:
-        for pool in self.pools.values():
-            pool.close()
+        pools = [*self.left, *self.pools.values()]
+        for end in (Pool.leave, Pool.close):
+            for pool in pools:
+                end(pool)
 
 
 def _call(job: dict):
