@@ -13,7 +13,7 @@ BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 EQUAL = [
     "vgg_digits:1:1:fixed:rmsprop",
     "resnet_digits:0:1:fixed:clip:parts:shared",
-    "supernet_digits:2:1:fixed:checkpointing:shared:last",
+    "supernet_of_two_cells:2:1:fixed:checkpointing:shared:last",
     "any_network:1:1:batch:sync:checkpointing",
     "any_network:2:1:fixed:parts:shared",
     "vgg_digits:1:1:fixed:adamw",
@@ -26,7 +26,7 @@ FEWER = [EQUAL[0], EQUAL[1], *EQUAL[5:]]
 # Two processes have batch statistics of their own.
 OWN = "resnet_digits:1:1:batch"
 # One process alone divides nothing: statistics of the batch are the harder of the two.
-ALONE = ["vgg_digits:2:1:fixed", OWN, "supernet_digits:0:1:fixed"]
+ALONE = ["vgg_digits:2:1:fixed", OWN, "supernet_of_two_cells:0:1:fixed"]
 # The reduction of gradients in float32 sums in another order than one process does.
 TOLERANCE = 1e-6
 

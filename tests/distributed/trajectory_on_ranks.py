@@ -25,6 +25,7 @@ from user_networks import Mixed
 from dnal_dist import nets
 from dnal_dist.distributed.context import Context
 from dnal_dist.nets import compact, masks
+from dnal_dist.nets.supernet import Supernet
 from dnal_dist.recipe import SGD, ArchitectureSettings, Training
 from dnal_dist.search import budgets, schedule, taylor
 from dnal_dist.search.architecture import Architecture
@@ -35,6 +36,10 @@ warnings.filterwarnings("error", message="Grad strides do not match")
 BATCH, SIDE, DELTA = 12, 8, 3.0
 STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
 TAYLOR = ArchitectureSettings(criterion="taylor", target={"macs": "0.3x"}, tolerance=0.05)
+
+
+# As supernet_digits, with two of its four cells, of either kind.
+nets.NETWORKS["supernet_of_two_cells"] = lambda width: Supernet([16, 8, 12], [2], [2], 64, 10, 1)
 
 
 def fix_statistics(fixed: bool) -> None:
