@@ -35,7 +35,7 @@ PRELOADED = (
     "accelerate.commands.launch", "dnal_dist.training.command", "torch.distributed.fsdp",
     "matplotlib.figure", "matplotlib.backends.backend_svg",
 )  # fmt: skip
-# As soon as a launch asks for them: torch's own optimisers import torch._dynamo, and DeepSpeed's engines all of the compiler.
+# As soon as a launch asks for them: DDP and torch's optimisers import torch._dynamo, and DeepSpeed's engines all of the compiler.
 OF_RANKS = ("torch._dynamo",)
 OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.utils", "torch._inductor.compile_fx")
 # In place of the length of a request.
@@ -71,11 +71,12 @@ class Server:
         try:
             lease.connect(str(address))
             lease.sendall(LEASE)
-            assert lease.recv(1) == b"y"
+            if lease.recv(1) == b"y":
+                return lease
         except OSError:
-            lease.close()
-            return None
-        return lease
+            pass
+        lease.close()
+        return None
 
     def _started(self, address: Path) -> socket.socket:
         address.unlink(missing_ok=True)
@@ -100,7 +101,8 @@ class Server:
         """The server ends once nobody needs it, and with it all forks."""
         if self.lease is not None:
             # A process that this one forked, such as a loader's, may hold the connection too.
-            self.lease.sendall(b"x")
+            with contextlib.suppress(OSError):
+                self.lease.sendall(b"x")
             self.lease.close()
 
 
@@ -218,17 +220,17 @@ def serve(address: str) -> list[str]:
                 _reap(callers)
             for pid, caller in callers.items():
                 # The caller was killed.
-                if caller in ready and not caller.recv(1):
+                if caller in ready and _is_gone(caller):
                     _kill(pid)
             if listener in ready:
                 caller, _ = listener.accept()
                 request = _request(caller)
                 if request == LEASE:
                     leases.append(caller)
-                    caller.sendall(b"y")
+                    _tell(caller, b"y")
                 elif request:
                     words, environment, folder, files = request
-                    ranks = words[0] == str(HERE.with_name("ranks.py"))
+                    ranks = "LOCAL_RANK" in environment
                     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
                     for name in OF_RANKS * ranks + OF_DEEPSPEED * deepspeed:
                         importlib.import_module(name)
@@ -245,26 +247,45 @@ def serve(address: str) -> list[str]:
                     for file in files:
                         os.close(file)
                     callers[pid] = caller
-                    caller.sendall(f"{pid}\n".encode())
+                    _tell(caller, f"{pid}\n".encode())
             for lease in [lease for lease in leases if lease in ready]:
                 leases.remove(lease)
                 lease.close()
             if not leases or signal.SIGTERM in signals:
                 for pid in callers:
                     _kill(pid)
-                folder = Path(address).parent
-                shutil.rmtree(folder, ignore_errors=True)
-                Path(f"{folder}.lock").unlink(missing_ok=True)
-                os._exit(0)
+                # Not while another one is begun.
+                with FileLock(f"{Path(address).parent}.lock"):
+                    shutil.rmtree(Path(address).parent, ignore_errors=True)
+                    os._exit(0)
+
+
+def _is_gone(caller: socket.socket) -> bool:
+    try:
+        return not caller.recv(1)
+    except OSError:
+        return True
+
+
+def _tell(caller: socket.socket, answer: bytes) -> None:
+    # One that has died meanwhile is no reason to end for those of all other workers.
+    with contextlib.suppress(OSError):
+        caller.sendall(answer)
 
 
 def _request(caller: socket.socket):
-    head, files, _, _ = socket.recv_fds(caller, 4, 3)
-    if len(head) < 4 or head == LEASE:
-        return head if head == LEASE else None
-    content, size = b"", int.from_bytes(head, "big")
-    while len(content) < size:
-        content += caller.recv(size - len(content))
+    """What a caller asks for: LEASE, or a fork; None if it has died."""
+    try:
+        head, files, _, _ = socket.recv_fds(caller, 4, 3)
+        if len(head) < 4 or head == LEASE:
+            return head if head == LEASE else None
+        content, size = b"", int.from_bytes(head, "big")
+        while len(content) < size:
+            if not (more := caller.recv(size - len(content))):
+                return None
+            content += more
+    except OSError:
+        return None
     request = json.loads(content)
     return request["words"], request["environment"], request["folder"], files
 

@@ -165,8 +165,11 @@ class Ranks:
         key = backend, processes
         pool = self.pools.pop(key, None)
         while len(self.pools) >= POOLS:
-            self.left.append(self.pools.pop(next(iter(self.pools))))
-            self.left[-1].leave()
+            # Those before have long ended, unless they hang.
+            for left in self.left:
+                left.close()
+            self.left = [self.pools.pop(next(iter(self.pools)))]
+            self.left[0].leave()
         pool = pool or Pool(backend, processes, self.environment())
         result = pool.run(function, *arguments, **options)
         self.pools[key] = pool

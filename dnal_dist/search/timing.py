@@ -16,7 +16,8 @@ from dnal_dist.common.files import read_regular
 from dnal_dist.nets import GatedNetwork
 from dnal_dist.nets.streams import costs
 
-MOST_BYTES = 64 << 20
+# Of a table, and of a layer.
+MOST_BYTES, MOST_CHANNELS = 64 << 20, 1 << 18
 # Kernels treat channels in groups of so many, and the rest apart: 24 channels can take as long as 32, and 15 longer than 16.
 GROUPS = (16, 8, 4)
 ALIGNED = GROUPS[-1]
@@ -36,8 +37,8 @@ class Grid(BaseModel):
     @model_validator(mode="after")
     def _is_full(self):
         points = [*self.inputs, *self.outputs]
-        if min(points) < 1 or any(sorted(set(side)) != side for side in (self.inputs, self.outputs)):
-            raise ValueError("its channels are not numbers in ascending order")
+        if min(points) < 1 or max(points) > MOST_CHANNELS or any(sorted(set(side)) != side for side in (self.inputs, self.outputs)):
+            raise ValueError(f"its channels are not numbers up to {MOST_CHANNELS} in ascending order")
         if [len(row) for row in self.seconds] != [len(self.outputs)] * len(self.inputs) or min(map(min, self.seconds)) <= 0:
             raise ValueError("its times are not one for each pair of channels, above 0")
         return self
@@ -52,10 +53,10 @@ class Grid(BaseModel):
 
 def _shares(points: list[int], x: Tensor) -> Tensor:
     """The share of each point of the table in the time of each of x, (n,) channels: (n, points)."""
-    number = x.detach().round()
-    whole = _of_whole_numbers(tuple(points)).to(x.device)[number.clamp(max=points[-1]).long()]
-    # What is no whole number is on its way to one.
-    return torch.where((x.detach() - number).abs()[:, None] > 1e-6, _between(points, _main(points), x), whole)
+    between, number = _between(points, _main(points), x), x.detach().round()
+    whole = _of_whole_numbers(tuple(points)).to(x.device)[number.nan_to_num(0).clamp(0, points[-1]).long()]
+    # What is no whole number is on its way to one, and so may be what is: its slope is that of its way.
+    return between + torch.where((x.detach() - number).abs()[:, None] <= 1e-6, whole - between.detach(), 0)
 
 
 @lru_cache
@@ -83,7 +84,9 @@ def _between(points: Sequence[int], those: list[int], x: Tensor) -> Tensor:
     at = torch.tensor([points[i] for i in those], dtype=x.dtype, device=x.device)
     upper = torch.searchsorted(at, x.detach()).clamp(min(1, len(those) - 1), len(those) - 1)
     lower = (upper - 1).clamp_min(0)
-    share = ((x - at[lower]) / (at[upper] - at[lower]).clamp_min(1)).clamp(0, 1) * (upper > lower)
+    share = (x - at[lower]) / (at[upper] - at[lower]).clamp_min(1) * (upper > lower)
+    # At the ends too there is a slope, beyond them none.
+    share = torch.where((x < at[0]) | (x > at[-1]), share.detach().clamp(0, 1), share)
     index = torch.tensor(those, device=x.device)
     found = x.new_zeros(len(x), len(points))
     return found.scatter_add(1, index[upper, None], share[:, None]).scatter_add(1, index[lower, None], (1 - share)[:, None])

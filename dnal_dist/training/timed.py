@@ -51,11 +51,13 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget, strengt
         _by_prediction(trials, choose)
         _Filled(trials, strength).fill()
     except NotMeasured as error:
-        run.log.warn(f"latency was not measured ({error}); the network keeps to the table's prediction")
-        return choose(target), None
+        if not trials.found:
+            run.log.warn(f"latency was not measured ({error}); the network keeps to the table's prediction")
+            return choose(target), None
+        run.log.warn(f"latency was not measured again ({error}); of {len(trials.found)} networks that were, the best counts")
     except Enough:
         pass
-    best = trials.best()
+    best = max(trials.found, key=lambda trial: (trial.met, *trial.rank))
     return best.keep, best.factor
 
 
@@ -64,10 +66,17 @@ class Trial(NamedTuple):
 
     over: float
     """How much of what may be used of the target it uses, of the budget that it uses most of."""
+    met: bool
+    """Whether every budget is met."""
     predicted: float
     factor: float
     """Of the measured latency to the predicted one."""
     keep: Tensor
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """The best is the largest within what may be used, or else the smallest."""
+        return self.over <= 1, self.over if self.over <= 1 else -self.over
 
 
 class Trials:
@@ -75,10 +84,6 @@ class Trials:
 
     def __init__(self, run: Run, timer: "Timer", target: Budget):
         self.run, self.timer, self.target, self.found = run, timer, target, list[Trial]()
-
-    def best(self) -> Trial:
-        """The largest within the target, or else the smallest."""
-        return max(self.found, key=lambda trial: (trial.over <= 1, trial.over if trial.over <= 1 else -trial.over))
 
     def measure(self, keep: Tensor) -> Trial:
         """Raises NotMeasured, and Enough once a network is what is asked for, or no more may be measured."""
@@ -96,8 +101,9 @@ class Trials:
         predicted = float(budget.used(run.supernet, run.recipe.data.image_size, keep.double()))
         rows = self.target.corrected(measured / predicted, MEASURED).records(run.supernet, run.recipe.data.image_size, keep)
         over = max(row["used"] / row["most"] / (LIMIT if row["unit"] == "latency" else 1) for row in rows)
-        self.found.append(Trial(over, predicted, measured / predicted, keep))
-        if over <= 1 and any(row["used"] >= row["least"] for row in rows):
+        met = all(row["used"] <= row["most"] for row in rows) and any(row["used"] >= row["least"] for row in rows)
+        self.found.append(Trial(over, met, predicted, measured / predicted, keep))
+        if met and over <= 1:
             raise Enough
         return self.found[-1]
 
@@ -123,14 +129,15 @@ class _Filled(selection.Choice):
 
     def __init__(self, trials: Trials, strength: Tensor):
         run, budget = trials.run, trials.target.latency
-        self.trials, best = trials, trials.best()
+        self.trials, best = trials, max(trials.found, key=lambda trial: trial.rank)
         if best.over > 1:
             raise Enough
         parts = run.supernet.by_site(best.keep).values()
         still = torch.cat([part.any().expand_as(part) for part in parts]).to(strength.device)
-        near = budget._replace(least=math.ceil((1 - MEASURED) / LIMIT * budget.most))
         strength = strength.detach().masked_fill(~still, -math.inf)
-        super().__init__(run.supernet, run.recipe.data.image_size, strength, near, run.recipe.architecture.round_to)
+        # A measurement ends it once the budgets are met.
+        full = budget._replace(least=budget.most)
+        super().__init__(run.supernet, run.recipe.data.image_size, strength, full, run.recipe.architecture.round_to)
         self.begin = tuple(int(part.sum()) for part in parts)
 
     def cost(self, counts: tuple[int, ...]) -> int:

@@ -38,8 +38,8 @@ STEPS = {"pretrain": 2, "search": 4, "finetune": 2}
 TAYLOR = ArchitectureSettings(criterion="taylor", target={"macs": "0.3x"}, tolerance=0.05)
 
 
-# As supernet_digits, with two of its four cells, of either kind.
-nets.NETWORKS["supernet_of_two_cells"] = lambda width: Supernet([16, 8, 12], [2], [2], 64, 10, 1)
+# supernet_digits with two of its four cells: one that halves the side, and one that adds its input.
+nets.NETWORKS["supernet_of_two_cells"] = lambda num_classes=10, width=1.0: Supernet([16, 8, 12], [2], [2], 64, num_classes, 1)
 
 
 def fix_statistics(fixed: bool) -> None:

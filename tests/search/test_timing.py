@@ -50,6 +50,14 @@ def test_a_prediction_is_the_sum_of_the_layers_that_are_left(name, tmp_path):
     gates = torch.full((net.num_gates,), 0.37, requires_grad=True)
     (slope,) = torch.autograd.grad(table.predict(net, 8, gates), gates)
     assert bool(slope.isfinite().all()) and float(slope.max()) > 0
+    # A search begins with all gates at 0.5, where layers have whole numbers of channels, and one that diverges ends with none.
+    halves = torch.full((net.num_gates,), 0.5, dtype=torch.float64)
+    slopes = []
+    for gates in (halves.requires_grad_(), halves.detach() + 1e-4):
+        (slope,) = torch.autograd.grad(table.predict(net, 8, gates.requires_grad_()), gates)
+        slopes.append(slope)
+    assert torch.allclose(*slopes, rtol=0.5, atol=1e-9) and float(slopes[0].max()) > 0
+    assert bool(table.predict(net, 8, halves.detach() * torch.nan).isnan())
 
 
 def test_taylor_weighs_a_channel_by_the_time_that_it_takes(tmp_path):
@@ -92,7 +100,9 @@ def test_targets_out_of_reach_and_tables_that_are_none_are_refused(tmp_path):
     assert timing.load(str(eights), network, 16).round_to == 8
     with pytest.raises(InputError, match="lacks the times of some layers"):
         timing.load(path, network, layers=8)
-    for number, content in enumerate(("[", "{}", "[1]", (tmp_path / "table").read_text().replace('"threads":1', '"threads":0'))):
+    text = (tmp_path / "table").read_text()
+    wrong = (text.replace('"threads":1', '"threads":0'), text.replace('"outputs":[1,', '"outputs":[100000000000,'))
+    for number, content in enumerate(("[", "{}", "[1]", *wrong)):
         (tmp_path / str(number)).write_text(content)
         with pytest.raises(InputError, match=r"key 'architecture\.target\.table': .*--profile FILE"):
             timing.load(str(tmp_path / str(number)), network)
@@ -163,6 +173,23 @@ def test_channels_are_added_by_measurement_where_the_table_misleads(train_here, 
     (first, least), *_, (last, most) = seen
     assert least < 0.7 * pruned["budget"]["most"] and 0.95 * pruned["budget"]["most"] <= most <= pruned["budget"]["most"]
     assert 2 < len(seen) < timed.MOST and bool((last >= first).all()) and sum(pruned["kept"].values()) == int(last.sum())
+
+
+@pytest.mark.parametrize(("times", "used"), [([0.9, 0.995, 1.3], 0.995), ([1.6, 0.6, 0.7, None], 0.7)])
+def test_the_best_of_the_measured_counts(times, used, train_here, digits, tmp_path, monkeypatch):
+    """Also one that is nearer to the target than is aimed at, and if a measurement fails; None: one that does."""
+    left, seen = [*times], []
+
+    def latency(timer, keep):
+        seen.append(left.pop(0) if len(left) > 1 else left[0])
+        if seen[-1] is None:
+            raise OSError("no such runtime")
+        return seen[-1] * timer.budget.most
+
+    monkeypatch.setattr(timed.Timer, "latency", latency)
+    ended, pruned, _ = with_table(train_here, digits, tmp_path, latency="0.5x")
+    assert pruned["budget"]["used"] / pruned["budget"]["most"] == pytest.approx(used, abs=1e-3)
+    assert ended.code == (0 if used > 0.95 else 3) and ("not measured again" in ended.out) == (None in seen)
 
 
 def test_a_stop_ends_the_measurements_and_the_run_prunes_again(train_here, digits, tmp_path, monkeypatch):
