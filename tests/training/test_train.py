@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 from wandb_read import offline
@@ -110,12 +110,13 @@ def test_layers_of_the_compact_network_are_torchs_own(demo):
     assert all(type(module).__module__.startswith("torch.nn") for module in net.modules() if module is not net)
 
 
-def test_accelerate_launch_without_a_config_file(digits, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dnal_dist.train", "recipes/digits.yaml"]
-    command += given(digits, tmp_path / "run", *FEW, "tracking.tracker=none", "tracking.plots=false")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert found.returncode == 0, found.stderr
+def test_accelerate_launch_without_a_config_file(forks_server, digits, tmp_path):
+    words = ["-m", "accelerate.commands.launch", *forks.command("-m", "dnal_dist.train", "recipes/digits.yaml")[1:]]
+    words += given(digits, tmp_path / "run", *FEW, "tracking.tracker=none", "tracking.plots=false")
+    environment = {**os.environ, **forks_server.environment(), "HF_HOME": str(tmp_path / "hf")}
+    launched = forks_server.start(words, environment, Path.cwd())
+    _, err = launched.communicate()
+    assert launched.returncode == 0, err
     assert report_records.summary(tmp_path / "run")["finished"]
 
 
