@@ -1,6 +1,8 @@
 """A run that is stopped, however it is stopped, says where it stands, leaves no process, and goes on as if nothing had happened."""
 
+import contextlib
 import multiprocessing
+import os
 import re
 import signal
 import subprocess
@@ -193,18 +195,25 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(train_here, digits,
     assert re.match(r"error: key 'data\.workers': a loader process died \(DataLoader worker \(.*\) .*\); lower it, or give", line)
 
 
+def job(process) -> list[psutil.Process]:
+    """All processes that write their errors where this one does: those that it started, and their forks."""
+    found, own = [], os.fstat(process.err.fileno())
+    for one in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{one.pid}/fd/2"), own):
+                found.append(one)
+    return found
+
+
 @pytest.mark.parametrize("whom", ["Ctrl-C to all", "SIGTERM to the launcher", "SIGUSR1 to one process", "SIGKILL to the launcher"])
 def test_two_processes_stop_together(train_command, train_here, digits, tmp_path, whom):
     run = tmp_path / "run"
     changes = (*SMALL, "phases.pretrain.epochs=4", "phases.search.steps=4", "phases.finetune.steps=4")
     # Ranks that are forks are no children of their launcher, by which they hear that it is gone; it starts what passes signals on.
     forked = whom != "SIGKILL to the launcher"
-    train_command.server.environment()
-    server = psutil.Process(train_command.server.process.pid)
-    before = set(server.children(recursive=True))
     process = train_command.start(*arguments(digits, run, *changes, "data.workers=1"), processes=2, forked=forked)
     reach(process, run, "pretrain", 30)
-    processes = [one for one in server.children(recursive=True) if one not in before]
+    processes = job(process)
     # The launcher, and on each rank the training with a loader for each of its two streams.
     assert len(processes) == 7 + 2 * forked
     if whom == "Ctrl-C to all":
