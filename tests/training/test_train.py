@@ -20,8 +20,8 @@ from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, setup
 from dnal_dist.training.evaluate import evaluate
 
-EPOCHS = {"pretrain": 3, "search": 7, "finetune": 4}
-REDUCED = [*(f"phases.{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()), "architecture.penalty_weight=0.08"]
+EPOCHS = {"pretrain": 2, "search": 5, "finetune": 2}
+REDUCED = [*(f"phases.{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()), "architecture.penalty_weight=0.05"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
 FEW += ["architecture.recalibration_batches=2"]
 
@@ -76,7 +76,7 @@ def test_records_are_complete(demo):
     output, _ = demo
     steps = records(output, "start")[0]["steps_per_epoch"]
     evaluated = [r["phase"] for r in records(output, "eval")]
-    assert evaluated == ["pretrain"] * 3 + ["search"] * 7 + ["prune"] + ["finetune"] * 4
+    assert evaluated == ["pretrain"] * 2 + ["search"] * 5 + ["prune"] + ["finetune"] * 2
     for phase, epochs in EPOCHS.items():
         recorded = [r for r in records(output, "train") if r["phase"] == phase]
         assert recorded[-1]["step"] == recorded[-1]["phase_steps"] == epochs * steps
@@ -168,8 +168,8 @@ def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
 
 def test_collapse_is_stopped_at_the_floor_with_a_warning(digits, tmp_path):
     run = run_here(
-        digits, tmp_path, "phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.steps=4",
-        "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",
+        digits, tmp_path, "phases.pretrain.steps=4", "phases.search.epochs=1", "phases.finetune.steps=4",
+        "architecture.penalty_weight=5.0", "architecture.min_macs=0.05",
     )  # fmt: skip
     phases.train(run)
     found = report_records.summary(tmp_path)
