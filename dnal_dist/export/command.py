@@ -106,12 +106,13 @@ class _Export:
     def prove(self, folder: Path, written: list[str]) -> list[proof.Check]:
         """Checks that all hold. Raises ProofError."""
         self.tell(f"comparing {len(written)} files on {self.images.count} images")
-        checks = [proof.joined(self.network, self.images)]
-        checks += proof.prove(self.network, folder, written, self.images, self.options.any_size)
+        checks = []
         if "mask" not in self.pruned:
             self.notes.append("metrics.jsonl has no mask, so the masked network was not compared")
         elif isinstance(self.network, Narrow):  # of an older release, the layers have no names
-            checks.insert(0, proof.masked(self.settings, self.pruned["mask"], self.network, self.images))
+            checks.append(proof.masked(self.settings, self.pruned["mask"], self.network, self.images))
+        checks.append(proof.joined(self.network, self.images))
+        checks += proof.prove(self.network, folder, written, self.images, self.options.any_size)
         for check in checks:
             if not check.holds:
                 raise proof.ProofError(

@@ -57,42 +57,48 @@ class ProofError(Exception):
 
 
 class _Process:
-    """A file in a process of its own."""
+    """A file in a process of its own, in which it runs in each of `precisions`."""
 
-    def __init__(self, folder: Path, file: str, precision: str):
-        self.file, self.precision = file, precision
+    def __init__(self, folder: Path, file: str, precisions: tuple[str, ...]):
+        self.file, self.checks = file, {precision: Check(file, precision, 0, 0.0, 0) for precision in precisions}
         # -P: nothing is imported from the folder that this process was started in.
-        command = [sys.executable, "-P", str(Path(readers.__file__)), str(folder.resolve()), file, precision]
+        command = [sys.executable, "-P", str(Path(readers.__file__)), str(folder.resolve()), file, *precisions]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, cwd=folder, **pipes)
-        self.images, self.difference, self.scale, self.differs, self.late = 0, 0.0, 0.0, 0, False
+        self.scale, self.late = dict.fromkeys(precisions, 0.0), False
 
     def send(self, images: Tensor) -> None:
         with self._explained():
-            readers.send(self.process.stdin, images.to(getattr(torch, self.precision)).numpy())
+            readers.send(self.process.stdin, images.numpy())
 
-    def compare(self, truth: Tensor, classes: Tensor) -> None:
+    def compare(self, truths: dict[str, Tensor], classes: dict[str, Tensor]) -> None:
+        for precision in self.checks:
+            self._compare(precision, truths[precision], classes[precision])
+
+    def _compare(self, precision: str, truth: Tensor, classes: Tensor) -> None:
         with self._explained():
             logits = readers.receive(self.process.stdout)
             if logits is None:
                 raise EOFError
-        found = torch.from_numpy(logits).double()
+        found, check = torch.from_numpy(logits).double(), self.checks[precision]
         if found.shape != truth.shape or not bool((found - truth).isfinite().all()):
             raise ProofError(
                 f"{self.file}: it gives {tuple(found.shape)} numbers for {tuple(truth.shape)} logits, or infinite ones"
             )
-        self.images += len(truth)
-        self.difference = max(self.difference, float((found - truth).abs().max()))
-        self.scale = max(self.scale, float(truth.abs().max()))
-        self.differs += int((found.argmax(1) != classes).sum())
+        self.scale[precision] = max(self.scale[precision], float(truth.abs().max()))
+        self.checks[precision] = check._replace(
+            images=check.images + len(truth),
+            difference=max(check.difference, float((found - truth).abs().max())),
+            top1_differs=check.top1_differs + int((found.argmax(1) != classes).sum()),
+        )
 
-    def end(self) -> Check:
+    def end(self) -> list[Check]:
         with self._explained():
             self.process.stdin.close()
             if self.process.wait(timeout=PATIENCE_SECONDS):
                 raise ValueError
-        return Check(self.file, self.precision, self.images, self.difference / max(self.scale, 1e-30), self.differs)
+        return [check._replace(difference=check.difference / max(self.scale[p], 1e-30)) for p, check in self.checks.items()]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -130,9 +136,8 @@ def prove(network: nn.Module, folder: Path, files: list[str], images: Images, an
     In float64 model.py has what its weights were rounded to when layers were joined, in float32, and is compared with that.
     """
     truth, stored = copy.deepcopy(network).double(), deployed(network).double()
-    processes = [_Process(folder, file, "float32") for file in files]
-    if "model.py" in files:
-        processes.append(_Process(folder, "model.py", "float64"))
+    # In both precisions in one process, since importing torch takes seconds of a core.
+    processes = [_Process(folder, file, ("float32", "float64") if file == "model.py" else ("float32",)) for file in files]
     try:
         size, generator = images.data.image_size, torch.Generator().manual_seed(0)
         others = [torch.randn(2, 3, 2 * size, 3 * size, generator=generator)] if any_size else []
@@ -143,8 +148,9 @@ def prove(network: nn.Module, folder: Path, files: list[str], images: Images, an
                 exact = {"float32": truth(batch.double()), "float64": stored(batch.double())}
                 classes = {"float32": network(batch).argmax(1), "float64": exact["float64"].argmax(1)}
             for process in processes:
-                process.compare(exact[process.precision], classes[process.precision])
-        return [process.end() for process in processes]
+                process.compare(exact, classes)
+        checks = [check for process in processes for check in process.end()]
+        return sorted(checks, key=lambda check: check.precision)
     finally:
         for process in processes:
             process.close()

@@ -1,6 +1,6 @@
 """Exported files on batches of images. It needs nothing of this project: as a program of its own it is what proves the files.
 
-python readers.py FOLDER FILE [float64]        arrays of images on stdin -> their logits on stdout
+python readers.py FOLDER FILE PRECISION ...     arrays of images on stdin -> their logits on stdout, in each precision
 """
 
 import io
@@ -113,10 +113,11 @@ def main() -> None:
     # What a runtime prints must not get among the logits.
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    folder, file, precision = [*sys.argv[1:], "float32"][:3]
-    run = opened(Path(folder), file, None, precision)
+    folder, file, *precisions = sys.argv[1:]
+    runs = {precision: opened(Path(folder), file, None, precision) for precision in precisions}
     while (images := receive(sys.stdin.buffer)) is not None:
-        send(results, run(images))
+        for precision, run in runs.items():
+            send(results, run(images.astype(precision, copy=False)))
     strangers = {name.partition(".")[0] for name in sys.modules} & {"dnal_dist", "data_tools"}
     sys.exit(f"{file} imports {strangers}" if strangers else 0)
 

@@ -145,6 +145,9 @@ class ConvBN(nn.Module):
 def initialise(network: nn.Module) -> None:
     """Weights as in the paper, from torch's global generator."""
     for module in network.modules():
+        # On the meta device there is nothing to fill, and torch takes milliseconds for each weight.
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_meta:
+            continue
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size))))
         elif isinstance(module, nn.Linear):

@@ -27,10 +27,19 @@ def shards(tmp_path):
     return f"{tmp_path}/s-*.tar"
 
 
-def run(program: str, shards: str, **environment: str) -> subprocess.CompletedProcess:
-    head = f"shards, few = {shards!r}, {FEW!r}\nfrom dnal_dist.data.pipeline import stream\n"
-    command = [sys.executable, "-c", head + program]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=200)
+@pytest.fixture
+def run(forks_server, shards, tmp_path):
+    """A program in a fork: its exit code, output and errors."""
+
+    def ended(program: str, **environment: str) -> tuple[int, str, str]:
+        # The server may know its own folder for temporary files already.
+        head = f"import tempfile\ntempfile.tempdir = None\nshards, few = {shards!r}, {FEW!r}\n"
+        (tmp_path / "program.py").write_text(head + "from dnal_dist.data.pipeline import stream\n" + program)
+        process = forks_server.start([tmp_path / "program.py"], {**os.environ, **environment}, tmp_path)
+        out, err = process.communicate(200)
+        return process.returncode, out, err
+
+    return ended
 
 
 def test_loaders_are_no_more_than_cores_and_open_files_allow(monkeypatch):
@@ -57,11 +66,10 @@ def test_shards_are_closed_where_no_more_files_may_be_open(tmp_path):
         files.close()
 
 
-def test_a_long_tmpdir_does_not_keep_loaders_from_their_work(shards, tmp_path):
+def test_a_long_tmpdir_does_not_keep_loaders_from_their_work(run, tmp_path):
     long = tmp_path / ("t" * 100)
     long.mkdir()
-    ended = run("print(len(list(stream(shards, **few, workers=1).slice(4))))", shards, TMPDIR=str(long))
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "4\n", "")
+    assert run("print(len(list(stream(shards, **few, workers=1).slice(4))))", TMPDIR=str(long)) == (0, "4\n", "")
 
 
 def test_a_folder_for_sockets_is_short_or_refused(monkeypatch):
@@ -73,7 +81,7 @@ def test_a_folder_for_sockets_is_short_or_refused(monkeypatch):
         loader.socket_folder()
 
 
-def test_a_batch_that_cannot_be_handed_over_ends_its_loader(shards):
+def test_a_batch_that_cannot_be_handed_over_ends_its_loader(run):
     """The feeder of a queue drops what it cannot send, and would be waited for without end."""
     program = """
 import webdataset
@@ -81,9 +89,9 @@ def unsendable(batch):
     return batch._replace(keys=[lambda: None])
 list(stream(shards, **few, workers=1, stages=[webdataset.map(unsendable)]).slice(2))
 """
-    ended = run(program, shards)
-    assert ended.returncode == 1 and "DataLoader worker" in ended.stderr
-    assert "warning: key 'data.workers': a loader process cannot hand over a batch (" in ended.stderr
+    code, _, err = run(program)
+    assert code == 1 and "DataLoader worker" in err
+    assert "warning: key 'data.workers': a loader process cannot hand over a batch (" in err
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def test_what_is_missing_or_wrong_is_named(server, digits, tmp_path):
 def test_a_run_of_two_processes_trains_from_a_bucket(digits, tmp_path, monkeypatch, train_command, train_here):
     """Its receipts are those of the same run from local files; no secret is in what it prints or leaves behind."""
     secret = "Secret-Of-A-Bucket"
-    few = ("phases.pretrain.steps=10", "phases.search.epochs=1", "phases.finetune.steps=5", "tracking.tracker=none")
-    few += ("architecture.recalibration_batches=2", "tracking.plots=false")
+    few = ("phases.pretrain.steps=5", "phases.search.epochs=1", "phases.finetune.steps=3", "tracking.tracker=none")
+    few += ("data.global_batch=128", "architecture.recalibration_batches=2", "tracking.plots=false")
     with s3_server(monkeypatch, secret) as client:
         client.create_bucket(Bucket="shards")
         for path in digits.iterdir():

@@ -10,6 +10,7 @@ from torch import nn
 from dnal_dist import nets
 from dnal_dist.nets import compact, convolution, masks
 from dnal_dist.nets.convolution import Conv2d
+from dnal_dist.nets.supernet import Supernet
 
 
 def gradients(conv: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
@@ -68,7 +69,7 @@ def test_other_convolutions_take_the_way_of_torch(changes, products):
 
 def test_gated_and_compact_networks_take_it(products):
     torch.manual_seed(0)
-    net = nets.build("supernet_digits")
+    net = nets.gate(Supernet([8, 8, 8, 16], [2, 1], [1, 2], 16, 4, 1), torch.zeros(2, 3, 8, 8))
     keep = masks.rescue(net, torch.rand(net.num_gates) < 0.7)[0]
     for network in (net, compact.compact(net, keep), compact.build(compact.describe(compact.compact(net, keep)))):
         products.clear()

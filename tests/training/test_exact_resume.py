@@ -26,9 +26,12 @@ TINY = (
     "phases.pretrain.steps=5", "phases.search.epochs=2", "phases.finetune.steps=6", "architecture.penalty_weight=0.2",
     "model.width=0.5",
 )  # fmt: skip
+# Of what is stopped in every step: the search still begins and ends within an epoch, and so does the finetune.
+FEWER = ("phases.pretrain.steps=3", "phases.search.epochs=null", "phases.search.steps=6", "phases.finetune.steps=4")
 KINDS = {
     "plain": (),
     "micro-batches in channels_last, with options": (
+        *FEWER,
         "data.per_device_batch_limit=30", "training.memory_format=channels_last",
         "phases.pretrain.optimizer.nesterov=true", "phases.search.optimizer.decay_norms=false",
         "phases.pretrain.schedule.warmup=3", "phases.finetune.label_smoothing=0.1", "phases.distillation.temperature=2.0",
@@ -37,9 +40,12 @@ KINDS = {
         "data.augmentation.policy=trivial_augment", "data.augmentation.erasing=0.3", "data.augmentation.repeats=3",
         "data.sampling=[1,1,1,1,1,1,1,1,1,5]",
     ),
-    "a target, a residual network": ("model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2"),
+    "a target, a residual network": (
+        *FEWER, "model.name=resnet_digits", "architecture.target.macs=0.5x", "phases.search.weight_steps=2",
+    ),
     "a supernet with noise, by taylor": (
-        "model.name=supernet_digits", "model.width=0.25", "data.global_batch=120",
+        *FEWER,
+        "model.name=supernet_digits", "model.width=0.25", "data.global_batch=120", "phases.pretrain.steps=4",
         "architecture.criterion=taylor", "architecture.candidates=one", "architecture.target.macs=0.1x",
     ),
 }  # fmt: skip

@@ -1,14 +1,14 @@
 """A network has as many classes as the indices of its shards name, and all of them number the classes alike."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from examining import found
 from faulty import records, refused, samples, write_index, write_tar
+from in_process import called
 
+from dnal_dist import cost
 from dnal_dist.doctor import data
 
 
@@ -28,7 +28,7 @@ def apart(folder):
     return [f"data.train={folder}/train/*.tar", f"data.val={folder}/val/*.tar", "data.global_batch=8"]
 
 
-def test_more_classes_than_the_index_names_are_a_warning_of_training_doctor_and_costs(train, folder, case_of):
+def test_more_classes_than_the_index_names_are_a_warning_of_training_doctor_and_costs(train, folder, case_of, capsys):
     name(folder, *(f"class {n}" for n in range(10)))
     assert train("model.num_classes=12").code == 0
     message = "the index of data.train names 10 classes, the network has 12, some of which are never right"
@@ -36,9 +36,8 @@ def test_more_classes_than_the_index_names_are_a_warning_of_training_doctor_and_
     shards = [f"data.train={folder}/train-*.tar", f"data.val={folder}/val-*.tar"]
     case = case_of(*shards, "data.global_batch=8", "model.num_classes=12")
     found(data.labels, case, "warn", message, "set 'model.num_classes' to 10, or correct the index")
-    words = [sys.executable, "-m", "dnal_dist.cost", "digits", *shards, "model.num_classes=1000", "--json"]
-    ended = subprocess.run(words, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stderr.count("names 10 classes, the network has 1000") == 1
+    code, _, err = called(cost.main, capsys, "digits", *shards, "model.num_classes=1000", "--json")
+    assert code == 0 and err.count("names 10 classes, the network has 1000") == 1
 
 
 def test_an_index_without_names_says_nothing_of_classes_that_it_lacks(train, folder, case_of, apart):

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
+import forks
 import pytest
 import torch
 from wandb_read import offline
@@ -20,8 +20,8 @@ from dnal_dist.report import records as report_records
 from dnal_dist.training import phases, setup
 from dnal_dist.training.evaluate import evaluate
 
-EPOCHS = {"pretrain": 3, "search": 7, "finetune": 4}
-REDUCED = [*(f"phases.{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()), "architecture.penalty_weight=0.08"]
+EPOCHS = {"pretrain": 2, "search": 5, "finetune": 2}
+REDUCED = [*(f"phases.{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()), "architecture.penalty_weight=0.05"]
 FEW = ["phases.pretrain.steps=2", "phases.search.steps=4", "phases.finetune.steps=2", "tracking.log_every=1"]
 FEW += ["architecture.recalibration_batches=2"]
 
@@ -76,7 +76,7 @@ def test_records_are_complete(demo):
     output, _ = demo
     steps = records(output, "start")[0]["steps_per_epoch"]
     evaluated = [r["phase"] for r in records(output, "eval")]
-    assert evaluated == ["pretrain"] * 3 + ["search"] * 7 + ["prune"] + ["finetune"] * 4
+    assert evaluated == ["pretrain"] * 2 + ["search"] * 5 + ["prune"] + ["finetune"] * 2
     for phase, epochs in EPOCHS.items():
         recorded = [r for r in records(output, "train") if r["phase"] == phase]
         assert recorded[-1]["step"] == recorded[-1]["phase_steps"] == epochs * steps
@@ -110,12 +110,13 @@ def test_layers_of_the_compact_network_are_torchs_own(demo):
     assert all(type(module).__module__.startswith("torch.nn") for module in net.modules() if module is not net)
 
 
-def test_accelerate_launch_without_a_config_file(digits, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dnal_dist.train", "recipes/digits.yaml"]
-    command += given(digits, tmp_path / "run", *FEW, "tracking.tracker=none", "tracking.plots=false")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert found.returncode == 0, found.stderr
+def test_accelerate_launch_without_a_config_file(forks_server, digits, tmp_path):
+    words = ["-m", "accelerate.commands.launch", *forks.command("-m", "dnal_dist.train", "recipes/digits.yaml")[1:]]
+    words += given(digits, tmp_path / "run", *FEW, "tracking.tracker=none", "tracking.plots=false")
+    environment = {**os.environ, **forks_server.environment(), "HF_HOME": str(tmp_path / "hf")}
+    launched = forks_server.start(words, environment, Path.cwd())
+    _, err = launched.communicate()
+    assert launched.returncode == 0, err
     assert report_records.summary(tmp_path / "run")["finished"]
 
 
@@ -167,8 +168,8 @@ def test_momentum_goes_on_from_pretrain_into_the_search(digits, tmp_path):
 
 def test_collapse_is_stopped_at_the_floor_with_a_warning(digits, tmp_path):
     run = run_here(
-        digits, tmp_path, "phases.pretrain.epochs=1", "phases.search.epochs=3", "phases.finetune.steps=4",
-        "architecture.penalty_weight=2.0", "architecture.min_macs=0.05",
+        digits, tmp_path, "phases.pretrain.steps=4", "phases.search.epochs=1", "phases.finetune.steps=4",
+        "architecture.penalty_weight=5.0", "architecture.min_macs=0.05",
     )  # fmt: skip
     phases.train(run)
     found = report_records.summary(tmp_path)
