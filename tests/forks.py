@@ -257,6 +257,7 @@ def serve(address: str) -> list[str]:
                 # Not while another one is begun.
                 with FileLock(f"{Path(address).parent}.lock"):
                     shutil.rmtree(Path(address).parent, ignore_errors=True)
+                    Path(f"{Path(address).parent}.lock").unlink()
                     os._exit(0)
 
 
