@@ -1,9 +1,9 @@
 """What is left of shortcuts, branches, candidates and cells in a compact network; what must stay is opened again."""
 
-import tarfile
 from pathlib import Path
 
 import pytest
+import sources
 import torch
 from safetensors.torch import load_file
 from trained_looking import trained_looking
@@ -99,8 +99,7 @@ def test_a_depthwise_convolution_chooses_among_channels_that_others_read():
 @pytest.mark.parametrize("name", ["resnet_digits", "supernet_digits"])
 def test_compact_folders_of_an_older_release_give_the_logits_that_they_gave(name, tmp_path):
     """Written by the last release that had a cutter for each family; with constants in place of branches."""
-    with tarfile.open(Path(__file__).parent / "compact_before_graph.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    sources.unpack(Path(__file__).parent / "compact_before_graph.tar.gz", tmp_path)
     folder = tmp_path / "compact_before_graph" / name
     found = load_file(folder / "logits.safetensors")
     small = compact.load(folder)

@@ -1,11 +1,11 @@
 """Runs that an older release left behind resume, and report, as its own would."""
 
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from runs import records
+from sources import unpack
 
 from dnal_dist.report import outputs
 from dnal_dist.report.records import summary
@@ -16,8 +16,7 @@ ARCHIVE = Path(__file__).parent / "runs_before_rooms.tar.gz"
 
 @pytest.fixture
 def older(tmp_path):
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(ARCHIVE, tmp_path)
     return tmp_path
 
 

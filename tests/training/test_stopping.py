@@ -97,7 +97,7 @@ def test_a_signal_before_training_ends_it_there(digits, tmp_path):
 def test_a_time_limit_leaves_room_for_the_last_checkpoint(train_here, digits, tmp_path):
     run = tmp_path / "run"
     # It counts from the start of this process.
-    limit = f"{round(time.time() - psutil.Process().create_time()) + 9}s"
+    limit = f"{round(time.time() - psutil.Process().create_time()) + 12}s"
     ended = train_here(*arguments(digits, run, *SMALL, "phases.pretrain.epochs=10000"), "--max-time", limit)
     left = re.search(r"\((\d+) s are left of the time limit \(--max-time, or the SLURM job\)\) in pretrain", ended.err)
     assert ended.code == stopping.STOPPED and left, ended.err
