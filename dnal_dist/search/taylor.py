@@ -35,8 +35,7 @@ def strength(net: GatedNetwork, image_size: int, architecture: Architecture, tar
     """What ranks the channels, (N,): of open ones alpha for each MAC, parameter or nanosecond that closing this one alone would
     save; of closed ones alpha, which is below 0 and the lower, the earlier they closed."""
     alpha = architecture.alpha.detach()
-    # Times have no slope at whole numbers of channels.
-    gates = ((alpha >= 0).double() * (1 if target.table is None else 0.999)).requires_grad_()
+    gates = (alpha >= 0).double().requires_grad_()
     (price,) = torch.autograd.grad(target.used(net, image_size, gates), gates)
     return torch.where(alpha >= 0, alpha.double() / price.clamp_min(1e-6 * price.max()), alpha.double())
 

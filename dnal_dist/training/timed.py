@@ -49,7 +49,10 @@ def select(run: Run, choose: Callable[[Budget], Tensor], target: Budget, strengt
     trials = Trials(run, timer, target)
     try:
         _by_prediction(trials, choose)
-        _Filled(trials, strength).fill()
+        best = max(trials.found, key=lambda trial: trial.rank)
+        if best.over <= 1:
+            choice = _ByMeasurement(trials, best.keep, strength)
+            choice.fill(tuple(int(part.sum()) for part in run.supernet.by_site(best.keep).values()))
     except NotMeasured as error:
         if not trials.found:
             run.log.warn(f"latency was not measured ({error}); the network keeps to the table's prediction")
@@ -124,27 +127,19 @@ def _by_prediction(trials: Trials, choose: Callable[[Budget], Tensor]) -> None:
             limit = (low + high) / 2
 
 
-class _Filled(selection.Choice):
-    """The largest network within the target that was measured, and what is added to it. A branch that is closed there stays so."""
+class _ByMeasurement(selection.Choice):
+    """Channels to be added to those of `keep`, bool (N,), each network measured. A branch that is closed there stays so."""
 
-    def __init__(self, trials: Trials, strength: Tensor):
+    def __init__(self, trials: Trials, keep: Tensor, strength: Tensor):
         run, budget = trials.run, trials.target.latency
-        self.trials, best = trials, max(trials.found, key=lambda trial: trial.rank)
-        if best.over > 1:
-            raise Enough
-        parts = run.supernet.by_site(best.keep).values()
-        still = torch.cat([part.any().expand_as(part) for part in parts]).to(strength.device)
-        strength = strength.detach().masked_fill(~still, -math.inf)
+        self.trials = trials
+        still = torch.cat([part.any().expand_as(part) for part in run.supernet.by_site(keep).values()]).to(strength.device)
         # A measurement ends it once the budgets are met.
-        full = budget._replace(least=budget.most)
+        full, strength = budget._replace(least=budget.most), strength.detach().masked_fill(~still, -math.inf)
         super().__init__(run.supernet, run.recipe.data.image_size, strength, full, run.recipe.architecture.round_to)
-        self.begin = tuple(int(part.sum()) for part in parts)
 
     def cost(self, counts: tuple[int, ...]) -> int:
         return math.ceil(self.trials.measure(self.mask(counts)).over * self.target.most)
-
-    def fill(self) -> tuple[int, ...]:
-        return super().fill(self.begin)
 
 
 def _tried(timer: "Timer", keep: Tensor) -> tuple[float | None, str]:
